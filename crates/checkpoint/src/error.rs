@@ -1,0 +1,246 @@
+//! Everything that can be wrong with a checkpoint folder.
+
+use std::io;
+use std::path::PathBuf;
+
+use burn::tensor::DType;
+use safetensors::SafeTensorError;
+
+use crate::convert::TensorError;
+use crate::mismatch::{IndexMismatch, ModuleMismatch, quoted};
+
+/// What went wrong, and what to do about it.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CheckpointError {
+    /// The folder does not exist or cannot be entered.
+    #[error("{} cannot be opened: {source}; give the folder that holds config.json", path.display())]
+    OpenFolder {
+        /// As given.
+        path: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
+
+    /// The path leads to a file.
+    #[error("{} is not a folder; give the folder that holds config.json", path.display())]
+    NotAFolder {
+        /// As given.
+        path: PathBuf,
+    },
+
+    /// A file name that might lead out of the folder.
+    #[error(
+        "{} is not a plain file name in {folder}; use a name without separators",
+        quoted(name)
+    )]
+    FileName {
+        /// The folder.
+        folder: String,
+        /// The refused name.
+        name: String,
+    },
+
+    /// A link leads out of the folder.
+    #[error(
+        "{file} is a link to {}, outside the checkpoint; put the file itself there, or give the folder that holds it",
+        target.display()
+    )]
+    LinkOutside {
+        /// The link.
+        file: String,
+        /// Where it leads.
+        target: PathBuf,
+    },
+
+    /// A file is not there.
+    #[error(
+        "{folder} has no {}; is it a checkpoint folder, and the download complete?",
+        quoted(name)
+    )]
+    MissingFile {
+        /// The folder.
+        folder: String,
+        /// Name of the file.
+        name: String,
+    },
+
+    /// The name belongs to a folder or a device.
+    #[error("{file} is not a file; download the checkpoint again")]
+    NotAFile {
+        /// The path.
+        file: String,
+    },
+
+    /// A file is longer than its kind ever is.
+    #[error(
+        "{file} has {bytes} bytes or more, {max_bytes} are allowed; download the checkpoint again"
+    )]
+    TooLarge {
+        /// The file.
+        file: String,
+        /// Its length, as far as known.
+        bytes: u64,
+        /// The limit.
+        max_bytes: u64,
+    },
+
+    /// Reading a file failed.
+    #[error("{file} cannot be read: {source}; check the permissions and the disk")]
+    Read {
+        /// The file.
+        file: String,
+        /// What the system says.
+        source: io::Error,
+    },
+
+    /// A file is not JSON, or not the JSON that was expected.
+    #[error("{file} is not understood: {source}; download it again")]
+    Json {
+        /// The file.
+        file: String,
+        /// Where and why the parser stopped.
+        source: serde_json::Error,
+    },
+
+    /// The folder holds no weights.
+    #[error(
+        "{folder} has neither model.safetensors nor model.safetensors.index.json; is the download complete?"
+    )]
+    NoWeights {
+        /// The folder.
+        folder: String,
+    },
+
+    /// The folder holds weights only as pickle, which runs code when it is opened.
+    #[error(
+        "{folder} has its weights in {}, a pickle, which can run any code when opened and is never read; \
+         convert it with transformers: from_pretrained(..), then save_pretrained(.., safe_serialization=True)",
+        quoted(file)
+    )]
+    Pickle {
+        /// The folder.
+        folder: String,
+        /// Name of the pickle.
+        file: String,
+    },
+
+    /// The index lists a file that may not be opened.
+    #[error(
+        "{index} lists the shard {}; a shard must be a plain file name that ends in .safetensors: \
+         do not trust this checkpoint, download it from its author",
+        quoted(shard)
+    )]
+    ShardName {
+        /// The index.
+        index: String,
+        /// The refused name.
+        shard: String,
+    },
+
+    /// The index lists files that are not there.
+    #[error("{folder} lacks {} of its shards, {}; finish the download", shards.len(), some(shards))]
+    MissingShards {
+        /// The folder.
+        folder: String,
+        /// Names of the files.
+        shards: Vec<String>,
+    },
+
+    /// The index and the shards contradict each other.
+    #[error("{0}")]
+    Index(Box<IndexMismatch>),
+
+    /// The header's length is impossible: the file is cut off, or no safetensors file at all.
+    #[error(
+        "{file} is not a safetensors file, or it is cut off: it announces a header of {header_bytes} bytes \
+         where {available_bytes} bytes follow; download it again (if it is a Git LFS pointer: git lfs pull)"
+    )]
+    HeaderLength {
+        /// The file.
+        file: String,
+        /// Length that the file claims.
+        header_bytes: u64,
+        /// Bytes that follow the claim.
+        available_bytes: u64,
+    },
+
+    /// The header is not the JSON of a safetensors header.
+    #[error("{file} has a broken header: {source}; download it again")]
+    HeaderJson {
+        /// The file.
+        file: String,
+        /// Where and why the parser stopped.
+        source: serde_json::Error,
+    },
+
+    /// The header's offsets, shapes and types contradict each other.
+    #[error("{file} has a contradictory header: {source}; download it again")]
+    Header {
+        /// The file.
+        file: String,
+        /// The contradiction.
+        source: SafeTensorError,
+    },
+
+    /// A name stands twice in a header or an index.
+    #[error("{file} has the name {} twice; download it again", quoted(key))]
+    DuplicateKey {
+        /// The file.
+        file: String,
+        /// The name.
+        key: String,
+    },
+
+    /// The file is longer or shorter than its header says.
+    #[error(
+        "{file} has {file_bytes} bytes where its header needs {expected_bytes}; \
+         is the download complete? download it again"
+    )]
+    FileLength {
+        /// The file.
+        file: String,
+        /// Length that the header implies.
+        expected_bytes: u64,
+        /// Length that the file has.
+        file_bytes: u64,
+    },
+
+    /// There is no tensor of this name.
+    #[error("the checkpoint has no tensor {}", quoted(name))]
+    NoSuchTensor {
+        /// Name of the tensor.
+        name: String,
+    },
+
+    /// One tensor cannot be read.
+    #[error("tensor {} of {file} cannot be loaded: {source}", quoted(name))]
+    Tensor {
+        /// Name of the tensor.
+        name: String,
+        /// The file it lies in.
+        file: String,
+        /// The reason.
+        source: TensorError,
+    },
+
+    /// The backend does not compute with this type.
+    #[error("this backend does not compute in {dtype:?}; load the weights as F32")]
+    Backend {
+        /// Type that was asked for.
+        dtype: DType,
+    },
+
+    /// The weights and the module contradict each other.
+    #[error("{0}")]
+    Module(Box<ModuleMismatch>),
+}
+
+/// The first few names of a list.
+fn some(names: &[String]) -> String {
+    let mut shown: Vec<String> = names.iter().take(3).map(|name| quoted(name)).collect();
+    if names.len() > shown.len() {
+        shown.push("…".to_owned());
+    }
+    shown.join(", ")
+}

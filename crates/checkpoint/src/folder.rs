@@ -1,0 +1,215 @@
+//! A folder of files, on disk or in memory, out of which no name and no link leads.
+
+use std::fs::File;
+use std::io::{self, Cursor, ErrorKind, Read, Seek, SeekFrom};
+use std::path::{Component, Path, PathBuf};
+
+use serde::de::DeserializeOwned;
+
+use crate::CheckpointError;
+
+/// Largest `config.json` and similar settings file that is read, in bytes.
+pub const CONFIG_MAX_BYTES: u64 = 1 << 20;
+/// Largest `model.safetensors.index.json` that is read, in bytes.
+pub const INDEX_MAX_BYTES: u64 = 16 << 20;
+/// Largest `tokenizer.json` that is read, in bytes.
+pub const TOKENIZER_MAX_BYTES: u64 = 64 << 20;
+/// Largest chat template that is read, in bytes.
+pub const TEMPLATE_MAX_BYTES: u64 = 1 << 20;
+
+/// The files of one checkpoint.
+#[derive(Debug, Clone)]
+pub struct Folder(Place);
+
+#[derive(Debug, Clone)]
+enum Place {
+    Disk {
+        /// As the caller wrote it, for messages.
+        given: PathBuf,
+        /// Canonical.
+        root: PathBuf,
+        /// Canonical; where the links of a Hugging Face cache snapshot point.
+        blobs: Option<PathBuf>,
+    },
+    Memory(&'static [(&'static str, &'static [u8])]),
+}
+
+impl Folder {
+    /// Opens a folder on disk: a downloaded checkpoint, or a snapshot in the Hugging Face cache.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, CheckpointError> {
+        let given = path.as_ref().to_path_buf();
+        let root = match given.canonicalize() {
+            Ok(root) if root.is_dir() => root,
+            Ok(_) => return Err(CheckpointError::NotAFolder { path: given }),
+            Err(source) => {
+                return Err(CheckpointError::OpenFolder {
+                    path: given,
+                    source,
+                });
+            }
+        };
+        let blobs = cache_blobs(&root);
+        Ok(Self(Place::Disk { given, root, blobs }))
+    }
+
+    /// A folder inside the program: names and contents, as `include_bytes!` gives them.
+    pub const fn embedded(files: &'static [(&'static str, &'static [u8])]) -> Self {
+        Self(Place::Memory(files))
+    }
+
+    /// Where this folder is, for messages.
+    pub fn describe(&self) -> String {
+        match &self.0 {
+            Place::Disk { given, .. } => given.display().to_string(),
+            Place::Memory(_) => "the embedded checkpoint".to_owned(),
+        }
+    }
+
+    /// Whether there is an entry of this name. Reading it may still fail.
+    pub fn has(&self, name: &str) -> bool {
+        match &self.0 {
+            Place::Disk { root, .. } => {
+                is_plain_name(name) && root.join(name).symlink_metadata().is_ok()
+            }
+            Place::Memory(files) => files.iter().any(|(file, _)| *file == name),
+        }
+    }
+
+    /// Reads a whole file that must not be longer than `max_bytes`.
+    pub fn read(&self, name: &str, max_bytes: u64) -> Result<Vec<u8>, CheckpointError> {
+        let failed = |source| self.read_error(name, source);
+        let (reader, bytes) = self.locate(name)?.open().map_err(failed)?;
+        // The file may grow while it is read: the limit holds for what comes, too.
+        let mut content = Vec::new();
+        if bytes <= max_bytes {
+            let mut limited = reader.take(max_bytes.saturating_add(1));
+            limited.read_to_end(&mut content).map_err(failed)?;
+        }
+        let bytes = bytes.max(content.len() as u64);
+        if bytes > max_bytes {
+            return Err(CheckpointError::TooLarge {
+                file: self.path_of(name),
+                bytes,
+                max_bytes,
+            });
+        }
+        Ok(content)
+    }
+
+    /// Reads and parses a JSON file that must not be longer than `max_bytes`.
+    pub fn read_json<T: DeserializeOwned>(
+        &self,
+        name: &str,
+        max_bytes: u64,
+    ) -> Result<T, CheckpointError> {
+        let content = self.read(name, max_bytes)?;
+        serde_json::from_slice(&content).map_err(|source| CheckpointError::Json {
+            file: self.path_of(name),
+            source,
+        })
+    }
+
+    /// The file of this name, if it is one and lies inside.
+    pub(crate) fn locate(&self, name: &str) -> Result<Source, CheckpointError> {
+        let missing = || CheckpointError::MissingFile {
+            folder: self.describe(),
+            name: name.to_owned(),
+        };
+        match &self.0 {
+            Place::Memory(files) => {
+                let found = files.iter().find(|(file, _)| *file == name);
+                Ok(Source::Memory(found.ok_or_else(missing)?.1))
+            }
+            Place::Disk { root, blobs, .. } => {
+                if !is_plain_name(name) {
+                    return Err(CheckpointError::FileName {
+                        folder: self.describe(),
+                        name: name.to_owned(),
+                    });
+                }
+                let target = match root.join(name).canonicalize() {
+                    Ok(target) => target,
+                    Err(error) if error.kind() == ErrorKind::NotFound => return Err(missing()),
+                    Err(source) => return Err(self.read_error(name, source)),
+                };
+                let file = self.path_of(name);
+                let inside = |folder: &PathBuf| target.starts_with(folder);
+                if !inside(root) && !blobs.as_ref().is_some_and(inside) {
+                    return Err(CheckpointError::LinkOutside { file, target });
+                }
+                // A named pipe would block, a folder cannot be read.
+                if !target.is_file() {
+                    return Err(CheckpointError::NotAFile { file });
+                }
+                Ok(Source::Disk(target))
+            }
+        }
+    }
+
+    /// Path of a file in this folder, for messages.
+    pub(crate) fn path_of(&self, name: &str) -> String {
+        match &self.0 {
+            Place::Disk { given, .. } => given.join(name).display().to_string(),
+            Place::Memory(_) => format!("{name} of the embedded checkpoint"),
+        }
+    }
+
+    /// The first entry, by name, that `wanted` accepts.
+    pub(crate) fn find(&self, wanted: impl Fn(&str) -> bool) -> Option<String> {
+        let Place::Disk { root, .. } = &self.0 else {
+            return None;
+        };
+        let entries = root.read_dir().ok()?.flatten();
+        let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+        names.filter(|name| wanted(name)).min()
+    }
+
+    fn read_error(&self, name: &str, source: io::Error) -> CheckpointError {
+        CheckpointError::Read {
+            file: self.path_of(name),
+            source,
+        }
+    }
+}
+
+/// Whether a name, possibly from outside, stays in its folder on every platform.
+pub(crate) fn is_plain_name(name: &str) -> bool {
+    let mut components = Path::new(name).components();
+    let first = components.next();
+    matches!(first, Some(Component::Normal(part)) if part == name)
+        && components.next().is_none()
+        && !name.contains(|c: char| matches!(c, '/' | '\\' | ':') || c.is_control())
+}
+
+/// The Hugging Face cache keeps `<repo>/snapshots/<revision>/` full of links into `<repo>/blobs/`.
+fn cache_blobs(root: &Path) -> Option<PathBuf> {
+    let snapshots = root.parent()?;
+    if snapshots.file_name()? != "snapshots" {
+        return None;
+    }
+    snapshots.parent()?.join("blobs").canonicalize().ok()
+}
+
+/// Where the bytes of one file are.
+#[derive(Debug, Clone)]
+pub(crate) enum Source {
+    Disk(PathBuf),
+    Memory(&'static [u8]),
+}
+
+/// What a [`Source`] opens as.
+pub(crate) trait ReadSeek: Read + Seek {}
+impl<T: Read + Seek> ReadSeek for T {}
+
+impl Source {
+    /// A reader at the start, and the length in bytes.
+    pub(crate) fn open(&self) -> io::Result<(Box<dyn ReadSeek>, u64)> {
+        let mut reader: Box<dyn ReadSeek> = match self {
+            Self::Disk(path) => Box::new(File::open(path)?),
+            Self::Memory(bytes) => Box::new(Cursor::new(*bytes)),
+        };
+        let bytes = reader.seek(SeekFrom::End(0))?;
+        reader.rewind()?;
+        Ok((reader, bytes))
+    }
+}

@@ -1,0 +1,35 @@
+//! Hugging Face checkpoints: from a folder of untrusted files to the parameters of a Burn module.
+//!
+//! Top-down:
+//!
+//! 1. [`Folder`]: files by name, on disk or embedded in the program, each read with a size limit;
+//!    no name and no link leads out of the folder.
+//! 2. [`Shards`]: which tensor lies where. All headers are checked before any weight is read.
+//! 3. [`NameTable`]: the names a checkpoint may use, as data, and the module paths they stand for.
+//! 4. [`load_into`]: compares names and shapes, reports *everything* that does not fit at once,
+//!    then streams tensor after tensor into the module.
+//!
+//! Nothing here knows the maths of a model, and nothing here panics on a file. Files are read, not
+//! memory-mapped: a file that changes underneath is an error, never undefined behaviour. While
+//! loading, memory holds the parameters loaded so far plus one block of file bytes.
+
+mod convert;
+mod error;
+mod folder;
+mod header;
+mod load;
+mod mismatch;
+mod names;
+mod plan;
+mod shards;
+
+pub use convert::{Layout, TensorError};
+pub use error::CheckpointError;
+pub use folder::{
+    CONFIG_MAX_BYTES, Folder, INDEX_MAX_BYTES, TEMPLATE_MAX_BYTES, TOKENIZER_MAX_BYTES,
+};
+pub use load::{LoadOptions, LoadProgress, load_into};
+pub use mismatch::{Disagreement, Duplicate, IndexMismatch, Misshapen, ModuleMismatch, Unreadable};
+pub use names::{NameTable, Rule};
+pub use safetensors::Dtype;
+pub use shards::{Shards, TensorInfo};

@@ -1,0 +1,238 @@
+//! Which tensor lies where: one `model.safetensors`, or the shards that an index lists.
+
+use std::collections::BTreeMap;
+use std::io::{Seek, SeekFrom};
+
+use burn::tensor::{DType, TensorData};
+use safetensors::Dtype;
+use serde::Deserialize;
+
+use crate::convert::{self, Layout};
+use crate::folder::{Source, is_plain_name};
+use crate::header::{Entries, Header};
+use crate::mismatch::{Disagreement, IndexMismatch};
+use crate::{CheckpointError, Folder, INDEX_MAX_BYTES};
+
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// All tensors of a checkpoint. Their headers are checked; their data is read on demand.
+#[derive(Debug)]
+pub struct Shards {
+    shards: Vec<Shard>,
+    tensors: BTreeMap<String, TensorInfo>,
+}
+
+/// One safetensors file.
+#[derive(Debug)]
+struct Shard {
+    /// For messages.
+    file: String,
+    source: Source,
+}
+
+/// What a header says about one tensor.
+#[derive(Debug, Clone)]
+pub struct TensorInfo {
+    /// Type of the elements.
+    pub dtype: Dtype,
+    /// Length of every axis, slowest first.
+    pub shape: Vec<usize>,
+    /// Size in the file, in bytes; always what `shape` and `dtype` need.
+    pub bytes: u64,
+    shard: usize,
+    /// From the start of the file, in bytes.
+    offset: u64,
+}
+
+/// The part of the index that matters.
+#[derive(Deserialize)]
+struct Index {
+    /// Tensor name → file name.
+    weight_map: Entries<String>,
+}
+
+impl Shards {
+    /// Finds the weights of a folder and checks all their headers.
+    ///
+    /// An index is believed to the letter, and the files must agree with it; no other file of the
+    /// folder is looked at.
+    pub fn open(folder: &Folder) -> Result<Self, CheckpointError> {
+        if folder.has(INDEX) {
+            Self::open_index(folder)
+        } else if folder.has(SINGLE) {
+            let mut shards = Self::empty();
+            for (name, info) in shards.add(folder, SINGLE)? {
+                shards.tensors.insert(name, info);
+            }
+            Ok(shards)
+        } else {
+            Err(no_weights(folder))
+        }
+    }
+
+    /// Names of all tensors, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// What the header says about a tensor.
+    pub fn info(&self, name: &str) -> Option<&TensorInfo> {
+        self.tensors.get(name)
+    }
+
+    /// Size of all tensors in their files, in bytes.
+    pub fn total_bytes(&self) -> u64 {
+        self.tensors.values().map(|info| info.bytes).sum()
+    }
+
+    /// Reads one tensor and converts it to `dtype` (F32 or F16), block by block.
+    ///
+    /// # Shapes
+    /// - returns the shape in the file; reversed for [`Layout::Transposed`], which takes only
+    ///   tensors of two axes
+    pub fn read(
+        &self,
+        name: &str,
+        dtype: DType,
+        layout: Layout,
+    ) -> Result<TensorData, CheckpointError> {
+        let found = self.tensors.get(name);
+        let shard = found.and_then(|info| self.shards.get(info.shard));
+        let (Some(info), Some(shard)) = (found, shard) else {
+            return Err(CheckpointError::NoSuchTensor {
+                name: name.to_owned(),
+            });
+        };
+        let read = || {
+            let (mut reader, _) = shard.source.open()?;
+            reader.seek(SeekFrom::Start(info.offset))?;
+            convert::read(&mut reader, info, dtype, layout)
+        };
+        read().map_err(|source| CheckpointError::Tensor {
+            name: name.to_owned(),
+            file: shard.file.clone(),
+            source,
+        })
+    }
+
+    fn empty() -> Self {
+        Self {
+            shards: Vec::new(),
+            tensors: BTreeMap::new(),
+        }
+    }
+
+    /// Reads one file's header; the caller decides which of its tensors count.
+    fn add(
+        &mut self,
+        folder: &Folder,
+        name: &str,
+    ) -> Result<Vec<(String, TensorInfo)>, CheckpointError> {
+        let source = folder.locate(name)?;
+        let file = folder.path_of(name);
+        let header = Header::read(&source, &file)?;
+        let shard = self.shards.len();
+        self.shards.push(Shard { file, source });
+        let tensors = header.metadata.tensors().into_iter().map(|(name, info)| {
+            let (start, end) = info.data_offsets;
+            let info = TensorInfo {
+                dtype: info.dtype,
+                shape: info.shape.clone(),
+                bytes: (end - start) as u64,
+                shard,
+                offset: header.data_start + start as u64,
+            };
+            (name, info)
+        });
+        let mut tensors: Vec<_> = tensors.collect();
+        tensors.sort_by(|(a, _), (b, _)| a.cmp(b));
+        Ok(tensors)
+    }
+
+    fn open_index(folder: &Folder) -> Result<Self, CheckpointError> {
+        let file = folder.path_of(INDEX);
+        let index: Index = folder.read_json(INDEX, INDEX_MAX_BYTES)?;
+        if let Some(key) = index.weight_map.first_duplicate() {
+            let key = key.to_owned();
+            return Err(CheckpointError::DuplicateKey { file, key });
+        }
+        // Shard → the tensors it shall hold.
+        let mut listed: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+        for (tensor, shard) in &index.weight_map.0 {
+            listed.entry(shard).or_default().push(tensor);
+        }
+        check_shard_names(folder, &file, listed.keys().copied())?;
+
+        let weight_map: BTreeMap<&str, &str> = (index.weight_map.0.iter())
+            .map(|(tensor, shard)| (tensor.as_str(), shard.as_str()))
+            .collect();
+        let mut mismatch = IndexMismatch::new(file);
+        let mut shards = Self::empty();
+        for (shard, names) in listed {
+            for (tensor, info) in shards.add(folder, shard)? {
+                if weight_map.get(tensor.as_str()) == Some(&shard) {
+                    shards.tensors.insert(tensor, info);
+                } else {
+                    mismatch.not_listed.push(Disagreement::new(tensor, shard));
+                }
+            }
+            let absent = names.iter().filter(|name| shards.info(name).is_none());
+            let absent = absent.map(|name| Disagreement::new(*name, shard));
+            mismatch.not_stored.extend(absent);
+        }
+        let stored_elsewhere = |found: &Disagreement| shards.info(&found.tensor).is_some();
+        (mismatch.duplicate, mismatch.not_listed) =
+            mismatch.not_listed.into_iter().partition(stored_elsewhere);
+        if !mismatch.is_empty() {
+            return Err(CheckpointError::Index(Box::new(mismatch)));
+        }
+        Ok(shards)
+    }
+}
+
+/// Every shard must have an innocent name and exist, before the first one is opened.
+fn check_shard_names<'a>(
+    folder: &Folder,
+    index: &str,
+    shards: impl Iterator<Item = &'a str>,
+) -> Result<(), CheckpointError> {
+    let mut missing = Vec::new();
+    for shard in shards {
+        if !is_plain_name(shard) || !shard.ends_with(".safetensors") {
+            return Err(CheckpointError::ShardName {
+                index: index.to_owned(),
+                shard: shard.to_owned(),
+            });
+        }
+        if !folder.has(shard) {
+            missing.push(shard.to_owned());
+        }
+    }
+    if missing.is_empty() {
+        return Ok(());
+    }
+    Err(CheckpointError::MissingShards {
+        folder: folder.describe(),
+        shards: missing,
+    })
+}
+
+fn no_weights(folder: &Folder) -> CheckpointError {
+    let is_pickle = |name: &str| {
+        let stem = name.strip_suffix(".bin");
+        stem.is_some_and(|stem| stem.starts_with("pytorch_model"))
+            || name.ends_with(".pt")
+            || name.ends_with(".pth")
+    };
+    let folder_name = folder.describe();
+    match folder.find(is_pickle) {
+        Some(file) => CheckpointError::Pickle {
+            folder: folder_name,
+            file,
+        },
+        None => CheckpointError::NoWeights {
+            folder: folder_name,
+        },
+    }
+}

@@ -1,0 +1,211 @@
+//! The whole command-line grammar.
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand, ValueEnum};
+
+/// Ask vision-language models about images, with FastV, PyramidDrop or Reroute deciding which
+/// visual tokens each decoder layer works on.
+#[derive(Debug, Parser)]
+#[command(name = "reroute", version)]
+pub struct Args {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Answer a question about images.
+    Ask(AskArgs),
+    /// Find what an expression describes and draw a box around it.
+    Ground(GroundArgs),
+    /// Draw which visual tokens each stage works on, and count what it costs.
+    Explain(ExplainArgs),
+    /// Run prepared tensors and write logits, scores and selections, for comparisons.
+    Trace(TraceArgs),
+    /// List every routing preset with its counts and costs for a model.
+    Presets(PresetsArgs),
+}
+
+/// Which model, and how it is loaded.
+#[derive(Debug, clap::Args)]
+pub struct ModelArgs {
+    /// Checkpoint folder in Hugging Face layout. Without it: a tiny built-in model that finds
+    /// coloured shapes.
+    #[arg(long, value_name = "DIR")]
+    pub model: Option<PathBuf>,
+    /// Type of the weights in memory.
+    #[arg(long, value_enum, default_value = "f32")]
+    pub dtype: Dtype,
+    /// Pad images to a square instead of cropping them, as the original LLaVA code does.
+    #[arg(long)]
+    pub pad_to_square: bool,
+}
+
+/// Types that weights can have in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Dtype {
+    /// 32-bit floats.
+    F32,
+    /// 16-bit floats: half the memory, faster decoding.
+    F16,
+}
+
+/// Which visual tokens the layers work on.
+#[derive(Debug, clap::Args)]
+pub struct RoutingArgs {
+    /// A preset (`reroute presets` lists them) or a JSON file:
+    /// {"action": "remove"|"reroute", "monotonic": false, "stages": [{"layer": 2, "keep_ratio": 0.45}]}
+    #[arg(long, value_name = "PRESET|FILE.json", default_value = "dense")]
+    pub routing: String,
+}
+
+/// How the answer is generated.
+#[derive(Debug, clap::Args)]
+pub struct GenerationArgs {
+    /// Tokens to generate at most; the checkpoint's own limit otherwise.
+    #[arg(long, value_name = "N")]
+    pub max_new_tokens: Option<usize>,
+    /// Temperature; 0 is greedy.
+    #[arg(long, default_value_t = 0.0)]
+    pub temperature: f32,
+    /// Sample from the smallest set of tokens that holds this probability.
+    #[arg(long, default_value_t = 1.0)]
+    pub top_p: f32,
+    /// Sample from this many most likely tokens; 0 is all.
+    #[arg(long, default_value_t = 0)]
+    pub top_k: usize,
+    /// Make tokens that were seen before less likely; 1 is off.
+    #[arg(long, default_value_t = 1.0)]
+    pub repetition_penalty: f32,
+    /// Seed of the random numbers.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
+/// `reroute ask`
+#[derive(Debug, clap::Args)]
+pub struct AskArgs {
+    /// Model.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Images (PNG, JPEG, WebP), in the order in which the question speaks of them.
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    pub image: Vec<PathBuf>,
+    /// The question.
+    #[arg(long, value_name = "TEXT")]
+    pub prompt: Option<String>,
+    /// Routing.
+    #[command(flatten)]
+    pub routing: RoutingArgs,
+    /// Generation.
+    #[command(flatten)]
+    pub generation: GenerationArgs,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `reroute ground`
+#[derive(Debug, clap::Args)]
+pub struct GroundArgs {
+    /// Model.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// The image (PNG, JPEG, WebP).
+    #[arg(long, value_name = "FILE")]
+    pub image: Option<PathBuf>,
+    /// What to find.
+    #[arg(long, value_name = "TEXT")]
+    pub expression: Option<String>,
+    /// Where to draw the box.
+    #[arg(long, value_name = "OUT.png")]
+    pub overlay: Option<PathBuf>,
+    /// Routing.
+    #[command(flatten)]
+    pub routing: RoutingArgs,
+    /// Generation.
+    #[command(flatten)]
+    pub generation: GenerationArgs,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `reroute explain`
+#[derive(Debug, clap::Args)]
+pub struct ExplainArgs {
+    /// Model.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Images (PNG, JPEG, WebP).
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    pub image: Vec<PathBuf>,
+    /// The question.
+    #[arg(long, value_name = "TEXT")]
+    pub prompt: Option<String>,
+    /// Folder for the pictures.
+    #[arg(long, value_name = "DIR", default_value = "reroute-explain")]
+    pub out: PathBuf,
+    /// A preset (`reroute presets` lists them) or a JSON file with a schedule.
+    #[arg(
+        long,
+        value_name = "PRESET|FILE.json",
+        default_value = "reroute-pdrop@192"
+    )]
+    pub routing: String,
+    /// Generation.
+    #[command(flatten)]
+    pub generation: GenerationArgs,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `reroute trace`
+#[derive(Debug, clap::Args)]
+pub struct TraceArgs {
+    /// Model.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Safetensors with in.input_ids [B, L], in.pixel_values [N, 3, H, W], in.attention_mask [B, L].
+    #[arg(long, value_name = "IN.safetensors")]
+    pub inputs: PathBuf,
+    /// Safetensors to write.
+    #[arg(long, value_name = "OUT.safetensors")]
+    pub out: PathBuf,
+    /// Tokens to generate greedily after the prefill.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub new_tokens: usize,
+    /// Also write vision features, embeddings and the output of every layer.
+    #[arg(long)]
+    pub hidden_states: bool,
+    /// Routing.
+    #[command(flatten)]
+    pub routing: RoutingArgs,
+    /// Print one JSON object about what was written.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `reroute presets`
+#[derive(Debug, clap::Args)]
+pub struct PresetsArgs {
+    /// Checkpoint folder (only config.json is read); the built-in model otherwise.
+    #[arg(long, value_name = "DIR")]
+    pub model: Option<PathBuf>,
+    /// Visual tokens of the prompt; those of one image otherwise.
+    #[arg(long, value_name = "N")]
+    pub visual_tokens: Option<usize>,
+    /// Text tokens of the prompt.
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub text_tokens: usize,
+    /// Type of keys and values.
+    #[arg(long, value_enum, default_value = "f16")]
+    pub dtype: Dtype,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}

@@ -1,0 +1,53 @@
+//! `reroute ask`: a question about images.
+
+use std::io::{Write, stderr};
+use std::path::PathBuf;
+
+use anyhow::bail;
+use vision_encoder::RgbImage;
+use zoo::{Question, Vlm};
+
+use crate::args::AskArgs;
+use crate::backend::Backend;
+use crate::{embedded, open, output};
+
+/// Runs the command.
+pub fn run(args: &AskArgs, out: &mut dyn Write) -> anyhow::Result<()> {
+    let vlm = open::model(&args.model)?;
+    let schedule = open::schedule(&args.routing.routing, vlm.decoder_config().num_layers)?;
+    let options = open::generation(&args.generation, vlm.generation_defaults())?;
+    let built_in = args.model.model.is_none();
+    let question = question(&vlm, &args.image, args.prompt.as_deref(), built_in)?;
+    let mut written = Ok(());
+    let answer = vlm.ask(&question, &schedule, &options, |piece| {
+        if !args.json && written.is_ok() {
+            written = write!(out, "{piece}").and_then(|()| out.flush());
+        }
+    })?;
+    written?;
+    if args.json {
+        return output::print_json(out, &output::answer_json(&vlm, &schedule, &answer));
+    }
+    writeln!(out)?;
+    let _ = writeln!(stderr(), "{}", output::summary(&vlm, &schedule, &answer));
+    Ok(())
+}
+
+/// The user's question; with the built-in model, its scene and expression fill the gaps.
+pub(crate) fn question(
+    vlm: &Vlm<Backend>,
+    images: &[PathBuf],
+    prompt: Option<&str>,
+    built_in: bool,
+) -> anyhow::Result<Question> {
+    let images: Vec<RgbImage> = match images.is_empty() && built_in {
+        true => vec![open::scene()?],
+        false => open::images(images)?,
+    };
+    let text = match prompt {
+        Some(prompt) => prompt.to_string(),
+        None if built_in => vlm.grounding().question(embedded::SCENE.expression),
+        None => bail!("--prompt is missing: say what you want to know"),
+    };
+    Ok(Question { images, text })
+}

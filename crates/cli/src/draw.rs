@@ -1,0 +1,109 @@
+//! Pictures: boxes on photos, and which visual tokens a stage works on.
+
+use anyhow::Context;
+use image::{ExtendedColorType, ImageEncoder, codecs::png::PngEncoder};
+use vision_encoder::RgbImage;
+
+/// Colour of a found box.
+pub(crate) const FOUND: [u8; 3] = [255, 45, 85];
+
+/// Colour of the frame around tokens that came back.
+const RETURNED: [u8; 3] = [52, 199, 89];
+
+/// What a stage does with a visual token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum TokenState {
+    /// The layers of the stage work on it.
+    Active,
+    /// Active, after the stage before had deferred it.
+    Returned,
+    /// It bypasses the stage, or is gone.
+    Deferred,
+}
+
+/// Encodes a PNG.
+pub(crate) fn png(picture: &RgbImage) -> anyhow::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let (width, height) = (picture.width() as u32, picture.height() as u32);
+    PngEncoder::new(&mut bytes)
+        .write_image(picture.data(), width, height, ExtendedColorType::Rgb8)
+        .context("cannot encode the picture as PNG")?;
+    Ok(bytes)
+}
+
+/// Draws the outline of a box given in pixels; parts outside the picture are left out.
+pub(crate) fn rectangle(picture: &mut RgbImage, [x1, y1, x2, y2]: &[f64; 4], colour: [u8; 3]) {
+    let (width, height) = (picture.width() as f64, picture.height() as f64);
+    let thickness = (width.max(height) / 160.0).max(1.0).round();
+    let sides = [
+        [*x1, *y1, *x2, y1 + thickness],
+        [*x1, y2 - thickness, *x2, *y2],
+        [*x1, *y1, x1 + thickness, *y2],
+        [x2 - thickness, *y1, *x2, *y2],
+    ];
+    for side in sides {
+        fill(picture, side, |_| colour);
+    }
+}
+
+/// Paints the grid of visual tokens over the image as the model sees it: active tokens as they are,
+/// deferred ones dark, returned ones framed.
+pub(crate) fn tokens(
+    view: &RgbImage,
+    states: &[TokenState],
+    columns: usize,
+) -> anyhow::Result<RgbImage> {
+    let scale = (448 / view.width()).max(1);
+    let mut picture = enlarge(view, scale)?;
+    let rows = states.len() / columns.max(1);
+    let cell = |at: usize, count: usize, size: usize| (size * at) as f64 / count as f64;
+    let (width, height) = (picture.width(), picture.height());
+    for (token, state) in states.iter().enumerate() {
+        let (row, column) = (token / columns, token % columns);
+        let area = [
+            cell(column, columns, width),
+            cell(row, rows, height),
+            cell(column + 1, columns, width),
+            cell(row + 1, rows, height),
+        ];
+        match state {
+            TokenState::Active => {}
+            TokenState::Deferred => fill(&mut picture, area, darken),
+            TokenState::Returned => rectangle(&mut picture, &area, RETURNED),
+        }
+    }
+    Ok(picture)
+}
+
+/// Grey at a quarter of the brightness.
+fn darken([r, g, b]: [u8; 3]) -> [u8; 3] {
+    let grey = (u16::from(r) + u16::from(g) + u16::from(b)) / 12;
+    [grey as u8; 3]
+}
+
+fn fill(picture: &mut RgbImage, [x1, y1, x2, y2]: [f64; 4], change: impl Fn([u8; 3]) -> [u8; 3]) {
+    let (width, height) = (picture.width(), picture.height());
+    let clip = |value: f64, size: usize| value.round().clamp(0.0, size as f64) as usize;
+    let (left, right) = (clip(x1, width), clip(x2, width));
+    for y in clip(y1, height)..clip(y2, height) {
+        let row = &mut picture.data_mut()[y * width * 3..(y + 1) * width * 3];
+        for pixel in row[left * 3..right.max(left) * 3].chunks_exact_mut(3) {
+            let changed = change([pixel[0], pixel[1], pixel[2]]);
+            pixel.copy_from_slice(&changed);
+        }
+    }
+}
+
+/// Every pixel becomes a square of `scale` pixels.
+fn enlarge(view: &RgbImage, scale: usize) -> anyhow::Result<RgbImage> {
+    let (width, height) = (view.width(), view.height());
+    let mut data = Vec::with_capacity(width * height * 3 * scale * scale);
+    for row in view.data().chunks_exact(width * 3) {
+        let wide: Vec<u8> = row
+            .chunks_exact(3)
+            .flat_map(|pixel| std::iter::repeat_n(pixel, scale).flatten().copied())
+            .collect();
+        data.extend(std::iter::repeat_n(wide, scale).flatten());
+    }
+    Ok(RgbImage::new(width * scale, height * scale, data)?)
+}

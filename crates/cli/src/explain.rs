@@ -1,0 +1,212 @@
+//! `reroute explain`: one picture per stage, one line per layer.
+
+use std::collections::BTreeSet;
+use std::io::Write;
+use std::path::PathBuf;
+
+use anyhow::Context;
+use reducers::{Action, Schedule};
+use reroute::Decision;
+use serde_json::json;
+use zoo::{Answer, Question, Vlm};
+
+use crate::args::ExplainArgs;
+use crate::backend::Backend;
+use crate::draw::{self, TokenState};
+use crate::{ask, open, output};
+
+/// Runs the command.
+pub fn run(args: &ExplainArgs, out: &mut dyn Write) -> anyhow::Result<()> {
+    let vlm = open::model(&args.model)?;
+    let schedule = open::schedule(&args.routing, vlm.decoder_config().num_layers)?;
+    let options = open::generation(&args.generation, vlm.generation_defaults())?;
+    let built_in = args.model.model.is_none();
+    let question = ask::question(&vlm, &args.image, args.prompt.as_deref(), built_in)?;
+    let answer = vlm.ask(&question, &schedule, &options, |_| {})?;
+    let pictures = pictures(args, &vlm, &question, &answer)?;
+    let layers = layers(&vlm, &schedule, &answer);
+    if args.json {
+        let mut report = output::answer_json(&vlm, &schedule, &answer);
+        report["pictures"] = json!(pictures);
+        report["layers"] = json!(layers.iter().map(Layer::json).collect::<Vec<_>>());
+        return output::print_json(out, &report);
+    }
+    writeln!(out, "{}\n  → {}\n", question.text, answer.text)?;
+    print_stages(out, &schedule, &answer)?;
+    print_layers(out, &layers)?;
+    writeln!(out, "\n{}", output::summary(&vlm, &schedule, &answer))?;
+    if !pictures.is_empty() {
+        writeln!(
+            out,
+            "\npictures (as they are: active; dark: {}; green frame: came back)",
+            deferred_name(&schedule)
+        )?;
+        pictures
+            .iter()
+            .try_for_each(|path| writeln!(out, "  {}", path.display()))?;
+    }
+    Ok(())
+}
+
+fn deferred_name(schedule: &Schedule) -> &'static str {
+    match schedule.action() {
+        Action::Reroute => "deferred",
+        Action::Remove => "removed",
+    }
+}
+
+/// Draws every stage for every image; returns the files written.
+fn pictures(
+    args: &ExplainArgs,
+    vlm: &Vlm<Backend>,
+    question: &Question,
+    answer: &Answer,
+) -> anyhow::Result<Vec<PathBuf>> {
+    let [rows, columns] = vlm.config().visual_grid();
+    let per_image = rows * columns;
+    let mut written = Vec::new();
+    if answer.trace.decisions.is_empty() {
+        return Ok(written);
+    }
+    std::fs::create_dir_all(&args.out)
+        .with_context(|| format!("cannot make the folder {}", args.out.display()))?;
+    for (stage, decision) in answer.trace.decisions.iter().enumerate() {
+        let states = states(decision, answer.visual_tokens);
+        for (index, image) in question.images.iter().enumerate() {
+            let view = vlm.preprocessor().view(image)?;
+            let states = &states[index * per_image..(index + 1) * per_image];
+            let picture = draw::tokens(&view, states, columns)?;
+            let which = match question.images.len() {
+                1 => String::new(),
+                _ => format!("-image-{}", index + 1),
+            };
+            let name = format!("stage-{}-layer-{}{which}.png", stage + 1, decision.layer);
+            let path = args.out.join(name);
+            output::write_file(&path, &draw::png(&picture)?)?;
+            written.push(path);
+        }
+    }
+    Ok(written)
+}
+
+fn states(decision: &Decision, visual_tokens: usize) -> Vec<TokenState> {
+    let mut states = vec![TokenState::Deferred; visual_tokens];
+    decision
+        .selected
+        .iter()
+        .for_each(|&token| states[token] = TokenState::Active);
+    decision
+        .returned
+        .iter()
+        .for_each(|&token| states[token] = TokenState::Returned);
+    states
+}
+
+fn print_stages(out: &mut dyn Write, schedule: &Schedule, answer: &Answer) -> anyhow::Result<()> {
+    let deferred = deferred_name(schedule);
+    writeln!(
+        out,
+        "stage  layer  candidates  active  {deferred:>8}  came back  new"
+    )?;
+    let mut seen = BTreeSet::new();
+    for (stage, decision) in answer.trace.decisions.iter().enumerate() {
+        let active = decision.selected.len();
+        let new = decision
+            .selected
+            .iter()
+            .filter(|&&token| seen.insert(token))
+            .count();
+        writeln!(
+            out,
+            "{:>5}  {:>5}  {:>10}  {active:>6}  {:>8}  {:>9}  {:>3}",
+            stage + 1,
+            decision.layer,
+            decision.candidates.len(),
+            answer.visual_tokens - active,
+            decision.returned.len(),
+            if stage == 0 { 0 } else { new },
+        )?;
+    }
+    Ok(writeln!(out)?)
+}
+
+/// What a layer was predicted to cost and what it did cost.
+struct Layer {
+    index: usize,
+    rows: usize,
+    predicted_rows: usize,
+    flops: f64,
+    predicted_flops: f64,
+    scorer_flops: f64,
+    kv_bytes: u64,
+    predicted_kv_bytes: u64,
+}
+
+impl Layer {
+    fn json(&self) -> serde_json::Value {
+        json!({
+            "layer": self.index,
+            "rows": {"predicted": self.predicted_rows, "measured": self.rows},
+            "flops": {"predicted": self.predicted_flops, "measured": self.flops},
+            "scorer_flops": self.scorer_flops,
+            "kv_bytes": {"predicted": self.predicted_kv_bytes, "measured": self.kv_bytes},
+        })
+    }
+}
+
+fn layers(vlm: &Vlm<Backend>, schedule: &Schedule, answer: &Answer) -> Vec<Layer> {
+    let shape = vlm.decoder_config().shape();
+    let (cost, _) = output::costs(vlm, schedule, answer);
+    let layer = |index: usize| {
+        let rows = answer.trace.rows[index][0];
+        Layer {
+            index,
+            rows,
+            predicted_rows: cost.rows[index],
+            // Counted from the rows that the layer really processed.
+            flops: shape.layer_flops(rows),
+            predicted_flops: cost.layer_flops[index],
+            scorer_flops: cost.scorer_flops[index],
+            kv_bytes: answer.kv_bytes[index],
+            predicted_kv_bytes: cost.kv_bytes[index],
+        }
+    };
+    (0..shape.num_layers).map(layer).collect()
+}
+
+fn print_layers(out: &mut dyn Write, layers: &[Layer]) -> anyhow::Result<()> {
+    writeln!(
+        out,
+        "             rows           MFLOPs of the layer        scorer        KV bytes"
+    )?;
+    writeln!(
+        out,
+        "layer  predicted  measured   predicted   measured    MFLOPs  predicted   measured"
+    )?;
+    for layer in layers {
+        writeln!(
+            out,
+            "{:>5}  {:>9}  {:>8}  {:>10.2} {:>10.2}  {:>8.3}  {:>9}  {:>9}",
+            layer.index,
+            layer.predicted_rows,
+            layer.rows,
+            layer.predicted_flops / 1e6,
+            layer.flops / 1e6,
+            layer.scorer_flops / 1e6,
+            layer.predicted_kv_bytes,
+            layer.kv_bytes,
+        )?;
+    }
+    let total = |of: &dyn Fn(&Layer) -> f64| layers.iter().map(of).sum::<f64>();
+    Ok(writeln!(
+        out,
+        "total  {:>9}  {:>8}  {:>10.2} {:>10.2}  {:>8.3}  {:>9}  {:>9}",
+        total(&|l| l.predicted_rows as f64),
+        total(&|l| l.rows as f64),
+        total(&|l| l.predicted_flops) / 1e6,
+        total(&|l| l.flops) / 1e6,
+        total(&|l| l.scorer_flops) / 1e6,
+        total(&|l| l.predicted_kv_bytes as f64),
+        total(&|l| l.kv_bytes as f64),
+    )?)
+}

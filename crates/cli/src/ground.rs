@@ -1,0 +1,69 @@
+//! `reroute ground`: a box around what an expression describes.
+
+use std::io::{Write, stderr};
+use std::path::{Path, PathBuf};
+
+use anyhow::bail;
+use serde_json::json;
+
+use crate::args::GroundArgs;
+use crate::{draw, embedded, open, output};
+
+/// Where the box of the built-in scene is drawn.
+const DEFAULT_OVERLAY: &str = "reroute-ground.png";
+
+/// Runs the command.
+pub fn run(args: &GroundArgs, out: &mut dyn Write) -> anyhow::Result<()> {
+    let vlm = open::model(&args.model)?;
+    let schedule = open::schedule(&args.routing.routing, vlm.decoder_config().num_layers)?;
+    let options = open::generation(&args.generation, vlm.generation_defaults())?;
+    let (image, overlay) = match (&args.image, &args.model.model) {
+        (Some(path), _) => (open::image(path)?, args.overlay.clone()),
+        (None, None) => {
+            let overlay = args.overlay.clone();
+            (
+                open::scene()?,
+                overlay.or_else(|| Some(PathBuf::from(DEFAULT_OVERLAY))),
+            )
+        }
+        (None, Some(_)) => bail!("--image is missing: say where to look"),
+    };
+    let expression = match (&args.expression, &args.image) {
+        (Some(expression), _) => expression.as_str(),
+        (None, None) => embedded::SCENE.expression,
+        (None, Some(_)) => bail!("--expression is missing: say what to find"),
+    };
+    let found = vlm.ground(&image, expression, &schedule, &options)?;
+    if let Some(path) = &overlay {
+        let mut picture = image.clone();
+        draw::rectangle(&mut picture, &found.pixels, draw::FOUND);
+        output::write_file(path, &draw::png(&picture)?)?;
+    }
+    let answer = &found.answer;
+    if args.json {
+        let mut report = output::answer_json(&vlm, &schedule, answer);
+        report["expression"] = json!(expression);
+        report["box"] = json!({"pixels": found.pixels, "normalized": found.normalized});
+        report["overlay"] = json!(overlay);
+        return output::print_json(out, &report);
+    }
+    let [x1, y1, x2, y2] = found.pixels;
+    writeln!(out, "{expression}")?;
+    writeln!(
+        out,
+        "  pixels      [{x1:.1}, {y1:.1}, {x2:.1}, {y2:.1}] of {}×{}",
+        image.width(),
+        image.height()
+    )?;
+    let [x1, y1, x2, y2] = found.normalized;
+    writeln!(out, "  normalized  [{x1:.4}, {y1:.4}, {x2:.4}, {y2:.4}]")?;
+    if let Some(path) = &overlay {
+        writeln!(out, "  drawn in    {}", shown(path))?;
+    }
+    let _ = writeln!(stderr(), "{}", output::summary(&vlm, &schedule, answer));
+    Ok(())
+}
+
+fn shown(path: &Path) -> String {
+    path.display().to_string()
+}

@@ -1,0 +1,29 @@
+//! The `reroute` program. Other leaf packages share its [`backend`], the one place where a backend
+//! is named, and its [`embedded`] default model.
+
+pub mod args;
+pub mod ask;
+pub mod backend;
+mod draw;
+pub mod embedded;
+pub mod explain;
+pub mod ground;
+mod open;
+mod output;
+pub mod presets;
+pub mod trace;
+
+use std::io::Write;
+
+use args::Command;
+
+/// Runs one command; everything it has to say goes to `out`, progress and notes to stderr.
+pub fn run(command: &Command, out: &mut dyn Write) -> anyhow::Result<()> {
+    match command {
+        Command::Ask(args) => ask::run(args, out),
+        Command::Ground(args) => ground::run(args, out),
+        Command::Explain(args) => explain::run(args, out),
+        Command::Trace(args) => trace::run(args, out),
+        Command::Presets(args) => presets::run(args, out),
+    }
+}

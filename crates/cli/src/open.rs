@@ -1,0 +1,124 @@
+//! From flags to models, images and schedules.
+
+use std::fs::File;
+use std::io::{IsTerminal, Read, Write, stderr};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use burn::tensor::DType;
+use reducers::{Schedule, presets};
+use reroute::{GenerationOptions, SamplingOptions};
+use vision_encoder::{DecodeLimits, RgbImage, decode};
+use zoo::{Folder, OpenOptions, Vlm};
+
+use crate::args::{Dtype, GenerationArgs, ModelArgs};
+use crate::backend::{self, Backend};
+use crate::embedded;
+
+/// Largest image and schedule files that are read.
+const MAX_IMAGE_BYTES: u64 = 256 << 20;
+const MAX_SCHEDULE_BYTES: u64 = 1 << 20;
+const MAX_TENSOR_BYTES: u64 = 4 << 30;
+
+/// Loading shows its progress from this size on.
+const SHOW_PROGRESS_BYTES: u64 = 256 << 20;
+
+impl Dtype {
+    pub(crate) fn burn(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::F16 => DType::F16,
+        }
+    }
+}
+
+pub(crate) fn folder(path: Option<&Path>) -> anyhow::Result<Folder> {
+    match path {
+        Some(path) => Ok(Folder::open(path)?),
+        None => Ok(embedded::checkpoint()),
+    }
+}
+
+pub(crate) fn model(args: &ModelArgs) -> anyhow::Result<Vlm<Backend>> {
+    let device = backend::device()?;
+    let folder = folder(args.model.as_deref())?;
+    let options = OpenOptions {
+        dtype: args.dtype.burn(),
+        pad_to_square: args.pad_to_square.then_some(true),
+    };
+    let show = stderr().is_terminal();
+    let vlm = Vlm::open_with_progress(&folder, &options, &device, &mut |progress| {
+        if show && progress.total_bytes > SHOW_PROGRESS_BYTES {
+            let (loaded, total) = (progress.loaded_bytes >> 20, progress.total_bytes >> 20);
+            let end = if loaded == total { "\n" } else { "" };
+            let _ = write!(stderr(), "\rloading {loaded} of {total} MiB{end}");
+        }
+    });
+    Ok(vlm?)
+}
+
+pub(crate) fn images(paths: &[PathBuf]) -> anyhow::Result<Vec<RgbImage>> {
+    paths.iter().map(|path| image(path)).collect()
+}
+
+pub(crate) fn image(path: &Path) -> anyhow::Result<RgbImage> {
+    let bytes = read(path, MAX_IMAGE_BYTES)?;
+    decode(&bytes, &DecodeLimits::default()).with_context(|| format!("image {}", path.display()))
+}
+
+/// The contents of a safetensors file.
+pub(crate) fn tensors(path: &Path) -> anyhow::Result<Vec<u8>> {
+    read(path, MAX_TENSOR_BYTES)
+}
+
+/// The built-in scene.
+pub(crate) fn scene() -> anyhow::Result<RgbImage> {
+    Ok(decode(embedded::SCENE.image, &DecodeLimits::default())?)
+}
+
+/// A preset by name, or a schedule from a JSON file.
+pub(crate) fn schedule(routing: &str, num_layers: usize) -> anyhow::Result<Schedule> {
+    let schedule = if routing.ends_with(".json") {
+        let text = String::from_utf8(read(Path::new(routing), MAX_SCHEDULE_BYTES)?)
+            .with_context(|| format!("schedule {routing} is not UTF-8 text"))?;
+        Schedule::from_json(&text).with_context(|| format!("schedule {routing}"))?
+    } else {
+        presets::find(routing)?.schedule(num_layers)?
+    };
+    schedule.check_depth(num_layers)?;
+    Ok(schedule)
+}
+
+pub(crate) fn generation(
+    args: &GenerationArgs,
+    defaults: GenerationOptions,
+) -> anyhow::Result<GenerationOptions> {
+    let sampling = SamplingOptions {
+        temperature: args.temperature,
+        top_p: args.top_p,
+        top_k: args.top_k,
+        repetition_penalty: args.repetition_penalty,
+        seed: args.seed,
+    };
+    sampling.validate()?;
+    Ok(GenerationOptions {
+        max_new_tokens: args.max_new_tokens.unwrap_or(defaults.max_new_tokens),
+        sampling,
+        ..defaults
+    })
+}
+
+fn read(path: &Path, limit: u64) -> anyhow::Result<Vec<u8>> {
+    let shown = path.display();
+    let file = File::open(path).with_context(|| format!("cannot open {shown}"))?;
+    let mut bytes = Vec::new();
+    let read = file.take(limit + 1).read_to_end(&mut bytes);
+    read.with_context(|| format!("cannot read {shown}"))?;
+    if bytes.len() as u64 > limit {
+        bail!(
+            "{shown} is larger than {} MiB; give a smaller file",
+            limit >> 20
+        );
+    }
+    Ok(bytes)
+}

@@ -1,0 +1,97 @@
+//! `reroute presets`: what every preset keeps and costs.
+
+use std::io::Write;
+
+use reducers::{Cost, Schedule, presets};
+use serde_json::json;
+use zoo::ModelConfig;
+
+use crate::args::PresetsArgs;
+use crate::{open, output};
+
+/// Runs the command.
+pub fn run(args: &PresetsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
+    let config = ModelConfig::open(&open::folder(args.model.as_deref())?)?;
+    let shape = config.decoder().shape();
+    let [rows, columns] = config.visual_grid();
+    let visual = args.visual_tokens.unwrap_or(rows * columns);
+    let bytes = args.dtype.burn().size();
+    let cost = |schedule: &Schedule| Cost::of(&shape, schedule, visual, args.text_tokens, bytes);
+    let dense = cost(&Schedule::dense());
+
+    let mut reports = Vec::new();
+    if !args.json {
+        writeln!(
+            out,
+            "{} layers, {visual} visual + {} text tokens; FLOPs of the decoder prefill with scoring, \
+             KV in {:?}",
+            shape.num_layers, args.text_tokens, args.dtype
+        )?;
+        writeln!(
+            out,
+            "{:<26} {:>9} {:>9} {:>7} {:>8} {:>9}  {:<20} keep counts",
+            "preset", "average", "GFLOPs", "FLOPs", "ceiling", "KV KiB", "decision layers"
+        )?;
+    }
+    for preset in presets::presets() {
+        let schedule = match preset.schedule(shape.num_layers) {
+            Ok(schedule) => schedule,
+            Err(error) if args.json => {
+                reports.push(json!({"preset": preset.name, "error": error.to_string()}));
+                continue;
+            }
+            Err(error) => {
+                writeln!(out, "{:<26} {error}", preset.name)?;
+                continue;
+            }
+        };
+        let cost = cost(&schedule);
+        let counts = schedule.keep_counts(visual);
+        let layers: Vec<usize> = schedule.stages().iter().map(|stage| stage.layer).collect();
+        if args.json {
+            reports.push(json!({
+                "preset": preset.name,
+                "method": preset.method.description,
+                "source": preset.method.source,
+                "schedule": schedule,
+                "layers": layers,
+                "keep_counts": counts,
+                "average_visual_tokens": cost.average_tokens(),
+                "flops": cost.total_flops(),
+                "scorer_flops": cost.total_scorer_flops(),
+                "kv_bytes": cost.total_kv_bytes(),
+                "speedup_ceiling": cost.speedup_ceiling(&dense),
+            }));
+            continue;
+        }
+        writeln!(
+            out,
+            "{:<26} {:>9.2} {:>9.3} {:>6.1}% {:>7.2}× {:>9.1}  {:<20} {}",
+            preset.name,
+            cost.average_tokens(),
+            cost.total_flops() / 1e9,
+            100.0 * cost.total_flops() / dense.total_flops(),
+            cost.speedup_ceiling(&dense),
+            cost.total_kv_bytes() as f64 / 1024.0,
+            joined(&layers),
+            joined(&counts),
+        )?;
+    }
+    match args.json {
+        true => output::print_json(
+            out,
+            &json!({
+                "num_layers": shape.num_layers,
+                "visual_tokens": visual,
+                "text_tokens": args.text_tokens,
+                "presets": reports,
+            }),
+        ),
+        false => Ok(()),
+    }
+}
+
+fn joined(numbers: &[usize]) -> String {
+    let words: Vec<String> = numbers.iter().map(ToString::to_string).collect();
+    words.join(" ")
+}

@@ -1,0 +1,264 @@
+//! `reroute trace`: prepared tensors in, everything that routing and decoding did out.
+//!
+//! Names and layouts are those of the reference outputs that the parity tests compare with.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+
+use anyhow::{Context, bail};
+use burn::tensor::{DType, Tensor, TensorData};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde_json::json;
+use zoo::{TensorInputs, TensorOutputs};
+
+use crate::args::TraceArgs;
+use crate::backend::{Backend, Device};
+use crate::{open, output};
+
+/// Marks the unused end of a row when samples have different numbers of visual tokens.
+const NO_TOKEN: i64 = -1;
+
+/// Runs the command.
+pub fn run(args: &TraceArgs, out: &mut dyn Write) -> anyhow::Result<()> {
+    let vlm = open::model(&args.model)?;
+    let schedule = open::schedule(&args.routing.routing, vlm.decoder_config().num_layers)?;
+    let bytes = open::tensors(&args.inputs)?;
+    let file = format!("inputs {}", args.inputs.display());
+    let tensors = SafeTensors::deserialize(&bytes).with_context(|| file.clone())?;
+    let inputs = inputs(&tensors, vlm.device()).with_context(|| file)?;
+    let outputs = vlm.run_tensors(inputs, &schedule, args.new_tokens, args.hidden_states)?;
+    let written = Written::collect(outputs, args.hidden_states)?;
+    output::write_file(&args.out, &written.serialize()?)?;
+    let names: Vec<&String> = written.0.keys().collect();
+    match args.json {
+        true => output::print_json(out, &json!({"out": args.out, "tensors": names})),
+        false => Ok(writeln!(
+            out,
+            "wrote {} tensors to {}",
+            names.len(),
+            args.out.display()
+        )?),
+    }
+}
+
+fn inputs(tensors: &SafeTensors, device: &Device) -> anyhow::Result<TensorInputs<Backend>> {
+    let (shape, ids) = integers(tensors, "in.input_ids")?.context("in.input_ids is missing")?;
+    let [samples, length] = shape[..] else {
+        bail!("in.input_ids must be [B, L], but is {shape:?}");
+    };
+    let mask = match integers(tensors, "in.attention_mask")? {
+        Some((mask_shape, mask)) if mask_shape == shape => mask,
+        Some((mask_shape, _)) => {
+            bail!("in.attention_mask is {mask_shape:?}, in.input_ids is {shape:?}");
+        }
+        None => vec![1; ids.len()],
+    };
+    let mut rows = vec![Vec::with_capacity(length); samples];
+    for (at, (&id, &attended)) in ids.iter().zip(&mask).enumerate() {
+        if attended != 0 {
+            let id = u32::try_from(id).with_context(|| format!("in.input_ids has the id {id}"))?;
+            rows[at / length].push(id);
+        }
+    }
+    let pixel_values = match tensors.tensor("in.pixel_values") {
+        Ok(view) => Some(pixels(&view, device)?),
+        Err(_) => None,
+    };
+    Ok(TensorInputs {
+        samples: rows,
+        pixel_values,
+    })
+}
+
+fn integers(tensors: &SafeTensors, name: &str) -> anyhow::Result<Option<(Vec<usize>, Vec<i64>)>> {
+    let Ok(view) = tensors.tensor(name) else {
+        return Ok(None);
+    };
+    let chunks = |size| view.data().chunks_exact(size);
+    let values = match view.dtype() {
+        Dtype::I64 => chunks(8).map(|b| i64::from_le_bytes(array(b))).collect(),
+        Dtype::I32 => chunks(4)
+            .map(|b| i32::from_le_bytes(array(b)).into())
+            .collect(),
+        Dtype::BOOL | Dtype::U8 => view.data().iter().map(|&b| b.into()).collect(),
+        other => bail!("{name} has type {other:?}; write I64"),
+    };
+    Ok(Some((view.shape().to_vec(), values)))
+}
+
+fn pixels(view: &TensorView, device: &Device) -> anyhow::Result<Tensor<Backend, 4>> {
+    let (shape, dtype) = (view.shape(), view.dtype());
+    let [images, channels, height, width] = shape[..] else {
+        bail!("in.pixel_values must be [N, 3, H, W], but is {shape:?}");
+    };
+    if dtype != Dtype::F32 {
+        bail!("in.pixel_values has type {dtype:?}; write F32");
+    }
+    let values = view
+        .data()
+        .chunks_exact(4)
+        .map(|b| f32::from_le_bytes(array(b)));
+    let data = TensorData::new(
+        values.collect::<Vec<f32>>(),
+        [images, channels, height, width],
+    );
+    Ok(Tensor::from_data(data, (device, DType::F32)))
+}
+
+fn array<const N: usize>(bytes: &[u8]) -> [u8; N] {
+    std::array::from_fn(|i| bytes[i])
+}
+
+/// Named tensors to write: type, shape, little-endian bytes.
+struct Written(BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>);
+
+impl Written {
+    fn collect(outputs: TensorOutputs<Backend>, hidden_states: bool) -> anyhow::Result<Self> {
+        let mut written = Self(BTreeMap::new());
+        let samples = outputs.generations.len();
+        written.tensor("logits", outputs.logits)?;
+        written.routing(&outputs.trace, samples);
+
+        let layers = outputs.kv_lengths.first().map_or(0, Vec::len);
+        let lengths: Vec<i64> = outputs
+            .kv_lengths
+            .iter()
+            .flatten()
+            .map(|&n| n as i64)
+            .collect();
+        let shape = if samples == 1 {
+            vec![layers]
+        } else {
+            vec![samples, layers]
+        };
+        written.integers("kv_lengths", shape, &lengths);
+
+        let new_tokens = outputs
+            .generations
+            .iter()
+            .map(|g| g.tokens.len())
+            .max()
+            .unwrap_or(0);
+        if new_tokens > 0 {
+            let vocab_size = outputs.generations[0].logits[0].len();
+            let (mut ids, mut logits) = (Vec::new(), Vec::new());
+            for generation in &outputs.generations {
+                let missing = new_tokens - generation.tokens.len();
+                ids.extend(generation.tokens.iter().map(|&id| i64::from(id)));
+                ids.extend(std::iter::repeat_n(NO_TOKEN, missing));
+                logits.extend(generation.logits.iter().flatten());
+                logits.extend(std::iter::repeat_n(f32::NAN, missing * vocab_size));
+            }
+            written.integers("decode.ids", vec![samples, new_tokens], &ids);
+            written.floats(
+                "decode.logits",
+                vec![samples, new_tokens, vocab_size],
+                &logits,
+            );
+        }
+        if hidden_states {
+            // Packed rows; with one sample the leading axis is the batch.
+            let row_major = |x: Tensor<Backend, 2>| x.transpose().unsqueeze::<3>();
+            for (name, features) in [
+                ("vision_features", outputs.vision_features),
+                ("image_embeds", outputs.image_embeds),
+                ("inputs_embeds", Some(outputs.inputs_embeds)),
+            ] {
+                if let Some(features) = features {
+                    written.tensor(name, row_major(features))?;
+                }
+            }
+            for (layer, hidden) in outputs.hidden_states.into_iter().enumerate() {
+                let rows: Vec<i64> = hidden.rows.iter().map(|&row| row as i64).collect();
+                written.integers(&format!("hidden.{layer}.rows"), vec![rows.len()], &rows);
+                written.tensor(&format!("hidden.{layer}"), row_major(hidden.values))?;
+            }
+        }
+        Ok(written)
+    }
+
+    /// Scores and selections per decision layer, one row per sample. `scores` has one column per
+    /// candidate in visual order and `selected` points at those columns; under *remove* the
+    /// candidates of a later decision are the survivors, whose numbers among all visual tokens are
+    /// in `candidates`.
+    fn routing(&mut self, trace: &reroute::RoutingTrace, samples: usize) {
+        let layers: std::collections::BTreeSet<usize> = trace
+            .decisions
+            .iter()
+            .map(|decision| decision.layer)
+            .collect();
+        for layer in layers {
+            let at = |sample| {
+                let mut decisions = trace.of_sample(sample);
+                decisions.find(|decision| decision.layer == layer)
+            };
+            let decisions: Vec<_> = (0..samples).map(at).collect();
+            let most = |length: &dyn Fn(&reroute::Decision) -> usize| {
+                decisions
+                    .iter()
+                    .flatten()
+                    .map(|d| length(d))
+                    .max()
+                    .unwrap_or(0)
+            };
+            let candidates = most(&|d| d.candidates.len());
+            let kept = most(&|d| d.selected.len());
+            let (mut scores, mut selected, mut tokens) = (Vec::new(), Vec::new(), Vec::new());
+            for decision in &decisions {
+                let (s, c, k): (&[f32], &[usize], &[usize]) = match decision {
+                    Some(d) => (&d.scores, &d.candidates, &d.selected),
+                    None => (&[], &[], &[]),
+                };
+                let column = |token: &usize| c.partition_point(|other| other < token) as i64;
+                scores.extend_from_slice(s);
+                scores.extend(std::iter::repeat_n(f32::NAN, candidates - s.len()));
+                tokens.extend(c.iter().map(|&token| token as i64));
+                tokens.extend(std::iter::repeat_n(NO_TOKEN, candidates - c.len()));
+                selected.extend(k.iter().map(column));
+                selected.extend(std::iter::repeat_n(NO_TOKEN, kept - k.len()));
+            }
+            let name = |what: &str| format!("routing.{layer}.{what}");
+            self.floats(&name("scores"), vec![samples, candidates], &scores);
+            self.integers(&name("candidates"), vec![samples, candidates], &tokens);
+            self.integers(&name("selected"), vec![samples, kept], &selected);
+        }
+    }
+
+    fn tensor<const D: usize>(
+        &mut self,
+        name: &str,
+        tensor: Tensor<Backend, D>,
+    ) -> anyhow::Result<()> {
+        let shape = tensor.dims().to_vec();
+        let data = tensor.try_into_data();
+        let data =
+            data.map_err(|error| anyhow::anyhow!("reading {name} back failed: {error:?}"))?;
+        let values: Vec<f32> = data.iter::<f32>().collect();
+        self.floats(name, shape, &values);
+        Ok(())
+    }
+
+    fn floats(&mut self, name: &str, shape: Vec<usize>, values: &[f32]) {
+        let bytes = values
+            .iter()
+            .flat_map(|value| value.to_le_bytes())
+            .collect();
+        self.0.insert(name.into(), (Dtype::F32, shape, bytes));
+    }
+
+    fn integers(&mut self, name: &str, shape: Vec<usize>, values: &[i64]) {
+        let bytes = values
+            .iter()
+            .flat_map(|value| value.to_le_bytes())
+            .collect();
+        self.0.insert(name.into(), (Dtype::I64, shape, bytes));
+    }
+
+    fn serialize(&self) -> anyhow::Result<Vec<u8>> {
+        let views = self.0.iter().map(|(name, (dtype, shape, bytes))| {
+            Ok((name, TensorView::new(*dtype, shape.clone(), bytes)?))
+        });
+        let views = views.collect::<Result<Vec<_>, safetensors::SafeTensorError>>()?;
+        Ok(safetensors::serialize(views, None)?)
+    }
+}

@@ -1,0 +1,26 @@
+//! The building blocks that vision towers, projectors and decoders share.
+//!
+//! # Feature-major activations
+//!
+//! Activations are `[features, rows]`: one *column* per token. A checkpoint stores a linear weight
+//! as `[out, in]`; with feature-major activations `y = W · x` needs neither the weight nor the
+//! activation transposed. On CPU backends the weight is then the streamed left operand of the
+//! matrix product, which keeps the product at full speed for the few rows that routing leaves
+//! (with `[rows, features]` it drops to under half below about a hundred rows). Attention heads
+//! fall out of `[heads · head_dim, rows]` by a reshape, without a permutation.
+//!
+//! Rows of several samples stand side by side ("packed"): there is no padding anywhere.
+
+mod activation;
+mod attention;
+mod embedding;
+mod linear;
+mod norm;
+mod rotary;
+
+pub use activation::{quick_gelu, silu};
+pub use attention::{CausalMask, attention};
+pub use embedding::{Embedding, EmbeddingConfig};
+pub use linear::{Linear, LinearConfig};
+pub use norm::{LayerNorm, LayerNormConfig, RmsNorm, RmsNormConfig};
+pub use rotary::Rotary;

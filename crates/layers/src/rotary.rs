@@ -1,0 +1,60 @@
+use burn::tensor::backend::Backend;
+use burn::tensor::{DType, Int, Tensor};
+
+/// Rotary position table (RoFormer, arXiv 2104.09864), in the "rotate half" convention of Hugging
+/// Face checkpoints: channel `i` is paired with channel `i + head_dim / 2`.
+///
+/// Built once per forward pass from explicit positions, shared by all layers.
+#[derive(Debug, Clone)]
+pub struct Rotary<B: Backend> {
+    /// `[head_dim, rows]`
+    cos: Tensor<B, 2>,
+    /// `[head_dim, rows]`, negated in the first half so that rotation needs no negation.
+    sin: Tensor<B, 2>,
+}
+
+impl<B: Backend> Rotary<B> {
+    /// Takes the angles of the first half of the channels.
+    ///
+    /// # Shapes
+    /// - `angles`: `[head_dim / 2, rows]`, radians, f32
+    ///
+    /// `dtype` is the type of the activations that will be rotated.
+    pub fn from_angles(angles: Tensor<B, 2>, dtype: DType) -> Self {
+        let (cos, sin) = (angles.clone().cos(), angles.sin());
+        Self {
+            cos: Tensor::cat(vec![cos.clone(), cos], 0).cast(dtype),
+            sin: Tensor::cat(vec![sin.clone().neg(), sin], 0).cast(dtype),
+        }
+    }
+
+    /// The table of some of the rows.
+    ///
+    /// # Shapes
+    /// - `rows`: `[kept]`, indices into the rows of this table
+    pub fn select(&self, rows: Tensor<B, 1, Int>) -> Self {
+        Self {
+            cos: self.cos.clone().select(1, rows.clone()),
+            sin: self.sin.clone().select(1, rows),
+        }
+    }
+
+    /// Rotates queries or keys.
+    ///
+    /// # Shapes
+    /// - `x`: `[heads · head_dim, rows]`
+    /// - returns `[heads · head_dim, rows]`
+    pub fn apply(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        let [features, rows] = x.dims();
+        let head_dim = self.cos.dims()[0];
+        let heads = features / head_dim;
+        let mut halves = x.clone().reshape([heads, head_dim, rows]).chunk(2, 1);
+        halves.reverse();
+        // Flat rows: the table broadcasts over heads along one axis, which every backend does fast.
+        let flat = [heads, head_dim * rows];
+        let turned = Tensor::cat(halves, 1).reshape(flat);
+        let cos = self.cos.clone().reshape([1, head_dim * rows]);
+        let sin = self.sin.clone().reshape([1, head_dim * rows]);
+        (x.reshape(flat) * cos + turned * sin).reshape([features, rows])
+    }
+}

@@ -1,0 +1,308 @@
+//! At which layers to decide, how many visual tokens to keep, and what becomes of the rest.
+//!
+//! [`Schedule`] is always valid. Its JSON form is what users write by hand:
+//!
+//! ```json
+//! {"action": "reroute", "monotonic": false, "stages": [
+//!     {"layer": 2, "keep_ratio": 0.45},
+//!     {"layer": 15, "keep_count": 64}
+//! ]}
+//! ```
+
+mod file;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Keep, ReducerError};
+
+/// What becomes of the visual tokens a decision does not select.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Action {
+    /// They are gone: later decisions choose among the survivors (FastV, arXiv 2403.06764;
+    /// PyramidDrop, arXiv 2410.17247).
+    Remove,
+    /// They bypass the layers of the stage, hidden states unchanged, and are candidates again at
+    /// the next decision (Reroute, arXiv 2606.12412).
+    Reroute,
+}
+
+/// One decision, and the layers that live with it: up to the next decision, or to the last layer.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Stage {
+    /// The decision layer, counted from 0. Its *input* is scored, and it already runs on the
+    /// selection.
+    pub layer: usize,
+    /// How many visual tokens to keep.
+    pub keep: Keep,
+}
+
+impl Stage {
+    /// A stage that keeps a share of the original visual tokens.
+    pub fn ratio(layer: usize, ratio: f64) -> Self {
+        Self {
+            layer,
+            keep: Keep::Ratio(ratio),
+        }
+    }
+
+    /// A stage that keeps a number of visual tokens.
+    pub fn count(layer: usize, count: usize) -> Self {
+        Self {
+            layer,
+            keep: Keep::Count(count),
+        }
+    }
+}
+
+/// A valid schedule: stages by strictly increasing layer, each keeping something.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "file::ScheduleFile", into = "file::ScheduleFile")]
+pub struct Schedule {
+    action: Action,
+    monotonic: bool,
+    stages: Vec<Stage>,
+}
+
+impl Schedule {
+    /// Checks the stages and puts them to use.
+    ///
+    /// `monotonic` means something for [`Action::Reroute`] only: a decision then ranks the tokens
+    /// the previous one did not select behind all others. Removal is monotonic by nature.
+    ///
+    /// # Errors
+    /// [`ReducerError::LayerOrder`], [`ReducerError::KeepRatio`] or [`ReducerError::KeepCount`],
+    /// naming the stage.
+    pub fn new(action: Action, monotonic: bool, stages: Vec<Stage>) -> Result<Self, ReducerError> {
+        for (stage, &Stage { layer, keep }) in stages.iter().enumerate() {
+            if let Some(Stage {
+                layer: previous, ..
+            }) = stage.checked_sub(1).map(|before| stages[before])
+                && layer <= previous
+            {
+                return Err(ReducerError::LayerOrder {
+                    stage,
+                    layer,
+                    previous,
+                });
+            }
+            match keep {
+                // Written so that NaN is refused as well.
+                Keep::Ratio(ratio) if !(ratio > 0.0 && ratio <= 1.0) => {
+                    return Err(ReducerError::KeepRatio { stage, ratio });
+                }
+                Keep::Count(0) => {
+                    return Err(ReducerError::KeepCount {
+                        stage,
+                        count: "0".into(),
+                    });
+                }
+                Keep::Ratio(_) | Keep::Count(_) => {}
+            }
+        }
+        Ok(Self {
+            action,
+            monotonic,
+            stages,
+        })
+    }
+
+    /// The plain model: no decision, every layer works on every token.
+    pub fn dense() -> Self {
+        Self {
+            action: Action::Remove,
+            monotonic: false,
+            stages: Vec::new(),
+        }
+    }
+
+    /// Reads the JSON form.
+    ///
+    /// # Errors
+    /// [`ReducerError::Json`] if the text is not of this form, otherwise as [`Schedule::new`].
+    pub fn from_json(text: &str) -> Result<Self, ReducerError> {
+        serde_json::from_str::<file::ScheduleFile>(text)
+            .map_err(|source| ReducerError::Json { source })?
+            .try_into()
+    }
+
+    /// What becomes of the tokens not selected.
+    pub fn action(&self) -> Action {
+        self.action
+    }
+
+    /// Whether a rerouted token, once deferred, ranks behind all others at the next decision.
+    pub fn monotonic(&self) -> bool {
+        self.monotonic
+    }
+
+    /// The stages, by increasing layer.
+    pub fn stages(&self) -> &[Stage] {
+        &self.stages
+    }
+
+    /// Whether there is no decision at all.
+    pub fn is_dense(&self) -> bool {
+        self.stages.is_empty()
+    }
+
+    /// The stage whose decision is taken at `layer`, if any.
+    pub fn decision_at(&self, layer: usize) -> Option<usize> {
+        self.stages
+            .binary_search_by_key(&layer, |stage| stage.layer)
+            .ok()
+    }
+
+    /// Checks that every decision lies within a decoder of `num_layers` layers.
+    ///
+    /// # Errors
+    /// [`ReducerError::LayerDepth`], naming the first stage that does not.
+    pub fn check_depth(&self, num_layers: usize) -> Result<(), ReducerError> {
+        match self
+            .stages
+            .iter()
+            .position(|stage| stage.layer >= num_layers)
+        {
+            None => Ok(()),
+            Some(stage) => Err(ReducerError::LayerDepth {
+                stage,
+                layer: self.stages[stage].layer,
+                num_layers,
+            }),
+        }
+    }
+
+    /// Visual tokens kept by each stage, of `visual_tokens`. Under [`Action::Remove`] no stage
+    /// keeps more than the one before it left.
+    pub fn keep_counts(&self, visual_tokens: usize) -> Vec<usize> {
+        let mut pool = visual_tokens;
+        self.stages
+            .iter()
+            .map(|stage| {
+                let count = stage.keep.count(visual_tokens).min(pool);
+                if self.action == Action::Remove {
+                    pool = count;
+                }
+                count
+            })
+            .collect()
+    }
+
+    /// Visual tokens each of `num_layers` layers works on, of `visual_tokens`.
+    pub fn visual_tokens_per_layer(&self, num_layers: usize, visual_tokens: usize) -> Vec<usize> {
+        let counts = self.keep_counts(visual_tokens);
+        let mut now = visual_tokens;
+        (0..num_layers)
+            .map(|layer| {
+                if let Some(stage) = self.decision_at(layer) {
+                    now = counts[stage];
+                }
+                now
+            })
+            .collect()
+    }
+
+    /// Visual tokens a layer works on, on average: the budget a schedule is named after.
+    pub fn average_tokens(&self, num_layers: usize, visual_tokens: usize) -> f64 {
+        let total: usize = self
+            .visual_tokens_per_layer(num_layers, visual_tokens)
+            .iter()
+            .sum();
+        total as f64 / num_layers.max(1) as f64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Action, Schedule, Stage};
+    use crate::ReducerError;
+
+    #[test]
+    fn a_dense_schedule_keeps_every_token_in_every_layer() {
+        let dense = Schedule::dense();
+        assert!(dense.is_dense());
+        assert!(dense.keep_counts(576).is_empty());
+        assert_eq!(dense.visual_tokens_per_layer(4, 576), [576; 4]);
+        assert_eq!(dense.average_tokens(32, 576), 576.0);
+        assert_eq!(dense.average_tokens(0, 576), 0.0);
+    }
+
+    #[test]
+    fn removal_never_brings_tokens_back_but_rerouting_may() {
+        let stages = vec![
+            Stage::ratio(1, 0.25),
+            Stage::ratio(2, 0.5),
+            Stage::count(3, 999),
+        ];
+        let remove = Schedule::new(Action::Remove, false, stages.clone()).unwrap();
+        let reroute = Schedule::new(Action::Reroute, false, stages).unwrap();
+        assert_eq!(remove.keep_counts(64), [16, 16, 16]);
+        assert_eq!(reroute.keep_counts(64), [16, 32, 64]);
+        assert_eq!(reroute.visual_tokens_per_layer(5, 64), [64, 16, 32, 64, 64]);
+    }
+
+    #[test]
+    fn the_layer_sum_of_reroute_pdrop_at_192_is_6127() {
+        let stages =
+            [(2, 0.4502), (7, 0.4502), (15, 0.2251), (23, 0.1126)].map(|(l, r)| Stage::ratio(l, r));
+        let schedule = Schedule::new(Action::Reroute, false, stages.into()).unwrap();
+        assert_eq!(
+            schedule
+                .visual_tokens_per_layer(32, 576)
+                .iter()
+                .sum::<usize>(),
+            6127
+        );
+        assert_eq!(schedule.average_tokens(32, 576), 6127.0 / 32.0);
+    }
+
+    #[test]
+    fn bad_ratios_and_counts_are_refused_by_stage() {
+        for ratio in [f64::NAN, f64::INFINITY, 0.0, -0.5, 2.0] {
+            let stages = vec![Stage::ratio(1, 1.0), Stage::ratio(2, ratio)];
+            let error = Schedule::new(Action::Remove, false, stages).unwrap_err();
+            assert!(
+                matches!(error, ReducerError::KeepRatio { stage: 1, .. }),
+                "{error}"
+            );
+        }
+        let error = Schedule::new(Action::Remove, false, vec![Stage::count(1, 0)]).unwrap_err();
+        assert!(
+            matches!(error, ReducerError::KeepCount { stage: 0, .. }),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn layers_must_increase_and_exist() {
+        for layers in [[3, 3], [7, 3]] {
+            let stages = layers.map(|layer| Stage::count(layer, 8)).into();
+            let error = Schedule::new(Action::Remove, false, stages).unwrap_err();
+            assert!(
+                matches!(
+                    error,
+                    ReducerError::LayerOrder {
+                        stage: 1,
+                        layer: 3,
+                        ..
+                    }
+                ),
+                "{error}"
+            );
+        }
+        let schedule = Schedule::new(Action::Remove, false, vec![Stage::count(3, 8)]).unwrap();
+        assert!(schedule.check_depth(4).is_ok());
+        let error = schedule.check_depth(3).unwrap_err();
+        assert!(
+            matches!(
+                error,
+                ReducerError::LayerDepth {
+                    stage: 0,
+                    layer: 3,
+                    num_layers: 3
+                }
+            ),
+            "{error}"
+        );
+    }
+}

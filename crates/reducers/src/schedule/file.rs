@@ -1,0 +1,172 @@
+//! The JSON form of a schedule, as users write it: parsed here, checked by [`Schedule::new`].
+
+use serde::{Deserialize, Serialize};
+use serde_json::Number;
+
+use super::{Action, Schedule, Stage};
+use crate::{Keep, ReducerError};
+
+/// A schedule as written. A key that nobody knows is refused: in a file written by hand it is a
+/// typing error.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ScheduleFile {
+    action: Action,
+    #[serde(default)]
+    monotonic: bool,
+    stages: Vec<StageFile>,
+}
+
+/// A stage as written. Whole numbers are read as any number, so that the refusal of -1 or 2.5 can
+/// name the stage.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct StageFile {
+    layer: Number,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    keep_ratio: Option<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    keep_count: Option<Number>,
+}
+
+impl TryFrom<ScheduleFile> for Schedule {
+    type Error = ReducerError;
+
+    fn try_from(file: ScheduleFile) -> Result<Self, ReducerError> {
+        let stages = file
+            .stages
+            .into_iter()
+            .enumerate()
+            .map(|(index, stage)| stage.resolve(index));
+        Schedule::new(
+            file.action,
+            file.monotonic,
+            stages.collect::<Result<_, _>>()?,
+        )
+    }
+}
+
+impl StageFile {
+    fn resolve(self, stage: usize) -> Result<Stage, ReducerError> {
+        let layer = whole(&self.layer).ok_or_else(|| ReducerError::Layer {
+            stage,
+            layer: self.layer.to_string(),
+        })?;
+        let keep = match (self.keep_ratio, self.keep_count) {
+            (Some(ratio), None) => Keep::Ratio(ratio),
+            (None, Some(count)) => {
+                Keep::Count(whole(&count).ok_or_else(|| ReducerError::KeepCount {
+                    stage,
+                    count: count.to_string(),
+                })?)
+            }
+            _ => return Err(ReducerError::KeepChoice { stage }),
+        };
+        Ok(Stage { layer, keep })
+    }
+}
+
+fn whole(number: &Number) -> Option<usize> {
+    number.as_u64().and_then(|whole| whole.try_into().ok())
+}
+
+impl From<Schedule> for ScheduleFile {
+    fn from(schedule: Schedule) -> Self {
+        let stages = schedule.stages.into_iter().map(|Stage { layer, keep }| {
+            let (keep_ratio, keep_count) = match keep {
+                Keep::Ratio(ratio) => (Some(ratio), None),
+                Keep::Count(count) => (None, Some(count.into())),
+            };
+            StageFile {
+                layer: layer.into(),
+                keep_ratio,
+                keep_count,
+            }
+        });
+        Self {
+            action: schedule.action,
+            monotonic: schedule.monotonic,
+            stages: stages.collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Schedule;
+    use crate::ReducerError;
+
+    #[test]
+    fn a_schedule_survives_its_json_form_unchanged() {
+        let text = concat!(
+            r#"{"action":"reroute","monotonic":true,"stages":["#,
+            r#"{"layer":2,"keep_ratio":0.45},{"layer":4,"keep_count":64}]}"#
+        );
+        let schedule = Schedule::from_json(text).unwrap();
+        assert_eq!(schedule.keep_counts(100), [45, 64]);
+        assert_eq!(serde_json::to_string(&schedule).unwrap(), text);
+    }
+
+    #[test]
+    fn no_stages_means_dense() {
+        let schedule = Schedule::from_json(r#"{"action": "remove", "stages": []}"#).unwrap();
+        assert_eq!(schedule, Schedule::dense());
+    }
+
+    #[test]
+    fn refusals_name_the_stage_and_the_remedy() {
+        for (stages, expected) in [
+            (r#"{"layer": 2, "keep_ratio": 0}"#, "stage 0: keep ratio 0"),
+            (r#"{"layer": 2, "keep_ratio": 2}"#, "stage 0: keep ratio 2"),
+            (
+                r#"{"layer": 2, "keep_ratio": -0.5}"#,
+                "stage 0: keep ratio -0.5",
+            ),
+            (r#"{"layer": 2, "keep_count": 0}"#, "stage 0: keep count 0"),
+            (
+                r#"{"layer": 2, "keep_count": -1}"#,
+                "stage 0: keep count -1",
+            ),
+            (
+                r#"{"layer": 2, "keep_count": 2.5}"#,
+                "stage 0: keep count 2.5",
+            ),
+            (r#"{"layer": -2, "keep_count": 2}"#, "stage 0: layer -2"),
+            (r#"{"layer": 2}"#, "exactly one of"),
+            (
+                r#"{"layer": 2, "keep_count": 2, "keep_ratio": 0.5}"#,
+                "exactly one of",
+            ),
+            (
+                r#"{"layer": 2, "keep_count": 2}, {"layer": 1, "keep_count": 2}"#,
+                "stage 1: layer 1",
+            ),
+        ] {
+            let text =
+                format!(r#"{{"action": "remove", "monotonic": false, "stages": [{stages}]}}"#);
+            let message = Schedule::from_json(&text).unwrap_err().to_string();
+            assert!(message.contains(expected), "{message}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_a_schedule_is_refused_as_json() {
+        for text in [
+            "",
+            "[]",
+            "{",
+            r#"{"action": "delete", "stages": []}"#,
+            r#"{"action": "remove"}"#,
+            r#"{"action": "remove", "stages": [{"layer": 2, "keep": 0.5}]}"#,
+            r#"{"action": "remove", "stages": [], "note": "typo"}"#,
+            r#"{"action": "remove", "stages": [{"layer": 2, "keep_ratio": 1e999}]}"#,
+            r#"{"action": "remove", "stages": [{"layer": 2, "keep_ratio": NaN}]}"#,
+        ] {
+            let error = Schedule::from_json(text).unwrap_err();
+            assert!(
+                matches!(error, ReducerError::Json { .. }),
+                "{text}: {error}"
+            );
+        }
+    }
+}

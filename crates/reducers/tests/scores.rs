@@ -1,0 +1,99 @@
+//! The last-row score against numbers worked out by hand, and against plain loops.
+
+use burn::tensor::{FloatDType, Tensor, TensorData, Tolerance};
+use burn_flex::Flex;
+use proptest::prelude::*;
+use reducers::{last_row_scores, top_k};
+
+fn scores(query: TensorData, keys: TensorData) -> Vec<f32> {
+    let device = Default::default();
+    let query = Tensor::<Flex, 2>::from_data(query, &device);
+    let keys = Tensor::<Flex, 3>::from_data(keys, &device);
+    last_row_scores(query, keys).into_data().to_vec().unwrap()
+}
+
+/// Two heads, five rows (text, three visual, the last), no rotation.
+#[test]
+fn two_heads_by_hand() {
+    let rows = [
+        [0.5_f32, 0.5],
+        [1.0, 0.0],
+        [0.0, 1.0],
+        [1.0, 1.0],
+        [0.2, 0.2],
+    ];
+    let found = scores(
+        TensorData::from([[1.0_f32, 0.0], [0.0, 1.0]]),
+        TensorData::from([rows, rows]),
+    );
+    let expected = [0.186592_f32, 0.198376, 0.198376, 0.265729, 0.150926];
+    TensorData::from(found.as_slice())
+        .assert_approx_eq::<f32>(&expected.into(), Tolerance::absolute(1e-6));
+
+    // The two tied tokens compare equal to the last bit, and the first wins.
+    assert_eq!(top_k(&found[1..4], 2).unwrap(), [0, 2]);
+}
+
+#[test]
+fn half_precision_inputs_are_scored_in_f32() {
+    let device = Default::default();
+    let query = Tensor::<Flex, 2>::from_data([[1.0_f32, 0.5], [0.25, 2.0]], &device);
+    let keys = Tensor::<Flex, 3>::from_data([[[0.5_f32, 1.0], [2.0, 0.125], [1.0, 1.0]]], &device);
+    let exact = last_row_scores(query.clone(), keys.clone()).into_data();
+    // These numbers are the same in half precision, so the scores must be too.
+    let half = last_row_scores(query.cast(FloatDType::F16), keys.cast(FloatDType::F16));
+    assert_eq!(half.into_data(), exact);
+}
+
+/// Scores as nested loops in f64: query head `j` reads key head `j / group`.
+fn oracle(query: &[Vec<f32>], keys: &[Vec<Vec<f32>>]) -> Vec<f64> {
+    let (group, rows) = (query.len() / keys.len(), keys[0].len());
+    let heads = query.len() as f64;
+    let mut mean = vec![0.0; rows];
+    for (head, query) in query.iter().enumerate() {
+        let dot = |key: &Vec<f32>| {
+            query
+                .iter()
+                .zip(key)
+                .map(|(q, k)| f64::from(*q) * f64::from(*k))
+                .sum::<f64>()
+        };
+        let weights: Vec<f64> = keys[head / group]
+            .iter()
+            .map(|key| (dot(key) / (query.len() as f64).sqrt()).exp())
+            .collect();
+        let total: f64 = weights.iter().sum();
+        for (mean, weight) in mean.iter_mut().zip(weights) {
+            *mean += weight / total / heads;
+        }
+    }
+    mean
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn grouped_heads_agree_with_plain_loops(
+        (query, keys) in (1_usize..4, 1_usize..4, 1_usize..9, 1_usize..40).prop_flat_map(
+            |(kv_heads, group, head_dim, rows)| {
+                let vector = prop::collection::vec(-3.0_f32..3.0, head_dim);
+                (
+                    prop::collection::vec(vector.clone(), kv_heads * group),
+                    prop::collection::vec(prop::collection::vec(vector, rows), kv_heads),
+                )
+            },
+        ),
+    ) {
+        let (heads, head_dim) = (query.len(), query[0].len());
+        let (kv_heads, rows) = (keys.len(), keys[0].len());
+        let found = scores(
+            TensorData::new(query.concat(), [heads, head_dim]),
+            TensorData::new(keys.concat().concat(), [kv_heads, rows, head_dim]),
+        );
+        for (found, expected) in found.iter().zip(oracle(&query, &keys)) {
+            prop_assert!((f64::from(*found) - expected).abs() < 1e-5, "{found} {expected}");
+        }
+        prop_assert!((found.iter().sum::<f32>() - 1.0).abs() < 1e-4);
+    }
+}

@@ -1,0 +1,122 @@
+use burn::module::Module;
+use burn::tensor::Tensor;
+use burn::tensor::backend::Backend;
+use layers::{CausalMask, Linear, LinearConfig, RmsNorm, RmsNormConfig, Rotary, attention};
+
+use crate::DecoderConfig;
+
+/// Grouped-query self-attention, with the projections callable one by one so that a decision layer
+/// can compute keys once for all candidates and queries only for the rows that stay.
+#[derive(Module, Debug)]
+pub struct SelfAttention<B: Backend> {
+    q_proj: Linear<B>,
+    k_proj: Linear<B>,
+    v_proj: Linear<B>,
+    o_proj: Linear<B>,
+    q_norm: Option<RmsNorm<B>>,
+    k_norm: Option<RmsNorm<B>>,
+    num_key_value_heads: usize,
+    head_dim: usize,
+}
+
+impl<B: Backend> SelfAttention<B> {
+    pub(crate) fn new(config: &DecoderConfig, device: &B::Device) -> Self {
+        let hidden = config.hidden_size;
+        let queries = config.num_attention_heads * config.head_dim;
+        let keys = config.num_key_value_heads * config.head_dim;
+        let projection = |output| {
+            LinearConfig::new(hidden, output)
+                .with_bias(config.qkv_bias)
+                .init(device)
+        };
+        let norm = || {
+            let norm = RmsNormConfig {
+                features: config.head_dim,
+                epsilon: config.rms_norm_eps,
+            };
+            config.qk_norm.then(|| norm.init(device))
+        };
+        Self {
+            q_proj: projection(queries),
+            k_proj: projection(keys),
+            v_proj: projection(keys),
+            o_proj: LinearConfig::new(queries, hidden).init(device),
+            q_norm: norm(),
+            k_norm: norm(),
+            num_key_value_heads: config.num_key_value_heads,
+            head_dim: config.head_dim,
+        }
+    }
+
+    /// Rotated queries.
+    ///
+    /// # Shapes
+    /// - `normed`: `[hidden_size, rows]`
+    /// - returns `[num_attention_heads · head_dim, rows]`
+    pub fn queries(&self, normed: Tensor<B, 2>, rope: &Rotary<B>) -> Tensor<B, 2> {
+        rope.apply(self.per_head(&self.q_norm, self.q_proj.forward(normed)))
+    }
+
+    /// Rotated keys.
+    ///
+    /// # Shapes
+    /// - `normed`: `[hidden_size, rows]`
+    /// - returns `[num_key_value_heads · head_dim, rows]`
+    pub fn keys(&self, normed: Tensor<B, 2>, rope: &Rotary<B>) -> Tensor<B, 2> {
+        rope.apply(self.per_head(&self.k_norm, self.k_proj.forward(normed)))
+    }
+
+    /// Values.
+    ///
+    /// # Shapes
+    /// - `normed`: `[hidden_size, rows]`
+    /// - returns `[num_key_value_heads · head_dim, rows]`
+    pub fn values(&self, normed: Tensor<B, 2>) -> Tensor<B, 2> {
+        self.v_proj.forward(normed)
+    }
+
+    /// Attention of one sample's queries over its keys and values.
+    ///
+    /// # Shapes
+    /// - `queries`: `[num_attention_heads · head_dim, queries]`
+    /// - `keys`, `values`: `[num_key_value_heads, head_dim, keys]`
+    /// - returns `[num_attention_heads · head_dim, queries]`
+    pub(crate) fn attend(
+        &self,
+        queries: Tensor<B, 2>,
+        keys: Tensor<B, 3>,
+        values: Tensor<B, 3>,
+        causal: Option<&CausalMask<B>>,
+    ) -> Tensor<B, 2> {
+        let [features, rows] = queries.dims();
+        let (kv_heads, head_dim) = (self.num_key_value_heads, self.head_dim);
+        let group = features / (kv_heads * head_dim);
+        let queries = queries.reshape([kv_heads, group, head_dim, rows]);
+        attention(queries, keys, values, causal)
+    }
+
+    /// The output projection.
+    ///
+    /// # Shapes
+    /// - `context`: `[num_attention_heads · head_dim, rows]`
+    /// - returns `[hidden_size, rows]`
+    pub(crate) fn output(&self, context: Tensor<B, 2>) -> Tensor<B, 2> {
+        self.o_proj.forward(context)
+    }
+
+    /// Splits `[heads · head_dim, rows]` into `[heads, head_dim, rows]`.
+    pub(crate) fn split_heads(&self, x: Tensor<B, 2>) -> Tensor<B, 3> {
+        let [features, rows] = x.dims();
+        x.reshape([features / self.head_dim, self.head_dim, rows])
+    }
+
+    fn per_head(&self, norm: &Option<RmsNorm<B>>, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        match norm {
+            Some(norm) => {
+                let shape = x.dims();
+                norm.forward(self.split_heads(x)).reshape(shape)
+            }
+            None => x,
+        }
+    }
+}

@@ -1,0 +1,229 @@
+use burn::module::Module;
+use burn::tensor::backend::Backend;
+use burn::tensor::{Int, Tensor};
+use layers::{
+    CausalMask, Embedding, EmbeddingConfig, Linear, LinearConfig, RmsNorm, RmsNormConfig,
+};
+use reducers::Schedule;
+
+use crate::{DecoderConfig, DecoderLayer, KvCache, Prompt, RerouteError, Router, RoutingTrace};
+
+/// A LLaMA-style decoder whose prefill follows a routing schedule.
+#[derive(Module, Debug)]
+pub struct Decoder<B: Backend> {
+    embed_tokens: Embedding<B>,
+    layers: Vec<DecoderLayer<B>>,
+    norm: RmsNorm<B>,
+    /// `None` when the logits reuse the embedding table.
+    lm_head: Option<Linear<B>>,
+    #[module(skip)]
+    config: DecoderConfig,
+}
+
+/// What a prefill shall return besides the logits of the last row.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct PrefillOptions {
+    /// Also return every layer's output ([`Prefill::hidden_states`]), for inspection.
+    pub hidden_states: bool,
+}
+
+/// The result of a prefill.
+#[derive(Debug)]
+pub struct Prefill<B: Backend> {
+    /// `[samples, vocab_size]`, logits of each sample's last row.
+    pub logits: Tensor<B, 2>,
+    /// Keys and values for decoding.
+    pub cache: KvCache<B>,
+    /// What routing did.
+    pub trace: RoutingTrace,
+    /// Output of every layer, if asked for.
+    pub hidden_states: Vec<HiddenStates<B>>,
+}
+
+/// The output of one layer.
+#[derive(Debug, Clone)]
+pub struct HiddenStates<B: Backend> {
+    /// The packed rows that the layer processed, ascending.
+    pub rows: Vec<usize>,
+    /// `[hidden_size, rows]`
+    pub values: Tensor<B, 2>,
+}
+
+impl<B: Backend> Decoder<B> {
+    pub(crate) fn new(config: &DecoderConfig, device: &B::Device) -> Self {
+        let (entries, features) = (config.vocab_size, config.hidden_size);
+        let layer = |_| DecoderLayer::new(config, device);
+        let epsilon = config.rms_norm_eps;
+        Self {
+            embed_tokens: EmbeddingConfig { entries, features }.init(device),
+            layers: (0..config.num_layers).map(layer).collect(),
+            norm: RmsNormConfig { features, epsilon }.init(device),
+            lm_head: (!config.tie_word_embeddings)
+                .then(|| LinearConfig::new(features, entries).init(device)),
+            config: config.clone(),
+        }
+    }
+
+    /// The resolved configuration.
+    pub fn config(&self) -> &DecoderConfig {
+        &self.config
+    }
+
+    /// The layers, first to last.
+    pub fn layers(&self) -> &[DecoderLayer<B>] {
+        &self.layers
+    }
+
+    /// A decoder with the same embedding, norm and head around other layers.
+    ///
+    /// Layers may share their parameters (a clone is a reference), which makes a decoder of any
+    /// depth from a few layers' memory.
+    pub fn with_layers(mut self, layers: Vec<DecoderLayer<B>>) -> Self {
+        self.config.num_layers = layers.len();
+        self.layers = layers;
+        self
+    }
+
+    /// Embeds token ids; every id must be below `vocab_size`.
+    ///
+    /// # Shapes
+    /// - `ids`: `[rows]`
+    /// - returns `[hidden_size, rows]`
+    pub fn embed(&self, ids: Tensor<B, 1, Int>) -> Tensor<B, 2> {
+        self.embed_tokens.forward(ids)
+    }
+
+    /// Runs prompts through all layers under a schedule and fills the cache.
+    ///
+    /// Samples are routed one by one by their own scores; samples without visual tokens take the
+    /// dense path. [`Schedule::dense`] is the plain model.
+    pub fn prefill(
+        &self,
+        prompt: &Prompt<B>,
+        schedule: &Schedule,
+        options: PrefillOptions,
+    ) -> Result<Prefill<B>, RerouteError> {
+        prompt.validate(&self.config)?;
+        schedule.check_depth(self.layers.len())?;
+        let mut hidden_states = prompt.embeddings.clone();
+        let device = hidden_states.device();
+        let rope = self
+            .config
+            .rope
+            .table(prompt.positions.clone(), hidden_states.dtype());
+        let longest = prompt.samples.iter().map(|sample| sample.rows).max();
+        let mask = CausalMask::new(longest.unwrap_or(0), &device);
+        let positions = prompt.samples.iter().map(|sample| sample.next_position);
+        let mut cache = KvCache::new(self.layers.len(), positions.collect());
+        let mut router = Router::new(prompt, schedule, rope);
+        let mut trace = RoutingTrace::default();
+        let mut captured = Vec::new();
+
+        for (index, layer) in self.layers.iter().enumerate() {
+            let input = router.enter(index, layer, hidden_states)?;
+            let attention = &layer.self_attn;
+            let queries = attention.queries(input.normed.clone(), router.rope());
+            let values = attention.split_heads(attention.values(input.normed));
+            let keys = attention.split_heads(input.keys);
+            let (mut entries, mut contexts) = (Vec::new(), Vec::new());
+            for range in router.ranges() {
+                let (start, rows) = (range.start, range.len());
+                let keys = keys.clone().narrow(2, start, rows);
+                let values = values.clone().narrow(2, start, rows);
+                let queries = queries.clone().narrow(1, start, rows);
+                contexts.push(attention.attend(queries, keys.clone(), values.clone(), Some(&mask)));
+                entries.push((keys, values));
+            }
+            cache.push_layer(entries);
+            trace
+                .rows
+                .push(router.ranges().iter().map(|range| range.len()).collect());
+            trace.decisions.extend(input.decisions);
+            hidden_states = layer.finish(input.hidden_states, Tensor::cat(contexts, 1));
+            if options.hidden_states {
+                captured.push(HiddenStates {
+                    rows: router.active().to_vec(),
+                    values: hidden_states.clone(),
+                });
+            }
+        }
+
+        let last: Vec<i64> = router
+            .ranges()
+            .iter()
+            .map(|range| range.end as i64 - 1)
+            .collect();
+        let last = Tensor::from_data(last.as_slice(), &device);
+        Ok(Prefill {
+            logits: self.logits(hidden_states.select(1, last)),
+            cache,
+            trace,
+            hidden_states: captured,
+        })
+    }
+
+    /// Feeds one token to each of the given samples and returns the logits of the next.
+    ///
+    /// Routing plays no part here: a token attends, per layer, to whatever that layer's cache holds,
+    /// at the position it would have in the plain model.
+    ///
+    /// # Shapes
+    /// - `tokens`: (index of the sample, token id)
+    /// - returns `[tokens, vocab_size]`
+    pub fn decode(
+        &self,
+        tokens: &[(usize, u32)],
+        cache: &mut KvCache<B>,
+    ) -> Result<Tensor<B, 2>, RerouteError> {
+        let device = self.embed_tokens.weight.device();
+        let mut positions = Vec::with_capacity(tokens.len());
+        let mut ids = Vec::with_capacity(tokens.len());
+        for &(sample, id) in tokens {
+            let position = cache.take_position(sample);
+            if position as usize >= self.config.max_position_embeddings {
+                return Err(RerouteError::ContextLength {
+                    needed: position as usize + 1,
+                    available: self.config.max_position_embeddings,
+                });
+            }
+            positions.push(position);
+            ids.push(id as i64);
+        }
+        let mut hidden_states = self.embed(Tensor::from_data(ids.as_slice(), &device));
+        let positions = Tensor::<B, 1, Int>::from_data(positions.as_slice(), &device)
+            .unsqueeze::<2>()
+            .repeat_dim(0, self.config.rope.axes());
+        let rope = self.config.rope.table(positions, hidden_states.dtype());
+
+        for (index, layer) in self.layers.iter().enumerate() {
+            let attention = &layer.self_attn;
+            let normed = layer.input_layernorm.forward(hidden_states.clone());
+            let queries = attention.queries(normed.clone(), &rope);
+            let keys = attention.split_heads(attention.keys(normed.clone(), &rope));
+            let values = attention.split_heads(attention.values(normed));
+            let context = tokens.iter().enumerate().map(|(column, &(sample, _))| {
+                let keys = keys.clone().narrow(2, column, 1);
+                let values = values.clone().narrow(2, column, 1);
+                let (keys, values) = cache.append(index, sample, keys, values);
+                attention.attend(queries.clone().narrow(1, column, 1), keys, values, None)
+            });
+            let context = Tensor::cat(context.collect(), 1);
+            hidden_states = layer.finish(hidden_states, context);
+        }
+        Ok(self.logits(hidden_states))
+    }
+
+    /// Final norm and vocabulary head.
+    ///
+    /// # Shapes
+    /// - `hidden_states`: `[hidden_size, rows]`
+    /// - returns `[rows, vocab_size]`
+    pub fn logits(&self, hidden_states: Tensor<B, 2>) -> Tensor<B, 2> {
+        let normed = self.norm.forward(hidden_states);
+        let logits = match &self.lm_head {
+            Some(head) => head.forward(normed),
+            None => self.embed_tokens.weight.val().matmul(normed),
+        };
+        logits.transpose()
+    }
+}

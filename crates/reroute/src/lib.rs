@@ -1,0 +1,36 @@
+//! The routed decoder: one LLaMA-style decoder for every family, and the stage executor that sends
+//! only the selected visual tokens through its layers.
+//!
+//! - [`Decoder`]: blocks, [`KvCache`] with a length of its own per layer, rotary positions from
+//!   explicit position tensors, grouped-query attention.
+//! - [`Router`]: at each decision layer of a [`reducers::Schedule`], scores the candidates with one
+//!   query row, selects, and parks the deferred rows untouched so that they stand again at the next
+//!   decision (Reroute, arXiv 2606.12412) or forgets them (FastV, PyramidDrop).
+//! - [`generate`]: greedy and sampled generation with streaming.
+//!
+//! Activations are feature-major and packed, see [`layers`]: `[hidden_size, rows]`, the rows of all
+//! samples side by side, no padding anywhere.
+
+mod attention;
+mod block;
+mod cache;
+mod config;
+mod decoder;
+mod error;
+mod generate;
+mod prompt;
+mod router;
+mod sampling;
+mod trace;
+
+pub use attention::SelfAttention;
+pub use block::{DecoderLayer, Mlp};
+pub use cache::KvCache;
+pub use config::{DecoderConfig, RopeConfig};
+pub use decoder::{Decoder, HiddenStates, Prefill, PrefillOptions};
+pub use error::RerouteError;
+pub use generate::{FinishReason, Generation, GenerationOptions, generate};
+pub use prompt::{Prompt, SampleLayout};
+pub use router::{Routed, Router};
+pub use sampling::{Sampler, SamplingOptions};
+pub use trace::{Decision, RoutingTrace};

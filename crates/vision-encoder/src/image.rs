@@ -1,0 +1,134 @@
+//! Decoding image files within limits.
+
+use std::io::Cursor;
+
+use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
+
+use crate::VisionError;
+
+/// An RGB image, 8 bits per channel, rows from top to bottom.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RgbImage {
+    width: usize,
+    height: usize,
+    /// `[height, width, 3]`
+    data: Vec<u8>,
+}
+
+impl RgbImage {
+    /// An image from its bytes, `[height, width, 3]`; no side may be zero.
+    pub fn new(width: usize, height: usize, data: Vec<u8>) -> Result<Self, VisionError> {
+        let expected = width.checked_mul(height).and_then(|n| n.checked_mul(3));
+        if width == 0 || height == 0 || expected != Some(data.len()) {
+            return Err(VisionError::ImageData {
+                width,
+                height,
+                bytes: data.len(),
+            });
+        }
+        Ok(Self {
+            width,
+            height,
+            data,
+        })
+    }
+
+    /// Width in pixels.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Height in pixels.
+    pub fn height(&self) -> usize {
+        self.height
+    }
+
+    /// `[height, width, 3]`
+    pub fn data(&self) -> &[u8] {
+        &self.data
+    }
+
+    /// `[height, width, 3]`
+    pub fn data_mut(&mut self) -> &mut [u8] {
+        &mut self.data
+    }
+
+    /// The bytes of one row; `y` must be below the height.
+    pub(crate) fn row(&self, y: usize) -> &[u8] {
+        &self.data[y * self.width * 3..(y + 1) * self.width * 3]
+    }
+}
+
+/// What an image file may ask for.
+#[derive(Debug, Clone, Copy)]
+pub struct DecodeLimits {
+    /// Most pixels.
+    pub max_pixels: u64,
+    /// Most bytes that decoding may allocate.
+    pub max_bytes: u64,
+}
+
+impl Default for DecodeLimits {
+    /// 64 megapixels, enough for any camera; 512 MiB.
+    fn default() -> Self {
+        Self {
+            max_pixels: 64_000_000,
+            max_bytes: 512 << 20,
+        }
+    }
+}
+
+/// Decodes a PNG, JPEG or WebP file.
+///
+/// The size is checked from the header before anything is decoded. As Pillow's `convert("RGB")`
+/// does, grey becomes three equal channels, transparency is dropped, and 16-bit channels keep their
+/// high byte; the orientation that cameras store in EXIF is applied, as Hugging Face's image loading
+/// does.
+pub fn decode(bytes: &[u8], limits: &DecodeLimits) -> Result<RgbImage, VisionError> {
+    let broken = |source| VisionError::Decode { source };
+    let mut reader = ImageReader::new(Cursor::new(bytes));
+    match image::guess_format(bytes) {
+        Ok(format @ (ImageFormat::Png | ImageFormat::Jpeg | ImageFormat::WebP)) => {
+            reader.set_format(format);
+        }
+        _ => return Err(VisionError::Format),
+    }
+    let mut decoder_limits = Limits::default();
+    decoder_limits.max_alloc = Some(limits.max_bytes);
+    reader.limits(decoder_limits);
+    let mut decoder = reader.into_decoder().map_err(broken)?;
+    let (width, height) = decoder.dimensions();
+    let pixels = u64::from(width) * u64::from(height);
+    // `DynamicImage::from_decoder` does not look at the limits.
+    if pixels > limits.max_pixels || decoder.total_bytes() > limits.max_bytes {
+        return Err(VisionError::TooLarge {
+            width,
+            height,
+            max_pixels: limits.max_pixels,
+        });
+    }
+    let orientation = decoder.orientation().map_err(broken)?;
+    let mut image = DynamicImage::from_decoder(decoder).map_err(broken)?;
+    image.apply_orientation(orientation);
+    let (width, height) = (image.width() as usize, image.height() as usize);
+    RgbImage::new(width, height, rgb8(image))
+}
+
+fn rgb8(image: DynamicImage) -> Vec<u8> {
+    let wide = matches!(
+        image,
+        DynamicImage::ImageLuma16(_)
+            | DynamicImage::ImageLumaA16(_)
+            | DynamicImage::ImageRgb16(_)
+            | DynamicImage::ImageRgba16(_)
+    );
+    match wide {
+        true => image
+            .into_rgb16()
+            .into_raw()
+            .iter()
+            .map(|v| (v >> 8) as u8)
+            .collect(),
+        false => image.into_rgb8().into_raw(),
+    }
+}

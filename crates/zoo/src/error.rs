@@ -1,0 +1,77 @@
+use checkpoint::CheckpointError;
+use llava::LlavaError;
+use reducers::ReducerError;
+use reroute::RerouteError;
+use vision_encoder::VisionError;
+
+/// Why a checkpoint could not be opened or a question not answered.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ZooError {
+    /// The folder or its weights.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// config.json names a family that the zoo does not have.
+    #[error("config.json says model_type \"{found}\"; this zoo opens: {known}")]
+    UnknownFamily {
+        /// What config.json says.
+        found: String,
+        /// What can be opened.
+        known: &'static str,
+    },
+    /// LLaVA.
+    #[error(transparent)]
+    Llava(#[from] LlavaError),
+    /// Images.
+    #[error(transparent)]
+    Vision(#[from] VisionError),
+    /// Decoder or routing.
+    #[error(transparent)]
+    Reroute(#[from] RerouteError),
+    /// Schedules.
+    #[error(transparent)]
+    Reducer(#[from] ReducerError),
+    /// The tokenizer is broken or does not fit the model.
+    #[error("tokenizer.json: {reason}; take the tokenizer that belongs to this checkpoint")]
+    Tokenizer {
+        /// What is wrong.
+        reason: String,
+        /// The tokenizer library's error, if it has one.
+        #[source]
+        source: Option<Box<dyn std::error::Error + Send + Sync>>,
+    },
+    /// The chat template cannot be rendered.
+    #[error(
+        "the chat template {name} fails: {source}; correct it or replace it by the one published with the model"
+    )]
+    Template {
+        /// Which file it came from.
+        name: String,
+        /// The template engine's error.
+        source: minijinja::Error,
+    },
+    /// The chat template renders something unusable.
+    #[error("the chat template {name} {reason}")]
+    TemplateOutput {
+        /// Which file it came from.
+        name: String,
+        /// What is wrong with its output.
+        reason: String,
+    },
+    /// The preprocessor cannot make what the model wants.
+    #[error(
+        "preprocessor_config.json makes {made} pixel images, the vision tower wants {wanted}: the files do not belong together"
+    )]
+    ImageSize {
+        /// Size the preprocessor makes.
+        made: String,
+        /// Size the tower wants.
+        wanted: String,
+    },
+    /// No box in an answer that should have one.
+    #[error("the answer \"{answer}\" has no box in it (four numbers in brackets)")]
+    NoBox {
+        /// What the model said.
+        answer: String,
+    },
+}

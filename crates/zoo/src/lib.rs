@@ -1,0 +1,34 @@
+//! The front door: open any checkpoint folder, ask about images, get text, boxes and a trace.
+//!
+//! ```no_run
+//! use reducers::presets;
+//! use reroute::GenerationOptions;
+//! use vision_encoder::{DecodeLimits, decode};
+//! use zoo::{Folder, OpenOptions, Question, Vlm};
+//!
+//! fn answer<B: burn::tensor::backend::Backend>(device: &B::Device) -> Result<String, Box<dyn std::error::Error>> {
+//!     let folder = Folder::open("llava-1.5-7b-hf")?;
+//!     let vlm = Vlm::<B>::open(&folder, &OpenOptions::default(), device)?;
+//!     let image = decode(&std::fs::read("photo.jpg")?, &DecodeLimits::default())?;
+//!     let question = Question { images: vec![image], text: "What is this?".into() };
+//!     let schedule = presets::find("reroute-pdrop@192")?.schedule(vlm.decoder_config().num_layers)?;
+//!     let options = GenerationOptions { max_new_tokens: 64, ..vlm.generation_defaults() };
+//!     Ok(vlm.ask(&question, &schedule, &options, |_| {})?.text)
+//! }
+//! ```
+
+mod error;
+mod family;
+pub mod grounding;
+mod template;
+mod tensors;
+mod tokenizer;
+mod vlm;
+
+pub use checkpoint::Folder;
+pub use error::ZooError;
+pub use family::{Model, ModelConfig};
+pub use template::ChatTemplate;
+pub use tensors::{TensorInputs, TensorOutputs};
+pub use tokenizer::Tokenizer;
+pub use vlm::{Answer, Grounding, OpenOptions, Question, Timings, Vlm};

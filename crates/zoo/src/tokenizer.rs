@@ -1,0 +1,136 @@
+use tokenizers::Tokenizer as HfTokenizer;
+
+use crate::ZooError;
+
+/// First of the characters that stand in for special tokens typed by a user; private use, so that
+/// no tokenizer gives them a meaning.
+const STAND_IN: u32 = 0xF0000;
+
+/// A checkpoint's `tokenizer.json`.
+pub struct Tokenizer {
+    inner: HfTokenizer,
+    /// The same tokenizer, for which special tokens are ordinary text.
+    literal: HfTokenizer,
+    /// Texts of all special tokens, longest first.
+    specials: Vec<String>,
+}
+
+impl Tokenizer {
+    /// Parses the contents of `tokenizer.json`.
+    pub fn from_json(json: &[u8]) -> Result<Self, ZooError> {
+        let mut inner = HfTokenizer::from_bytes(json).map_err(|source| ZooError::Tokenizer {
+            reason: "it cannot be read".into(),
+            source: Some(source),
+        })?;
+        // Prompts are never cut or padded behind the caller's back.
+        inner.with_padding(None);
+        let _ = inner.with_truncation(None);
+        let mut literal = inner.clone();
+        literal.set_encode_special_tokens(true);
+        let added = inner.get_added_tokens_decoder();
+        let mut specials: Vec<String> = added
+            .values()
+            .filter(|token| token.special && !token.content.is_empty())
+            .map(|token| token.content.clone())
+            .collect();
+        specials.sort_by(|a, b| b.len().cmp(&a.len()).then_with(|| a.cmp(b)));
+        Ok(Self {
+            inner,
+            literal,
+            specials,
+        })
+    }
+
+    /// The id of a token, if the vocabulary has it.
+    pub fn id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// Largest token id plus one.
+    pub fn vocab_size(&self) -> usize {
+        let ids = self.inner.get_vocab(true);
+        ids.values().max().map_or(0, |&id| id as usize + 1)
+    }
+
+    /// Replaces special tokens in a user's text by stand-ins, so that the text can go through a chat
+    /// template and [`encode`](Self::encode) without forging an image slot or the end of a turn.
+    pub fn disarm(&self, text: &str) -> String {
+        // A stand-in typed by the user would be taken for one of ours.
+        let mut text: String = text
+            .chars()
+            .filter(|&c| self.stands_for(c).is_none())
+            .collect();
+        for (special, stand_in) in self.specials.iter().zip(STAND_IN..) {
+            if let Some(stand_in) = char::from_u32(stand_in) {
+                text = text.replace(special, &stand_in.to_string());
+            }
+        }
+        text
+    }
+
+    /// Token ids of a rendered prompt. Special tokens written by the template become themselves;
+    /// stand-ins become the ordinary text that the user typed.
+    pub fn encode(&self, rendered: &str, add_special_tokens: bool) -> Result<Vec<u32>, ZooError> {
+        let mut ids = Vec::new();
+        let mut rest = rendered;
+        let mut first = true;
+        while first || !rest.is_empty() {
+            let stand_in = rest
+                .char_indices()
+                .find_map(|(at, c)| Some((at, c, self.stands_for(c)?)));
+            let (head, literal, tail) = match stand_in {
+                Some((at, c, special)) => (&rest[..at], Some(special), &rest[at + c.len_utf8()..]),
+                None => (rest, None, ""),
+            };
+            if first || !head.is_empty() {
+                ids.extend(run(&self.inner, head, first && add_special_tokens)?);
+            }
+            if let Some(literal) = literal {
+                ids.extend(run(&self.literal, literal, false)?);
+            }
+            first = false;
+            rest = tail;
+        }
+        Ok(ids)
+    }
+
+    /// The text of token ids, without special tokens.
+    pub fn decode(&self, ids: &[u32]) -> Result<String, ZooError> {
+        self.inner
+            .decode(ids, true)
+            .map_err(failed("it cannot decode the answer"))
+    }
+
+    /// Calls `emit` with each piece of text as soon as its tokens are complete.
+    pub fn stream<'a>(&'a self, mut emit: impl FnMut(&str) + 'a) -> impl FnMut(u32) + 'a {
+        let mut stream = self.inner.decode_stream(true);
+        move |id| {
+            // A token that cannot be decoded alone is still part of the complete answer.
+            if let Ok(Some(piece)) = stream.step(id) {
+                emit(&piece);
+            }
+        }
+    }
+
+    fn stands_for(&self, c: char) -> Option<&str> {
+        let index = (c as u32).checked_sub(STAND_IN)? as usize;
+        self.specials.get(index).map(String::as_str)
+    }
+}
+
+fn run(
+    tokenizer: &HfTokenizer,
+    text: &str,
+    add_special_tokens: bool,
+) -> Result<Vec<u32>, ZooError> {
+    let encoding = tokenizer.encode_fast(text, add_special_tokens);
+    let encoding = encoding.map_err(failed("it cannot encode the prompt"))?;
+    Ok(encoding.get_ids().to_vec())
+}
+
+fn failed(reason: &'static str) -> impl Fn(Box<dyn std::error::Error + Send + Sync>) -> ZooError {
+    move |source| ZooError::Tokenizer {
+        reason: reason.into(),
+        source: Some(source),
+    }
+}

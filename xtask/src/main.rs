@@ -1,0 +1,41 @@
+//! Developer tasks, one file per command. Light: what needs a backend is a program of its own that
+//! a task spawns.
+
+mod bench;
+mod parity;
+mod tidy;
+
+use std::path::{Path, PathBuf};
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Developer tasks")]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Check the house rules that no other tool checks.
+    Tidy,
+    /// Compare `reroute trace` with a folder of reference outputs.
+    Parity(parity::Args),
+    /// Run the benchmarks on one backend.
+    Bench(bench::Args),
+}
+
+fn main() -> anyhow::Result<()> {
+    match Args::parse().command {
+        Command::Tidy => tidy::run(&root()),
+        Command::Parity(args) => parity::run(&args),
+        Command::Bench(args) => bench::run(&args),
+    }
+}
+
+/// The workspace.
+fn root() -> PathBuf {
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
+    manifest.parent().unwrap_or(manifest).to_path_buf()
+}

@@ -1,0 +1,92 @@
+//! `cargo xtask tidy`: house rules that no other tool checks.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, bail};
+
+/// Longest source file, in lines.
+const MAX_LINES: usize = 600;
+
+/// What library code never does: print, or give up on data from outside.
+const LIBRARY_BANS: &[&str] = &[
+    "println!",
+    "eprintln!",
+    "print!(",
+    "dbg!",
+    "todo!",
+    "unimplemented!",
+    "panic!(",
+    ".unwrap()",
+    "std::env::",
+    "pub use *",
+    "burn_flex",
+    "burn_ndarray",
+    "burn_wgpu",
+    "burn_cuda",
+];
+
+/// What no file does.
+const BANS: &[&str] = &["#[ignore", "todo!(", "unimplemented!("];
+
+/// Packages that may name a backend and print.
+const LEAVES: &[&str] = &["crates/cli/", "xtask/", "tests/", "benches/"];
+
+pub fn run(root: &Path) -> anyhow::Result<()> {
+    let listed = Command::new("git")
+        .args([
+            "ls-files",
+            "--cached",
+            "--others",
+            "--exclude-standard",
+            "*.rs",
+        ])
+        .current_dir(root)
+        .output()
+        .context("cannot run git")?;
+    let listed = String::from_utf8(listed.stdout)?;
+    let mut problems = Vec::new();
+    for name in listed.lines().filter(|name| root.join(name).is_file()) {
+        let text = fs::read_to_string(root.join(name)).with_context(|| name.to_string())?;
+        check(name, &text, &mut problems);
+    }
+    if listed.is_empty() {
+        bail!("git lists no Rust files in {}", root.display());
+    }
+    if !problems.is_empty() {
+        bail!(
+            "{} house rules are broken:\n{}",
+            problems.len(),
+            problems.join("\n")
+        );
+    }
+    println!("{} files are tidy", listed.lines().count());
+    Ok(())
+}
+
+fn check(name: &str, text: &str, problems: &mut Vec<String>) {
+    let lines = text.lines().count();
+    if lines > MAX_LINES {
+        problems.push(format!("{name}: {lines} lines, more than {MAX_LINES}"));
+    }
+    if name == "xtask/src/tidy.rs" {
+        return;
+    }
+    let library = !LEAVES.iter().any(|leaf| name.starts_with(leaf)) && !name.contains("/tests/");
+    let mut in_tests = false;
+    for (number, line) in text.lines().enumerate() {
+        let code = line.trim_start();
+        in_tests |= code == "#[cfg(test)]";
+        let bans = match library && !in_tests {
+            true => LIBRARY_BANS,
+            false => BANS,
+        };
+        if code.starts_with("//") {
+            continue;
+        }
+        for ban in bans.iter().filter(|ban| code.contains(**ban)) {
+            problems.push(format!("{name}:{}: {ban}", number + 1));
+        }
+    }
+}

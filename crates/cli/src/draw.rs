@@ -95,7 +95,7 @@ fn fill(picture: &mut RgbImage, [x1, y1, x2, y2]: [f64; 4], change: impl Fn([u8;
 }
 
 /// Every pixel becomes a square of `scale` pixels.
-fn enlarge(view: &RgbImage, scale: usize) -> anyhow::Result<RgbImage> {
+pub(crate) fn enlarge(view: &RgbImage, scale: usize) -> anyhow::Result<RgbImage> {
     let (width, height) = (view.width(), view.height());
     let mut data = Vec::with_capacity(width * height * 3 * scale * scale);
     for row in view.data().chunks_exact(width * 3) {

@@ -106,7 +106,7 @@ fn print_stages(out: &mut dyn Write, schedule: &Schedule, answer: &Answer) -> an
     let deferred = deferred_name(schedule);
     writeln!(
         out,
-        "stage  layer  candidates  active  {deferred:>8}  came back  new"
+        "stage  layer  candidates  active  {deferred:>8}  came back  first time"
     )?;
     let mut seen = BTreeSet::new();
     for (stage, decision) in answer.trace.decisions.iter().enumerate() {
@@ -118,7 +118,7 @@ fn print_stages(out: &mut dyn Write, schedule: &Schedule, answer: &Answer) -> an
             .count();
         writeln!(
             out,
-            "{:>5}  {:>5}  {:>10}  {active:>6}  {:>8}  {:>9}  {:>3}",
+            "{:>5}  {:>5}  {:>10}  {active:>6}  {:>8}  {:>9}  {:>10}",
             stage + 1,
             decision.layer,
             decision.candidates.len(),

@@ -12,6 +12,9 @@ use crate::{draw, embedded, open, output};
 /// Where the box of the built-in scene is drawn.
 const DEFAULT_OVERLAY: &str = "reroute-ground.png";
 
+/// How much larger the built-in scene is drawn.
+const SCENE_SCALE: usize = 4;
+
 /// Runs the command.
 pub fn run(args: &GroundArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let vlm = open::model(&args.model)?;
@@ -35,8 +38,11 @@ pub fn run(args: &GroundArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     };
     let found = vlm.ground(&image, expression, &schedule, &options)?;
     if let Some(path) = &overlay {
-        let mut picture = image.clone();
-        draw::rectangle(&mut picture, &found.pixels, draw::FOUND);
+        // The built-in scene is a thumbnail; nobody could see a box on it.
+        let scale = if args.image.is_none() { SCENE_SCALE } else { 1 };
+        let mut picture = draw::enlarge(&image, scale)?;
+        let pixels = found.pixels.map(|at| at * scale as f64);
+        draw::rectangle(&mut picture, &pixels, draw::FOUND);
         output::write_file(path, &draw::png(&picture)?)?;
     }
     let answer = &found.answer;

@@ -122,7 +122,7 @@ impl<B: Backend> Decoder<B> {
         for (index, layer) in self.layers.iter().enumerate() {
             let input = router.enter(index, layer, hidden_states)?;
             let attention = &layer.self_attn;
-            let queries = attention.queries(input.normed.clone(), router.rope());
+            let queries = attention.queries(input.normed.clone(), router.active_rope());
             let values = attention.split_heads(attention.values(input.normed));
             let keys = attention.split_heads(input.keys);
             let (mut entries, mut contexts) = (Vec::new(), Vec::new());

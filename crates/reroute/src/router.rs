@@ -22,7 +22,7 @@ pub struct Router<'a, B: Backend> {
     /// Keep counts of each sample at each stage: the budget is a share of its own visual tokens.
     keep_counts: Vec<Vec<usize>>,
     /// Rotary table of all rows.
-    rope: Rotary<B>,
+    prompt_rope: Rotary<B>,
     /// Rotary table of the active rows.
     active_rope: Rotary<B>,
     /// Packed rows that the layers work on, ascending.
@@ -77,12 +77,12 @@ impl<'a, B: Backend> Router<'a, B> {
             deferred: None,
             samples,
             visual,
-            rope,
+            prompt_rope: rope,
         }
     }
 
     /// The rotary table of the active rows.
-    pub fn rope(&self) -> &Rotary<B> {
+    pub fn active_rope(&self) -> &Rotary<B> {
         &self.active_rope
     }
 
@@ -141,7 +141,7 @@ impl<'a, B: Backend> Router<'a, B> {
         let rope = if pool.len() == self.active.len() {
             self.active_rope.clone()
         } else {
-            self.rope.clone()
+            self.prompt_rope.clone()
         };
         let normed = layer.input_layernorm.forward(hidden_states.clone());
         let keys = layer.self_attn.keys(normed.clone(), &rope);

@@ -204,6 +204,11 @@ impl<B: Backend> Vlm<B> {
         self.generation.clone()
     }
 
+    /// The tokenizer.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
     /// How this model is asked for boxes.
     pub fn grounding(&self) -> &GroundingFormat {
         &self.grounding

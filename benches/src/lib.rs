@@ -1,1 +1,0 @@
-//! What is measured, per backend, one binary.

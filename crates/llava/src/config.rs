@@ -23,6 +23,8 @@ pub struct LlavaHfConfig {
     multimodal_projector_bias: bool,
     #[serde(default)]
     tie_word_embeddings: Option<bool>,
+    #[serde(default)]
+    image_seq_length: Option<usize>,
 }
 
 /// One layer, or (in variants of the model that are not LLaVA-1.5) several.
@@ -133,6 +135,12 @@ impl LlavaHfConfig {
                 "vision_feature_select_strategy \"{}\" is not supported, only \"default\" (patches \
                  without the class token) is LLaVA-1.5",
                 self.vision_feature_select_strategy
+            ));
+        }
+        if let Some(length) = self.image_seq_length.filter(|&n| n != vision.patches()) {
+            return unsupported(format!(
+                "image_seq_length is {length}, but image_size and patch_size give {} visual tokens",
+                vision.patches()
             ));
         }
         if self.projector_hidden_act != "gelu" {

@@ -16,8 +16,9 @@ pub struct Tokenizer {
 }
 
 impl Tokenizer {
-    /// Parses the contents of `tokenizer.json`.
-    pub fn from_json(json: &[u8]) -> Result<Self, ZooError> {
+    /// Parses the contents of `tokenizer.json`. The image token is special even if the file does
+    /// not say so.
+    pub fn from_json(json: &[u8], image_token: u32) -> Result<Self, ZooError> {
         let mut inner = HfTokenizer::from_bytes(json).map_err(|source| ZooError::Tokenizer {
             reason: "it cannot be read".into(),
             source: Some(source),
@@ -29,9 +30,10 @@ impl Tokenizer {
         literal.set_encode_special_tokens(true);
         let added = inner.get_added_tokens_decoder();
         let mut specials: Vec<String> = added
-            .values()
-            .filter(|token| token.special && !token.content.is_empty())
-            .map(|token| token.content.clone())
+            .iter()
+            .filter(|(id, token)| token.special || **id == image_token)
+            .map(|(_, token)| token.content.clone())
+            .filter(|content| !content.is_empty())
             .collect();
         specials.sort_by(|a, b| b.len().cmp(&a.len()).then_with(|| a.cmp(b)));
         Ok(Self {
@@ -86,7 +88,7 @@ impl Tokenizer {
                 ids.extend(run(&self.inner, head, first && add_special_tokens)?);
             }
             if let Some(literal) = literal {
-                ids.extend(run(&self.literal, literal, false)?);
+                ids.extend(self.spell(literal)?);
             }
             first = false;
             rest = tail;
@@ -110,6 +112,20 @@ impl Tokenizer {
                 emit(&piece);
             }
         }
+    }
+
+    /// The tokens of a special token's text, taken as ordinary text.
+    fn spell(&self, literal: &str) -> Result<Vec<u32>, ZooError> {
+        let ids = run(&self.literal, literal, false)?;
+        if self.id(literal).is_some_and(|id| ids.contains(&id)) {
+            // Not marked as special, so it is matched all the same: take it apart.
+            let mut pieces = literal.chars();
+            let first: String = pieces.by_ref().take(1).collect();
+            let mut ids = run(&self.literal, &first, false)?;
+            ids.extend(run(&self.literal, pieces.as_str(), false)?);
+            return Ok(ids);
+        }
+        Ok(ids)
     }
 
     fn stands_for(&self, c: char) -> Option<&str> {

@@ -131,8 +131,9 @@ impl<B: Backend> Vlm<B> {
         device: &B::Device,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, ZooError> {
+        let config = ModelConfig::open(folder)?;
         let tokenizer = folder.read("tokenizer.json", checkpoint::TOKENIZER_MAX_BYTES)?;
-        let tokenizer = Tokenizer::from_json(&tokenizer)?;
+        let tokenizer = Tokenizer::from_json(&tokenizer, config.image_token())?;
         let special_tokens: SpecialTokens = optional(folder, "tokenizer_config.json")?;
         let generation: GenerationConfig = optional(folder, "generation_config.json")?;
         let preprocessor: ClipPreprocessorConfig =
@@ -145,7 +146,6 @@ impl<B: Backend> Vlm<B> {
             true => folder.read_json("grounding.json", checkpoint::CONFIG_MAX_BYTES)?,
             false => GroundingFormat::llava(),
         };
-        let config = ModelConfig::open(folder)?;
         check_sizes(&config, &tokenizer, &preprocessor)?;
         let model = Model::open(&config, folder, options.dtype, device, progress)?;
         let eos = special_tokens.eos_token.as_ref().map(TokenText::text);

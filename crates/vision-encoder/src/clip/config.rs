@@ -8,6 +8,8 @@ use crate::VisionError;
 #[derive(Debug, Clone, Deserialize)]
 #[serde(default)]
 pub struct ClipVisionConfig {
+    /// Kind of tower; only `clip_vision_model` is CLIP.
+    pub model_type: String,
     /// Width of the residual stream.
     pub hidden_size: usize,
     /// Width of the MLP.
@@ -31,6 +33,7 @@ pub struct ClipVisionConfig {
 impl Default for ClipVisionConfig {
     fn default() -> Self {
         Self {
+            model_type: "clip_vision_model".into(),
             hidden_size: 768,
             intermediate_size: 3072,
             num_hidden_layers: 12,
@@ -61,6 +64,12 @@ impl ClipVisionConfig {
     /// Checks the numbers against each other.
     pub fn resolve(&self) -> Result<ClipConfig, VisionError> {
         let inconsistent = |reason: String| Err(VisionError::Config(reason));
+        if self.model_type != "clip_vision_model" {
+            return inconsistent(format!(
+                "vision_config.model_type \"{}\" is not clip_vision_model",
+                self.model_type
+            ));
+        }
         for (name, value) in [
             ("hidden_size", self.hidden_size),
             ("intermediate_size", self.intermediate_size),

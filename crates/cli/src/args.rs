@@ -66,22 +66,22 @@ pub struct RoutingArgs {
 #[derive(Debug, clap::Args)]
 pub struct GenerationArgs {
     /// Tokens to generate at most; the checkpoint's own limit otherwise.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub max_new_tokens: Option<usize>,
     /// Temperature; 0 is greedy.
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
     pub temperature: f32,
     /// Sample from the smallest set of tokens that holds this probability.
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
     pub top_p: f32,
     /// Sample from this many most likely tokens; 0 is all.
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     pub top_k: usize,
     /// Make tokens that were seen before less likely; 1 is off.
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
     pub repetition_penalty: f32,
     /// Seed of the random numbers.
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     pub seed: u64,
 }
 
@@ -177,7 +177,7 @@ pub struct TraceArgs {
     #[arg(long, value_name = "OUT.safetensors")]
     pub out: PathBuf,
     /// Tokens to generate greedily after the prefill.
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
     pub new_tokens: usize,
     /// Also write vision features, embeddings and the output of every layer.
     #[arg(long)]
@@ -197,11 +197,11 @@ pub struct PresetsArgs {
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
     /// Visual tokens of the prompt; those of one image otherwise.
-    #[arg(long, value_name = "N")]
-    pub visual_tokens: Option<usize>,
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub visual_tokens: Option<u32>,
     /// Text tokens of the prompt.
-    #[arg(long, value_name = "N", default_value_t = 64)]
-    pub text_tokens: usize,
+    #[arg(long, value_name = "N", default_value_t = 64, allow_negative_numbers = true)]
+    pub text_tokens: u32,
     /// Type of keys and values.
     #[arg(long, value_enum, default_value = "f16")]
     pub dtype: Dtype,

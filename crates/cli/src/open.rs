@@ -78,15 +78,17 @@ pub(crate) fn scene() -> anyhow::Result<RgbImage> {
 
 /// A preset by name, or a schedule from a JSON file.
 pub(crate) fn schedule(routing: &str, num_layers: usize) -> anyhow::Result<Schedule> {
-    let schedule = if routing.ends_with(".json") {
+    if routing.ends_with(".json") {
         let text = String::from_utf8(read(Path::new(routing), MAX_SCHEDULE_BYTES)?)
             .with_context(|| format!("schedule {routing} is not UTF-8 text"))?;
-        Schedule::from_json(&text).with_context(|| format!("schedule {routing}"))?
-    } else {
-        presets::find(routing)?.schedule(num_layers)?
-    };
-    schedule.check_depth(num_layers)?;
-    Ok(schedule)
+        let named = || format!("schedule {routing}");
+        let schedule = Schedule::from_json(&text).with_context(named)?;
+        schedule.check_depth(num_layers).with_context(named)?;
+        return Ok(schedule);
+    }
+    let preset = presets::find(routing)
+        .with_context(|| format!("--routing {routing} is no preset and does not end in .json"))?;
+    Ok(preset.schedule(num_layers)?)
 }
 
 pub(crate) fn generation(

@@ -14,18 +14,19 @@ pub fn run(args: &PresetsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let config = ModelConfig::open(&open::folder(args.model.as_deref())?)?;
     let shape = config.decoder().shape();
     let [rows, columns] = config.visual_grid();
-    let visual = args.visual_tokens.unwrap_or(rows * columns);
+    let visual = args.visual_tokens.map_or(rows * columns, |n| n as usize);
+    let text = args.text_tokens as usize;
     let bytes = args.dtype.burn().size();
-    let cost = |schedule: &Schedule| Cost::of(&shape, schedule, visual, args.text_tokens, bytes);
+    let cost = |schedule: &Schedule| Cost::of(&shape, schedule, visual, text, bytes);
     let dense = cost(&Schedule::dense());
 
     let mut reports = Vec::new();
     if !args.json {
         writeln!(
             out,
-            "{} layers, {visual} visual + {} text tokens; FLOPs of the decoder prefill with scoring, \
+            "{} layers, {visual} visual + {text} text tokens; FLOPs of the decoder prefill with scoring, \
              KV in {:?}",
-            shape.num_layers, args.text_tokens, args.dtype
+            shape.num_layers, args.dtype
         )?;
         writeln!(
             out,
@@ -83,7 +84,7 @@ pub fn run(args: &PresetsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
             &json!({
                 "num_layers": shape.num_layers,
                 "visual_tokens": visual,
-                "text_tokens": args.text_tokens,
+                "text_tokens": text,
                 "presets": reports,
             }),
         ),

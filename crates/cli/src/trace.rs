@@ -46,6 +46,10 @@ fn inputs(tensors: &SafeTensors, device: &Device) -> anyhow::Result<TensorInputs
     let [samples, length] = shape[..] else {
         bail!("in.input_ids must be [B, L], but is {shape:?}");
     };
+    // Also keeps a shape such as [2⁶⁰, 0], which needs no bytes, from asking for memory.
+    if ids.is_empty() {
+        bail!("in.input_ids is {shape:?}: it holds no tokens");
+    }
     let mask = match integers(tensors, "in.attention_mask")? {
         Some((mask_shape, mask)) if mask_shape == shape => mask,
         Some((mask_shape, _)) => {
@@ -56,8 +60,11 @@ fn inputs(tensors: &SafeTensors, device: &Device) -> anyhow::Result<TensorInputs
     let mut rows = vec![Vec::with_capacity(length); samples];
     for (at, (&id, &attended)) in ids.iter().zip(&mask).enumerate() {
         if attended != 0 {
-            let id = u32::try_from(id).with_context(|| format!("in.input_ids has the id {id}"))?;
-            rows[at / length].push(id);
+            let known = u32::try_from(id).ok();
+            let known = known.with_context(|| {
+                format!("in.input_ids has the id {id}, which no vocabulary has")
+            })?;
+            rows[at / length].push(known);
         }
     }
     let pixel_values = match tensors.tensor("in.pixel_values") {

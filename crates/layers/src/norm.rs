@@ -40,7 +40,7 @@ impl<B: Backend> RmsNorm<B> {
         let dtype = x.dtype();
         let x = x.cast(DType::F32);
         let mean_square = (x.clone() * x.clone()).mean_dim(D - 2);
-        let normed = x * mean_square.add_scalar(self.epsilon).sqrt().recip();
+        let normed = x / mean_square.add_scalar(self.epsilon).sqrt();
         normed.cast(dtype) * per_feature(self.weight.val())
     }
 }
@@ -87,7 +87,7 @@ impl<B: Backend> LayerNorm<B> {
         let x = x.cast(DType::F32);
         let centred = x.clone() - x.mean_dim(0);
         let variance = (centred.clone() * centred.clone()).mean_dim(0);
-        let normed = centred * variance.add_scalar(self.epsilon).sqrt().recip();
+        let normed = centred / variance.add_scalar(self.epsilon).sqrt();
         normed.cast(dtype) * per_feature(self.weight.val()) + per_feature(self.bias.val())
     }
 }

@@ -18,6 +18,11 @@ const LLAVA_DEFAULT: &str = "{% for message in messages %}\
 const FUEL: u64 = 2_000_000;
 const MAX_OUTPUT: usize = 8 << 20;
 
+/// Stack that the compiler may need per byte of a template. It recurses into chains such as
+/// `1+1+1+…` without a limit; a level takes two bytes and less than half of this, optimised.
+const STACK_PER_BYTE: usize = 2 << 10;
+const STACK: usize = 1 << 20;
+
 /// A checkpoint's chat template: Jinja, in the dialect of Hugging Face.
 pub struct ChatTemplate {
     environment: Environment<'static>,
@@ -102,9 +107,23 @@ impl ChatTemplate {
                 Err(Error::new(ErrorKind::InvalidOperation, message))
             },
         );
-        environment
-            .add_template_owned("chat", source)
-            .map_err(failed)?;
+        let stack = STACK + source.len() * STACK_PER_BYTE;
+        let compiled = std::thread::scope(|scope| {
+            let compile = || environment.add_template_owned("chat", source);
+            let thread = std::thread::Builder::new().stack_size(stack);
+            thread.spawn_scoped(scope, compile).ok()?.join().ok()
+        });
+        match compiled {
+            Some(compiled) => compiled.map_err(failed)?,
+            None => {
+                return Err(ZooError::TemplateOutput {
+                    name: name.into(),
+                    reason: "is too long to be compiled; replace it by the one published with the \
+                             model"
+                        .into(),
+                });
+            }
+        }
         Ok(Self {
             environment,
             name: name.into(),

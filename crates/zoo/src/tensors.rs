@@ -50,7 +50,8 @@ impl<B: Backend> Vlm<B> {
         hidden_states: bool,
     ) -> Result<TensorOutputs<B>, ZooError> {
         let model = self.model();
-        let pixels = inputs.pixel_values.map(|pixels| pixels.cast(self.dtype()));
+        let pixels = inputs.pixel_values.filter(|pixels| pixels.dims()[0] > 0);
+        let pixels = pixels.map(|pixels| pixels.cast(self.dtype()));
         let vision_features = pixels
             .map(|pixels| model.vision_features(pixels))
             .transpose()?;

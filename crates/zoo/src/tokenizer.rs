@@ -1,3 +1,5 @@
+use serde::Deserialize;
+use serde_json::Value;
 use tokenizers::Tokenizer as HfTokenizer;
 
 use crate::ZooError;
@@ -23,6 +25,12 @@ impl Tokenizer {
             reason: "it cannot be read".into(),
             source: Some(source),
         })?;
+        if let Some(piece) = unknown_piece(json) {
+            return Err(ZooError::Tokenizer {
+                reason: format!("its post_processor uses {piece:?}, which it does not define"),
+                source: None,
+            });
+        }
         // Prompts are never cut or padded behind the caller's back.
         inner.with_padding(None);
         let _ = inner.with_truncation(None);
@@ -132,6 +140,29 @@ impl Tokenizer {
         let index = (c as u32).checked_sub(STAND_IN)? as usize;
         self.specials.get(index).map(String::as_str)
     }
+}
+
+/// A piece that a template of the post-processor names and nothing defines: the library would panic
+/// on it.
+fn unknown_piece(json: &[u8]) -> Option<String> {
+    #[derive(Deserialize)]
+    struct HasPostProcessor {
+        post_processor: Value,
+    }
+    fn find(processor: &Value) -> Option<&str> {
+        if let Some(sequence) = processor["processors"].as_array() {
+            return sequence.iter().find_map(find);
+        }
+        let pieces = processor["single"].as_array()?;
+        pieces.iter().find_map(|piece| {
+            let special = piece["SpecialToken"]["id"].as_str();
+            let special = special.filter(|id| processor["special_tokens"].get(id).is_none());
+            let sequence = piece["Sequence"]["id"].as_str().filter(|&id| id != "A");
+            special.or(sequence)
+        })
+    }
+    let file: HasPostProcessor = serde_json::from_slice(json).ok()?;
+    find(&file.post_processor).map(str::to_string)
 }
 
 fn run(

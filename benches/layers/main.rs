@@ -1,18 +1,60 @@
 //! LLaVA-1.5-7B layer shapes with random weights: vision, prefill, selection and decoding, then a
 //! table of measured speed-ups beside their FLOP ceilings.
 //!
-//! `cargo bench -p benches` runs everything; `cargo bench -p benches -- decode` what matches. The
-//! table is printed when nothing is filtered, and kept as JSON when `REROUTE_BENCH_OUT` names a file.
+//! - `cargo bench -p benches`: everything; about 10 minutes on two cores.
+//! - `cargo bench -p benches -- decode`: the criterion benchmarks whose names match.
+//! - `cargo bench -p benches -- table`: the table alone.
+//! - `cargo bench -p benches -- ops`: the time of every operation at several row counts.
+//! - `cargo bench -p benches -- --test`, `cargo test -p benches --benches`: everything once, at
+//!   toy shapes, in a second or so.
+//!
+//! Environment: see [`options::Options`].
 
-mod shapes;
+mod ops;
+mod options;
+mod report;
+mod setup;
 mod single;
 mod table;
+mod timing;
 
-fn main() {
-    println!("backend {}", reroute_cli::backend::NAME);
-    divan::main();
-    let only_some = std::env::args().skip(1).any(|argument| argument != "--bench");
-    if !only_some {
-        table::run();
+use std::process::ExitCode;
+
+use options::Options;
+use setup::Setup;
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(2)
+        }
     }
+}
+
+fn run() -> anyhow::Result<()> {
+    let options = Options::from_environment()?;
+    let mut criterion = single::criterion();
+    let setup = Setup::new(&options)?;
+    println!("{}", setup.describe());
+    if options.smoke {
+        println!("smoke test at toy shapes: the numbers below mean nothing");
+    }
+    if options.criterion {
+        single::run(&mut criterion, &setup)?;
+        criterion.final_summary();
+    }
+    if options.ops {
+        ops::run(&setup)?;
+    }
+    if options.table {
+        let report = table::run(&setup, &options)?;
+        match &options.save {
+            Some(_) if options.smoke => println!("not kept: toy shapes"),
+            Some(name) => println!("kept in {}", report::save(&report, name)?.display()),
+            None => {}
+        }
+    }
+    Ok(())
 }

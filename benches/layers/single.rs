@@ -1,99 +1,172 @@
-//! Single measurements.
+//! The criterion benchmarks: each thing alone.
 
-use burn::tensor::{Distribution, Tensor};
-use divan::Bencher;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use burn::tensor::Tensor;
+use criterion::measurement::WallTime;
+use criterion::{BenchmarkGroup, Criterion, SamplingMode};
 use reducers::{Action, Schedule, Stage};
-use reroute::{Prefill, Router};
+use reroute::{KvCache, Routed, Router};
 use reroute_cli::backend::Backend;
 
-use crate::shapes::{self, DEPTH, TEXT, VISUAL};
+use crate::setup::{Setup, VISION_LAYERS};
+use crate::timing::{wait, wait_for_one};
 
-/// Two layers of the vision tower on one image, patch embedding included.
-#[divan::bench(sample_count = 5, sample_size = 1)]
-fn vision_two_layers(bencher: Bencher) {
-    let tower = shapes::tower();
-    let pixels = Tensor::random([1, 3, 336, 336], Distribution::Default, &shapes::device());
-    let run = || {
-        let features = tower.patch_features(pixels.clone(), shapes::VISION_LAYERS);
-        shapes::wait(features.expect("the right size"));
-    };
-    run();
-    bencher.bench_local(run);
+/// The prefills timed here, one per action; the table has every method and budget.
+const METHODS: [&str; 2] = ["pdrop", "reroute-pdrop"];
+const BUDGET: usize = 128;
+
+/// Tokens decoded before the cache is made anew: it must stay about as long as the prompt.
+const MAX_DECODED: usize = 100;
+
+/// Few samples: a dense prefill takes seconds. Flags such as `--sample-size` go first.
+pub fn criterion() -> Criterion {
+    Criterion::default()
+        .sample_size(10)
+        .warm_up_time(Duration::from_secs(1))
+        .measurement_time(Duration::from_secs(2))
+        .without_plots()
+        .configure_from_args()
 }
 
-/// Prefill of 576 + 64 tokens through 16 layers.
-#[divan::bench(
-    args = ["dense", "fastv@128-exact", "pdrop@128-exact", "reroute-fastv@128-exact", "reroute-pdrop@128-exact"],
-    sample_count = 3,
-    sample_size = 1
-)]
-fn prefill(bencher: Bencher, preset: &str) {
-    let (decoder, prompt) = (shapes::decoder(DEPTH), shapes::prompt());
-    let schedule = shapes::schedule(preset);
-    bencher.bench_local(|| {
-        let prefill = decoder.prefill(&prompt, &schedule, Default::default());
-        shapes::wait(prefill.expect("a good prompt").logits);
+/// Runs all benchmarks that the command line selects.
+pub fn run(criterion: &mut Criterion, setup: &Setup) -> anyhow::Result<()> {
+    vision(&mut group(criterion, "vision"), setup);
+    prefill(&mut group(criterion, "prefill"), setup)?;
+    layer_entry(&mut group(criterion, "layer entry"), setup)?;
+    decode(&mut group(criterion, "decode"), setup)
+}
+
+fn group<'a>(criterion: &'a mut Criterion, name: &str) -> BenchmarkGroup<'a, WallTime> {
+    let mut group = criterion.benchmark_group(name);
+    // The same number of runs in every sample: with growing samples the last would take a minute.
+    group.sampling_mode(SamplingMode::Flat);
+    group
+}
+
+/// Times `work`, which reads a result back and so cannot be optimised away. Its inputs are ours: a
+/// failure is a bug of the benchmark.
+fn bench(
+    group: &mut BenchmarkGroup<WallTime>,
+    name: &str,
+    mut work: impl FnMut() -> anyhow::Result<()>,
+) {
+    group.bench_function(name, |bencher| {
+        bencher.iter(|| work().expect("a good input"));
     });
 }
 
-/// The entry of a layer on 640 rows: input norm and keys; with a decision that keeps 128 tokens,
-/// also scores, selection and gathering.
-#[divan::bench(args = ["plain", "decision"], sample_count = 15, sample_size = 1)]
-fn layer_entry(bencher: Bencher, kind: &str) {
-    let entry = Entry::new(kind == "decision");
-    entry.run();
-    bencher.bench_local(|| entry.run());
+/// One image through the patch embedding, and through some layers as well.
+fn vision(group: &mut BenchmarkGroup<WallTime>, setup: &Setup) {
+    for (name, layers) in [("embedding", 0), ("embedding and 2 layers", VISION_LAYERS)] {
+        bench(group, name, || {
+            wait_for_one(setup.tower.patch_features(setup.pixels.clone(), layers)?)
+        });
+    }
 }
 
-/// What [`layer_entry`] measures.
-pub struct Entry {
-    decoder: reroute::Decoder<Backend>,
-    prompt: reroute::Prompt<Backend>,
+/// A whole prompt through all layers.
+fn prefill(group: &mut BenchmarkGroup<WallTime>, setup: &Setup) -> anyhow::Result<()> {
+    bench(group, "dense", || {
+        setup.prefill(&Schedule::dense()).map(drop)
+    });
+    for method in METHODS {
+        let schedule = setup.schedule(method, BUDGET)?;
+        let name = format!("{method}@{BUDGET}-exact");
+        bench(group, &name, || setup.prefill(&schedule).map(drop));
+    }
+    Ok(())
+}
+
+/// Input norm and keys of all rows; with a decision also scores, selection and gathering.
+fn layer_entry(group: &mut BenchmarkGroup<WallTime>, setup: &Setup) -> anyhow::Result<()> {
+    let keep = (setup.visual * BUDGET).div_ceil(576);
+    // A second stage, so that deferred rows are parked as they are in a prefill.
+    let stages = vec![Stage::count(0, keep), Stage::count(1, keep)];
+    let decides = Schedule::new(Action::Reroute, false, stages)?;
+    for (name, schedule) in [("plain", Schedule::dense()), ("decision", decides)] {
+        bench(group, name, || {
+            let hidden_states = setup.prompt.embeddings.clone();
+            let mut router = start(setup, &schedule);
+            let layer = setup.decoder.layers().first().context("no layers")?;
+            settle(&router.enter(0, layer, hidden_states)?)
+        });
+    }
+    Ok(())
+}
+
+/// A router before its first layer.
+pub fn start<'a>(setup: &Setup, schedule: &'a Schedule) -> Router<'a, Backend> {
+    let dtype = setup.prompt.embeddings.dtype();
+    let rope = &setup.decoder.config().rope;
+    let rope = rope.table(setup.prompt.positions.clone(), dtype);
+    Router::new(&setup.prompt, schedule, rope)
+}
+
+/// Waits for a layer's input.
+pub fn settle(routed: &Routed<Backend>) -> anyhow::Result<()> {
+    wait_for_one(routed.keys.clone())?;
+    wait_for_one(routed.hidden_states.clone())
+}
+
+/// One token after the prompt, with a cache of all rows and with a routed one.
+fn decode(group: &mut BenchmarkGroup<WallTime>, setup: &Setup) -> anyhow::Result<()> {
+    let routed = setup.schedule("reroute-pdrop", BUDGET)?;
+    for (name, schedule) in [("dense", Schedule::dense()), ("routed", routed)] {
+        let mut decoding = Decoding::new(setup, schedule);
+        group.bench_function(name, |bencher| {
+            bencher.iter_custom(|tokens| {
+                (0..tokens)
+                    .map(|_| decoding.next_token().expect("a good input"))
+                    .sum()
+            });
+        });
+    }
+    Ok(())
+}
+
+/// Decodes token after token.
+pub struct Decoding<'a> {
+    setup: &'a Setup,
     schedule: Schedule,
+    /// The cache and the number of tokens decoded into it; made on first use.
+    state: Option<(KvCache<Backend>, usize)>,
 }
 
-impl Entry {
-    /// A plain entry, or one that decides.
-    pub fn new(decides: bool) -> Self {
-        // A second stage, so that deferred rows are parked as they are in a prefill.
-        let stages = vec![Stage::count(0, 128), Stage::count(1, 128)];
-        let schedule = match decides {
-            true => Schedule::new(Action::Reroute, false, stages).expect("valid"),
-            false => Schedule::dense(),
-        };
+impl<'a> Decoding<'a> {
+    /// Nothing decoded, nothing prefilled yet.
+    pub fn new(setup: &'a Setup, schedule: Schedule) -> Self {
         Self {
-            decoder: shapes::decoder(1),
-            prompt: shapes::prompt(),
+            setup,
             schedule,
+            state: None,
         }
     }
 
-    /// Enters the layer and waits for keys and hidden states.
-    pub fn run(&self) {
-        let embeddings = self.prompt.embeddings.clone();
-        let rope = &self.decoder.config().rope;
-        let rope = rope.table(self.prompt.positions.clone(), embeddings.dtype());
-        let mut router = Router::new(&self.prompt, &self.schedule, rope);
-        let routed = router.enter(0, &self.decoder.layers()[0], embeddings);
-        let routed = routed.expect("finite scores");
-        shapes::wait(routed.keys);
-        shapes::wait(routed.hidden_states);
+    /// The time of one token; prefills without counting it when there is no cache or it has grown.
+    pub fn next_token(&mut self) -> anyhow::Result<Duration> {
+        let fresh = self
+            .state
+            .take()
+            .filter(|(_, decoded)| *decoded < MAX_DECODED);
+        let (mut cache, decoded) = match fresh {
+            Some(state) => state,
+            None => {
+                let mut cache = self.setup.prefill(&self.schedule)?.cache;
+                // The first token makes room for more.
+                wait(self.decode(&mut cache)?)?;
+                (cache, 1)
+            }
+        };
+        let started = Instant::now();
+        wait(self.decode(&mut cache)?)?;
+        let elapsed = started.elapsed();
+        self.state = Some((cache, decoded + 1));
+        Ok(elapsed)
     }
-}
 
-/// One token through two layers, after a prefill of 640 rows of which 640 or about 128 are cached.
-#[divan::bench(args = ["dense", "routed"], sample_count = 15, sample_size = 1)]
-fn decode_two_layers(bencher: Bencher, kind: &str) {
-    let decoder = shapes::decoder(2);
-    let schedule = match kind {
-        "dense" => Schedule::dense(),
-        _ => Schedule::new(Action::Remove, false, vec![Stage::count(0, 128 - TEXT)]).expect("valid"),
-    };
-    let prefill = decoder.prefill(&shapes::prompt(), &schedule, Default::default());
-    let Prefill { mut cache, .. } = prefill.expect("a good prompt");
-    assert!(cache.lengths(0)[0] <= VISUAL + TEXT);
-    bencher.bench_local(|| {
-        let logits = decoder.decode(&[(0, 1)], &mut cache).expect("within the context");
-        shapes::wait(logits);
-    });
+    fn decode(&self, cache: &mut KvCache<Backend>) -> anyhow::Result<Tensor<Backend, 2>> {
+        Ok(self.setup.decoder.decode(&[(0, 1)], cache)?)
+    }
 }

@@ -1,1 +1,17 @@
-fn main() {}
+//! One binary for all tests that cross crates: every further one that instantiates a backend costs
+//! minutes to build.
+
+mod against_reference;
+mod bad_checkpoint;
+mod bad_request;
+mod batches;
+mod command_line;
+mod gradients;
+mod invariants;
+mod layers;
+mod limits;
+mod parity;
+mod program;
+mod reference;
+mod scenes;
+mod support;

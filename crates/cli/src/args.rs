@@ -177,7 +177,12 @@ pub struct TraceArgs {
     #[arg(long, value_name = "OUT.safetensors")]
     pub out: PathBuf,
     /// Tokens to generate greedily after the prefill.
-    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 0,
+        allow_negative_numbers = true
+    )]
     pub new_tokens: usize,
     /// Also write vision features, embeddings and the output of every layer.
     #[arg(long)]
@@ -200,7 +205,12 @@ pub struct PresetsArgs {
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub visual_tokens: Option<u32>,
     /// Text tokens of the prompt.
-    #[arg(long, value_name = "N", default_value_t = 64, allow_negative_numbers = true)]
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 64,
+        allow_negative_numbers = true
+    )]
     pub text_tokens: u32,
     /// Type of keys and values.
     #[arg(long, value_enum, default_value = "f16")]

@@ -1,6 +1,6 @@
 //! Decoding image files within limits.
 
-use std::io::Cursor;
+use std::io::{self, Cursor};
 
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
 
@@ -83,16 +83,18 @@ impl Default for DecodeLimits {
 /// The size is checked from the header before anything is decoded. As Pillow's `convert("RGB")`
 /// does, grey becomes three equal channels, transparency is dropped, and 16-bit channels keep their
 /// high byte; the orientation that cameras store in EXIF is applied, as Hugging Face's image loading
-/// does.
+/// does. Of an animation, the first picture is read.
+///
+/// One deviation: 16-bit grey keeps its high byte like 16-bit colour, where Pillow clips it to 255
+/// and leaves a white picture.
 pub fn decode(bytes: &[u8], limits: &DecodeLimits) -> Result<RgbImage, VisionError> {
     let broken = |source| VisionError::Decode { source };
     let mut reader = ImageReader::new(Cursor::new(bytes));
-    match image::guess_format(bytes) {
-        Ok(format @ (ImageFormat::Png | ImageFormat::Jpeg | ImageFormat::WebP)) => {
-            reader.set_format(format);
-        }
+    let format = match image::guess_format(bytes) {
+        Ok(format @ (ImageFormat::Png | ImageFormat::Jpeg | ImageFormat::WebP)) => format,
         _ => return Err(VisionError::Format),
-    }
+    };
+    reader.set_format(format);
     let mut decoder_limits = Limits::default();
     decoder_limits.max_alloc = Some(limits.max_bytes);
     reader.limits(decoder_limits);
@@ -107,11 +109,33 @@ pub fn decode(bytes: &[u8], limits: &DecodeLimits) -> Result<RgbImage, VisionErr
             max_pixels: limits.max_pixels,
         });
     }
+    if format == ImageFormat::Jpeg && !reaches_end(bytes) {
+        return Err(broken(io::Error::from(io::ErrorKind::UnexpectedEof).into()));
+    }
     let orientation = decoder.orientation().map_err(broken)?;
     let mut image = DynamicImage::from_decoder(decoder).map_err(broken)?;
     image.apply_orientation(orientation);
     let (width, height) = (image.width() as usize, image.height() as usize);
     RgbImage::new(width, height, rgb8(image))
+}
+
+/// Whether a JPEG file has its end marker; the decoder paints over what a cut-off file lacks.
+fn reaches_end(bytes: &[u8]) -> bool {
+    let mut at = 0;
+    while let Some(&[first, marker]) = bytes.get(at..at + 2) {
+        at += match (first, marker) {
+            (0xff, 0xd9) => return true,
+            // Not a marker, or one that stands alone: stuffing, restarts, the start of the file.
+            (0xff, 0x00 | 0x01 | 0xd0..=0xd8) => 2,
+            (0xff, 0x02..=0xfe) => match bytes.get(at + 2..at + 4) {
+                // The length counts itself; thumbnails inside have end markers of their own.
+                Some(&[high, low]) => 2 + usize::from(u16::from_be_bytes([high, low])),
+                _ => return false,
+            },
+            _ => 1,
+        };
+    }
+    false
 }
 
 fn rgb8(image: DynamicImage) -> Vec<u8> {

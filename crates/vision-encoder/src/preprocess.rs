@@ -33,7 +33,10 @@ pub struct ClipPreprocessorConfig {
 
 /// A size, as the various versions of the library write it.
 #[derive(Debug, Clone, Deserialize)]
-#[serde(untagged)]
+#[serde(
+    untagged,
+    expecting = "a size is a number, {\"shortest_edge\": n} or {\"height\": n, \"width\": n}"
+)]
 enum Size {
     Side(usize),
     ShortestEdge { shortest_edge: usize },
@@ -62,8 +65,15 @@ impl ClipPreprocessorConfig {
     /// Checks the numbers.
     pub fn resolve(&self) -> Result<ClipPreprocessor, VisionError> {
         let wrong = |reason: String| Err(VisionError::Preprocessor(reason));
-        if !(self.do_resize && self.do_center_crop && self.do_rescale && self.do_normalize) {
-            return wrong("resizing, cropping, rescaling and normalising must all be on".into());
+        for (name, on) in [
+            ("do_resize", self.do_resize),
+            ("do_center_crop", self.do_center_crop),
+            ("do_rescale", self.do_rescale),
+            ("do_normalize", self.do_normalize),
+        ] {
+            if !on {
+                return wrong(format!("{name} is off, the vision tower needs it on"));
+            }
         }
         if self.resample != BICUBIC {
             return wrong(format!("resample {} is not 3 (bicubic)", self.resample));
@@ -74,12 +84,6 @@ impl ClipPreprocessorConfig {
         ) else {
             return wrong("image_mean and image_std must have three numbers each".into());
         };
-        let finite = mean.iter().chain(&std).all(|value| value.is_finite());
-        if !finite || std.contains(&0.0) || !self.rescale_factor.is_finite() {
-            return wrong(
-                "image_mean, image_std and rescale_factor must be finite, std not 0".into(),
-            );
-        }
         let crop = match self.crop_size {
             Size::Side(side) => [side, side],
             Size::Exact { height, width } => [height, width],
@@ -92,13 +96,16 @@ impl ClipPreprocessorConfig {
         else {
             return wrong("size must be {\"shortest_edge\": n}".into());
         };
-        if [resize, crop[0], crop[1]]
-            .iter()
-            .any(|&side| side == 0 || side > MAX_SIDE)
-        {
-            return wrong(format!("sizes must be between 1 and {MAX_SIDE} pixels"));
+        for (name, side) in [
+            ("size", resize),
+            ("crop_size.height", crop[0]),
+            ("crop_size.width", crop[1]),
+        ] {
+            if side == 0 || side > MAX_SIDE {
+                return wrong(format!("{name} is {side}, not 1 to {MAX_SIDE} pixels"));
+            }
         }
-        Ok(ClipPreprocessor {
+        let preprocessor = ClipPreprocessor {
             shortest_edge: resize,
             crop,
             rescale: self.rescale_factor,
@@ -106,7 +113,18 @@ impl ClipPreprocessorConfig {
             std: std.map(|value| value as f32),
             fill: mean.map(|value| (value * 255.0) as u8),
             pad_to_square: self.image_aspect_ratio.as_deref() == Some("pad"),
-        })
+        };
+        // Numbers that are fine in JSON may be infinite or zero as f32.
+        let mut ends =
+            (0..3).flat_map(|channel| [0, 255].map(|v| preprocessor.normalise(v, channel)));
+        if !ends.all(f32::is_finite) {
+            return wrong(
+                "image_mean, image_std and rescale_factor must make finite pixels, \
+                 with an image_std that is not 0"
+                    .into(),
+            );
+        }
+        Ok(preprocessor)
     }
 }
 
@@ -184,15 +202,19 @@ impl ClipPreprocessor {
         RgbImage::new(crop_width, crop_height, data)
     }
 
-    /// Resizes, crops and normalises, in the number types that NumPy goes through.
+    /// One value of a channel, in the number types that NumPy goes through.
+    fn normalise(&self, value: u8, channel: usize) -> f32 {
+        ((f64::from(value) * self.rescale) as f32 - self.mean[channel]) / self.std[channel]
+    }
+
+    /// Resizes, crops and normalises.
     pub fn preprocess(&self, image: &RgbImage) -> Result<Pixels, VisionError> {
         let view = self.view(image)?;
         let (height, width) = (view.height(), view.width());
         let mut data = Vec::with_capacity(3 * height * width);
         for channel in 0..3 {
-            let (mean, std) = (self.mean[channel], self.std[channel]);
             let values = view.data().iter().skip(channel).step_by(3);
-            data.extend(values.map(|&v| ((f64::from(v) * self.rescale) as f32 - mean) / std));
+            data.extend(values.map(|&value| self.normalise(value, channel)));
         }
         Ok(Pixels {
             height,

@@ -4,6 +4,9 @@
 //! numbers of 22 bits; when shrinking, the filter widens with the scale (antialiasing). Each output
 //! pixel depends on its own coefficients alone, so any window of the result can be computed without
 //! the rest.
+//!
+//! This is Pillow up to 12. Pillow 13 turns the passes around where the height shrinks more than the
+//! width, which moves bytes by a level, seldom by a few.
 
 use std::ops::Range;
 
@@ -11,6 +14,9 @@ use crate::{RgbImage, VisionError};
 
 /// Bits behind the point: 32 less 8 for the pixel and 2 for sums that overshoot.
 const PRECISION_BITS: u32 = 32 - 8 - 2;
+
+/// What rounds a fixed-point sum to the nearest.
+const HALF: i32 = 1 << (PRECISION_BITS - 1);
 
 /// Radius of the bicubic filter, in pixels of the smaller image.
 const SUPPORT: f64 = 2.0;
@@ -67,16 +73,14 @@ impl<'a> Canvas<'a> {
         }
     }
 
-    /// Copies one row of the canvas; returns whether it crosses the image.
-    fn read_row(&self, y: usize, row: &mut [u8]) -> bool {
-        let inside = (self.top..self.top + self.image.height()).contains(&y);
-        row.chunks_exact_mut(3)
-            .for_each(|pixel| pixel.copy_from_slice(&self.fill));
-        if inside {
-            let source = self.image.row(y - self.top);
-            row[self.left * 3..][..source.len()].copy_from_slice(source);
-        }
-        inside
+    /// Columns of the image.
+    fn columns(&self) -> Range<usize> {
+        self.left..self.left + self.image.width()
+    }
+
+    /// Rows of the image.
+    fn rows(&self) -> Range<usize> {
+        self.top..self.top + self.image.height()
     }
 }
 
@@ -96,35 +100,35 @@ pub fn resize_bicubic(
             bytes: 0,
         });
     }
-    let horizontal = Filter::new(canvas.width, width, window.x.clone());
-    let vertical = Filter::new(canvas.height, height, window.y.clone());
+    let horizontal = Filter::new(canvas.width, width, window.x.clone(), canvas.columns());
+    let vertical = Filter::new(canvas.height, height, window.y.clone(), canvas.rows());
 
-    // Horizontal pass over the source rows that the window needs.
-    let needed = vertical.sources();
-    let mut narrowed = Vec::with_capacity(needed.len() * columns * 3);
-    let mut row = vec![0; canvas.width * 3];
-    let mut blank: Option<Vec<u8>> = None;
-    for y in needed.clone() {
-        if canvas.read_row(y, &mut row) {
-            horizontal.across(&row, &mut narrowed);
-        } else {
-            let blank = blank.get_or_insert_with(|| {
-                let mut blank = Vec::with_capacity(columns * 3);
-                horizontal.across(&row, &mut blank);
-                blank
-            });
-            narrowed.extend_from_slice(blank);
-        }
-    }
+    // A row above or below the image after the horizontal pass.
+    let mut blank = Vec::with_capacity(columns * 3);
+    horizontal.across(&[], canvas.fill, &mut blank);
 
+    // Rows of the image after the horizontal pass: those that the current output row reads.
+    let mut narrowed = Vec::new();
+    let (mut first, mut next) = (0, 0);
     let mut data = Vec::with_capacity(rows * columns * 3);
     for tap in &vertical.taps {
-        vertical.down(tap, &narrowed, needed.start, columns * 3, &mut data);
+        next = next.max(tap.start);
+        let passed = (tap.start - first) * columns * 3;
+        narrowed.drain(..passed.min(narrowed.len()));
+        first = tap.start;
+        while next < tap.start + tap.weights.len() {
+            horizontal.across(canvas.image.row(next), canvas.fill, &mut narrowed);
+            next += 1;
+        }
+        vertical.down(tap, &narrowed, &blank, &mut data);
     }
     RgbImage::new(columns, rows, data)
 }
 
 /// One pass of the resize: for every output position, where to start and what to weigh with.
+///
+/// Only what falls on the image has weights of its own, so the cost is that of the image, however
+/// large the canvas.
 struct Filter {
     taps: Vec<Tap>,
     /// The weights of all taps, one after the other.
@@ -132,14 +136,17 @@ struct Filter {
 }
 
 struct Tap {
-    /// First source position.
+    /// First source position, counted from the image's edge.
     start: usize,
     /// Where its weights lie.
     weights: Range<usize>,
+    /// Sum of the weights that fall beside the image.
+    beside: i32,
 }
 
 impl Filter {
-    fn new(input: usize, output: usize, window: Range<usize>) -> Self {
+    /// `image` are the positions of the canvas that the image covers.
+    fn new(input: usize, output: usize, window: Range<usize>, image: Range<usize>) -> Self {
         let mut filter = Self {
             taps: Vec::with_capacity(window.len()),
             weights: Vec::new(),
@@ -147,14 +154,9 @@ impl Filter {
         let scale = input as f64 / output as f64;
         let stretch = scale.max(1.0);
         for at in window {
-            let start = filter.weights.len();
             if input == output {
                 // Pillow leaves a pass out when the size stays.
-                filter.weights.push(1 << PRECISION_BITS);
-                filter.taps.push(Tap {
-                    start: at,
-                    weights: start..start + 1,
-                });
+                filter.push(at, std::iter::once(1 << PRECISION_BITS), &image);
                 continue;
             }
             let centre = (at as f64 + 0.5) * scale;
@@ -171,28 +173,38 @@ impl Filter {
                 // Rounds half away from zero.
                 (w * f64::from(1 << PRECISION_BITS) + if w < 0.0 { -0.5 } else { 0.5 }) as i32
             });
-            filter.weights.extend(fixed);
-            filter.taps.push(Tap {
-                start: first,
-                weights: start..filter.weights.len(),
-            });
+            filter.push(first, fixed, &image);
         }
         filter
     }
 
-    /// All source positions that any tap reads.
-    fn sources(&self) -> Range<usize> {
-        let start = self.taps.iter().map(|tap| tap.start).min().unwrap_or(0);
-        let end = |tap: &Tap| tap.start + tap.weights.len();
-        start..self.taps.iter().map(end).max().unwrap_or(0)
+    /// Adds the tap whose weights begin at position `first` of the canvas.
+    fn push(&mut self, first: usize, weights: impl Iterator<Item = i32>, image: &Range<usize>) {
+        let (start, mut beside) = (self.weights.len(), 0);
+        for (at, weight) in (first..).zip(weights) {
+            match image.contains(&at) {
+                true => self.weights.push(weight),
+                false => beside += weight,
+            }
+        }
+        self.taps.push(Tap {
+            start: first.clamp(image.start, image.end) - image.start,
+            weights: start..self.weights.len(),
+            beside,
+        });
     }
 
-    /// Filters a row of RGB pixels.
-    fn across(&self, row: &[u8], output: &mut Vec<u8>) {
+    /// Filters a row of RGB pixels; an empty row is one beside the image.
+    fn across(&self, row: &[u8], fill: [u8; 3], output: &mut Vec<u8>) {
         for tap in &self.taps {
-            let mut sums = [1i32 << (PRECISION_BITS - 1); 3];
-            let pixels = row[tap.start * 3..].chunks_exact(3);
-            for (pixel, weight) in pixels.zip(&self.weights[tap.weights.clone()]) {
+            let weights = &self.weights[tap.weights.clone()];
+            let beside = match row.is_empty() {
+                true => tap.beside + weights.iter().sum::<i32>(),
+                false => tap.beside,
+            };
+            let mut sums = fill.map(|value| HALF + i32::from(value) * beside);
+            let pixels = row.chunks_exact(3).skip(tap.start);
+            for (pixel, weight) in pixels.zip(weights) {
                 for (sum, value) in sums.iter_mut().zip(pixel) {
                     *sum += i32::from(*value) * weight;
                 }
@@ -201,11 +213,16 @@ impl Filter {
         }
     }
 
-    /// Filters rows of `stride` bytes, the first of which is source row `first`, into one row.
-    fn down(&self, tap: &Tap, rows: &[u8], first: usize, stride: usize, output: &mut Vec<u8>) {
-        let mut sums = vec![1i32 << (PRECISION_BITS - 1); stride];
-        let rows = rows[(tap.start - first) * stride..].chunks_exact(stride);
-        for (row, weight) in rows.zip(&self.weights[tap.weights.clone()]) {
+    /// Filters rows as long as `blank`, which is what lies beside the image, into one row.
+    fn down(&self, tap: &Tap, rows: &[u8], blank: &[u8], output: &mut Vec<u8>) {
+        let beside = blank
+            .iter()
+            .map(|value| HALF + i32::from(*value) * tap.beside);
+        let mut sums: Vec<i32> = beside.collect();
+        for (row, weight) in rows
+            .chunks_exact(blank.len())
+            .zip(&self.weights[tap.weights.clone()])
+        {
             for (sum, value) in sums.iter_mut().zip(row) {
                 *sum += i32::from(*value) * weight;
             }

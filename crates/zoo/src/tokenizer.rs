@@ -1,5 +1,5 @@
-use serde::Deserialize;
-use serde_json::Value;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use tokenizers::Tokenizer as HfTokenizer;
 
 use crate::ZooError;
@@ -21,16 +21,7 @@ impl Tokenizer {
     /// Parses the contents of `tokenizer.json`. The image token is special even if the file does
     /// not say so.
     pub fn from_json(json: &[u8], image_token: u32) -> Result<Self, ZooError> {
-        let mut inner = HfTokenizer::from_bytes(json).map_err(|source| ZooError::Tokenizer {
-            reason: "it cannot be read".into(),
-            source: Some(source),
-        })?;
-        if let Some(piece) = unknown_piece(json) {
-            return Err(ZooError::Tokenizer {
-                reason: format!("its post_processor uses {piece:?}, which it does not define"),
-                source: None,
-            });
-        }
+        let mut inner = guarded("it cannot be read", || HfTokenizer::from_bytes(json))?;
         // Prompts are never cut or padded behind the caller's back.
         inner.with_padding(None);
         let _ = inner.with_truncation(None);
@@ -106,9 +97,9 @@ impl Tokenizer {
 
     /// The text of token ids, without special tokens.
     pub fn decode(&self, ids: &[u32]) -> Result<String, ZooError> {
-        self.inner
-            .decode(ids, true)
-            .map_err(failed("it cannot decode the answer"))
+        guarded("it cannot decode the answer", || {
+            self.inner.decode(ids, true)
+        })
     }
 
     /// Calls `emit` with each piece of text as soon as its tokens are complete.
@@ -116,7 +107,7 @@ impl Tokenizer {
         let mut stream = self.inner.decode_stream(true);
         move |id| {
             // A token that cannot be decoded alone is still part of the complete answer.
-            if let Ok(Some(piece)) = stream.step(id) {
+            if let Ok(Some(piece)) = guarded("it cannot decode a token", || stream.step(id)) {
                 emit(&piece);
             }
         }
@@ -142,42 +133,23 @@ impl Tokenizer {
     }
 }
 
-/// A piece that a template of the post-processor names and nothing defines: the library would panic
-/// on it.
-fn unknown_piece(json: &[u8]) -> Option<String> {
-    #[derive(Deserialize)]
-    struct HasPostProcessor {
-        post_processor: Value,
-    }
-    fn find(processor: &Value) -> Option<&str> {
-        if let Some(sequence) = processor["processors"].as_array() {
-            return sequence.iter().find_map(find);
-        }
-        let pieces = processor["single"].as_array()?;
-        pieces.iter().find_map(|piece| {
-            let special = piece["SpecialToken"]["id"].as_str();
-            let special = special.filter(|id| processor["special_tokens"].get(id).is_none());
-            let sequence = piece["Sequence"]["id"].as_str().filter(|&id| id != "A");
-            special.or(sequence)
-        })
-    }
-    let file: HasPostProcessor = serde_json::from_slice(json).ok()?;
-    find(&file.post_processor).map(str::to_string)
-}
-
 fn run(
     tokenizer: &HfTokenizer,
     text: &str,
     add_special_tokens: bool,
 ) -> Result<Vec<u32>, ZooError> {
-    let encoding = tokenizer.encode_fast(text, add_special_tokens);
-    let encoding = encoding.map_err(failed("it cannot encode the prompt"))?;
+    let encoding = guarded("it cannot encode the prompt", || {
+        tokenizer.encode_fast(text, add_special_tokens)
+    })?;
     Ok(encoding.get_ids().to_vec())
 }
 
-fn failed(reason: &'static str) -> impl Fn(Box<dyn std::error::Error + Send + Sync>) -> ZooError {
-    move |source| ZooError::Tokenizer {
+/// Calls the tokenizer library, which panics on some broken files instead of refusing them.
+fn guarded<T>(reason: &str, call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, ZooError> {
+    let panicked = |_| Err("the tokenizer library panics on it".into());
+    let outcome = catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(panicked);
+    outcome.map_err(|source| ZooError::Tokenizer {
         reason: reason.into(),
         source: Some(source),
-    }
+    })
 }

@@ -1,0 +1,81 @@
+//! The library against the slow reference, over schedules, group sizes, biases, norms, positions.
+
+use proptest::prelude::*;
+use reducers::Schedule;
+
+use crate::reference::Reference;
+use crate::support::{
+    Backend, VOCAB, any_action, case, cases, columns, decode, distance, prefill_one, values,
+};
+
+/// Largest difference allowed between f32 and f64, as a share of the largest magnitude.
+const TOLERANCE: f64 = 1e-4;
+
+/// Scores this close may be ranked the other way round in f32.
+const CLOSE: f64 = 1e-6;
+
+proptest! {
+    #![proptest_config(cases(128))]
+
+    /// Compacted stages, keys computed once, one query row, per-layer caches: all of it is the
+    /// full-length scatter form with whole attention matrices (equivalences 9.3(a) and (d)). Scores,
+    /// selections, rows per layer, every hidden state and the logits.
+    #[test]
+    fn routed_prefill_equals_the_slow_reference(case in case(any_action())) {
+        let (decoder, sample) = (case.decoder::<Backend>(), case.sample());
+        let expected = Reference::of(&decoder).prefill(&sample, &case.schedule);
+        prop_assume!(expected.decisions.iter().all(|decision| decision.margin > CLOSE));
+
+        let actual = prefill_one(&decoder, &sample, &case.schedule);
+        assert_eq!(actual.trace.decisions.len(), expected.decisions.len());
+        for (actual, expected) in actual.trace.decisions.iter().zip(&expected.decisions) {
+            let difference = distance(&actual.scores, &expected.scores);
+            assert!(difference < 1e-5, "scores at layer {}: {difference}", actual.layer);
+            assert_eq!(actual.selected, expected.selected, "layer {}", actual.layer);
+        }
+        let lengths: Vec<usize> = expected.active.iter().map(Vec::len).collect();
+        assert_eq!(actual.cache.lengths(0), lengths);
+        for (layer, actual) in actual.hidden_states.iter().enumerate() {
+            assert_eq!(actual.rows, expected.active[layer]);
+            for (&row, actual) in actual.rows.iter().zip(columns(&actual.values)) {
+                let difference = distance(&actual, &expected.hidden_states[layer][row]);
+                assert!(difference < TOLERANCE, "layer {layer}, row {row}: {difference}");
+            }
+        }
+        let difference = distance(&values(actual.logits), &expected.logits);
+        assert!(difference < TOLERANCE, "logits: {difference}");
+    }
+
+    /// A generated token sees, per layer, what that layer worked on, from the position it has in
+    /// the plain model; its own row goes through every layer (9.3(i): the mask form).
+    #[test]
+    fn decode_after_routed_prefill_equals_the_slow_reference(
+        case in case(any_action()),
+        tokens in prop::collection::vec(0..VOCAB as u32, 1..5),
+    ) {
+        let (decoder, sample) = (case.decoder::<Backend>(), case.sample());
+        let reference = Reference::of(&decoder);
+        let prefilled = reference.prefill(&sample, &case.schedule);
+        prop_assume!(prefilled.decisions.iter().all(|decision| decision.margin > CLOSE));
+        let expected = reference.decode(&sample, &prefilled.active, &tokens);
+
+        let mut actual = prefill_one(&decoder, &sample, &case.schedule);
+        let actual = decode(&decoder, &mut actual, &tokens);
+        for (step, (actual, expected)) in actual.iter().zip(&expected).enumerate() {
+            let difference = distance(actual, expected);
+            assert!(difference < TOLERANCE, "token {step}: {difference}");
+        }
+    }
+}
+
+/// The plain model, so that an error above can be told from an error of routing.
+#[test]
+fn the_plain_model_equals_the_slow_reference() {
+    proptest!(cases(64), |(case in case(any_action()))| {
+        let (decoder, sample) = (case.decoder::<Backend>(), case.sample());
+        let expected = Reference::of(&decoder).prefill(&sample, &Schedule::dense());
+        let actual = prefill_one(&decoder, &sample, &Schedule::dense());
+        let difference = distance(&values(actual.logits), &expected.logits);
+        assert!(difference < TOLERANCE, "{difference}");
+    });
+}

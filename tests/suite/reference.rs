@@ -1,0 +1,300 @@
+//! An independent, slow decoder with routing, to compare the library with: plain loops in f64 on
+//! the host, one sample, rows that always stand at full length.
+//!
+//! It shares nothing with the library but the weights: no feature-major activations, no packed
+//! rows, no compacted stages, no lean scorer, no cache. It follows the *scatter* form of Reroute
+//! (arXiv 2606.12412): every layer gathers its active rows out of the full-length hidden states,
+//! works on them and writes them back, and a decision computes the whole attention matrix of its
+//! pool to read one row of it. Decoding recomputes everything in the *mask* form: every row runs
+//! through every layer, deferred rows are hidden as keys, and their outputs are overwritten by
+//! their inputs.
+
+use std::collections::HashMap;
+
+use burn::tensor::backend::Backend as AnyBackend;
+use reducers::{Action, Schedule};
+use reroute::{Decoder, DecoderConfig};
+
+use crate::support::{Sample, weights};
+
+type Row = Vec<f64>;
+
+/// The weights of a decoder, by path, as `[out][in]` or `[1][features]`.
+pub struct Reference {
+    config: DecoderConfig,
+    weights: HashMap<String, Vec<Row>>,
+}
+
+/// What a prefill of one sample comes to.
+#[derive(Default)]
+pub struct Outcome {
+    /// Of the last row.
+    pub logits: Row,
+    pub decisions: Vec<Decision>,
+    /// Rows each layer worked on, ascending.
+    pub active: Vec<Vec<usize>>,
+    /// Output of every layer, full length; deferred rows as they wait.
+    pub hidden_states: Vec<Vec<Row>>,
+}
+
+/// One decision.
+pub struct Decision {
+    /// Of every visual token that stood for selection.
+    pub scores: Row,
+    /// In visual order, ascending.
+    pub selected: Vec<usize>,
+    /// By how much the last token in beat the first one out.
+    pub margin: f64,
+}
+
+impl Reference {
+    pub fn of<B: AnyBackend>(decoder: &Decoder<B>) -> Self {
+        Self {
+            config: decoder.config().clone(),
+            weights: weights(decoder),
+        }
+    }
+
+    /// Routed prefill.
+    pub fn prefill(&self, sample: &Sample, schedule: &Schedule) -> Outcome {
+        let mut hidden = to_f64(&sample.embeddings);
+        let visual = &sample.layout.visual;
+        let mut active: Vec<usize> = (0..hidden.len()).collect();
+        let mut outcome = Outcome::default();
+        for layer in 0..self.config.num_layers {
+            let stage = schedule.stages().iter().position(|s| s.layer == layer);
+            if let (Some(stage), false) = (stage, visual.is_empty()) {
+                let pool = match schedule.action() {
+                    Action::Remove => active,
+                    Action::Reroute => (0..hidden.len()).collect(),
+                };
+                let scores = self.scores(layer, &hidden, sample, &pool);
+                let previous = outcome.decisions.last().filter(|_| schedule.monotonic());
+                let count = schedule.keep_counts(visual.len())[stage];
+                let decision = choose(&scores, visual, previous, count);
+                active = sample.text();
+                active.extend(gather(visual, &decision.selected));
+                active.sort_unstable();
+                outcome.decisions.push(decision);
+            }
+            let positions = gather(&sample.positions, &active);
+            let output = self.layer(layer, &gather(&hidden, &active), &positions, &|_| true);
+            for (&row, output) in active.iter().zip(output) {
+                hidden[row] = output;
+            }
+            outcome.active.push(active.clone());
+            outcome.hidden_states.push(hidden.clone());
+        }
+        outcome.logits = self.logits(&hidden[hidden.len() - 1]);
+        outcome
+    }
+
+    /// Logits behind each of `tokens` after a routed prefill: everything once more, with the
+    /// prefill's active rows as masks.
+    pub fn decode(&self, sample: &Sample, active: &[Vec<usize>], tokens: &[u32]) -> Vec<Row> {
+        let (mut hidden, mut positions) = (to_f64(&sample.embeddings), sample.positions.clone());
+        let prompt = hidden.len();
+        for (step, &token) in tokens.iter().enumerate() {
+            hidden.push(self.weights["embed_tokens.weight"][token as usize].clone());
+            let next = sample.layout.next_position + step as i64;
+            positions.push(vec![next; self.config.rope.axes()]);
+        }
+        for (layer, active) in active.iter().enumerate() {
+            let seen = |row: usize| row >= prompt || active.contains(&row);
+            let output = self.layer(layer, &hidden, &positions, &seen);
+            for (row, output) in output.into_iter().enumerate().filter(|(row, _)| seen(*row)) {
+                hidden[row] = output;
+            }
+        }
+        let generated = hidden[prompt..].iter();
+        generated.map(|row| self.logits(row)).collect()
+    }
+
+    /// Attention of the last row to each row of the pool, averaged over heads.
+    fn scores(
+        &self,
+        layer: usize,
+        hidden: &[Row],
+        sample: &Sample,
+        pool: &[usize],
+    ) -> HashMap<usize, f64> {
+        let positions = gather(&sample.positions, pool);
+        let normed = self.norms(layer, &gather(hidden, pool));
+        let heads = self.attention_matrix(layer, &normed, &positions, &|_| true);
+        let last = pool.len() - 1;
+        let sum = |at: usize| heads.iter().map(|head| head[last][at]).sum::<f64>();
+        let score = |(at, &row): (usize, &usize)| (row, sum(at) / heads.len() as f64);
+        pool.iter().enumerate().map(score).collect()
+    }
+
+    /// One decoder layer over all `rows`, of which the `seen` ones are keys.
+    fn layer(
+        &self,
+        layer: usize,
+        rows: &[Row],
+        positions: &[Vec<i64>],
+        seen: &dyn Fn(usize) -> bool,
+    ) -> Vec<Row> {
+        let name = |part: &str| format!("layers.{layer}.{part}");
+        let normed = self.norms(layer, rows);
+        let heads = self.attention_matrix(layer, &normed, positions, seen);
+        let value = |row: &Row| self.linear(&name("self_attn.v_proj"), row);
+        let values: Vec<Row> = normed.iter().map(value).collect();
+        let (head_dim, group) = (self.config.head_dim, self.group());
+        let output = |(at, row): (usize, &Row)| {
+            let mut context = Row::new();
+            for (head, weights) in heads.iter().enumerate() {
+                for channel in 0..head_dim {
+                    let channel = head / group * head_dim + channel;
+                    let weighed = |(key, weight): (usize, &f64)| weight * values[key][channel];
+                    context.push(weights[at].iter().enumerate().map(weighed).sum());
+                }
+            }
+            let row = add(row, &self.linear(&name("self_attn.o_proj"), &context));
+            let normed = self.norm(&name("post_attention_layernorm"), &row);
+            let gate = self.linear(&name("mlp.gate_proj"), &normed);
+            let up = self.linear(&name("mlp.up_proj"), &normed);
+            let silu = |x: f64| x / (1.0 + (-x).exp());
+            let inner: Row = gate.iter().zip(up).map(|(&g, up)| silu(g) * up).collect();
+            add(&row, &self.linear(&name("mlp.down_proj"), &inner))
+        };
+        rows.iter().enumerate().map(output).collect()
+    }
+
+    /// `[heads][queries][keys]`, causal, keys that are not `seen` hidden.
+    fn attention_matrix(
+        &self,
+        layer: usize,
+        normed: &[Row],
+        positions: &[Vec<i64>],
+        seen: &dyn Fn(usize) -> bool,
+    ) -> Vec<Vec<Row>> {
+        let project = |what: &str| -> Vec<Vec<Row>> {
+            let name = |part: &str| format!("layers.{layer}.self_attn.{what}_{part}");
+            let one = |(row, position): (&Row, &Vec<i64>)| {
+                let flat = self.linear(&name("proj"), row);
+                let heads =
+                    flat.chunks(self.config.head_dim)
+                        .map(|head| match self.config.qk_norm {
+                            true => self.rotate(&self.norm(&name("norm"), head), position),
+                            false => self.rotate(head, position),
+                        });
+                heads.collect()
+            };
+            normed.iter().zip(positions).map(one).collect()
+        };
+        let (queries, keys) = (project("q"), project("k"));
+        let scale = 1.0 / (self.config.head_dim as f64).sqrt();
+        let row = |head: usize, query: usize| {
+            let logit = |key: usize| match key <= query && seen(key) {
+                true => dot(&queries[query][head], &keys[key][head / self.group()]) * scale,
+                false => f64::NEG_INFINITY,
+            };
+            softmax((0..keys.len()).map(logit).collect())
+        };
+        let matrix = |head: usize| (0..queries.len()).map(|query| row(head, query)).collect();
+        (0..self.config.num_attention_heads).map(matrix).collect()
+    }
+
+    fn norms(&self, layer: usize, rows: &[Row]) -> Vec<Row> {
+        let name = format!("layers.{layer}.input_layernorm");
+        rows.iter().map(|row| self.norm(&name, row)).collect()
+    }
+
+    /// Query heads per key/value head.
+    fn group(&self) -> usize {
+        self.config.num_attention_heads / self.config.num_key_value_heads
+    }
+
+    fn rotate(&self, head: &[f64], position: &[i64]) -> Row {
+        let half = head.len() / 2;
+        let mut turned = head.to_vec();
+        for (i, &axis) in self.config.rope.axis_of_frequency.iter().enumerate() {
+            let frequency = self.config.rope.theta.powf(-(i as f64) / half as f64);
+            let (sin, cos) = (position[axis] as f64 * frequency).sin_cos();
+            turned[i] = head[i] * cos - head[i + half] * sin;
+            turned[i + half] = head[i + half] * cos + head[i] * sin;
+        }
+        turned
+    }
+
+    fn norm(&self, name: &str, row: &[f64]) -> Row {
+        let mean_square = dot(row, row) / row.len() as f64;
+        let scale = 1.0 / (mean_square + self.config.rms_norm_eps).sqrt();
+        let weight = &self.weights[&format!("{name}.weight")][0];
+        row.iter().zip(weight).map(|(x, w)| x * scale * w).collect()
+    }
+
+    fn linear(&self, name: &str, row: &[f64]) -> Row {
+        let product = self.weights[&format!("{name}.weight")]
+            .iter()
+            .map(|w| dot(w, row));
+        match self.weights.get(&format!("{name}.bias")) {
+            Some(bias) => product.zip(&bias[0]).map(|(y, b)| y + b).collect(),
+            None => product.collect(),
+        }
+    }
+
+    fn logits(&self, row: &[f64]) -> Row {
+        let normed = self.norm("norm", row);
+        match self.config.tie_word_embeddings {
+            true => self.linear("embed_tokens", &normed),
+            false => self.linear("lm_head", &normed),
+        }
+    }
+}
+
+/// The best `count` of the visual tokens that have a score, lower index first among equals, those
+/// that a monotonic schedule has dismissed last.
+fn choose(
+    scores: &HashMap<usize, f64>,
+    visual: &[usize],
+    previous: Option<&Decision>,
+    count: usize,
+) -> Decision {
+    let stands = |token: &usize| scores.contains_key(&visual[*token]);
+    let candidates: Vec<usize> = (0..visual.len()).filter(stands).collect();
+    let rank = |token: usize| match previous {
+        Some(previous) if !previous.selected.contains(&token) => f64::NEG_INFINITY,
+        _ => scores[&visual[token]],
+    };
+    let mut order = candidates.clone();
+    order.sort_by(|&a, &b| rank(b).total_cmp(&rank(a)).then(a.cmp(&b)));
+    let margin = match order[count - 1..] {
+        [worst, best, ..] if rank(best).is_finite() => rank(worst) - rank(best),
+        _ => f64::INFINITY,
+    };
+    order.truncate(count);
+    order.sort_unstable();
+    Decision {
+        scores: candidates.iter().map(|&t| scores[&visual[t]]).collect(),
+        selected: order,
+        margin,
+    }
+}
+
+fn gather<T: Clone>(of: &[T], at: &[usize]) -> Vec<T> {
+    at.iter().map(|&i| of[i].clone()).collect()
+}
+
+/// Probabilities; all 0 if nothing is visible.
+fn softmax(logits: Row) -> Row {
+    let highest = logits.iter().copied().fold(f64::MIN, f64::max);
+    let exponentials: Row = logits.iter().map(|logit| (logit - highest).exp()).collect();
+    let total = exponentials.iter().sum::<f64>().max(f64::MIN_POSITIVE);
+    exponentials.iter().map(|e| e / total).collect()
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+fn add(a: &[f64], b: &[f64]) -> Row {
+    a.iter().zip(b).map(|(a, b)| a + b).collect()
+}
+
+fn to_f64(rows: &[Vec<f32>]) -> Vec<Row> {
+    rows.iter()
+        .map(|row| row.iter().map(|&x| f64::from(x)).collect())
+        .collect()
+}

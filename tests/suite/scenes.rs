@@ -1,0 +1,205 @@
+//! The trained tiny model on its 200 scenes: the answers of the official implementation, under
+//! every routing of `tests/fixtures/scenes/reference.json`.
+
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
+
+use burn::tensor::Tensor;
+use reducers::Schedule;
+use reroute::{GenerationOptions, PrefillOptions, generate};
+use reroute_cli::backend::{Backend, Device};
+use reroute_cli::embedded;
+use serde::Deserialize;
+use vision_encoder::{DecodeLimits, RgbImage, decode, to_tensor};
+use zoo::grounding::{iou, parse_box};
+use zoo::{OpenOptions, Question, Vlm};
+
+/// Ties in f32 may flip a scene or two of the 200.
+const MAY_DIFFER: usize = 2;
+
+/// The reference stopped here: four numbers and the end.
+const ANSWER_TOKENS: usize = 5;
+
+#[derive(Deserialize)]
+struct SceneFile {
+    image: String,
+    expression: String,
+    r#box: [f64; 4],
+}
+
+#[derive(Deserialize)]
+struct Expected {
+    accuracy: f64,
+    routing: Option<Schedule>,
+    answers: Vec<Vec<u32>>,
+}
+
+/// A scene, ready for the decoder.
+struct Scene {
+    ids: Vec<u32>,
+    /// `[hidden_size, visual tokens]`
+    visual: Tensor<Backend, 2>,
+    truth: [f64; 4],
+}
+
+static VLM: LazyLock<Vlm<Backend>> = LazyLock::new(|| {
+    let options = OpenOptions::default();
+    Vlm::open(&embedded::checkpoint(), &options, &Device::default()).expect("it is built in")
+});
+
+static SCENES: LazyLock<Vec<Scene>> = LazyLock::new(|| {
+    let lines = std::fs::read_to_string(fixtures().join("scenes.jsonl")).expect("the fixture");
+    lines.lines().map(scene).collect()
+});
+
+static EXPECTED: LazyLock<BTreeMap<String, Expected>> = LazyLock::new(|| {
+    let json = std::fs::read(fixtures().join("reference.json")).expect("the fixture");
+    serde_json::from_slice(&json).expect("the fixture is valid")
+});
+
+fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/scenes")
+}
+
+fn scene(line: &str) -> Scene {
+    let file: SceneFile = serde_json::from_str(line).expect("the fixture is valid");
+    let bytes = std::fs::read(fixtures().join(&file.image)).expect("the fixture is complete");
+    let image = decode(&bytes, &DecodeLimits::default()).expect("a good image");
+    let question = question(image, &file.expression);
+    let pixels = VLM
+        .preprocessor()
+        .preprocess(&question.images[0])
+        .expect("a good image");
+    let pixels = to_tensor(&[pixels], VLM.device()).expect("one image");
+    let features = VLM.model().vision_features(pixels).expect("the right size");
+    Scene {
+        ids: VLM.encode(&question).expect("a good question"),
+        visual: VLM.model().project(features),
+        truth: file.r#box,
+    }
+}
+
+fn question(image: RgbImage, expression: &str) -> Question {
+    Question {
+        images: vec![image],
+        text: VLM.grounding().question(expression),
+    }
+}
+
+/// Answers scenes in one batch.
+fn answers(scenes: &[Scene], schedule: &Schedule, options: &GenerationOptions) -> Vec<Vec<u32>> {
+    let ids: Vec<Vec<u32>> = scenes.iter().map(|scene| scene.ids.clone()).collect();
+    let visual = scenes.iter().map(|scene| scene.visual.clone()).collect();
+    let model = VLM.model();
+    let prompt = model.prompt(&ids, Some(Tensor::cat(visual, 1)), VLM.device());
+    let prompt = prompt.expect("as many slots as visual tokens");
+    let prefill = model
+        .decoder()
+        .prefill(&prompt, schedule, PrefillOptions::default());
+    let prefill = prefill.expect("a good prompt");
+    let mut cache = prefill.cache;
+    let go_on = &mut |_, _| ControlFlow::Continue(());
+    let generations = generate(
+        model.decoder(),
+        prefill.logits,
+        &mut cache,
+        &ids,
+        options,
+        go_on,
+    );
+    let generations = generations.expect("finite logits");
+    generations
+        .into_iter()
+        .map(|generation| generation.tokens)
+        .collect()
+}
+
+fn answers_equal_the_reference(routing: &str) {
+    let expected = &EXPECTED[routing];
+    let dense = Schedule::dense();
+    let schedule = expected.routing.as_ref().unwrap_or(&dense);
+    let options = GenerationOptions {
+        max_new_tokens: ANSWER_TOKENS,
+        ..VLM.generation_defaults()
+    };
+    assert_eq!(SCENES.len(), expected.answers.len());
+    let (mut different, mut hits) = (Vec::new(), 0);
+    // Odd-sized batches: every scene of a batch is routed by its own scores.
+    for (start, batch) in SCENES
+        .chunks(7)
+        .enumerate()
+        .map(|(at, batch)| (at * 7, batch))
+    {
+        for (at, answer) in answers(batch, schedule, &options).into_iter().enumerate() {
+            if answer != expected.answers[start + at] {
+                different.push((start + at, answer.clone(), &expected.answers[start + at]));
+            }
+            let text = VLM.tokenizer().decode(&answer).expect("known tokens");
+            let found = parse_box(&text);
+            hits += usize::from(found.is_some_and(|found| iou(&found, &batch[at].truth) >= 0.5));
+        }
+    }
+    assert!(different.len() <= MAY_DIFFER, "{routing}: {different:?}");
+    let accuracy = hits as f64 / SCENES.len() as f64;
+    let allowed = MAY_DIFFER as f64 / SCENES.len() as f64 + 1e-9;
+    assert!(
+        (accuracy - expected.accuracy).abs() <= allowed,
+        "{routing}: accuracy {accuracy}"
+    );
+}
+
+macro_rules! routings {
+    ($($test:ident: $routing:literal),* $(,)?) => {
+        $(#[test]
+        fn $test() {
+            answers_equal_the_reference($routing);
+        })*
+
+        #[test]
+        fn every_routing_of_the_reference_is_tested() {
+            let tested = [$($routing),*];
+            assert!(EXPECTED.keys().all(|routing| tested.contains(&routing.as_str())));
+        }
+    };
+}
+
+routings! {
+    dense: "dense",
+    fastv_050: "fastv@0.50",
+    reroute_fastv_050: "reroute-fastv@0.50",
+    pdrop_050: "pdrop@0.50",
+    reroute_pdrop_050: "reroute-pdrop@0.50",
+    fastv_033: "fastv@0.33",
+    reroute_fastv_033: "reroute-fastv@0.33",
+    pdrop_033: "pdrop@0.33",
+    reroute_pdrop_033: "reroute-pdrop@0.33",
+    fastv_022: "fastv@0.22",
+    reroute_fastv_022: "reroute-fastv@0.22",
+    pdrop_022: "pdrop@0.22",
+    reroute_pdrop_022: "reroute-pdrop@0.22",
+}
+
+#[test]
+fn the_built_in_scene_is_found() {
+    let image = decode(embedded::SCENE.image, &DecodeLimits::default()).expect("it is built in");
+    let options = VLM.generation_defaults();
+    let schedule = Schedule::dense();
+    let found = VLM.ground(&image, embedded::SCENE.expression, &schedule, &options);
+    let found = found.expect("it answers with a box");
+    let scenes = Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/scenes/scenes.json");
+    let scenes = std::fs::read(scenes).expect("the assets are complete");
+    let scenes: Vec<SceneFile> = serde_json::from_slice(&scenes).expect("valid");
+    let truth = scenes
+        .iter()
+        .find(|scene| scene.expression == embedded::SCENE.expression);
+    let truth = truth
+        .expect("the built-in scene is one of the assets")
+        .r#box;
+    assert!(
+        iou(&found.normalized, &truth) >= 0.5,
+        "{:?} instead of {truth:?}",
+        found.normalized
+    );
+}

@@ -162,3 +162,20 @@ proptest! {
         assert!(difference < 1e-3, "predicted {predicted}, measured {change}: {difference}");
     }
 }
+
+/// Where e^(−x) would overflow, the gradient is zero and not NaN.
+#[test]
+fn gradients_of_activations_are_finite_far_from_zero() {
+    let device = Device::default();
+    for activation in [layers::silu::<Ad, 1>, layers::quick_gelu::<Ad, 1>] {
+        let x = Tensor::<Ad, 1>::from_data([-1e4, -100.0, -88.0, 0.0, 100.0], &device);
+        let x = x.require_grad();
+        let gradients = activation(x.clone()).sum().backward();
+        let gradient: Vec<f32> = values(x.grad(&gradients).expect("x is tracked"));
+        assert!(gradient.iter().all(|g| g.is_finite()), "{gradient:?}");
+        assert!(
+            gradient[0] == 0.0 && (gradient[4] - 1.0).abs() < 1e-6,
+            "{gradient:?}"
+        );
+    }
+}

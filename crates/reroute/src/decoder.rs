@@ -176,19 +176,20 @@ impl<B: Backend> Decoder<B> {
         cache: &mut KvCache<B>,
     ) -> Result<Tensor<B, 2>, RerouteError> {
         let device = self.embed_tokens.weight.device();
-        let mut positions = Vec::with_capacity(tokens.len());
-        let mut ids = Vec::with_capacity(tokens.len());
-        for &(sample, id) in tokens {
-            let position = cache.take_position(sample);
-            if position as usize >= self.config.max_position_embeddings {
-                return Err(RerouteError::ContextLength {
-                    needed: position as usize + 1,
-                    available: self.config.max_position_embeddings,
-                });
-            }
-            positions.push(position);
-            ids.push(id as i64);
+        // Checked before any is taken: a refused step leaves the cache as it was.
+        let available = self.config.max_position_embeddings;
+        let next = |&(sample, _): &(usize, u32)| cache.next_position(sample) as usize;
+        if let Some(position) = tokens.iter().map(next).find(|&next| next >= available) {
+            return Err(RerouteError::ContextLength {
+                needed: position + 1,
+                available,
+            });
         }
+        let positions: Vec<i64> = tokens
+            .iter()
+            .map(|&(sample, _)| cache.take_position(sample))
+            .collect();
+        let ids: Vec<i64> = tokens.iter().map(|&(_, id)| id.into()).collect();
         let mut hidden_states = self.embed(Tensor::from_data(ids.as_slice(), &device));
         let positions = Tensor::<B, 1, Int>::from_data(positions.as_slice(), &device)
             .unsqueeze::<2>()

@@ -70,6 +70,9 @@ impl<B: Backend> Prompt<B> {
                      because that row asks which visual tokens matter"
                 ));
             }
+            if sample.next_position < 0 {
+                return malformed(format!("sample {index} continues at a negative position"));
+            }
             let needed = sample.next_position.max(sample.rows as i64) as usize;
             if needed > config.max_position_embeddings {
                 return Err(RerouteError::ContextLength {

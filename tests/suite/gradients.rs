@@ -163,7 +163,7 @@ proptest! {
     }
 }
 
-/// Where e^(−x) would overflow, the gradient is zero and not NaN.
+/// Where e^(−x) would overflow, the gradient is next to nothing and not NaN.
 #[test]
 fn gradients_of_activations_are_finite_far_from_zero() {
     let device = Device::default();
@@ -174,7 +174,7 @@ fn gradients_of_activations_are_finite_far_from_zero() {
         let gradient: Vec<f32> = values(x.grad(&gradients).expect("x is tracked"));
         assert!(gradient.iter().all(|g| g.is_finite()), "{gradient:?}");
         assert!(
-            gradient[0] == 0.0 && (gradient[4] - 1.0).abs() < 1e-6,
+            gradient[0].abs() < 1e-30 && (gradient[4] - 1.0).abs() < 1e-6,
             "{gradient:?}"
         );
     }

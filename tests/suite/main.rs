@@ -4,6 +4,7 @@
 mod against_reference;
 mod bad_checkpoint;
 mod bad_request;
+mod bad_text;
 mod batches;
 mod command_line;
 mod gradients;

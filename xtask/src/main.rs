@@ -34,8 +34,9 @@ fn main() -> anyhow::Result<()> {
     }
 }
 
-/// The workspace.
+/// The workspace that cargo runs the task in.
 fn root() -> PathBuf {
-    let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let manifest = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| ".".into());
+    let manifest = Path::new(&manifest);
     manifest.parent().unwrap_or(manifest).to_path_buf()
 }

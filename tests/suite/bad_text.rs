@@ -60,48 +60,79 @@ fn tokenizers_that_are_broken_or_belong_to_another_model() {
         folder.set("tokenizer.json", pointer, value);
         refuses(&ask(&folder), &["tokenizer.json: ", expected, remedy]);
     }
+    let (place, text) = ("/added_tokens/3/content", json!("<picture>"));
     let folder = Scratch::checkpoint();
-    folder.set(
-        "tokenizer.json",
-        "/post_processor/special_tokens/~1s",
-        json!({}),
-    );
-    folder.set(
-        "tokenizer.json",
-        "/added_tokens/3/content",
-        json!("<picture>"),
-    );
-    refuses(&ask(&folder), &["tokenizer"]);
+    folder.set("tokenizer.json", place, text);
+    refuses(&ask(&folder), &["makes 0 image slots for 1 images"]);
+}
+
+/// Asserts that the fixture with this chat template is refused.
+fn refuses_template(source: &str, expected: &str) {
+    let folder = Scratch::checkpoint();
+    folder.write("chat_template.jinja", source);
+    refuses(&ask(&folder), &["chat_template.jinja", expected]);
 }
 
 #[test]
-fn chat_templates_that_are_broken_or_endless_or_without_a_slot() {
-    let chain = |link: &str| format!("{{{{ 1{} }}}}", link.repeat(50_000));
-    let remedy = "replace it by the one published with the model";
-    let fuel = "ran out of fuel";
-    let slots = |count: usize| format!("makes {count} image slots for 1 images");
+fn chat_templates_that_are_broken_or_without_a_slot() {
     for (source, expected) in [
-        ("{% for m in".to_string(), ["syntax error", remedy]),
-        (format!("{}1{}", "{{ (", "(".repeat(10_000)), ["recursion limits", remedy]),
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}".into(), [fuel, remedy]),
-        ("{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}".into(), [fuel, remedy]),
-        ("{{ 'a' * 1000000000000 }}".into(), [fuel, remedy]),
-        ("{% for i in range(9999) %}{{ 'a' * 9999 }}{% endfor %}".into(), ["too long", remedy]),
-        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}".into(), ["recursion limit", remedy]),
-        ("{% include '/etc/passwd' %}".into(), ["non-existing template", remedy]),
-        ("{{ messages[7].content }}".into(), ["undefined value", remedy]),
-        ("{{ raise_exception('only text') }}".into(), ["only text", remedy]),
-        (chain("|nobody"), ["unknown filter", remedy]),
-        (chain("+x"), ["chat_template.jinja fails", remedy]),
-        (format!("{{{{ {}1 }}}}", "-".repeat(100_000)), [&slots(0), "image token of config.json is 407"]),
-        (String::new(), [&slots(0), "chat_template.jinja"]),
-        ("{{ messages[0].content[-1].text }}".into(), [&slots(0), "chat_template.jinja"]),
-        ("<image><image>{{ messages[0].content[-1].text }}".into(), [&slots(2), "chat_template.jinja"]),
-        ("<image>".into(), ["ends with a visual row", "must be text"]),
-        ("a".repeat(MAX_CONFIG_BYTES + 1), ["1048576 are allowed", "chat_template.jinja"]),
+        ("{% for m in", "syntax error"),
+        ("{% include '/etc/passwd' %}", "non-existing template"),
+        ("{{ messages[7].content }}", "undefined value"),
+        ("{{ raise_exception('only text') }}", "only text"),
+        ("", "the image token of config.json is 407"),
+        (
+            "{{ messages[0].content[-1].text }}",
+            "makes 0 image slots for 1 images",
+        ),
+        (
+            "<image><image>{{ messages[0].content[-1].text }}",
+            "makes 2 image slots for 1 images",
+        ),
     ] {
-        let folder = Scratch::checkpoint();
-        folder.write("chat_template.jinja", &source);
-        refuses(&ask(&folder), &expected);
+        refuses_template(source, expected);
+    }
+    let folder = Scratch::checkpoint();
+    folder.write("chat_template.jinja", "<image>");
+    refuses(&ask(&folder), &["ends with a visual row", "must be text"]);
+}
+
+#[test]
+fn chat_templates_that_are_endless_or_huge() {
+    let fuel = "ran out of fuel";
+    let range = |body: &str| format!("{{% for i in range(99999) %}}{body}{{% endfor %}}");
+    let double = "{% set n.x = n.x ~ n.x %}";
+    for (source, expected) in [
+        (range(&range("")), fuel),
+        (
+            "{% set n = namespace(x='ab') %}".to_string() + &range(double),
+            fuel,
+        ),
+        ("{{ 'a' * 1000000000000 }}".into(), fuel),
+        (range("{{ 'a' * 9999 }}"), "the rendered prompt is too long"),
+        (
+            "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}".into(),
+            "recursion limit exceeded",
+        ),
+        ("a".repeat(70_000), "has 70000 bytes, 65536 are allowed"),
+        ("a".repeat(MAX_CONFIG_BYTES + 1), "1048576 are allowed"),
+    ] {
+        refuses_template(&source, expected);
+    }
+}
+
+/// The template compiler recurses into such chains without a limit.
+#[test]
+fn chat_templates_that_would_overflow_the_stack() {
+    for (first, link, count, expected) in [
+        ("(", "(", 60_000, "recursion limits"),
+        ("-", "-", 60_000, "syntax error"),
+        ("1", "|nobody", 9_000, "unknown filter"),
+        ("1", "|string", 9_000, "makes 0 image slots"),
+        ("1", "+nothing", 7_000, "unsupported types"),
+        ("messages", ".a", 30_000, "undefined value"),
+    ] {
+        let source = format!("{{{{ {first}{} }}}}", link.repeat(count));
+        refuses_template(&source, expected);
     }
 }

@@ -13,6 +13,7 @@ mod layers;
 mod limits;
 mod parity;
 mod program;
+mod questions;
 mod reference;
 mod scenes;
 mod support;

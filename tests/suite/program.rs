@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
 use clap::Parser;
+use reducers::{Schedule, presets};
 use reroute_cli::args::Args;
 use reroute_cli::backend::{Backend, Device};
 use reroute_cli::embedded;
@@ -20,6 +21,13 @@ pub static BUILT_IN: LazyLock<Vlm<Backend>> = LazyLock::new(|| open(&embedded::c
 
 fn open(folder: &Folder) -> Vlm<Backend> {
     Vlm::open(folder, &OpenOptions::default(), &Device::default()).expect("it is built in")
+}
+
+/// A preset for the built-in model.
+pub fn schedule(preset: &str) -> Schedule {
+    let preset = presets::find(preset).expect("a preset");
+    let layers = BUILT_IN.decoder_config().num_layers;
+    preset.schedule(layers).expect("it has enough layers")
 }
 
 /// Runs the program and returns all that it prints.

@@ -1,8 +1,9 @@
 //! The program as a process: exit codes, where its words go, and that it does not panic.
 
-use std::process::{Command, Output};
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
 
-fn reroute(flags: &[&str], folder: &std::path::Path) -> Output {
+fn reroute(flags: &[&str], folder: &Path) -> Output {
     let program = Command::new(env!("CARGO_BIN_EXE_reroute"))
         .args(flags)
         .current_dir(folder)
@@ -75,5 +76,65 @@ fn bad_input_exits_with_2_and_leaves_nothing() {
         );
         let left = std::fs::read_dir(folder.path()).expect("readable").count();
         assert_eq!(left, 0, "{flags:?} leaves files behind");
+    }
+}
+
+#[test]
+fn a_reader_that_has_seen_enough_is_no_failure() {
+    let mut program = Command::new(env!("CARGO_BIN_EXE_reroute"))
+        .arg("presets")
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the program starts");
+    drop(program.stdout.take());
+    let output = program.wait_with_output().expect("it ends");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    assert_eq!(said, "");
+}
+
+#[test]
+fn answers_go_to_stdout_and_notes_and_errors_to_stderr() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let output = reroute(&["ask"], folder.path());
+    assert_eq!(String::from_utf8_lossy(&output.stdout).lines().count(), 1);
+    assert!(String::from_utf8_lossy(&output.stderr).contains("visual tokens"));
+
+    let output = reroute(&["ask", "--routing", "fastv@17"], folder.path());
+    assert!(output.stdout.is_empty());
+    assert!(String::from_utf8_lossy(&output.stderr).starts_with("error: "));
+}
+
+/// The limits of the system, not ours, would end these: no memory, no stack.
+#[test]
+fn checkpoints_made_to_exhaust_memory_or_stack_exit_with_2() {
+    let checkpoint = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../assets/tiny-llava");
+    let config = std::fs::read_to_string(checkpoint.join("config.json")).expect("it is there");
+    let many = "\"num_hidden_layers\": 1000000000";
+    let layers = config.replace("\"num_hidden_layers\": 8", many);
+    let heads = config.replace("\"vocab_size\"", "\"head_dim\": 2147483646, \"vocab_size\"");
+    assert!(layers != config && heads != config);
+    let chain = format!("{{{{ {}1 }}}}", "-".repeat(60_000));
+    for (name, content, expected) in [
+        ("config.json", layers, "num_hidden_layers is 1000000000"),
+        ("config.json", heads, "head_dim is 2147483646"),
+        ("chat_template.jinja", chain, "0 image slots for 1 images"),
+    ] {
+        let folder = tempfile::tempdir().expect("a folder");
+        let copy = folder.path().join("model");
+        std::fs::create_dir(&copy).expect("a folder");
+        for file in checkpoint.read_dir().expect("a folder") {
+            let file = file.expect("readable");
+            std::fs::copy(file.path(), copy.join(file.file_name())).expect("a copy");
+        }
+        std::fs::write(copy.join(name), content).expect("a file");
+        let scene = checkpoint.join("../scenes/063.png");
+        let flags = ["ask", "--model", "model", "--prompt", "x", "--image"];
+        let flags = [&flags[..], &[scene.to_str().expect("UTF-8")]].concat();
+        let output = reroute(&flags, folder.path());
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{name}: {said}");
+        assert!(said.contains(expected), "{name}: {said}");
     }
 }

@@ -50,12 +50,12 @@ pub enum ZooError {
         /// The template engine's error.
         source: minijinja::Error,
     },
-    /// The chat template renders something unusable.
+    /// The chat template is unusable, or what it renders is.
     #[error("the chat template {name} {reason}")]
     TemplateOutput {
         /// Which file it came from.
         name: String,
-        /// What is wrong with its output.
+        /// What is wrong with it.
         reason: String,
     },
     /// The preprocessor cannot make what the model wants.

@@ -18,6 +18,10 @@ const LLAVA_DEFAULT: &str = "{% for message in messages %}\
 const FUEL: u64 = 2_000_000;
 const MAX_OUTPUT: usize = 8 << 20;
 
+/// Longest template that is compiled, in bytes; published ones reach a third of it. Compiling a long
+/// chain such as `x+x+x+…` takes time that grows with its square.
+const MAX_SOURCE: usize = 64 << 10;
+
 /// Stack that the compiler may need per byte of a template. It recurses into chains such as
 /// `1+1+1+…` without a limit; a level takes two bytes and less than half of this, optimised.
 const STACK_PER_BYTE: usize = 2 << 10;
@@ -96,6 +100,16 @@ impl ChatTemplate {
             name: name.into(),
             source,
         };
+        let refused = |reason: String| ZooError::TemplateOutput {
+            name: name.into(),
+            reason: format!("{reason}; replace it by the one published with the model"),
+        };
+        if source.len() > MAX_SOURCE {
+            return Err(refused(format!(
+                "has {} bytes, {MAX_SOURCE} are allowed",
+                source.len()
+            )));
+        }
         let mut environment = Environment::new();
         environment.set_syntax(syntax().map_err(failed)?);
         environment.set_fuel(Some(FUEL));
@@ -113,17 +127,8 @@ impl ChatTemplate {
             let thread = std::thread::Builder::new().stack_size(stack);
             thread.spawn_scoped(scope, compile).ok()?.join().ok()
         });
-        match compiled {
-            Some(compiled) => compiled.map_err(failed)?,
-            None => {
-                return Err(ZooError::TemplateOutput {
-                    name: name.into(),
-                    reason: "is too long to be compiled; replace it by the one published with the \
-                             model"
-                        .into(),
-                });
-            }
-        }
+        let no_stack = || refused(format!("needs a stack of {stack} bytes to be compiled"));
+        compiled.ok_or_else(no_stack)?.map_err(failed)?;
         Ok(Self {
             environment,
             name: name.into(),

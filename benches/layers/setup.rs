@@ -67,6 +67,7 @@ impl Setup {
         let prompt = Prompt {
             embeddings: Tensor::random([hidden, rows], Distribution::Normal(0.0, 0.1), &device),
             positions: Tensor::<Backend, 1, Int>::arange(0..rows as i64, &device).unsqueeze(),
+            deepstack: Vec::new(),
             samples: vec![SampleLayout {
                 rows,
                 visual: (before_image..before_image + visual).collect(),

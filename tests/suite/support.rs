@@ -121,6 +121,7 @@ pub fn pack<B: AnyBackend>(samples: &[Sample]) -> Prompt<B> {
     Prompt {
         embeddings: embeddings.transpose(),
         positions: positions.transpose(),
+        deepstack: Vec::new(),
         samples: samples.iter().map(|s| s.layout.clone()).collect(),
     }
 }

@@ -131,6 +131,7 @@ impl<B: Backend> Llava<B> {
         Ok(Prompt {
             embeddings: Tensor::cat(blocks, 1),
             positions: Tensor::<B, 1, Int>::from_data(positions.as_slice(), device).unsqueeze(),
+            deepstack: Vec::new(),
             samples: layouts.collect(),
         })
     }

@@ -12,6 +12,10 @@ pub struct Prompt<B: Backend> {
     pub embeddings: Tensor<B, 2>,
     /// `[axes, rows]`, the (m)RoPE positions of every row.
     pub positions: Tensor<B, 2, Int>,
+    /// DeepStack features (Qwen3-VL, arXiv 2406.04334): the `l`-th entry is added to the output of
+    /// decoder layer `l`. Each is `[hidden_size, visual rows]`, the visual rows of all samples in
+    /// prompt order; empty where the model has none.
+    pub deepstack: Vec<Tensor<B, 2>>,
     /// How the rows divide into samples.
     pub samples: Vec<SampleLayout>,
 }
@@ -52,6 +56,23 @@ impl<B: Backend> Prompt<B> {
         let total: usize = self.samples.iter().map(|sample| sample.rows).sum();
         if total != rows || self.samples.is_empty() {
             return malformed(format!("samples cover {total} rows of {rows}"));
+        }
+        let visual: usize = self.samples.iter().map(|sample| sample.visual.len()).sum();
+        for features in &self.deepstack {
+            if features.dims() != [config.hidden_size, visual] {
+                return malformed(format!(
+                    "DeepStack features are {:?}, expected [{}, {visual}]",
+                    features.dims(),
+                    config.hidden_size
+                ));
+            }
+        }
+        if self.deepstack.len() > config.num_layers {
+            return malformed(format!(
+                "there are DeepStack features for {} layers, the decoder has {}",
+                self.deepstack.len(),
+                config.num_layers
+            ));
         }
         for (index, sample) in self.samples.iter().enumerate() {
             if sample.rows == 0 {

@@ -35,15 +35,14 @@ impl Traced {
         let leaf = prompt.embeddings.clone().require_grad();
         // The table takes part in the text rows, with a value of zero.
         let device = Device::default();
-        let ids: Vec<i64> = (0..sample.layout.rows as i64)
-            .map(|row| row % VOCAB as i64)
+        let ids: Vec<u32> = (0..sample.layout.rows)
+            .map(|row| (row % VOCAB) as u32)
             .collect();
-        let ids = Tensor::<Ad, 1, Int>::from_data(&ids[..], &device);
         let text: Vec<f32> = (0..sample.layout.rows)
             .map(|row| f32::from(u8::from(sample.text().contains(&row))))
             .collect();
         let text = Tensor::<Ad, 1>::from_data(&text[..], &device).unsqueeze_dim(0);
-        let table = decoder.embed(ids) * text;
+        let table = decoder.embed(&ids) * text;
         prompt.embeddings = leaf.clone() + (table.clone() - table.detach());
         let routed = decoder
             .prefill(&prompt, &case.schedule, Default::default())

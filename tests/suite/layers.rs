@@ -2,8 +2,8 @@
 
 use burn::tensor::{DType, Int, Tensor, TensorData};
 use layers::{
-    CausalMask, EmbeddingConfig, LayerNormConfig, LinearConfig, RmsNormConfig, Rotary, attention,
-    quick_gelu, silu,
+    CausalMask, EmbeddingConfig, LayerNormConfig, LinearConfig, RmsNormConfig, Rotary,
+    VocabularyConfig, attention, quick_gelu, silu,
 };
 use proptest::prelude::*;
 
@@ -285,4 +285,47 @@ fn embeddings_are_columns() {
     let ids = Tensor::<Backend, 1, Int>::from_data([4, 0, 4], &Device::default());
     let columns = values(embedding.forward(ids).transpose());
     assert_eq!(columns, [&table[12..], &table[..3], &table[12..]].concat());
+}
+
+/// However many blocks a table has: ids find their vectors, and every token its logit.
+#[test]
+fn a_vocabulary_in_blocks_is_one_table() {
+    let device = Device::default();
+    for block in [1, 3, 4, 11, 12] {
+        let config = VocabularyConfig {
+            block,
+            ..VocabularyConfig::new(11, 3)
+        };
+        let vocabulary = config.init::<Backend>(&device);
+        assert_eq!(vocabulary.weight.len(), 11usize.div_ceil(block));
+        let blocks = vocabulary.weight.iter().map(|weight| weight.val());
+        let table = values(Tensor::cat(blocks.collect(), 0));
+
+        let ids = [10, 0, 5, 5, 3, 9];
+        let columns = values(vocabulary.embed(&ids).transpose());
+        let expected = ids.map(|id| &table[id as usize * 3..][..3]).concat();
+        assert_eq!(columns, expected, "blocks of {block}");
+
+        let hidden = [0.5, -1.0, 2.0, 1.5, 0.25, -0.75];
+        let logits = values(vocabulary.logits(tensor(&hidden, [3, 2])));
+        for (at, logit) in logits.into_iter().enumerate() {
+            let (row, token) = (at / 11, at % 11);
+            let dot = |feature: usize| table[token * 3 + feature] * hidden[feature * 2 + row];
+            let expected: f32 = (0..3).map(dot).sum();
+            assert!((logit - expected).abs() < 1e-6, "{logit} is not {expected}");
+        }
+    }
+}
+
+/// Qwen2.5-VL-7B: no block is larger than what every WebGPU device binds.
+#[test]
+fn blocks_of_a_large_vocabulary_can_be_bound() {
+    for (entries, features) in [(152_064, 3584), (32_000, 4096), (400, 64), (3, 1 << 30)] {
+        let config = VocabularyConfig::new(entries, features);
+        let fits = config.block * features * 4 <= 128 << 20;
+        assert!(fits || config.block == 1);
+        let blocks = entries.div_ceil(config.block);
+        let least = (entries * features * 4).div_ceil(128 << 20);
+        assert!(blocks <= 2 * least, "{blocks} blocks, {least} would do");
+    }
 }

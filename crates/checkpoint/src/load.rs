@@ -43,6 +43,9 @@ pub struct LoadProgress {
 
 /// Loads every float parameter of a module, on the device on which the module was made.
 ///
+/// A list of parameters is one tensor of the checkpoint in blocks of rows (its slowest axis): a
+/// module can keep in pieces what is too large for its device in one.
+///
 /// Names, shapes and dtypes are compared first, and all that does not fit is reported in one
 /// [`CheckpointError::Module`]; no weight has been read then. Parameters are never initialised, so
 /// a module that comes fresh from its config costs no memory before its weights arrive.
@@ -56,7 +59,7 @@ pub fn load_into<B: Backend, M: Module<B>>(
 ) -> Result<M, CheckpointError> {
     let mut inventory = Inventory {
         linear: options.linear,
-        path: Vec::new(),
+        path: Path::default(),
         expected: BTreeMap::new(),
     };
     module.visit(&mut inventory);
@@ -69,7 +72,7 @@ pub fn load_into<B: Backend, M: Module<B>>(
         total_bytes: plan.values().map(|tensor| tensor.bytes).sum(),
         plan,
         progress,
-        path: Vec::new(),
+        path: Path::default(),
         failure: None,
     };
     let module = module.map(&mut loader);
@@ -82,33 +85,68 @@ pub fn load_into<B: Backend, M: Module<B>>(
 /// Lists the parameters of a module without touching them.
 struct Inventory {
     linear: Layout,
-    /// Field names from the root, with the kind of container each lies in.
-    path: Vec<(String, bool)>,
+    path: Path,
     expected: BTreeMap<String, Expected>,
+}
+
+/// Field names from the root, with the kind of container that each lies in.
+#[derive(Default)]
+struct Path(Vec<(String, Container)>);
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Container {
+    Linear,
+    List,
+    Other,
+}
+
+impl Path {
+    fn enter(&mut self, name: &str, container_type: &str) {
+        let container = match container_type {
+            "Struct:Linear" => Container::Linear,
+            "Vec" => Container::List,
+            _ => Container::Other,
+        };
+        self.0.push((name.to_owned(), container));
+    }
+
+    fn leave(&mut self) {
+        self.0.pop();
+    }
+
+    /// The path of the current parameter, and whether it is a block of the tensor of that path.
+    fn parameter(&self) -> (String, bool) {
+        let is_block = matches!(self.0.last(), Some((_, Container::List)));
+        let names = self.0.iter().map(|(name, _)| name.as_str());
+        let names: Vec<&str> = names.take(self.0.len() - usize::from(is_block)).collect();
+        (names.join("."), is_block)
+    }
 }
 
 impl<B: Backend> ModuleVisitor<B> for Inventory {
     fn enter_module(&mut self, name: &str, container_type: &str) {
-        let in_linear = container_type == "Struct:Linear";
-        self.path.push((name.to_owned(), in_linear));
+        self.path.enter(name, container_type);
     }
 
     fn exit_module(&mut self, _name: &str, _container_type: &str) {
-        self.path.pop();
+        self.path.leave();
     }
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
-        let names: Vec<&str> = self.path.iter().map(|(name, _)| name.as_str()).collect();
+        let (path, is_block) = self.path.parameter();
         let mut shape = param.lazy_shape().to_vec();
-        let layout = match self.path.last() {
-            Some((name, true)) if name == "weight" => self.linear,
+        if let (true, Some(tensor)) = (is_block, self.expected.get_mut(&path)) {
+            tensor.shape[0] += shape[0];
+            return;
+        }
+        let layout = match self.path.0.last() {
+            Some((name, Container::Linear)) if name == "weight" => self.linear,
             _ => Layout::AsStored,
         };
         if layout == Layout::Transposed {
             shape.reverse();
         }
-        self.expected
-            .insert(names.join("."), Expected { shape, layout });
+        self.expected.insert(path, Expected { shape, layout });
     }
 }
 
@@ -121,24 +159,24 @@ struct Loader<'a> {
     loaded_bytes: u64,
     total_bytes: u64,
     progress: &'a mut dyn FnMut(LoadProgress),
-    path: Vec<String>,
+    path: Path,
     failure: Option<CheckpointError>,
 }
 
 impl<B: Backend> ModuleMapper<B> for Loader<'_> {
-    fn enter_module(&mut self, name: &str, _container_type: &str) {
-        self.path.push(name.to_owned());
+    fn enter_module(&mut self, name: &str, container_type: &str) {
+        self.path.enter(name, container_type);
     }
 
     fn exit_module(&mut self, _name: &str, _container_type: &str) {
-        self.path.pop();
+        self.path.leave();
     }
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
         if self.failure.is_some() {
             return param;
         }
-        match self.load(&param.lazy_device()) {
+        match self.load(param.lazy_shape()[0], &param.lazy_device()) {
             Ok(tensor) => {
                 let id = param.id;
                 param.transform_for_load(tensor, id)
@@ -152,20 +190,27 @@ impl<B: Backend> ModuleMapper<B> for Loader<'_> {
 }
 
 impl Loader<'_> {
-    /// Loads the tensor of the current path.
+    /// Loads the tensor of the current path, or the next `rows` rows of it.
     fn load<B: Backend, const D: usize>(
         &mut self,
+        rows: usize,
         device: &B::Device,
     ) -> Result<Tensor<B, D>, CheckpointError> {
         if !B::supports_dtype(device, self.dtype) {
             return Err(CheckpointError::Backend { dtype: self.dtype });
         }
-        let path = self.path.join(".");
-        let Some(tensor) = self.plan.remove(&path) else {
+        let (path, is_block) = self.path.parameter();
+        let Some(tensor) = self.plan.get_mut(&path) else {
             return Err(CheckpointError::NoSuchTensor { name: path });
         };
-        let data = self.shards.read(&tensor.name, self.dtype, tensor.layout)?;
-        self.loaded_bytes += tensor.bytes;
+        let data = if is_block {
+            let rows = tensor.rows_taken..tensor.rows_taken + rows;
+            tensor.rows_taken = rows.end;
+            self.shards.read_rows(&tensor.name, rows, self.dtype)?
+        } else {
+            self.shards.read(&tensor.name, self.dtype, tensor.layout)?
+        };
+        self.loaded_bytes += data.num_elements() as u64 * tensor.element_bytes;
         (self.progress)(LoadProgress {
             loaded_bytes: self.loaded_bytes,
             total_bytes: self.total_bytes,

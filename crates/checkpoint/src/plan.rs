@@ -24,6 +24,10 @@ pub(crate) struct Assignment {
     pub(crate) layout: Layout,
     /// Size in the file.
     pub(crate) bytes: u64,
+    /// Size of one element in the file, in bytes.
+    pub(crate) element_bytes: u64,
+    /// Rows that blocks of the tensor have taken so far.
+    pub(crate) rows_taken: usize,
 }
 
 /// Finds the one tensor of every parameter; keys are module paths.
@@ -62,6 +66,8 @@ pub(crate) fn plan(
                     name: name.to_owned(),
                     layout: parameter.layout,
                     bytes: info.bytes,
+                    element_bytes: info.dtype.bitsize() as u64 / 8,
+                    rows_taken: 0,
                 };
                 assignments.insert(path.clone(), assignment);
             }

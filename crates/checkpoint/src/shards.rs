@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{Seek, SeekFrom};
+use std::ops::Range;
 
 use burn::tensor::{DType, TensorData};
 use safetensors::Dtype;
@@ -43,6 +44,22 @@ pub struct TensorInfo {
     shard: usize,
     /// From the start of the file, in bytes.
     offset: u64,
+}
+
+impl TensorInfo {
+    /// The same tensor with fewer rows.
+    fn rows(&self, rows: Range<usize>) -> Self {
+        let mut part = self.clone();
+        let Some(height) = part.shape.first_mut().filter(|height| **height > 0) else {
+            return part;
+        };
+        let row_bytes = self.bytes / *height as u64;
+        let (start, end) = (rows.start.min(*height), rows.end.min(*height));
+        *height = end.saturating_sub(start);
+        part.bytes = row_bytes * *height as u64;
+        part.offset += row_bytes * start as u64;
+        part
+    }
 }
 
 /// The part of the index that matters.
@@ -97,6 +114,28 @@ impl Shards {
         dtype: DType,
         layout: Layout,
     ) -> Result<TensorData, CheckpointError> {
+        self.read_info(name, dtype, layout, |info| info.clone())
+    }
+
+    /// Reads some of the rows (the slowest axis) of a tensor, as [`read`](Self::read) does.
+    ///
+    /// Rows that the tensor does not have are left out.
+    pub fn read_rows(
+        &self,
+        name: &str,
+        rows: Range<usize>,
+        dtype: DType,
+    ) -> Result<TensorData, CheckpointError> {
+        self.read_info(name, dtype, Layout::AsStored, |info| info.rows(rows))
+    }
+
+    fn read_info(
+        &self,
+        name: &str,
+        dtype: DType,
+        layout: Layout,
+        part: impl FnOnce(&TensorInfo) -> TensorInfo,
+    ) -> Result<TensorData, CheckpointError> {
         let found = self.tensors.get(name);
         let shard = found.and_then(|info| self.shards.get(info.shard));
         let (Some(info), Some(shard)) = (found, shard) else {
@@ -104,10 +143,11 @@ impl Shards {
                 name: name.to_owned(),
             });
         };
+        let info = part(info);
         let read = || {
             let (mut reader, _) = shard.source.open()?;
             reader.seek(SeekFrom::Start(info.offset))?;
-            convert::read(&mut reader, info, dtype, layout)
+            convert::read(&mut reader, &info, dtype, layout)
         };
         read().map_err(|source| CheckpointError::Tensor {
             name: name.to_owned(),

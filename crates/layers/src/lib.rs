@@ -17,6 +17,7 @@ mod embedding;
 mod linear;
 mod norm;
 mod rotary;
+mod vocabulary;
 
 pub use activation::{quick_gelu, silu};
 pub use attention::{CausalMask, attention};
@@ -24,3 +25,4 @@ pub use embedding::{Embedding, EmbeddingConfig};
 pub use linear::{Linear, LinearConfig};
 pub use norm::{LayerNorm, LayerNormConfig, RmsNorm, RmsNormConfig};
 pub use rotary::Rotary;
+pub use vocabulary::{Vocabulary, VocabularyConfig};

@@ -78,11 +78,7 @@ impl<B: Backend> Llava<B> {
         let image = self.config.image_token;
         let vocab_size = self.config.text.vocab_size;
         let ids: Vec<u32> = samples.iter().flatten().copied().collect();
-        let text: Vec<i64> = ids
-            .iter()
-            .filter(|&&id| id != image)
-            .map(|&id| id.into())
-            .collect();
+        let text: Vec<u32> = ids.iter().copied().filter(|&id| id != image).collect();
         if let Some(&id) = ids
             .iter()
             .find(|&&id| id != image && id as usize >= vocab_size)
@@ -102,8 +98,7 @@ impl<B: Backend> Llava<B> {
         }
 
         // Runs of text and of slots alternate; each run is a block of columns.
-        let text = Tensor::<B, 1, Int>::from_data(text.as_slice(), device);
-        let text = (text.dims()[0] > 0).then(|| self.language_model.embed(text));
+        let text = (!text.is_empty()).then(|| self.language_model.embed(&text));
         let (mut text_at, mut visual_at) = (0, 0);
         let runs = ids.chunk_by(|a, b| (*a == image) == (*b == image));
         let blocks: Vec<Tensor<B, 2>> = runs

@@ -1,9 +1,7 @@
 use burn::module::Module;
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor};
-use layers::{
-    CausalMask, Embedding, EmbeddingConfig, Linear, LinearConfig, RmsNorm, RmsNormConfig,
-};
+use layers::{CausalMask, RmsNorm, RmsNormConfig, Vocabulary, VocabularyConfig};
 use reducers::Schedule;
 
 use crate::{DecoderConfig, DecoderLayer, KvCache, Prompt, RerouteError, Router, RoutingTrace};
@@ -11,11 +9,11 @@ use crate::{DecoderConfig, DecoderLayer, KvCache, Prompt, RerouteError, Router, 
 /// A LLaMA-style decoder whose prefill follows a routing schedule.
 #[derive(Module, Debug)]
 pub struct Decoder<B: Backend> {
-    embed_tokens: Embedding<B>,
+    embed_tokens: Vocabulary<B>,
     layers: Vec<DecoderLayer<B>>,
     norm: RmsNorm<B>,
     /// `None` when the logits reuse the embedding table.
-    lm_head: Option<Linear<B>>,
+    lm_head: Option<Vocabulary<B>>,
     #[module(skip)]
     config: DecoderConfig,
 }
@@ -51,15 +49,15 @@ pub struct HiddenStates<B: Backend> {
 
 impl<B: Backend> Decoder<B> {
     pub(crate) fn new(config: &DecoderConfig, device: &B::Device) -> Self {
-        let (entries, features) = (config.vocab_size, config.hidden_size);
+        let features = config.hidden_size;
+        let vocabulary = VocabularyConfig::new(config.vocab_size, features);
         let layer = |_| DecoderLayer::new(config, device);
         let epsilon = config.rms_norm_eps;
         Self {
-            embed_tokens: EmbeddingConfig { entries, features }.init(device),
+            embed_tokens: vocabulary.init(device),
             layers: (0..config.num_layers).map(layer).collect(),
             norm: RmsNormConfig { features, epsilon }.init(device),
-            lm_head: (!config.tie_word_embeddings)
-                .then(|| LinearConfig::new(features, entries).init(device)),
+            lm_head: (!config.tie_word_embeddings).then(|| vocabulary.init(device)),
             config: config.clone(),
         }
     }
@@ -84,13 +82,12 @@ impl<B: Backend> Decoder<B> {
         self
     }
 
-    /// Embeds token ids; every id must be below `vocab_size`.
+    /// Embeds token ids, at least one; every id must be below `vocab_size`.
     ///
     /// # Shapes
-    /// - `ids`: `[rows]`
-    /// - returns `[hidden_size, rows]`
-    pub fn embed(&self, ids: Tensor<B, 1, Int>) -> Tensor<B, 2> {
-        self.embed_tokens.forward(ids)
+    /// - returns `[hidden_size, ids]`
+    pub fn embed(&self, ids: &[u32]) -> Tensor<B, 2> {
+        self.embed_tokens.embed(ids)
     }
 
     /// Runs prompts through all layers under a schedule and fills the cache.
@@ -175,7 +172,7 @@ impl<B: Backend> Decoder<B> {
         tokens: &[(usize, u32)],
         cache: &mut KvCache<B>,
     ) -> Result<Tensor<B, 2>, RerouteError> {
-        let device = self.embed_tokens.weight.device();
+        let device = self.embed_tokens.device();
         // Checked before any is taken: a refused step leaves the cache as it was.
         let available = self.config.max_position_embeddings;
         let next = |&(sample, _): &(usize, u32)| cache.next_position(sample) as usize;
@@ -189,8 +186,8 @@ impl<B: Backend> Decoder<B> {
             .iter()
             .map(|&(sample, _)| cache.take_position(sample))
             .collect();
-        let ids: Vec<i64> = tokens.iter().map(|&(_, id)| id.into()).collect();
-        let mut hidden_states = self.embed(Tensor::from_data(ids.as_slice(), &device));
+        let ids: Vec<u32> = tokens.iter().map(|&(_, id)| id).collect();
+        let mut hidden_states = self.embed(&ids);
         let positions = Tensor::<B, 1, Int>::from_data(positions.as_slice(), &device)
             .unsqueeze::<2>()
             .repeat_dim(0, self.config.rope.axes());
@@ -220,11 +217,7 @@ impl<B: Backend> Decoder<B> {
     /// - `hidden_states`: `[hidden_size, rows]`
     /// - returns `[rows, vocab_size]`
     pub fn logits(&self, hidden_states: Tensor<B, 2>) -> Tensor<B, 2> {
-        let normed = self.norm.forward(hidden_states);
-        let logits = match &self.lm_head {
-            Some(head) => head.forward(normed),
-            None => self.embed_tokens.weight.val().matmul(normed),
-        };
-        logits.transpose()
+        let head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
+        head.logits(self.norm.forward(hidden_states))
     }
 }

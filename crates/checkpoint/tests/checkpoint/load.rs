@@ -1,7 +1,11 @@
-use burn::tensor::DType;
-use checkpoint::{CheckpointError, LoadOptions, LoadProgress, ModuleMismatch};
+use burn::module::{Initializer, Module, Param};
+use burn::tensor::backend::Backend;
+use burn::tensor::{DType, Tensor};
+use checkpoint::{
+    CheckpointError, LoadOptions, LoadProgress, ModuleMismatch, NameTable, Rule, load_into,
+};
 
-use crate::fixture::{counting_file, load, open, options, safetensors, tiny_names};
+use crate::fixture::{TestBackend, counting_file, load, open, options, safetensors, tiny_names};
 
 fn mismatch(tensors: &[(String, Vec<usize>)], options: &LoadOptions) -> ModuleMismatch {
     let shards = open(&counting_file(tensors)).unwrap();
@@ -39,6 +43,48 @@ fn old_and_new_names_load_the_same_module() {
         };
         assert_eq!(reports.last(), Some(&last));
     }
+}
+
+/// A list of parameters is one tensor in blocks of rows, whatever type they are loaded as.
+#[test]
+fn a_list_of_parameters_is_one_tensor_in_blocks() {
+    #[derive(Module, Debug)]
+    struct Table<B: Backend> {
+        weight: Vec<Param<Tensor<B, 2>>>,
+    }
+    let device = Default::default();
+    let block = |rows| Initializer::Zeros.init([rows, 3], &device);
+    let load = |heights: &[usize], dtype: DType| {
+        let module = Table::<TestBackend> {
+            weight: heights.iter().map(|&rows| block(rows)).collect(),
+        };
+        let shards = open(&counting_file(&[("table.weight".into(), vec![5, 3])])).unwrap();
+        let names = NameTable {
+            rules: &[Rule {
+                module: "*",
+                file: &["table.*"],
+            }],
+            ignore: &[],
+        };
+        let mut loaded = Vec::new();
+        let mut progress = |report: LoadProgress| loaded.push(report.loaded_bytes);
+        let options = LoadOptions::new(dtype);
+        let module = load_into(module, &shards, &names, &options, &mut progress)?;
+        let blocks = module.weight.iter().map(|weight| weight.val().into_data());
+        let blocks: Vec<Vec<f32>> = blocks.map(|data| data.iter::<f32>().collect()).collect();
+        Ok::<_, CheckpointError>((blocks, loaded))
+    };
+    for dtype in [DType::F32, DType::F16] {
+        let (blocks, loaded) = load(&[2, 2, 1], dtype).unwrap();
+        let counting = |from: usize, to: usize| (from..to).map(|i| i as f32).collect();
+        let expected: [Vec<f32>; 3] = [counting(0, 6), counting(6, 12), counting(12, 15)];
+        assert_eq!(blocks, expected);
+        assert_eq!(loaded, [24, 48, 60]);
+    }
+    let Err(CheckpointError::Module(mismatch)) = load(&[2, 2], DType::F32) else {
+        panic!("four rows are not five");
+    };
+    assert_eq!(mismatch.misshapen[0].expected, [4, 3]);
 }
 
 #[test]

@@ -1,0 +1,103 @@
+use burn::module::{Initializer, Module, Param};
+use burn::tensor::backend::Backend;
+use burn::tensor::{Int, Tensor};
+
+/// Bytes that every WebGPU device can bind as one buffer
+/// (`maxStorageBufferBindingSize`, <https://www.w3.org/TR/webgpu/#limits>).
+const MAX_BLOCK_BYTES: usize = 128 << 20;
+
+/// The table of a vocabulary, one vector per token: turns ids into embeddings, or hidden states into
+/// logits, or both where the two are tied.
+///
+/// The table of a large vocabulary (152064 × 3584: 2.2 GB in f32) is larger than what many devices
+/// can bind at once, so it is kept in blocks of tokens.
+#[derive(Module, Debug)]
+pub struct Vocabulary<B: Backend> {
+    /// Blocks `[tokens, features]`, one below the other; only the last may be lower than the first.
+    pub weight: Vec<Param<Tensor<B, 2>>>,
+}
+
+/// Sizes of a [`Vocabulary`].
+#[derive(Debug, Clone, Copy)]
+pub struct VocabularyConfig {
+    /// Number of tokens.
+    pub entries: usize,
+    /// Features of one vector.
+    pub features: usize,
+    /// Tokens of one block.
+    pub block: usize,
+}
+
+impl VocabularyConfig {
+    /// The fewest blocks of equal height that no device refuses in f32.
+    pub fn new(entries: usize, features: usize) -> Self {
+        let most = (MAX_BLOCK_BYTES / features.max(1) / size_of::<f32>()).max(1);
+        let blocks = entries.div_ceil(most).max(1);
+        Self {
+            entries,
+            features,
+            block: entries.div_ceil(blocks),
+        }
+    }
+
+    /// Builds the module; the table is lazily random (normal, σ = 0.02) until loaded.
+    pub fn init<B: Backend>(self, device: &B::Device) -> Vocabulary<B> {
+        let init = Initializer::Normal {
+            mean: 0.0,
+            std: 0.02,
+        };
+        let starts = (0..self.entries).step_by(self.block.max(1));
+        let block = |start| {
+            let tokens = self.block.min(self.entries - start);
+            init.init([tokens, self.features], device)
+        };
+        Vocabulary {
+            weight: starts.map(block).collect(),
+        }
+    }
+}
+
+impl<B: Backend> Vocabulary<B> {
+    /// The device that the table lies on.
+    pub fn device(&self) -> B::Device {
+        self.weight[0].val().device()
+    }
+
+    /// Looks tokens up. Ids must be below the number of entries; there must be at least one.
+    ///
+    /// # Shapes
+    /// - returns `[features, ids]`
+    pub fn embed(&self, ids: &[u32]) -> Tensor<B, 2> {
+        let device = self.device();
+        let indices = |values: Vec<i64>| Tensor::<B, 1, Int>::from_data(&values[..], &device);
+        let height = self.weight[0].val().dims()[0];
+        let block = |at: usize| ids[at] as usize / height;
+        // Ids sorted by block, so that each block is asked once.
+        let mut order: Vec<usize> = (0..ids.len()).collect();
+        order.sort_by_key(|&at| block(at));
+        let found = order.chunk_by(|&a, &b| block(a) == block(b)).map(|run| {
+            let rows = run.iter().map(|&at| (ids[at] as usize % height) as i64);
+            let table = self.weight[block(run[0])].val();
+            table.select(0, indices(rows.collect()))
+        });
+        let found = Tensor::cat(found.collect(), 0);
+        if order.is_sorted() {
+            return found.transpose();
+        }
+        let mut place = vec![0; ids.len()];
+        (0..).zip(&order).for_each(|(from, &at)| place[at] = from);
+        found.select(0, indices(place)).transpose()
+    }
+
+    /// Scores hidden states against every token.
+    ///
+    /// # Shapes
+    /// - `hidden_states`: `[features, rows]`
+    /// - returns `[rows, entries]`
+    pub fn logits(&self, hidden_states: Tensor<B, 2>) -> Tensor<B, 2> {
+        let rows = hidden_states.transpose();
+        // A product of a row with Wᵀ streams the weight once, see `Linear::forward`.
+        let block = |weight: &Param<Tensor<B, 2>>| rows.clone().matmul(weight.val().transpose());
+        Tensor::cat(self.weight.iter().map(block).collect(), 1)
+    }
+}

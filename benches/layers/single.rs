@@ -90,18 +90,23 @@ fn layer_entry(group: &mut BenchmarkGroup<WallTime>, setup: &Setup) -> anyhow::R
             let hidden_states = setup.prompt.embeddings.clone();
             let mut router = start(setup, &schedule);
             let layer = setup.decoder.layers().first().context("no layers")?;
-            settle(&router.enter(0, layer, hidden_states)?)
+            settle(&router.enter(0, layer, hidden_states, &nothing_cached(setup))?)
         });
     }
     Ok(())
 }
 
 /// A router before its first layer.
-pub fn start<'a>(setup: &Setup, schedule: &'a Schedule) -> Router<'a, Backend> {
+pub fn start<'a>(setup: &'a Setup, schedule: &'a Schedule) -> Router<'a, Backend> {
     let dtype = setup.prompt.embeddings.dtype();
     let rope = &setup.decoder.config().rope;
     let rope = rope.table(setup.prompt.positions.clone(), dtype);
     Router::new(&setup.prompt, schedule, rope)
+}
+
+/// The cache before the first turn.
+pub fn nothing_cached(setup: &Setup) -> KvCache<Backend> {
+    KvCache::new(setup.decoder.layers().len(), setup.prompt.samples.len())
 }
 
 /// Waits for a layer's input.

@@ -11,7 +11,7 @@ use reroute_cli::backend::Backend;
 use crate::options::Options;
 use crate::report::{Decode, Report, Row, Vision};
 use crate::setup::{Setup, VISION_LAYERS};
-use crate::single::{Decoding, settle, start};
+use crate::single::{Decoding, nothing_cached, settle, start};
 use crate::timing::{median, median_seconds, seconds, wait_for_one};
 
 const METHODS: [&str; 4] = ["fastv", "pdrop", "reroute-fastv", "reroute-pdrop"];
@@ -122,6 +122,7 @@ fn measure_round(
 /// depends on how many rows come and go, not on their values.
 fn selection(setup: &Setup, schedule: &Schedule) -> anyhow::Result<Selection> {
     let mut router = start(setup, schedule);
+    let cache = nothing_cached(setup);
     let mut hidden_states = setup.prompt.embeddings.clone();
     let mut total = Selection::default();
     for stage in schedule.stages() {
@@ -132,7 +133,7 @@ fn selection(setup: &Setup, schedule: &Schedule) -> anyhow::Result<Selection> {
             .context("a decision below the model")?;
         let (mut kept, mut pool) = (None, 0);
         let decision = seconds(|| {
-            let routed = router.enter(stage.layer, layer, hidden_states.clone())?;
+            let routed = router.enter(stage.layer, layer, hidden_states.clone(), &cache)?;
             settle(&routed)?;
             pool = setup.text
                 + routed

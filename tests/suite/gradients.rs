@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 
 use burn::module::{Module, ModuleVisitor, Param};
+use burn::tensor::Tensor;
 use burn::tensor::backend::AutodiffBackend;
-use burn::tensor::{Int, Tensor};
 use burn_autodiff::Autodiff;
 use proptest::prelude::*;
 use reducers::{Action, Schedule, Stage};
@@ -86,7 +86,7 @@ proptest! {
         let stage = |(layer, ratio)| Stage::ratio(layer, ratio);
         let stages = layers.into_iter().zip(ratios).map(stage).collect();
         let schedule = Schedule::new(Action::Reroute, false, stages).unwrap();
-        let case = Case { config, layouts: vec![layout], schedule, seed };
+        let case = Case { config, layouts: vec![layout], schedule, deepstack: 2, seed };
         let sample = case.sample();
         let traced = Traced::new(&case, &Random::new(seed).vector(VOCAB));
 

@@ -7,6 +7,7 @@ mod bad_request;
 mod bad_text;
 mod batches;
 mod command_line;
+mod conversations;
 mod gradients;
 mod invariants;
 mod layers;

@@ -84,6 +84,7 @@ impl Reference {
             }
             outcome.active.push(active.clone());
             outcome.hidden_states.push(hidden.clone());
+            add_deepstack(&mut hidden, sample, layer);
         }
         outcome.logits = self.logits(&hidden[hidden.len() - 1]);
         outcome
@@ -105,6 +106,7 @@ impl Reference {
             for (row, output) in output.into_iter().enumerate().filter(|(row, _)| seen(*row)) {
                 hidden[row] = output;
             }
+            add_deepstack(&mut hidden, sample, layer);
         }
         let generated = hidden[prompt..].iter();
         generated.map(|row| self.logits(row)).collect()
@@ -270,6 +272,14 @@ fn choose(
         scores: candidates.iter().map(|&t| scores[&visual[t]]).collect(),
         selected: order,
         margin,
+    }
+}
+
+/// Every visual row receives its DeepStack features, also while it waits.
+fn add_deepstack(hidden: &mut [Row], sample: &Sample, layer: usize) {
+    let features = sample.deepstack.get(layer).into_iter().flatten();
+    for (&row, features) in sample.layout.visual.iter().zip(features) {
+        hidden[row] = add(&hidden[row], &to_f64(std::slice::from_ref(features))[0]);
     }
 }
 

@@ -65,6 +65,8 @@ pub struct Sample {
     pub embeddings: Vec<Vec<f32>>,
     /// `[rows][axes]`
     pub positions: Vec<Vec<i64>>,
+    /// `[layers][visual rows][hidden_size]`
+    pub deepstack: Vec<Vec<Vec<f32>>>,
 }
 
 impl Sample {
@@ -91,11 +93,42 @@ impl Sample {
                 .map(|_| random.vector(config.hidden_size))
                 .collect(),
             positions: (0..layout.len()).map(position).collect(),
+            deepstack: Vec::new(),
             layout: SampleLayout {
                 rows: layout.len(),
                 visual,
                 next_position: layout.len() as i64 + if axes > 1 { 3 } else { 0 },
             },
+        }
+    }
+
+    /// The same sample with DeepStack features for its first layers.
+    pub fn with_deepstack(mut self, layers: usize, seed: u64) -> Self {
+        let mut random = Random::new(seed ^ 0xdee9);
+        let (visual, hidden) = (self.layout.visual.len(), self.embeddings[0].len());
+        let mut features = || (0..visual).map(|_| random.vector(hidden)).collect();
+        self.deepstack = (0..layers).map(|_| features()).collect();
+        self
+    }
+
+    /// The first rows of the sample, as an earlier turn of a conversation.
+    pub fn head(&self, rows: usize) -> Self {
+        let visual = self.layout.visual.partition_point(|&row| row < rows);
+        let positions = self.positions[..rows].to_vec();
+        let next_position = positions.iter().flatten().max().map_or(0, |last| last + 1);
+        Self {
+            layout: SampleLayout {
+                rows,
+                visual: self.layout.visual[..visual].to_vec(),
+                next_position,
+            },
+            embeddings: self.embeddings[..rows].to_vec(),
+            deepstack: self
+                .deepstack
+                .iter()
+                .map(|layer| layer[..visual].to_vec())
+                .collect(),
+            positions,
         }
     }
 
@@ -121,7 +154,15 @@ pub fn pack<B: AnyBackend>(samples: &[Sample]) -> Prompt<B> {
     Prompt {
         embeddings: embeddings.transpose(),
         positions: positions.transpose(),
-        deepstack: Vec::new(),
+        deepstack: (0..samples[0].deepstack.len())
+            .map(|layer| {
+                let features = samples.iter().flat_map(|s| &s.deepstack[layer]).flatten();
+                let features: Vec<f32> = features.copied().collect();
+                let visual = features.len() / hidden;
+                let data = TensorData::new(features, [visual, hidden]);
+                Tensor::<B, 2>::from_data(data, &device).transpose()
+            })
+            .collect(),
         samples: samples.iter().map(|s| s.layout.clone()).collect(),
     }
 }
@@ -175,8 +216,16 @@ pub fn weights<B: AnyBackend>(module: &impl Module<B>) -> HashMap<String, Vec<Ve
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
             let columns = param.val().dims()[D - 1];
             let flat: Vec<f64> = param.val().into_data().iter().collect();
-            let rows = flat.chunks(columns).map(<[f64]>::to_vec).collect();
-            assert!(self.weights.insert(self.path.join("."), rows).is_none());
+            let rows = flat.chunks(columns).map(<[f64]>::to_vec);
+            // Blocks of a table are rows of one.
+            let is_block = self
+                .path
+                .last()
+                .is_some_and(|name| name.parse::<usize>().is_ok());
+            let names = &self.path[..self.path.len() - usize::from(is_block)];
+            let weight = self.weights.entry(names.join(".")).or_default();
+            assert!(is_block || weight.is_empty());
+            weight.extend(rows);
         }
     }
     let mut collect = Collect::default();
@@ -202,6 +251,8 @@ pub struct Case {
     /// For each sample and row, whether the row is visual.
     pub layouts: Vec<Vec<bool>>,
     pub schedule: Schedule,
+    /// Layers that receive DeepStack features.
+    pub deepstack: usize,
     pub seed: u64,
 }
 
@@ -213,7 +264,8 @@ impl Case {
     pub fn samples(&self) -> Vec<Sample> {
         let seed = |index: usize| self.seed.wrapping_mul(31).wrapping_add(index as u64);
         let sample = |(index, layout): (usize, &Vec<bool>)| {
-            Sample::random(layout, &self.config, seed(index))
+            let sample = Sample::random(layout, &self.config, seed(index));
+            sample.with_deepstack(self.deepstack, seed(index))
         };
         self.layouts.iter().enumerate().map(sample).collect()
     }
@@ -237,12 +289,20 @@ pub fn batch(
     model()
         .prop_flat_map(move |config| {
             let schedule = schedule(config.num_layers, action.clone());
-            (Just(config), layouts.clone(), schedule, any::<u64>())
+            let deepstack = prop_oneof![Just(0), 1..=3usize];
+            (
+                Just(config),
+                layouts.clone(),
+                schedule,
+                deepstack,
+                any::<u64>(),
+            )
         })
-        .prop_map(|(config, layouts, schedule, seed)| Case {
+        .prop_map(|(config, layouts, schedule, deepstack, seed)| Case {
             config,
             layouts,
             schedule,
+            deepstack,
             seed,
         })
         .boxed()
@@ -329,6 +389,7 @@ pub fn prefill<B: AnyBackend>(
 ) -> Prefill<B> {
     let options = PrefillOptions {
         hidden_states: true,
+        keep_pool: false,
     };
     decoder.prefill(&pack(samples), schedule, options).unwrap()
 }

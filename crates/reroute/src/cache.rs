@@ -1,6 +1,8 @@
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
 
+use crate::pool::Pool;
+
 /// Rows that a layer's cache grows by when it is full.
 const GROWTH: usize = 128;
 
@@ -10,71 +12,100 @@ const GROWTH: usize = 128;
 pub struct KvCache<B: Backend> {
     /// `[layers][samples]`
     layers: Vec<Vec<Entry<B>>>,
+    /// Rows of each sample so far: prompt and generated tokens, deferred ones included.
+    rows: Vec<usize>,
     /// Position of each sample's next token: that of the full prompt, whatever was deferred.
     next_position: Vec<i64>,
+    /// What a later turn chooses from, if it was asked for.
+    pub(crate) pool: Option<Pool<B>>,
 }
 
 /// One sample's keys and values in one layer.
 #[derive(Debug, Clone)]
 struct Entry<B: Backend> {
-    /// `[kv_heads, head_dim, capacity]`
-    keys: Tensor<B, 3>,
-    /// `[kv_heads, head_dim, capacity]`
-    values: Tensor<B, 3>,
-    /// Rows in use.
-    length: usize,
+    /// Keys and values, `[kv_heads, head_dim, capacity]` each; `None` before the first row.
+    buffers: Option<[Tensor<B, 3>; 2]>,
+    /// The rows in use, ascending, numbered within the sample.
+    rows: Vec<usize>,
 }
 
 impl<B: Backend> KvCache<B> {
-    pub(crate) fn new(num_layers: usize, next_position: Vec<i64>) -> Self {
+    /// An empty cache.
+    pub fn new(layers: usize, samples: usize) -> Self {
+        let entry = Entry {
+            buffers: None,
+            rows: Vec::new(),
+        };
         Self {
-            layers: Vec::with_capacity(num_layers),
-            next_position,
+            layers: vec![vec![entry; samples]; layers],
+            rows: vec![0; samples],
+            next_position: vec![0; samples],
+            pool: None,
         }
     }
 
-    /// Adds the next layer with one entry of keys and values per sample.
+    /// Appends rows to a sample's entry in a layer and returns all its keys and values.
     ///
     /// # Shapes
-    /// - each entry: `[kv_heads, head_dim, rows]`, twice
-    pub(crate) fn push_layer(&mut self, samples: Vec<(Tensor<B, 3>, Tensor<B, 3>)>) {
-        let entry = |(keys, values): (Tensor<B, 3>, Tensor<B, 3>)| Entry {
-            length: keys.dims()[2],
-            keys,
-            values,
-        };
-        self.layers.push(samples.into_iter().map(entry).collect());
-    }
-
-    /// Appends one row to a sample's entry in a layer and returns all its keys and values.
-    ///
-    /// # Shapes
-    /// - `keys`, `values`: `[kv_heads, head_dim, 1]`
+    /// - `keys`, `values`: `[kv_heads, head_dim, rows]`
     /// - returns `[kv_heads, head_dim, length]`, twice
     pub(crate) fn append(
         &mut self,
         layer: usize,
         sample: usize,
+        rows: impl IntoIterator<Item = usize>,
         keys: Tensor<B, 3>,
         values: Tensor<B, 3>,
-    ) -> (Tensor<B, 3>, Tensor<B, 3>) {
+    ) -> [Tensor<B, 3>; 2] {
         let entry = &mut self.layers[layer][sample];
-        let row = entry.length;
-        entry.length += 1;
-        // `replace_with` hands the buffer over, so that backends can write in place.
-        replace_with(&mut entry.keys, |all| write(all, row, keys));
-        replace_with(&mut entry.values, |all| write(all, row, values));
-        (
-            entry.keys.clone().narrow(2, 0, entry.length),
-            entry.values.clone().narrow(2, 0, entry.length),
-        )
+        let used = entry.rows.len();
+        entry.rows.extend(rows);
+        // Taking the buffers hands them over, so that backends can write in place.
+        let buffers = match entry.buffers.take() {
+            Some([all_keys, all_values]) => {
+                [write(all_keys, used, keys), write(all_values, used, values)]
+            }
+            None => [keys, values],
+        };
+        entry.buffers = Some(buffers.clone());
+        buffers.map(|all| in_use(all, entry.rows.len()))
     }
 
-    /// The position of a sample's next token, which it takes.
-    pub(crate) fn take_position(&mut self, sample: usize) -> i64 {
-        let position = self.next_position[sample];
+    /// The keys of one sample in one layer, `[kv_heads, head_dim, length]`; `None` if there are none.
+    pub(crate) fn keys(&self, layer: usize, sample: usize) -> Option<Tensor<B, 3>> {
+        let entry = &self.layers[layer][sample];
+        let [keys, _] = entry.buffers.as_ref()?;
+        (!entry.rows.is_empty()).then(|| in_use(keys.clone(), entry.rows.len()))
+    }
+
+    /// Says which row and which position come next in a sample.
+    pub(crate) fn continue_at(&mut self, sample: usize, row: usize, position: i64) {
+        self.rows[sample] = row;
+        self.next_position[sample] = position;
+    }
+
+    /// The row and the position of a sample's next token, which it takes.
+    pub(crate) fn take_next(&mut self, sample: usize) -> (usize, i64) {
+        let next = (self.rows[sample], self.next_position[sample]);
+        self.rows[sample] += 1;
         self.next_position[sample] += 1;
-        position
+        next
+    }
+
+    /// Forgets the rows of a sample from `row` on, as when the text after it has changed.
+    ///
+    /// The next thing to do with the cache is [`Decoder::resume`](crate::Decoder::resume), whose
+    /// prompt says where positions go on.
+    pub fn truncate(&mut self, sample: usize, row: usize) {
+        for layer in 0..self.layers.len() {
+            self.truncate_layer(layer, sample, row);
+        }
+        self.rows[sample] = self.rows[sample].min(row);
+    }
+
+    pub(crate) fn truncate_layer(&mut self, layer: usize, sample: usize, row: usize) {
+        let rows = &mut self.layers[layer][sample].rows;
+        rows.truncate(rows.partition_point(|&held| held < row));
     }
 
     /// The position that a sample's next token will have.
@@ -84,48 +115,57 @@ impl<B: Backend> KvCache<B> {
 
     /// Number of samples.
     pub fn samples(&self) -> usize {
-        self.next_position.len()
+        self.rows.len()
+    }
+
+    /// Number of layers.
+    pub fn layers(&self) -> usize {
+        self.layers.len()
+    }
+
+    /// Rows of a sample so far: those of the prompt and of generated tokens, deferred ones included.
+    pub fn rows(&self, sample: usize) -> usize {
+        self.rows[sample]
     }
 
     /// Rows held per layer for one sample.
     pub fn lengths(&self, sample: usize) -> Vec<usize> {
-        self.layers
-            .iter()
-            .map(|layer| layer[sample].length)
-            .collect()
+        let length = |layer: &Vec<Entry<B>>| layer[sample].rows.len();
+        self.layers.iter().map(length).collect()
     }
 
     /// Bytes of the rows in use, per layer, for one sample.
     pub fn bytes(&self, sample: usize) -> Vec<u64> {
-        let bytes = |entry: &Entry<B>| {
-            let [kv_heads, head_dim, _] = entry.keys.dims();
-            (2 * kv_heads * head_dim * entry.length * entry.keys.dtype().size()) as u64
+        let bytes = |layer: &Vec<Entry<B>>| {
+            let entry = &layer[sample];
+            let row = entry.buffers.iter().flatten().map(|buffer| {
+                let [kv_heads, head_dim, _] = buffer.dims();
+                kv_heads * head_dim * buffer.dtype().size()
+            });
+            (row.sum::<usize>() * entry.rows.len()) as u64
         };
-        self.layers
-            .iter()
-            .map(|layer| bytes(&layer[sample]))
-            .collect()
+        self.layers.iter().map(bytes).collect()
     }
 }
 
-/// Writes one row, growing the buffer when it is full.
-fn write<B: Backend>(all: Tensor<B, 3>, row: usize, new: Tensor<B, 3>) -> Tensor<B, 3> {
+/// The rows of a buffer that are in use.
+fn in_use<B: Backend>(all: Tensor<B, 3>, rows: usize) -> Tensor<B, 3> {
+    match all.dims()[2] == rows {
+        true => all,
+        false => all.narrow(2, 0, rows),
+    }
+}
+
+/// Writes rows at `start`, growing the buffer when it is full.
+fn write<B: Backend>(all: Tensor<B, 3>, start: usize, new: Tensor<B, 3>) -> Tensor<B, 3> {
     let [kv_heads, head_dim, capacity] = all.dims();
-    let all = if row == capacity {
+    let end = start + new.dims()[2];
+    let all = if end > capacity {
         let options = (&all.device(), all.dtype());
-        let spare = Tensor::zeros([kv_heads, head_dim, GROWTH], options);
+        let spare = Tensor::zeros([kv_heads, head_dim, end - capacity + GROWTH], options);
         Tensor::cat(vec![all, spare], 2)
     } else {
         all
     };
-    all.slice_assign([0..kv_heads, 0..head_dim, row..row + 1], new)
-}
-
-fn replace_with<B: Backend>(
-    slot: &mut Tensor<B, 3>,
-    change: impl FnOnce(Tensor<B, 3>) -> Tensor<B, 3>,
-) {
-    let device = slot.device();
-    let taken = std::mem::replace(slot, Tensor::empty([0, 0, 0], &device));
-    *slot = change(taken);
+    all.slice_assign([0..kv_heads, 0..head_dim, start..end], new)
 }

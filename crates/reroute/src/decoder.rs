@@ -4,6 +4,7 @@ use burn::tensor::{Int, Tensor};
 use layers::{CausalMask, RmsNorm, RmsNormConfig, Vocabulary, VocabularyConfig};
 use reducers::Schedule;
 
+use crate::pool::Past;
 use crate::{DecoderConfig, DecoderLayer, KvCache, Prompt, RerouteError, Router, RoutingTrace};
 
 /// A LLaMA-style decoder whose prefill follows a routing schedule.
@@ -23,6 +24,9 @@ pub struct Decoder<B: Backend> {
 pub struct PrefillOptions {
     /// Also return every layer's output ([`Prefill::hidden_states`]), for inspection.
     pub hidden_states: bool,
+    /// Keep the input of the first decision layer in the cache (`rows · hidden_size` numbers), so
+    /// that under *reroute* [`Decoder::resume`] can choose anew among all visual tokens.
+    pub keep_pool: bool,
 }
 
 /// The result of a prefill.
@@ -34,7 +38,7 @@ pub struct Prefill<B: Backend> {
     pub cache: KvCache<B>,
     /// What routing did.
     pub trace: RoutingTrace,
-    /// Output of every layer, if asked for.
+    /// Output of every layer, DeepStack features not yet added, if asked for.
     pub hidden_states: Vec<HiddenStates<B>>,
 }
 
@@ -100,49 +104,82 @@ impl<B: Backend> Decoder<B> {
         schedule: &Schedule,
         options: PrefillOptions,
     ) -> Result<Prefill<B>, RerouteError> {
+        let cache = KvCache::new(self.layers.len(), prompt.samples.len());
+        self.resume(cache, prompt, schedule, options)
+    }
+
+    /// The same for the next turn of a conversation: `prompt` is the whole conversation, and `cache`
+    /// what is left of the earlier turns, whose rows it must begin with
+    /// ([`KvCache::truncate`] forgets the rest).
+    ///
+    /// - Under [`Action::Reroute`](reducers::Action::Reroute) the result is that of
+    ///   [`prefill`](Self::prefill) on the whole conversation: *all* visual tokens stand again, and
+    ///   this turn's last row chooses among them. Layers below the first decision compute new rows
+    ///   only; from the first decision on all text rows after the first image and the tokens now
+    ///   selected are computed, as in a prefill. This needs [`PrefillOptions::keep_pool`] in the
+    ///   earlier turn; without it everything after the first image is computed anew.
+    /// - Under [`Action::Remove`](reducers::Action::Remove) new rows run through all layers and see
+    ///   what each layer has kept: what an earlier turn removed is gone. Only new images are decided on.
+    /// - Without decisions new rows run through all layers and see everything.
+    pub fn resume(
+        &self,
+        mut cache: KvCache<B>,
+        prompt: &Prompt<B>,
+        schedule: &Schedule,
+        options: PrefillOptions,
+    ) -> Result<Prefill<B>, RerouteError> {
         prompt.validate(&self.config)?;
         schedule.check_depth(self.layers.len())?;
-        let mut hidden_states = prompt.embeddings.clone();
-        let device = hidden_states.device();
-        let rope = self
-            .config
-            .rope
-            .table(prompt.positions.clone(), hidden_states.dtype());
+        if (cache.layers(), cache.samples()) != (self.layers.len(), prompt.samples.len()) {
+            return Err(RerouteError::Prompt(format!(
+                "the cache has {} layers and {} samples, expected {} and {}",
+                cache.layers(),
+                cache.samples(),
+                self.layers.len(),
+                prompt.samples.len()
+            )));
+        }
+        let device = prompt.embeddings.device();
+        let dtype = prompt.embeddings.dtype();
+        let rope = self.config.rope.table(prompt.positions.clone(), dtype);
         let longest = prompt.samples.iter().map(|sample| sample.rows).max();
         let mask = CausalMask::new(longest.unwrap_or(0), &device);
-        let positions = prompt.samples.iter().map(|sample| sample.next_position);
-        let mut cache = KvCache::new(self.layers.len(), positions.collect());
-        let mut router = Router::new(prompt, schedule, rope);
+        let past = Past::take(&mut cache, &prompt.samples, schedule);
+        let mut router =
+            Router::resume(prompt, schedule, rope, past).keeping_pool(options.keep_pool);
+        let mut hidden_states = router.rows_of(prompt.embeddings.clone());
         let mut trace = RoutingTrace::default();
         let mut captured = Vec::new();
 
         for (index, layer) in self.layers.iter().enumerate() {
-            let input = router.enter(index, layer, hidden_states)?;
+            let input = router.enter(index, layer, hidden_states, &cache)?;
             let attention = &layer.self_attn;
             let queries = attention.queries(input.normed.clone(), router.active_rope());
             let values = attention.split_heads(attention.values(input.normed));
             let keys = attention.split_heads(input.keys);
-            let (mut entries, mut contexts) = (Vec::new(), Vec::new());
-            for range in router.ranges() {
+            let ranges = router.ranges();
+            let contexts = ranges.iter().enumerate().map(|(sample, range)| {
                 let (start, rows) = (range.start, range.len());
                 let keys = keys.clone().narrow(2, start, rows);
                 let values = values.clone().narrow(2, start, rows);
                 let queries = queries.clone().narrow(1, start, rows);
-                contexts.push(attention.attend(queries, keys.clone(), values.clone(), Some(&mask)));
-                entries.push((keys, values));
-            }
-            cache.push_layer(entries);
+                let held = router.sample_rows(sample, range.clone());
+                let [keys, values] = cache.append(index, sample, held, keys, values);
+                attention.attend(queries, keys, values, Some(&mask))
+            });
+            let contexts = Tensor::cat(contexts.collect(), 1);
             trace
                 .rows
-                .push(router.ranges().iter().map(|range| range.len()).collect());
+                .push(ranges.iter().map(|range| range.len()).collect());
             trace.decisions.extend(input.decisions);
-            hidden_states = layer.finish(input.hidden_states, Tensor::cat(contexts, 1));
+            hidden_states = layer.finish(input.hidden_states, contexts);
             if options.hidden_states {
                 captured.push(HiddenStates {
                     rows: router.active().to_vec(),
                     values: hidden_states.clone(),
                 });
             }
+            hidden_states = router.leave(index, hidden_states);
         }
 
         let last: Vec<i64> = router
@@ -151,6 +188,10 @@ impl<B: Backend> Decoder<B> {
             .map(|range| range.end as i64 - 1)
             .collect();
         let last = Tensor::from_data(last.as_slice(), &device);
+        for (sample, layout) in prompt.samples.iter().enumerate() {
+            cache.continue_at(sample, layout.rows, layout.next_position);
+        }
+        cache.pool = router.into_pool();
         Ok(Prefill {
             logits: self.logits(hidden_states.select(1, last)),
             cache,
@@ -182,10 +223,8 @@ impl<B: Backend> Decoder<B> {
                 available,
             });
         }
-        let positions: Vec<i64> = tokens
-            .iter()
-            .map(|&(sample, _)| cache.take_position(sample))
-            .collect();
+        let next = tokens.iter().map(|&(sample, _)| cache.take_next(sample));
+        let (rows, positions): (Vec<usize>, Vec<i64>) = next.unzip();
         let ids: Vec<u32> = tokens.iter().map(|&(_, id)| id).collect();
         let mut hidden_states = self.embed(&ids);
         let positions = Tensor::<B, 1, Int>::from_data(positions.as_slice(), &device)
@@ -202,7 +241,7 @@ impl<B: Backend> Decoder<B> {
             let context = tokens.iter().enumerate().map(|(column, &(sample, _))| {
                 let keys = keys.clone().narrow(2, column, 1);
                 let values = values.clone().narrow(2, column, 1);
-                let (keys, values) = cache.append(index, sample, keys, values);
+                let [keys, values] = cache.append(index, sample, [rows[column]], keys, values);
                 attention.attend(queries.clone().narrow(1, column, 1), keys, values, None)
             });
             let context = Tensor::cat(context.collect(), 1);

@@ -18,6 +18,7 @@ mod config;
 mod decoder;
 mod error;
 mod generate;
+mod pool;
 mod prompt;
 mod router;
 mod sampling;

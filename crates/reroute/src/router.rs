@@ -5,7 +5,9 @@ use burn::tensor::{Int, Tensor};
 use layers::Rotary;
 use reducers::{Action, Schedule, last_row_scores, top_k};
 
-use crate::{Decision, DecoderLayer, Prompt, RerouteError, SelfAttention, prompt::ranges};
+use crate::pool::{Past, Pool, PooledRows};
+use crate::prompt::ranges;
+use crate::{Decision, DecoderLayer, KvCache, Prompt, RerouteError, SelfAttention};
 
 /// Walks the rows of a prompt through the stages of a schedule.
 ///
@@ -19,8 +21,12 @@ pub struct Router<'a, B: Backend> {
     samples: Vec<Range<usize>>,
     /// Packed visual rows of each sample, in visual order.
     visual: Vec<Vec<usize>>,
-    /// Keep counts of each sample at each stage: the budget is a share of its own visual tokens.
+    /// How many of them stand at the first decision: all that earlier turns have not settled.
+    standing: Vec<usize>,
+    /// Keep counts of each sample at each stage: the budget is a share of its standing tokens.
     keep_counts: Vec<Vec<usize>>,
+    /// See [`Prompt::deepstack`].
+    deepstack: &'a [Tensor<B, 2>],
     /// Rotary table of all rows.
     prompt_rope: Rotary<B>,
     /// Rotary table of the active rows.
@@ -28,6 +34,9 @@ pub struct Router<'a, B: Backend> {
     /// Packed rows that the layers work on, ascending.
     active: Vec<usize>,
     deferred: Option<Deferred<B>>,
+    /// What stood at the first decision, if it is to be kept for a later turn.
+    pool: Option<Pool<B>>,
+    keep_pool: bool,
     /// The last selection of each sample.
     selected: Vec<Option<Vec<usize>>>,
 }
@@ -57,28 +66,70 @@ pub struct Routed<B: Backend> {
 
 impl<'a, B: Backend> Router<'a, B> {
     /// Starts with all rows active. `rope` is the table of all rows of the prompt.
-    pub fn new(prompt: &Prompt<B>, schedule: &'a Schedule, rope: Rotary<B>) -> Self {
+    pub fn new(prompt: &'a Prompt<B>, schedule: &'a Schedule, rope: Rotary<B>) -> Self {
+        Self::resume(prompt, schedule, rope, Past::none(prompt.samples.len()))
+    }
+
+    /// Starts with the rows active that are not in the past. Rows that the past has parked wait, as
+    /// deferred rows do, for the first decision.
+    pub(crate) fn resume(
+        prompt: &'a Prompt<B>,
+        schedule: &'a Schedule,
+        rope: Rotary<B>,
+        past: Past<B>,
+    ) -> Self {
         let samples = prompt.ranges();
-        let visual: Vec<Vec<usize>> = prompt
-            .samples
-            .iter()
-            .zip(&samples)
+        let visual = prompt.samples.iter().zip(&samples);
+        let visual: Vec<Vec<usize>> = visual
             .map(|(layout, range)| layout.visual.iter().map(|v| range.start + v).collect())
             .collect();
+        let (mut active, mut parked_rows, mut parked) = (Vec::new(), Vec::new(), Vec::new());
+        let mut standing = Vec::new();
+        for (index, range) in samples.iter().enumerate() {
+            let start = range.start;
+            let mut settled = start + past.cached[index];
+            active.extend(settled..range.end);
+            if let Some(pooled) = &past.parked[index] {
+                settled = start + pooled.rows.start;
+                parked_rows.extend(settled..start + pooled.rows.end);
+                parked.push(pooled.hidden_states.clone());
+            }
+            let visual = &visual[index];
+            standing.push(visual.len() - visual.partition_point(|&row| row < settled));
+        }
+        let is_everything = samples.last().is_some_and(|last| last.end == active.len());
+        let active_rope = match is_everything {
+            true => rope.clone(),
+            false => rope.select(indices(&active, &prompt.embeddings.device())),
+        };
         Self {
             schedule,
-            keep_counts: visual
-                .iter()
-                .map(|v| schedule.keep_counts(v.len()))
-                .collect(),
+            keep_counts: standing.iter().map(|&n| schedule.keep_counts(n)).collect(),
+            standing,
+            deepstack: &prompt.deepstack,
             selected: vec![None; visual.len()],
-            active: (0..samples.last().map_or(0, |range| range.end)).collect(),
-            active_rope: rope.clone(),
-            deferred: None,
+            active,
+            active_rope,
+            deferred: (!parked.is_empty()).then(|| Deferred {
+                hidden_states: Tensor::cat(parked, 1),
+                rows: parked_rows,
+            }),
+            pool: None,
+            keep_pool: false,
             samples,
             visual,
             prompt_rope: rope,
         }
+    }
+
+    /// Keeps what stands at the first decision under [`Action::Reroute`], for a later turn.
+    pub(crate) fn keeping_pool(self, keep_pool: bool) -> Self {
+        Self { keep_pool, ..self }
+    }
+
+    /// What stood at the first decision, if it was kept.
+    pub(crate) fn into_pool(self) -> Option<Pool<B>> {
+        self.pool
     }
 
     /// The rotary table of the active rows.
@@ -91,12 +142,34 @@ impl<'a, B: Backend> Router<'a, B> {
         &self.active
     }
 
+    /// The active ones of all rows of the prompt.
+    ///
+    /// # Shapes
+    /// - `all`: `[features, rows]`
+    /// - returns `[features, active rows]`
+    pub(crate) fn rows_of(&self, all: Tensor<B, 2>) -> Tensor<B, 2> {
+        match all.dims()[1] == self.active.len() {
+            true => all,
+            false => {
+                let active = indices(&self.active, &all.device());
+                all.select(1, active)
+            }
+        }
+    }
+
+    /// Some of the active rows, numbered within their sample.
+    pub(crate) fn sample_rows(&self, sample: usize, active: Range<usize>) -> Vec<usize> {
+        let start = self.samples[sample].start;
+        self.active[active].iter().map(|row| row - start).collect()
+    }
+
     /// Where each sample's rows stand among the active rows.
     pub fn ranges(&self) -> Vec<Range<usize>> {
         split(&self.active, &self.samples)
     }
 
-    /// Prepares the input of layer `index`; decides first if the schedule says so.
+    /// Prepares the input of layer `index`; decides first if the schedule says so. `cache` holds the
+    /// rows of earlier turns.
     ///
     /// # Shapes
     /// - `hidden_states`: `[hidden_size, active rows]`
@@ -105,26 +178,56 @@ impl<'a, B: Backend> Router<'a, B> {
         index: usize,
         layer: &DecoderLayer<B>,
         hidden_states: Tensor<B, 2>,
+        cache: &KvCache<B>,
     ) -> Result<Routed<B>, RerouteError> {
-        let stage = self
+        if let Some(stage) = self.schedule.decision_at(index)
+            && self.standing.iter().any(|&standing| standing > 0)
+        {
+            return self.decide(stage, layer, hidden_states, cache);
+        }
+        let normed = layer.input_layernorm.forward(hidden_states.clone());
+        Ok(Routed {
+            keys: layer.self_attn.keys(normed.clone(), &self.active_rope),
+            hidden_states,
+            normed,
+            decisions: Vec::new(),
+        })
+    }
+
+    /// Adds the layer's DeepStack features to its output: to the active visual rows, and to those
+    /// that this turn has deferred, so that a row's features do not depend on when it is selected.
+    /// Rows parked by an earlier turn have theirs.
+    ///
+    /// # Shapes
+    /// - `hidden_states`: `[hidden_size, active rows]`
+    pub fn leave(&mut self, index: usize, hidden_states: Tensor<B, 2>) -> Tensor<B, 2> {
+        let visual = self.visual.concat();
+        let features = self.deepstack.get(index).filter(|_| !visual.is_empty());
+        let Some(features) = features else {
+            return hidden_states;
+        };
+        let device = features.device();
+        // Column 0 is what text rows receive.
+        let nothing = features.clone().narrow(1, 0, 1).zeros_like();
+        let features = Tensor::cat(vec![nothing, features.clone()], 1);
+        let add = |hidden_states: Tensor<B, 2>, rows: &[usize]| {
+            let column = |row: &usize| visual.binary_search(row).map_or(0, |at| at + 1);
+            let columns: Vec<usize> = rows.iter().map(column).collect();
+            hidden_states + features.clone().select(1, indices(&columns, &device))
+        };
+        let decided = self
             .schedule
             .stages()
             .iter()
-            .position(|stage| stage.layer == index);
-        match stage {
-            Some(stage) if self.visual.iter().any(|visual| !visual.is_empty()) => {
-                self.decide(stage, layer, hidden_states)
-            }
-            _ => {
-                let normed = layer.input_layernorm.forward(hidden_states.clone());
-                Ok(Routed {
-                    keys: layer.self_attn.keys(normed.clone(), &self.active_rope),
-                    hidden_states,
-                    normed,
-                    decisions: Vec::new(),
-                })
-            }
-        }
+            .any(|stage| stage.layer <= index);
+        self.deferred = self.deferred.take().map(|deferred| match decided {
+            true => Deferred {
+                hidden_states: add(deferred.hidden_states, &deferred.rows),
+                ..deferred
+            },
+            false => deferred,
+        });
+        add(hidden_states, &self.active)
     }
 
     /// Scores the candidates with the last row of each sample, selects, and splits the rows.
@@ -135,22 +238,30 @@ impl<'a, B: Backend> Router<'a, B> {
         stage: usize,
         layer: &DecoderLayer<B>,
         hidden_states: Tensor<B, 2>,
+        cache: &KvCache<B>,
     ) -> Result<Routed<B>, RerouteError> {
         let device = hidden_states.device();
         let (hidden_states, pool) = self.gather_pool(hidden_states);
-        let rope = if pool.len() == self.active.len() {
-            self.active_rope.clone()
-        } else {
-            self.prompt_rope.clone()
+        let is_active = pool.len() == self.active.len();
+        let rope = match is_active {
+            true => self.active_rope.clone(),
+            false => self.rope_of(&pool, &device),
         };
+        if stage == 0 && self.keep_pool && self.schedule.action() == Action::Reroute {
+            self.pool = Some(self.pooled(&hidden_states, &pool));
+        }
         let normed = layer.input_layernorm.forward(hidden_states.clone());
         let keys = layer.self_attn.keys(normed.clone(), &rope);
-        let scores = self.scores(&layer.self_attn, &normed, &keys, &rope, &pool)?;
+        let index = self.schedule.stages()[stage].layer;
+        let past: Vec<_> = (0..self.samples.len())
+            .map(|s| cache.keys(index, s))
+            .collect();
+        let scores = self.scores(&layer.self_attn, &normed, &keys, &rope, &pool, past)?;
 
         let mut decisions = Vec::new();
         let mut keep = vec![true; pool.len()];
         for sample in 0..self.samples.len() {
-            if !self.visual[sample].is_empty() {
+            if self.standing[sample] > 0 {
                 let decision = self.select(stage, sample, &pool, &scores, &mut keep)?;
                 self.selected[sample] = Some(decision.selected.clone());
                 decisions.push(decision);
@@ -200,7 +311,32 @@ impl<'a, B: Backend> Router<'a, B> {
         (all.select(1, indices(&order, &device)), pool)
     }
 
-    /// One score per pool row; rows of samples without visual tokens score 0.
+    /// The rotary table of these packed rows.
+    fn rope_of(&self, rows: &[usize], device: &B::Device) -> Rotary<B> {
+        match self.samples.last() {
+            Some(last) if rows.len() < last.end => self.prompt_rope.select(indices(rows, device)),
+            _ => self.prompt_rope.clone(),
+        }
+    }
+
+    /// What stands at a decision, sample by sample.
+    fn pooled(&self, hidden_states: &Tensor<B, 2>, pool: &[usize]) -> Pool<B> {
+        let bounds = split(pool, &self.samples).into_iter().zip(&self.samples);
+        let samples = bounds.map(|(range, sample)| {
+            let first = pool.get(range.start).map_or(0, |row| row - sample.start);
+            PooledRows {
+                rows: first..first + range.len(),
+                hidden_states: hidden_states.clone().narrow(1, range.start, range.len()),
+            }
+        });
+        Pool {
+            layer: self.schedule.stages()[0].layer,
+            samples: samples.collect(),
+        }
+    }
+
+    /// One score per pool row; rows of samples without candidates score 0. `past` are the keys of
+    /// each sample's earlier rows, which take part in the softmax.
     fn scores(
         &self,
         attention: &SelfAttention<B>,
@@ -208,10 +344,11 @@ impl<'a, B: Backend> Router<'a, B> {
         keys: &Tensor<B, 2>,
         rope: &Rotary<B>,
         pool: &[usize],
+        past: Vec<Option<Tensor<B, 3>>>,
     ) -> Result<Vec<f32>, RerouteError> {
         let bounds = split(pool, &self.samples);
         let asked: Vec<usize> = (0..bounds.len())
-            .filter(|&s| !self.visual[s].is_empty())
+            .filter(|&s| self.standing[s] > 0)
             .collect();
         let last: Vec<usize> = asked.iter().map(|&s| bounds[s].end - 1).collect();
         let last = indices(&last, &normed.device());
@@ -221,8 +358,11 @@ impl<'a, B: Backend> Router<'a, B> {
         let rows = asked.iter().enumerate().map(|(column, &sample)| {
             let range = bounds[sample].clone();
             let keys = keys.clone().narrow(2, range.start, range.len());
+            let past = past[sample].clone();
+            let earlier = past.as_ref().map_or(0, |past| past.dims()[2]);
+            let keys = Tensor::cat(past.into_iter().chain([keys]).collect(), 2);
             let query = queries.clone().narrow(2, column, 1).squeeze_dim::<2>(2);
-            last_row_scores(query, keys.swap_dims(1, 2))
+            last_row_scores(query, keys.swap_dims(1, 2)).narrow(0, earlier, range.len())
         });
         let read = read_back(Tensor::cat(rows.collect(), 0), "routing scores")?;
         let mut scores = vec![0.0; pool.len()];

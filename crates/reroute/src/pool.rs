@@ -1,0 +1,97 @@
+use std::ops::Range;
+
+use burn::tensor::Tensor;
+use burn::tensor::backend::Backend;
+use reducers::{Action, Schedule};
+
+use crate::{KvCache, SampleLayout};
+
+/// The rows that stood at the first decision of a turn, with the hidden states that they had there:
+/// what a later turn needs to choose anew.
+#[derive(Debug, Clone)]
+pub(crate) struct Pool<B: Backend> {
+    /// The decision layer whose input the hidden states are.
+    pub(crate) layer: usize,
+    /// One entry per sample.
+    pub(crate) samples: Vec<PooledRows<B>>,
+}
+
+/// One sample's share of a [`Pool`].
+#[derive(Debug, Clone)]
+pub(crate) struct PooledRows<B: Backend> {
+    /// Consecutive rows, numbered within the sample.
+    pub(crate) rows: Range<usize>,
+    /// `[hidden_size, rows]`
+    pub(crate) hidden_states: Tensor<B, 2>,
+}
+
+/// What a turn takes over from earlier ones.
+#[derive(Debug)]
+pub(crate) struct Past<B: Backend> {
+    /// Of each sample, the leading rows that no layer needs to embed again.
+    pub(crate) cached: Vec<usize>,
+    /// Of each sample, the rows among them that stand at the first decision again.
+    pub(crate) parked: Vec<Option<PooledRows<B>>>,
+}
+
+impl<B: Backend> Past<B> {
+    /// Nothing.
+    pub(crate) fn none(samples: usize) -> Self {
+        Self {
+            cached: vec![0; samples],
+            parked: vec![None; samples],
+        }
+    }
+
+    /// Decides what can be taken over under `schedule` and forgets the rest.
+    ///
+    /// Rows before the first visual token never depend on a decision: every layer keeps them. From
+    /// there on, under *reroute*, layers below the first decision keep all rows; from the decision on
+    /// they are computed anew, because the turn's own last row chooses which tokens they work on.
+    /// Under *remove* and without decisions every layer keeps what it has.
+    pub(crate) fn take(
+        cache: &mut KvCache<B>,
+        samples: &[SampleLayout],
+        schedule: &Schedule,
+    ) -> Self {
+        let mut past = Self::none(samples.len());
+        let pool = cache.pool.take();
+        let chooses_anew = match schedule.action() {
+            Action::Reroute => schedule.stages().first().map(|stage| stage.layer),
+            Action::Remove => None,
+        };
+        for (sample, layout) in samples.iter().enumerate() {
+            // The last row is always computed: its logits are the answer.
+            let known = cache.rows(sample).min(layout.rows - 1);
+            let first_visual = layout.visual.first().copied().unwrap_or(layout.rows);
+            let Some(layer) = chooses_anew.filter(|_| first_visual < known) else {
+                cache.truncate(sample, known);
+                past.cached[sample] = known;
+                continue;
+            };
+            let pooled = pool.as_ref().filter(|pool| pool.layer == layer);
+            let pooled = pooled.map(|pool| &pool.samples[sample]);
+            let pooled = pooled.and_then(|pooled| pooled.slice(first_visual..known));
+            cache.truncate(sample, pooled.as_ref().map_or(first_visual, |p| p.rows.end));
+            for above in layer..cache.layers() {
+                cache.truncate_layer(above, sample, first_visual);
+            }
+            past.cached[sample] = cache.rows(sample);
+            past.parked[sample] = pooled;
+        }
+        past
+    }
+}
+
+impl<B: Backend> PooledRows<B> {
+    /// The rows from `wanted.start` to the earlier of the two ends; `None` if there are none.
+    fn slice(&self, wanted: Range<usize>) -> Option<Self> {
+        let rows = wanted.start..wanted.end.min(self.rows.end);
+        let start = rows.start.checked_sub(self.rows.start)?;
+        let hidden_states = self.hidden_states.clone();
+        (!rows.is_empty()).then(|| Self {
+            hidden_states: hidden_states.narrow(1, start, rows.len()),
+            rows,
+        })
+    }
+}

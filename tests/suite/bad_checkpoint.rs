@@ -197,7 +197,7 @@ fn config_numbers_that_are_impossible_or_contradict_each_other() {
         (
             "/text_config/num_hidden_layers",
             json!(100_000_000),
-            "text_config.num_hidden_layers is 100000000, at most",
+            "num_hidden_layers is 100000000, 1 to 1024",
         ),
         (
             "/text_config/hidden_size",
@@ -240,7 +240,7 @@ fn config_numbers_that_are_impossible_or_contradict_each_other() {
         (
             "/vision_config/num_hidden_layers",
             json!(1 << 20),
-            "vision_config.num_hidden_layers is 1048576, at most",
+            "vision_config.num_hidden_layers is 1048576, 1 to 1024",
         ),
         (
             "/vision_config/num_attention_heads",

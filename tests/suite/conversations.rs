@@ -258,7 +258,7 @@ fn a_cache_that_does_not_fit_is_refused() {
     proptest!(cases(8), |(case in case(any_action()))| {
         let (decoder, sample) = (case.decoder::<Backend>(), case.sample());
         let cache = reroute::KvCache::new(case.config.num_layers + 1, 1);
-        let prompt = pack(&[sample.clone()]);
+        let prompt = pack(std::slice::from_ref(&sample));
         let options = PrefillOptions::default();
         let refused = decoder.resume(cache, &prompt, &case.schedule, options);
         assert!(refused.unwrap_err().to_string().contains("the cache has"));

@@ -4,11 +4,6 @@ use vision_encoder::clip::{ClipConfig, ClipVisionConfig};
 
 use crate::LlavaError;
 
-/// Far above any published model. Layers and rotary tables take memory before a weight is read, so a
-/// number that only looks like one must not get that far.
-const MAX_LAYERS: usize = 1024;
-const MAX_HEAD_DIM: usize = 4096;
-
 /// `config.json` of a LLaVA-1.5 checkpoint, hub-era or current, with the library's defaults.
 #[derive(Debug, Clone, Deserialize)]
 pub struct LlavaHfConfig {
@@ -135,16 +130,6 @@ impl LlavaHfConfig {
         let vision = self.vision_config.resolve()?;
         let text = self.text_config.resolve(self.tie_word_embeddings)?;
         let unsupported = |what: String| Err(LlavaError::Config(what));
-        for (part, layers) in [
-            ("vision_config", vision.num_layers),
-            ("text_config", text.num_layers),
-        ] {
-            if layers > MAX_LAYERS {
-                return unsupported(format!(
-                    "{part}.num_hidden_layers is {layers}, at most {MAX_LAYERS} are possible"
-                ));
-            }
-        }
         if self.vision_feature_select_strategy != "default" {
             return unsupported(format!(
                 "vision_feature_select_strategy \"{}\" is not supported, only \"default\" (patches \
@@ -228,11 +213,6 @@ impl TextConfig {
                 ));
             }
         };
-        if head_dim > MAX_HEAD_DIM {
-            return unsupported(format!(
-                "text_config.head_dim is {head_dim}, at most {MAX_HEAD_DIM} is possible"
-            ));
-        }
         let config = DecoderConfig {
             vocab_size: self.vocab_size,
             hidden_size: self.hidden_size,

@@ -33,10 +33,16 @@ impl DecoderShape {
     /// Floating-point operations of one layer on `rows` rows:
     /// `2n·(2·d·H·d_h + 2·d·H_kv·d_h + 3·d·m) + 4·n²·H·d_h`.
     pub fn layer_flops(&self, rows: usize) -> f64 {
+        self.continued_layer_flops(rows, rows)
+    }
+
+    /// Floating-point operations of one layer on `rows` rows that see `keys` rows, themselves and
+    /// those an earlier turn has cached: `2n·(2·d·H·d_h + 2·d·H_kv·d_h + 3·d·m) + 4·n·keys·H·d_h`.
+    pub fn continued_layer_flops(&self, rows: usize, keys: usize) -> f64 {
         let n = rows as f64;
         let projections = 2.0 * self.d() * (self.query_width() + self.key_width());
         let feed_forward = 3.0 * self.d() * self.intermediate_size as f64;
-        2.0 * n * (projections + feed_forward) + 4.0 * n * n * self.query_width()
+        2.0 * n * (projections + feed_forward) + 4.0 * n * keys as f64 * self.query_width()
     }
 
     /// Floating-point operations the *reference* implementation of Reroute spends on one decision

@@ -84,21 +84,26 @@ impl RopeConfig {
 impl DecoderConfig {
     /// Checks that the numbers agree with each other.
     pub fn validate(&self) -> Result<(), RerouteError> {
-        let positive = [
-            ("vocab_size", self.vocab_size),
-            ("hidden_size", self.hidden_size),
-            ("intermediate_size", self.intermediate_size),
-            ("num_hidden_layers", self.num_layers),
-            ("num_attention_heads", self.num_attention_heads),
-            ("num_key_value_heads", self.num_key_value_heads),
-            ("head_dim", self.head_dim),
-            ("max_position_embeddings", self.max_position_embeddings),
+        // Far above any published model. Layers, blocks of the vocabulary and rotary tables take memory
+        // before a weight is read, so a number that only looks like one must not get that far.
+        let sizes = [
+            ("vocab_size", self.vocab_size, 1 << 24),
+            ("hidden_size", self.hidden_size, 1 << 20),
+            ("intermediate_size", self.intermediate_size, 1 << 24),
+            ("num_hidden_layers", self.num_layers, 1 << 10),
+            ("num_attention_heads", self.num_attention_heads, 1 << 16),
+            ("num_key_value_heads", self.num_key_value_heads, 1 << 16),
+            ("head_dim", self.head_dim, 1 << 12),
+            (
+                "max_position_embeddings",
+                self.max_position_embeddings,
+                u32::MAX as usize / 2,
+            ),
         ];
         let inconsistent = |reason: String| Err(RerouteError::Config(reason));
-        for (name, value) in positive {
-            // The bound keeps products of two sizes far from overflow.
-            if value == 0 || value > u32::MAX as usize / 2 {
-                return inconsistent(format!("{name} is {value}"));
+        for (name, value, limit) in sizes {
+            if value == 0 || value > limit {
+                return inconsistent(format!("{name} is {value}, 1 to {limit} are possible"));
             }
         }
         if !self

@@ -70,17 +70,19 @@ impl ClipVisionConfig {
                 self.model_type
             ));
         }
-        for (name, value) in [
-            ("hidden_size", self.hidden_size),
-            ("intermediate_size", self.intermediate_size),
-            ("num_hidden_layers", self.num_hidden_layers),
-            ("num_attention_heads", self.num_attention_heads),
-            ("image_size", self.image_size),
-            ("patch_size", self.patch_size),
+        for (name, value, limit) in [
+            ("hidden_size", self.hidden_size, 1 << 20),
+            ("intermediate_size", self.intermediate_size, 1 << 20),
+            ("num_hidden_layers", self.num_hidden_layers, 1 << 10),
+            ("num_attention_heads", self.num_attention_heads, 1 << 16),
+            ("image_size", self.image_size, 1 << 14),
+            ("patch_size", self.patch_size, 1 << 14),
         ] {
             // Far above any real model; keeps products of sizes away from overflow.
-            if value == 0 || value > 1 << 20 {
-                return inconsistent(format!("vision_config.{name} is {value}"));
+            if value == 0 || value > limit {
+                return inconsistent(format!(
+                    "vision_config.{name} is {value}, 1 to {limit} are possible"
+                ));
             }
         }
         if self.num_channels != 3 {

@@ -177,7 +177,7 @@ fn config_numbers_that_are_impossible_or_contradict_each_other() {
         (
             "/text_config/head_dim",
             json!(2_147_483_646),
-            "text_config.head_dim is 2147483646",
+            "head_dim is 2147483646, 1 to 4096",
         ),
         (
             "/text_config/num_hidden_layers",

@@ -20,16 +20,6 @@ pub enum LlavaError {
         /// Visual tokens of one image.
         per_image: usize,
     },
-    /// A token id is not in the vocabulary.
-    #[error(
-        "token id {id} is outside the vocabulary of {vocab_size}: tokenizer and model do not match"
-    )]
-    TokenId {
-        /// The id.
-        id: u32,
-        /// Size of the vocabulary.
-        vocab_size: usize,
-    },
     /// Vision tower or preprocessing.
     #[error(transparent)]
     Vision(#[from] VisionError),

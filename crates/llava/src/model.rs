@@ -76,19 +76,9 @@ impl<B: Backend> Llava<B> {
         device: &B::Device,
     ) -> Result<Prompt<B>, LlavaError> {
         let image = self.config.image_token;
-        let vocab_size = self.config.text.vocab_size;
-        let ids: Vec<u32> = samples.iter().flatten().copied().collect();
-        let text: Vec<u32> = ids.iter().copied().filter(|&id| id != image).collect();
-        if let Some(&id) = ids
-            .iter()
-            .find(|&&id| id != image && id as usize >= vocab_size)
-        {
-            return Err(LlavaError::TokenId { id, vocab_size });
-        }
-        let (slots, given) = (
-            ids.len() - text.len(),
-            visual.as_ref().map_or(0, |v| v.dims()[1]),
-        );
+        let ids = samples.concat();
+        let slots = ids.iter().filter(|&&id| id == image).count();
+        let given = visual.as_ref().map_or(0, |v| v.dims()[1]);
         if slots != given {
             return Err(LlavaError::ImageSlots {
                 slots,
@@ -96,25 +86,8 @@ impl<B: Backend> Llava<B> {
                 per_image: self.tokens_per_image(),
             });
         }
-
-        // Runs of text and of slots alternate; each run is a block of columns.
-        let text = (!text.is_empty()).then(|| self.language_model.embed(&text));
-        let (mut text_at, mut visual_at) = (0, 0);
-        let runs = ids.chunk_by(|a, b| (*a == image) == (*b == image));
-        let blocks: Vec<Tensor<B, 2>> = runs
-            .filter_map(|run| {
-                let (source, at) = match run[0] == image {
-                    true => (&visual, &mut visual_at),
-                    false => (&text, &mut text_at),
-                };
-                let block = source.clone()?.narrow(1, *at, run.len());
-                *at += run.len();
-                Some(block)
-            })
-            .collect();
-        if blocks.is_empty() {
-            return Err(reroute::RerouteError::Prompt("it has no tokens".into()).into());
-        }
+        let source = |id| (id == image).then_some(0);
+        let embeddings = self.language_model.embed_prompt(&ids, &[visual], source)?;
 
         let layouts = samples.iter().map(|ids| SampleLayout {
             rows: ids.len(),
@@ -124,7 +97,7 @@ impl<B: Backend> Llava<B> {
         let positions = samples.iter().flat_map(|ids| 0..ids.len() as i64);
         let positions: Vec<i64> = positions.collect();
         Ok(Prompt {
-            embeddings: Tensor::cat(blocks, 1),
+            embeddings,
             positions: Tensor::<B, 1, Int>::from_data(positions.as_slice(), device).unsqueeze(),
             deepstack: Vec::new(),
             samples: layouts.collect(),

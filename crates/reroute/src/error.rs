@@ -9,6 +9,16 @@ pub enum RerouteError {
     /// The prompt does not fit its own description.
     #[error("the prompt is malformed: {0}")]
     Prompt(String),
+    /// A token id is not in the vocabulary.
+    #[error(
+        "token id {id} is outside the vocabulary of {vocab_size}: tokenizer and model do not match"
+    )]
+    TokenId {
+        /// The id.
+        id: u32,
+        /// Size of the vocabulary.
+        vocab_size: usize,
+    },
     /// The prompt does not fit the context.
     #[error(
         "the prompt needs {needed} positions but the model has {available} \

@@ -3,7 +3,7 @@ use std::ops::Range;
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor};
 
-use crate::{DecoderConfig, RerouteError};
+use crate::{Decoder, DecoderConfig, RerouteError};
 
 /// A batch of embedded prompts, packed: the rows of all samples side by side, without padding.
 #[derive(Debug, Clone)]
@@ -104,6 +104,69 @@ impl<B: Backend> Prompt<B> {
         }
         Ok(())
     }
+}
+
+impl<B: Backend> Decoder<B> {
+    /// Embeds prompts: text rows from the embedding table, slots filled with visual tokens.
+    ///
+    /// `source` says which entry of `visual` an id is a slot of, `None` for text. Slots take the
+    /// columns of their source in order, and all of them.
+    ///
+    /// # Shapes
+    /// - `visual`: `[hidden_size, visual tokens]` each, `None` where there are none
+    /// - returns `[hidden_size, ids]`
+    pub fn embed_prompt(
+        &self,
+        ids: &[u32],
+        visual: &[Option<Tensor<B, 2>>],
+        source: impl Fn(u32) -> Option<usize>,
+    ) -> Result<Tensor<B, 2>, RerouteError> {
+        let is_text = |id: &u32| source(*id).is_none();
+        let text: Vec<u32> = ids.iter().copied().filter(is_text).collect();
+        let vocab_size = self.config().vocab_size;
+        if let Some(&id) = text.iter().find(|&&id| id as usize >= vocab_size) {
+            return Err(RerouteError::TokenId { id, vocab_size });
+        }
+        let order: Vec<usize> = ids
+            .iter()
+            .map(|&id| source(id).unwrap_or(visual.len()))
+            .collect();
+        let text = (!text.is_empty()).then(|| self.embed(&text));
+        interleave(&order, &[visual, &[text]].concat())
+    }
+}
+
+/// Columns of several tensors in one order: column `c` is the next unused one of
+/// `sources[order[c]]`, and none is left over. Neighbours of one source move as one block.
+///
+/// # Shapes
+/// - `sources`: `[features, columns]` each, `None` where there are none
+/// - returns `[features, order]`
+pub fn interleave<B: Backend>(
+    order: &[usize],
+    sources: &[Option<Tensor<B, 2>>],
+) -> Result<Tensor<B, 2>, RerouteError> {
+    let malformed = |reason: String| Err(RerouteError::Prompt(reason));
+    if order.is_empty() {
+        return malformed("it has no tokens".into());
+    }
+    for (index, source) in sources.iter().enumerate() {
+        let wanted = order.iter().filter(|&&other| other == index).count();
+        let given = source.as_ref().map_or(0, |source| source.dims()[1]);
+        if wanted != given {
+            return malformed(format!(
+                "it takes {wanted} rows from input {index}, which has {given}"
+            ));
+        }
+    }
+    let mut used = vec![0; sources.len()];
+    let runs = order.chunk_by(|a, b| a == b);
+    let blocks = runs.filter_map(|run| {
+        let (source, at) = (sources[run[0]].clone()?, used[run[0]]);
+        used[run[0]] += run.len();
+        Some(source.narrow(1, at, run.len()))
+    });
+    Ok(Tensor::cat(blocks.collect(), 1))
 }
 
 /// Consecutive ranges of the given lengths.

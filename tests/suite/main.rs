@@ -18,3 +18,4 @@ mod questions;
 mod reference;
 mod scenes;
 mod support;
+mod text;

@@ -68,6 +68,12 @@ pub enum ZooError {
         /// Size the tower wants.
         wanted: String,
     },
+    /// A video without a frame rate has no times.
+    #[error("{fps} is no frame rate: times in the video need frames per second, greater than zero")]
+    FrameRate {
+        /// Frames per second.
+        fps: f64,
+    },
     /// No box in an answer that should have one.
     #[error("the answer \"{answer}\" has no box in it (four numbers in brackets)")]
     NoBox {

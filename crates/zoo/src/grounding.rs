@@ -8,6 +8,17 @@ const LLAVA_PROMPT: &str = "Bounding box coordinates are specified in the format
     between 0 and 1. Please provide the bounding box coordinate of the region this sentence \
     describes: {expression}";
 
+/// The wording of Qwen-VL's demonstration, whose way to write boxes Qwen2-VL keeps (arXiv 2409.12191,
+/// section 2.2); for Qwen2-VL itself no wording is published.
+const QWEN2_VL_PROMPT: &str = "Generate the bounding box of {expression}";
+
+/// What Qwen2.5-VL and Qwen3-VL are asked in their published examples of spatial understanding.
+const QWEN_JSON_PROMPT: &str =
+    "Locate {expression} in this image and output the bbox coordinates in JSON format.";
+
+/// The key of a box in the JSON of Qwen2.5-VL and Qwen3-VL.
+const JSON_KEY: &str = "\"bbox_2d\"";
+
 /// How a model is asked for a box and how it answers; `grounding.json` of a checkpoint may set it.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 pub struct GroundingFormat {
@@ -24,15 +35,36 @@ pub struct GroundingFormat {
 pub enum BoxUnits {
     /// Shares of the image's width and height, 0 to 1.
     Normalized,
+    /// Thousandths of the image's width and height, 0 to 1000.
+    Thousandths,
+    /// Pixels of the image after it was resized for the model.
+    ResizedPixels,
 }
 
 impl GroundingFormat {
-    /// LLaVA-1.5 as published.
+    /// LLaVA-1.5 as published: `[0.12, 0.34, 0.56, 0.78]`.
     pub fn llava() -> Self {
-        Self {
-            prompt: LLAVA_PROMPT.into(),
-            units: BoxUnits::Normalized,
-        }
+        Self::new(LLAVA_PROMPT, BoxUnits::Normalized)
+    }
+
+    /// Qwen2-VL: `(120,340),(560,780)`, once the special tokens around it are gone.
+    pub fn qwen2_vl() -> Self {
+        Self::new(QWEN2_VL_PROMPT, BoxUnits::Thousandths)
+    }
+
+    /// Qwen2.5-VL: `[{"bbox_2d": [72, 145, 341, 334], "label": "cat"}]`.
+    pub fn qwen2_5_vl() -> Self {
+        Self::new(QWEN_JSON_PROMPT, BoxUnits::ResizedPixels)
+    }
+
+    /// Qwen3-VL: the JSON of Qwen2.5-VL in other units.
+    pub fn qwen3_vl() -> Self {
+        Self::new(QWEN_JSON_PROMPT, BoxUnits::Thousandths)
+    }
+
+    fn new(prompt: &str, units: BoxUnits) -> Self {
+        let prompt = prompt.into();
+        Self { prompt, units }
     }
 
     /// The question for an expression.
@@ -41,23 +73,81 @@ impl GroundingFormat {
     }
 }
 
+impl BoxUnits {
+    /// A box in these units, in shares of the width and height of what the model saw.
+    ///
+    /// `resized` is the width and height of the image as the model saw it, in pixels.
+    pub fn normalized(self, answered: BoundingBox, resized: [f64; 2]) -> BoundingBox {
+        let [width, height] = match self {
+            Self::Normalized => [1.0, 1.0],
+            Self::Thousandths => [1000.0, 1000.0],
+            Self::ResizedPixels => resized,
+        };
+        let [x1, y1, x2, y2] = answered;
+        [x1 / width, y1 / height, x2 / width, y2 / height]
+    }
+
+    /// A box in these units, in pixels of the image as given and not beyond its edges, for models
+    /// that see the whole image. `resized` and `original` are width and height in pixels.
+    pub fn to_pixels(
+        self,
+        answered: BoundingBox,
+        resized: [f64; 2],
+        original: [f64; 2],
+    ) -> BoundingBox {
+        let [x1, y1, x2, y2] = self.normalized(answered, resized);
+        let [width, height] = original;
+        let x = |x: f64| (x * width).clamp(0.0, width);
+        let y = |y: f64| (y * height).clamp(0.0, height);
+        [x(x1), y(y1), x(x2), y(y2)]
+    }
+}
+
 /// A box `[x1, y1, x2, y2]`, corners ordered.
 pub type BoundingBox = [f64; 4];
 
-/// Finds the first group of four numbers in brackets, else in parentheses, and orders its corners.
+/// Finds the first box in an answer, and orders its corners. In this order of preference: four
+/// numbers in brackets after the key `"bbox_2d"`, four in brackets anywhere, four in parentheses,
+/// two points in parentheses one after the other.
 ///
 /// Numbers are decimal, optionally negative, without exponents.
 pub fn parse_box(answer: &str) -> Option<BoundingBox> {
-    let [x1, y1, x2, y2] = group(answer, '[', ']').or_else(|| group(answer, '(', ')'))?;
+    let after_key = answer.split_once(JSON_KEY).map_or("", |(_, after)| after);
+    let [x1, y1, x2, y2] = group(after_key, '[', ']')
+        .or_else(|| group(answer, '[', ']'))
+        .or_else(|| group(answer, '(', ')'))
+        .or_else(|| points(answer))?;
     Some([x1.min(x2), y1.min(y2), x1.max(x2), y1.max(y2)])
 }
 
+/// The first group of four numbers.
 fn group(answer: &str, open: char, close: char) -> Option<[f64; 4]> {
-    answer.split(open).skip(1).find_map(|rest| {
-        let inside = rest.split_once(close)?.0;
-        let numbers: Vec<f64> = inside.split(',').map(number).collect::<Option<_>>()?;
-        numbers.try_into().ok()
-    })
+    answer
+        .split(open)
+        .skip(1)
+        .find_map(|rest| numbers(rest.split_once(close)?.0))
+}
+
+/// The first two points `(x1,y1),(x2,y2)` with no more than a comma between them.
+fn points(answer: &str) -> Option<[f64; 4]> {
+    let groups = answer.split('(').skip(1);
+    let mut groups = groups.map(|rest| {
+        let (inside, between) = rest.split_once(')')?;
+        Some((numbers::<2>(inside)?, matches!(between.trim(), "" | ",")))
+    });
+    let mut first = groups.next()?;
+    groups.find_map(
+        |second| match (std::mem::replace(&mut first, second), second) {
+            (Some(([x1, y1], true)), Some(([x2, y2], _))) => Some([x1, y1, x2, y2]),
+            _ => None,
+        },
+    )
+}
+
+/// Exactly `N` numbers with commas between them.
+fn numbers<const N: usize>(text: &str) -> Option<[f64; N]> {
+    let numbers: Vec<f64> = text.split(',').map(number).collect::<Option<_>>()?;
+    numbers.try_into().ok()
 }
 
 fn number(text: &str) -> Option<f64> {
@@ -65,7 +155,8 @@ fn number(text: &str) -> Option<f64> {
     let digits = text.strip_prefix('-').unwrap_or(text);
     let (whole, fraction) = digits.split_once('.').unwrap_or((digits, "0"));
     let decimal = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit());
-    (decimal(whole) && decimal(fraction)).then(|| text.parse().ok())?
+    let number: f64 = (decimal(whole) && decimal(fraction)).then(|| text.parse().ok())??;
+    number.is_finite().then_some(number)
 }
 
 /// Intersection over union of two boxes in the same units.
@@ -104,12 +195,59 @@ mod tests {
             ("[0.1, 0.2, 0.3, 0.4", None),
             ("[nan, inf, 0, 0]", None),
             ("[1., 2, 3, 4]", None),
+            ("(176,106),(232,160)", Some([176.0, 106.0, 232.0, 160.0])),
+            (
+                "the eyes on a giraffe(176,106),(232,160) and a leaf(1,2),(3,4)",
+                Some([176.0, 106.0, 232.0, 160.0]),
+            ),
+            (
+                "<|box_start|>(232,106),(176,160)<|box_end|>",
+                Some([176.0, 106.0, 232.0, 160.0]),
+            ),
+            ("(5, 6) (7, 8)", Some([5.0, 6.0, 7.0, 8.0])),
+            ("(1,2) is near (3,4), (5,6)", Some([3.0, 4.0, 5.0, 6.0])),
+            ("(1,2),(3,4,5)", None),
+            ("(1,2)", None),
+            (
+                "```json\n[\n\t{\"bbox_2d\": [341, 258, 397, 360], \"label\": \"cup\"},\n\t\
+                 {\"bbox_2d\": [1, 2, 3, 4], \"label\": \"cup\"}\n]\n```",
+                Some([341.0, 258.0, 397.0, 360.0]),
+            ),
+            (
+                "{\"label\": \"[9, 9, 9, 9]\", \"bbox_2d\": [1, 2, 3, 4]}",
+                Some([1.0, 2.0, 3.0, 4.0]),
+            ),
+            ("{\"bbox_2d\": [1, 2, 3", None),
+            ("[1, 2, 3, 4] \"bbox_2d\"", Some([1.0, 2.0, 3.0, 4.0])),
             ("no box", None),
             ("", None),
         ];
         for (answer, expected) in cases {
             assert_eq!(parse_box(answer), expected, "{answer}");
         }
+    }
+
+    #[test]
+    fn numbers_too_large_for_a_box() {
+        let digits = "9".repeat(400);
+        assert_eq!(parse_box(&format!("[0, 0, 1, {digits}]")), None);
+        assert_eq!(parse_box(&format!("(0,0),(1,{digits})")), None);
+    }
+
+    #[test]
+    fn boxes_in_pixels_of_the_image_as_given() {
+        let (resized, original) = ([420.0, 280.0], [640.0, 427.0]);
+        let half = [0.0, 0.0, 320.0, 213.5];
+        for (units, answered) in [
+            (BoxUnits::Normalized, [0.0, 0.0, 0.5, 0.5]),
+            (BoxUnits::Thousandths, [0.0, 0.0, 500.0, 500.0]),
+            (BoxUnits::ResizedPixels, [0.0, 0.0, 210.0, 140.0]),
+        ] {
+            assert_eq!(units.to_pixels(answered, resized, original), half);
+        }
+        let beyond = [-10.0, 5.0, 2000.0, 1001.0];
+        let pixels = BoxUnits::Thousandths.to_pixels(beyond, resized, original);
+        assert_eq!(pixels, [0.0, 0.005 * 427.0, 640.0, 427.0]);
     }
 
     #[test]

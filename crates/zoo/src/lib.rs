@@ -17,15 +17,18 @@
 //! }
 //! ```
 
+mod dialect;
 mod error;
 mod family;
 pub mod grounding;
+pub mod messages;
 mod template;
 mod tensors;
 mod tokenizer;
 mod vlm;
 
 pub use checkpoint::Folder;
+pub use dialect::Dialect;
 pub use error::ZooError;
 pub use family::{Model, ModelConfig};
 pub use template::ChatTemplate;

@@ -3,20 +3,17 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
 use minijinja::{Environment, Error, ErrorKind, context};
 use serde::Deserialize;
-use serde_json::json;
+use serde_json::Value;
 
-use crate::ZooError;
-
-/// What LLaVA-1.5 was trained on, for folders that bring no template.
-const LLAVA_DEFAULT: &str = "{% for message in messages %}\
-    {{ message['role'].upper() + ': ' }}\
-    {% for part in message['content'] %}\
-    {% if part['type'] == 'image' %}{{ '<image>\n' }}{% else %}{{ part['text'] + ' ' }}{% endif %}\
-    {% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}";
+use crate::messages::{Content, Message, Role, Slots, expand};
+use crate::{Dialect, Tokenizer, ZooError};
 
 /// Instructions a template may execute, and bytes it may render: a template is untrusted input.
 const FUEL: u64 = 2_000_000;
 const MAX_OUTPUT: usize = 8 << 20;
+
+/// What no template says of itself.
+const PROBE: &str = "\u{2042}probe\u{2042}";
 
 /// Longest template that is compiled, in bytes; published ones reach a third of it. Compiling a long
 /// chain such as `x+x+x+…` takes time that grows with its square.
@@ -32,6 +29,10 @@ pub struct ChatTemplate {
     environment: Environment<'static>,
     name: String,
     special_tokens: SpecialTokens,
+    dialect: Dialect,
+    /// Whether a message is a list of parts for it; a string otherwise.
+    takes_parts: bool,
+    numbers_media: bool,
 }
 
 /// Texts that templates refer to.
@@ -63,17 +64,62 @@ impl TokenText {
 #[derive(Deserialize)]
 struct HasTemplate {
     #[serde(default)]
-    chat_template: Option<String>,
+    chat_template: Option<TemplateText>,
+}
+
+/// A template, or several of which one is the default.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum TemplateText {
+    Only(String),
+    Named(Vec<NamedTemplate>),
+}
+
+#[derive(Deserialize)]
+struct NamedTemplate {
+    name: String,
+    template: String,
+}
+
+impl TemplateText {
+    fn default_source(self) -> Option<String> {
+        match self {
+            Self::Only(source) => Some(source),
+            Self::Named(templates) => {
+                let mut templates = templates.into_iter();
+                let default = templates.find(|named| named.name == "default");
+                default.map(|named| named.template)
+            }
+        }
+    }
 }
 
 impl ChatTemplate {
-    /// Takes the first of `chat_template.jinja`, `chat_template.json`, `processor_config.json` and
-    /// `tokenizer_config.json` that has a template; LLaVA-1.5's own otherwise.
+    /// LLaVA-1.5's, see [`open_in`](Self::open_in).
     pub(crate) fn open(folder: &Folder, special_tokens: SpecialTokens) -> Result<Self, ZooError> {
+        Self::find(folder, special_tokens, Dialect::LLAVA)
+    }
+
+    /// Takes the first of `chat_template.jinja`, `chat_template.json`, `processor_config.json` and
+    /// `tokenizer_config.json` that has a template; the dialect's own otherwise.
+    pub fn open_in(folder: &Folder, dialect: Dialect) -> Result<Self, ZooError> {
+        let tokens = "tokenizer_config.json";
+        let special_tokens = match folder.has(tokens) {
+            true => folder.read_json(tokens, checkpoint::CONFIG_MAX_BYTES)?,
+            false => SpecialTokens::default(),
+        };
+        Self::find(folder, special_tokens, dialect)
+    }
+
+    fn find(
+        folder: &Folder,
+        special_tokens: SpecialTokens,
+        dialect: Dialect,
+    ) -> Result<Self, ZooError> {
         if folder.has("chat_template.jinja") {
             let bytes = folder.read("chat_template.jinja", checkpoint::TEMPLATE_MAX_BYTES)?;
             let source = String::from_utf8_lossy(&bytes).into_owned();
-            return Self::new("chat_template.jinja", source, special_tokens);
+            return Self::new("chat_template.jinja", source, special_tokens, dialect);
         }
         for name in [
             "chat_template.json",
@@ -82,19 +128,22 @@ impl ChatTemplate {
         ] {
             if folder.has(name) {
                 let file: HasTemplate = folder.read_json(name, checkpoint::CONFIG_MAX_BYTES)?;
-                if let Some(source) = file.chat_template {
-                    return Self::new(name, source, special_tokens);
+                let source = file.chat_template.and_then(TemplateText::default_source);
+                if let Some(source) = source {
+                    return Self::new(name, source, special_tokens, dialect);
                 }
             }
         }
-        Self::new("(built in)", LLAVA_DEFAULT.into(), special_tokens)
+        let source = dialect.template.to_string();
+        Self::new("(built in)", source, special_tokens, dialect)
     }
 
     /// Compiles a template.
-    pub(crate) fn new(
+    fn new(
         name: &str,
         source: String,
         special_tokens: SpecialTokens,
+        dialect: Dialect,
     ) -> Result<Self, ZooError> {
         let failed = |source| ZooError::Template {
             name: name.into(),
@@ -121,6 +170,7 @@ impl ChatTemplate {
                 Err(Error::new(ErrorKind::InvalidOperation, message))
             },
         );
+        let source = without_generation_marks(&source);
         let stack = STACK + source.len() * STACK_PER_BYTE;
         let compiled = std::thread::scope(|scope| {
             let compile = || environment.add_template_owned("chat", source);
@@ -129,22 +179,140 @@ impl ChatTemplate {
         });
         let no_stack = || refused(format!("needs a stack of {stack} bytes to be compiled"));
         compiled.ok_or_else(no_stack)?.map_err(failed)?;
-        Ok(Self {
+        let mut template = Self {
             environment,
             name: name.into(),
             special_tokens,
-        })
+            dialect,
+            takes_parts: true,
+            numbers_media: false,
+        };
+        let takes_parts = template.shows_text();
+        template.takes_parts = false;
+        template.takes_parts = takes_parts || !template.shows_text();
+        Ok(template)
+    }
+
+    /// Writes "Picture 1: ", "Video 1: " and so on before each image and video, if the template can.
+    pub fn with_numbered_media(mut self, numbers_media: bool) -> Self {
+        self.numbers_media = numbers_media;
+        self
+    }
+
+    /// How prompts of this family are written.
+    pub fn dialect(&self) -> &Dialect {
+        &self.dialect
     }
 
     /// Renders one user turn: the images, then the text, then the cue for the answer.
     pub fn render(&self, images: usize, text: &str) -> Result<String, ZooError> {
-        let mut content = vec![json!({"type": "image"}); images];
-        content.push(json!({"type": "text", "text": text}));
-        let messages = json!([{"role": "user", "content": content}]);
+        let mut content = vec![Content::Image; images];
+        content.push(Content::Text(text.into()));
+        let role = Role::User;
+        self.render_conversation(&[Message { role, content }], true)
+    }
+
+    /// Renders a conversation, and the cue for an answer if `add_generation_prompt`. Texts stand in
+    /// it as they are: [`Message::disarmed`] makes those harmless that come from outside.
+    pub fn render_conversation(
+        &self,
+        messages: &[Message],
+        add_generation_prompt: bool,
+    ) -> Result<String, ZooError> {
+        let rendered = self.run(messages, add_generation_prompt)?;
+        match self.dialect.timed {
+            true => self.write_times(&rendered, messages),
+            false => Ok(rendered),
+        }
+    }
+
+    /// Token ids of a conversation, one per slot, special tokens in its texts made harmless.
+    pub fn encode(
+        &self,
+        tokenizer: &Tokenizer,
+        messages: &[Message],
+        add_generation_prompt: bool,
+    ) -> Result<Vec<u32>, ZooError> {
+        let messages: Vec<Message> = messages.iter().map(|m| m.disarmed(tokenizer)).collect();
+        let rendered = self.render_conversation(&messages, add_generation_prompt)?;
+        let has_bos = self
+            .bos_token()
+            .is_some_and(|bos| rendered.starts_with(bos));
+        tokenizer.encode(&rendered, !has_bos)
+    }
+
+    /// Token ids of what follows the last answer of a conversation: the end of its turn, the messages
+    /// after it and the cue for the next answer. They continue a cache that holds the conversation
+    /// up to that answer, and the answer's own tokens but for the one that stopped it.
+    ///
+    /// `None` if there is no answer, or if the template writes what was said before differently
+    /// once it is answered: then the whole conversation has to be read again.
+    pub fn encode_after_answer(
+        &self,
+        tokenizer: &Tokenizer,
+        messages: &[Message],
+    ) -> Result<Option<Vec<u32>>, ZooError> {
+        let messages: Vec<Message> = messages.iter().map(|m| m.disarmed(tokenizer)).collect();
+        let is_answer = |message: &Message| message.role == Role::Assistant;
+        let Some(last) = messages.iter().rposition(is_answer) else {
+            return Ok(None);
+        };
+        let before = self.render_conversation(&messages[..last], true)?;
+        let whole = self.render_conversation(&messages, true)?;
+        let answer = messages[last].spoken();
+        // Answers are kept without the white space around them.
+        let rest = whole.strip_prefix(&before).map(str::trim_start);
+        let rest = rest.and_then(|rest| rest.strip_prefix(answer.trim()));
+        rest.map(|rest| tokenizer.encode_inside(rest)).transpose()
+    }
+
+    /// Repeats the token of each slot as often as the slot has visual tokens.
+    pub fn expand(&self, ids: &[u32], slots: &[Slots]) -> Result<Vec<u32>, ZooError> {
+        expand(ids, slots).map_err(|reason| self.unusable(reason))
+    }
+
+    /// Replaces each video slot by one slot per temporal patch, after the time of the patch. The
+    /// time must be there before tokenisation: it may share tokens with the text before it.
+    fn write_times(&self, rendered: &str, messages: &[Message]) -> Result<String, ZooError> {
+        let slot = self.dialect.video;
+        let parts = messages.iter().flat_map(|message| &message.content);
+        let videos: Vec<&[f64]> = parts
+            .filter_map(|part| match part {
+                Content::Video { seconds } => Some(seconds.as_slice()),
+                _ => None,
+            })
+            .collect();
+        let mut texts = rendered.split(slot);
+        let mut timed = texts.next().unwrap_or_default().to_string();
+        let texts: Vec<&str> = texts.collect();
+        if texts.len() != videos.len() {
+            let [made, wanted] = [texts.len(), videos.len()];
+            return Err(self.unusable(format!("makes {made} slots {slot} for {wanted} videos")));
+        }
+        for (seconds, text) in videos.into_iter().zip(texts) {
+            timed.extend(seconds.iter().map(|s| format!("<{s:.1} seconds>{slot}")));
+            timed.push_str(text);
+        }
+        Ok(timed)
+    }
+
+    /// Whether the text of a message arrives in the prompt, and not the list that it came in.
+    fn shows_text(&self) -> bool {
+        let rendered = self.run(&[Message::text(Role::User, PROBE)], true);
+        rendered.is_ok_and(|prompt| prompt.contains(PROBE) && !prompt.contains("\"text\""))
+    }
+
+    fn run(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, ZooError> {
+        let value = |message: &Message| match self.takes_parts {
+            true => message.with_parts(),
+            false => message.with_string(&self.dialect),
+        };
+        let messages: Vec<Value> = messages.iter().map(value).collect();
         let token = |token: &Option<TokenText>| token.as_ref().map(|t| t.text().to_string());
         let values = context! {
             messages => minijinja::Value::from(Serde(&messages)),
-            add_generation_prompt => true,
+            add_generation_prompt,
+            add_vision_id => self.numbers_media,
             bos_token => token(&self.special_tokens.bos_token),
             eos_token => token(&self.special_tokens.eos_token),
         };
@@ -169,6 +337,31 @@ impl ChatTemplate {
     pub(crate) fn bos_token(&self) -> Option<&str> {
         self.special_tokens.bos_token.as_ref().map(TokenText::text)
     }
+
+    /// The token that ends an answer, according to `tokenizer_config.json`.
+    pub fn eos_token(&self) -> Option<&str> {
+        self.special_tokens.eos_token.as_ref().map(TokenText::text)
+    }
+}
+
+/// Turns `{% generation %}` blocks, with which Hugging Face marks what a model is trained on, into
+/// blocks that render the same: `{% with %}` without variables.
+fn without_generation_marks(source: &str) -> String {
+    let mut tags = source.split("{%");
+    let mut plain = tags.next().unwrap_or_default().to_string();
+    for tag in tags {
+        let (inside, after) = tag.split_once("%}").unwrap_or((tag, ""));
+        let replacement = match inside.trim_matches(['-', '+']).trim() {
+            "generation" => inside.replace("generation", "with"),
+            "endgeneration" => inside.replace("endgeneration", "endwith"),
+            _ => {
+                plain.extend(["{%", tag]);
+                continue;
+            }
+        };
+        plain.extend(["{%", &replacement, "%}", after]);
+    }
+    plain
 }
 
 /// White space around blocks is dropped, as Hugging Face configures Jinja.

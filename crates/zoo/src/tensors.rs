@@ -60,7 +60,14 @@ impl<B: Backend> Vlm<B> {
             .map(|features| model.project(features));
         let prompt = model.prompt(&inputs.samples, image_embeds.clone(), self.device())?;
         let decoder = model.decoder();
-        let prefill = decoder.prefill(&prompt, schedule, PrefillOptions { hidden_states, ..Default::default() })?;
+        let prefill = decoder.prefill(
+            &prompt,
+            schedule,
+            PrefillOptions {
+                hidden_states,
+                ..Default::default()
+            },
+        )?;
         let mut cache = prefill.cache;
         let kv_lengths = (0..cache.samples())
             .map(|sample| cache.lengths(sample))

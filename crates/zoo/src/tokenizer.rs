@@ -1,45 +1,61 @@
+use std::ops::RangeInclusive;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use tokenizers::Tokenizer as HfTokenizer;
 
 use crate::ZooError;
 
-/// First of the characters that stand in for special tokens typed by a user; private use, so that
+/// The characters that stand in for special tokens typed by a user: a plane of private use, so that
 /// no tokenizer gives them a meaning.
-const STAND_IN: u32 = 0xF0000;
+const STAND_INS: RangeInclusive<char> = '\u{F0000}'..='\u{FFFFD}';
 
 /// A checkpoint's `tokenizer.json`.
 pub struct Tokenizer {
     inner: HfTokenizer,
-    /// The same tokenizer, for which special tokens are ordinary text.
-    literal: HfTokenizer,
-    /// Texts of all special tokens, longest first.
-    specials: Vec<String>,
+    /// All special tokens, longest first.
+    specials: Vec<Special>,
+}
+
+/// A token that means something to the model when a template writes it.
+struct Special {
+    text: String,
+    /// Its text as ordinary tokens.
+    spelled: Vec<u32>,
 }
 
 impl Tokenizer {
     /// Parses the contents of `tokenizer.json`. The image token is special even if the file does
     /// not say so.
     pub fn from_json(json: &[u8], image_token: u32) -> Result<Self, ZooError> {
+        Self::with_reserved(json, &[image_token])
+    }
+
+    /// Parses the contents of `tokenizer.json`. The reserved tokens are special even if the file
+    /// does not say so.
+    pub fn with_reserved(json: &[u8], reserved: &[u32]) -> Result<Self, ZooError> {
         let mut inner = guarded("it cannot be read", || HfTokenizer::from_bytes(json))?;
         // Prompts are never cut or padded behind the caller's back.
         inner.with_padding(None);
         let _ = inner.with_truncation(None);
-        let mut literal = inner.clone();
-        literal.set_encode_special_tokens(true);
         let added = inner.get_added_tokens_decoder();
-        let mut specials: Vec<String> = added
-            .iter()
-            .filter(|(id, token)| token.special || **id == image_token)
-            .map(|(_, token)| token.content.clone())
+        let mut texts: Vec<String> = added
+            .into_iter()
+            .filter(|(id, token)| token.special || reserved.contains(id))
+            .map(|(_, token)| token.content)
             .filter(|content| !content.is_empty())
             .collect();
-        specials.sort_by(|a, b| b.len().cmp(&a.len()).then_with(|| a.cmp(b)));
-        Ok(Self {
-            inner,
-            literal,
-            specials,
-        })
+        if texts.len() > STAND_INS.count() {
+            return Err(ZooError::Tokenizer {
+                reason: format!("it has {} special tokens, too many to guard", texts.len()),
+                source: None,
+            });
+        }
+        texts.sort_by(|a, b| b.len().cmp(&a.len()).then_with(|| a.cmp(b)));
+        inner.set_encode_special_tokens(true);
+        let specials = texts.into_iter().map(|text| Special::spell(text, &inner));
+        let specials = specials.collect::<Result<_, _>>()?;
+        inner.set_encode_special_tokens(false);
+        Ok(Self { inner, specials })
     }
 
     /// The id of a token, if the vocabulary has it.
@@ -61,9 +77,9 @@ impl Tokenizer {
             .chars()
             .filter(|&c| self.stands_for(c).is_none())
             .collect();
-        for (special, stand_in) in self.specials.iter().zip(STAND_IN..) {
-            if let Some(stand_in) = char::from_u32(stand_in) {
-                text = text.replace(special, &stand_in.to_string());
+        for (special, stand_in) in self.specials.iter().zip(STAND_INS) {
+            if text.contains(&special.text) {
+                text = text.replace(&special.text, &stand_in.to_string());
             }
         }
         text
@@ -79,20 +95,31 @@ impl Tokenizer {
             let stand_in = rest
                 .char_indices()
                 .find_map(|(at, c)| Some((at, c, self.stands_for(c)?)));
-            let (head, literal, tail) = match stand_in {
-                Some((at, c, special)) => (&rest[..at], Some(special), &rest[at + c.len_utf8()..]),
-                None => (rest, None, ""),
+            let (head, spelled, tail) = match stand_in {
+                Some((at, c, special)) => {
+                    let tail = &rest[at + c.len_utf8()..];
+                    (&rest[..at], special.spelled.as_slice(), tail)
+                }
+                None => (rest, [].as_slice(), ""),
             };
             if first || !head.is_empty() {
                 ids.extend(run(&self.inner, head, first && add_special_tokens)?);
             }
-            if let Some(literal) = literal {
-                ids.extend(self.spell(literal)?);
-            }
+            ids.extend(spelled);
             first = false;
             rest = tail;
         }
         Ok(ids)
+    }
+
+    /// Token ids of a part of a rendered prompt that does not stand at its beginning, where the
+    /// tokenizer of LLaMA would put a space.
+    pub(crate) fn encode_inside(&self, rendered: &str) -> Result<Vec<u32>, ZooError> {
+        let first = run(&self.inner, "a", false)?.first().copied();
+        let first = first.and_then(|id| self.inner.id_to_token(id));
+        let puts_space = first.is_some_and(|token| token.starts_with('\u{2581}'));
+        let unspaced = rendered.strip_prefix(' ').filter(|_| puts_space);
+        self.encode(unspaced.unwrap_or(rendered), false)
     }
 
     /// The text of token ids, without special tokens.
@@ -113,23 +140,26 @@ impl Tokenizer {
         }
     }
 
-    /// The tokens of a special token's text, taken as ordinary text.
-    fn spell(&self, literal: &str) -> Result<Vec<u32>, ZooError> {
-        let ids = run(&self.literal, literal, false)?;
-        if self.id(literal).is_some_and(|id| ids.contains(&id)) {
-            // Not marked as special, so it is matched all the same: take it apart.
-            let mut pieces = literal.chars();
-            let first: String = pieces.by_ref().take(1).collect();
-            let mut ids = run(&self.literal, &first, false)?;
-            ids.extend(run(&self.literal, pieces.as_str(), false)?);
-            return Ok(ids);
-        }
-        Ok(ids)
+    fn stands_for(&self, c: char) -> Option<&Special> {
+        let index = (c as u32).checked_sub(*STAND_INS.start() as u32)?;
+        self.specials.get(index as usize)
     }
+}
 
-    fn stands_for(&self, c: char) -> Option<&str> {
-        let index = (c as u32).checked_sub(STAND_IN)? as usize;
-        self.specials.get(index).map(String::as_str)
+impl Special {
+    /// Spells the text with a tokenizer for which special tokens are ordinary text.
+    fn spell(text: String, literal: &HfTokenizer) -> Result<Self, ZooError> {
+        let mut spelled = run(literal, &text, false)?;
+        if literal
+            .token_to_id(&text)
+            .is_some_and(|id| spelled.contains(&id))
+        {
+            // Not marked as special, so it is matched all the same: take it apart.
+            let first = text.chars().next().map_or(0, char::len_utf8);
+            spelled = run(literal, &text[..first], false)?;
+            spelled.extend(run(literal, &text[first..], false)?);
+        }
+        Ok(Self { text, spelled })
     }
 }
 

@@ -11,7 +11,7 @@ use reroute::{
 use serde::Deserialize;
 use vision_encoder::{ClipPreprocessor, ClipPreprocessorConfig, RgbImage, to_tensor};
 
-use crate::grounding::{BoundingBox, BoxUnits, GroundingFormat, parse_box};
+use crate::grounding::{BoundingBox, GroundingFormat, parse_box};
 use crate::template::{SpecialTokens, TokenText};
 use crate::{ChatTemplate, Model, ModelConfig, Tokenizer, ZooError};
 
@@ -290,9 +290,12 @@ impl<B: Backend> Vlm<B> {
                 answer: answer.text,
             });
         };
-        let pixels = match self.grounding.units {
-            BoxUnits::Normalized => self.preprocessor.box_to_pixels(image, answered),
-        };
+        let resized = self.preprocessor.output_size().map(|side| side as f64);
+        let seen = self
+            .grounding
+            .units
+            .normalized(answered, [resized[1], resized[0]]);
+        let pixels = self.preprocessor.box_to_pixels(image, seen);
         let (width, height) = (image.width() as f64, image.height() as f64);
         let [x1, y1, x2, y2] = pixels;
         Ok(Grounding {

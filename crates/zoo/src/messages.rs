@@ -1,0 +1,159 @@
+//! Conversations: who said what, and how many tokens the slots of images and videos have.
+
+use serde_json::{Value, json};
+
+use crate::{Dialect, Tokenizer, ZooError};
+
+/// One turn of a conversation.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Message {
+    /// Who speaks.
+    pub role: Role,
+    /// What is said and shown, in order.
+    pub content: Vec<Content>,
+}
+
+/// Who speaks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// Instructions that come before the conversation.
+    System,
+    /// Who asks.
+    User,
+    /// The model.
+    Assistant,
+}
+
+/// A part of a message.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Content {
+    /// An image.
+    Image,
+    /// A video.
+    Video {
+        /// The time of each temporal patch, see [`patch_seconds`]; written into the prompt by models
+        /// that read it there.
+        seconds: Vec<f64>,
+    },
+    /// Text.
+    Text(String),
+}
+
+/// The slots that one kind of media has in a prompt.
+#[derive(Debug, Clone, Copy)]
+pub struct Slots<'a> {
+    /// What is shown, in a word.
+    pub kind: &'a str,
+    /// The token that stands for a visual token.
+    pub token: u32,
+    /// Visual tokens of each slot, in order.
+    pub lengths: &'a [usize],
+}
+
+impl Role {
+    fn name(self) -> &'static str {
+        match self {
+            Self::System => "system",
+            Self::User => "user",
+            Self::Assistant => "assistant",
+        }
+    }
+}
+
+impl Message {
+    /// A message of one text.
+    pub fn text(role: Role, text: impl Into<String>) -> Self {
+        let content = vec![Content::Text(text.into())];
+        Self { role, content }
+    }
+
+    /// The message with special tokens in its texts made harmless, see [`Tokenizer::disarm`]: no
+    /// more than a user may a system prompt or an earlier answer forge a slot or end a turn.
+    pub fn disarmed(&self, tokenizer: &Tokenizer) -> Self {
+        let disarm = |part: &Content| match part {
+            Content::Text(text) => Content::Text(tokenizer.disarm(text)),
+            other => other.clone(),
+        };
+        Self {
+            role: self.role,
+            content: self.content.iter().map(disarm).collect(),
+        }
+    }
+
+    /// All texts.
+    pub(crate) fn spoken(&self) -> String {
+        let text = |part: &Content| match part {
+            Content::Text(text) => Some(text.clone()),
+            _ => None,
+        };
+        self.content.iter().filter_map(text).collect()
+    }
+
+    /// The message as templates of vision-language models take it.
+    pub(crate) fn with_parts(&self) -> Value {
+        let part = |part: &Content| match part {
+            Content::Image => json!({"type": "image"}),
+            Content::Video { .. } => json!({"type": "video"}),
+            Content::Text(text) => json!({"type": "text", "text": text}),
+        };
+        let parts: Vec<Value> = self.content.iter().map(part).collect();
+        json!({"role": self.role.name(), "content": parts})
+    }
+
+    /// The message as templates of language models take it: one string.
+    pub(crate) fn with_string(&self, dialect: &Dialect) -> Value {
+        let part = |part: &Content| match part {
+            Content::Image => dialect.image.to_string(),
+            Content::Video { .. } => dialect.video.to_string(),
+            Content::Text(text) => text.clone(),
+        };
+        let content: String = self.content.iter().map(part).collect();
+        json!({"role": self.role.name(), "content": content})
+    }
+}
+
+/// The time of each temporal patch of a video in seconds: midway between its first and its last frame.
+///
+/// `frames` are the numbers of the frames that were taken from a video of `fps` frames per second. The
+/// last one is repeated to fill the last patch, as the Qwen3-VL processor does.
+pub fn patch_seconds(
+    frames: &[usize],
+    fps: f64,
+    temporal_patch_size: usize,
+) -> Result<Vec<f64>, ZooError> {
+    if !fps.is_finite() || fps <= 0.0 {
+        return Err(ZooError::FrameRate { fps });
+    }
+    let seconds = |frame: Option<&usize>| frame.map(|&frame| frame as f64 / fps);
+    let patches = frames.chunks(temporal_patch_size.max(1));
+    let middle = |patch: &[usize]| Some((seconds(patch.first())? + seconds(patch.last())?) / 2.0);
+    Ok(patches.filter_map(middle).collect())
+}
+
+/// Repeats the token of each slot as often as the slot has visual tokens. Fails with what is wrong,
+/// as the end of a sentence about the template, unless there are as many slots as lengths.
+pub(crate) fn expand(ids: &[u32], slots: &[Slots]) -> Result<Vec<u32>, String> {
+    for Slots {
+        kind,
+        token,
+        lengths,
+    } in slots
+    {
+        let made = ids.iter().filter(|&id| id == token).count();
+        if made != lengths.len() {
+            return Err(format!(
+                "makes {made} {kind} slots for {} {kind}s (the {kind} token of config.json is {token})",
+                lengths.len()
+            ));
+        }
+    }
+    let mut lengths: Vec<_> = slots.iter().map(|kind| kind.lengths.iter()).collect();
+    let mut length = |id: u32| {
+        let kind = slots.iter().position(|kind| kind.token == id);
+        kind.and_then(|kind| lengths[kind].next()).map_or(1, |&n| n)
+    };
+    let repeated = ids
+        .iter()
+        .flat_map(|&id| std::iter::repeat_n(id, length(id)));
+    Ok(repeated.collect())
+}

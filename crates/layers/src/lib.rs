@@ -19,7 +19,7 @@ mod norm;
 mod rotary;
 mod vocabulary;
 
-pub use activation::{quick_gelu, silu};
+pub use activation::{gelu_tanh, quick_gelu, silu};
 pub use attention::{CausalMask, attention};
 pub use embedding::{Embedding, EmbeddingConfig};
 pub use linear::{Linear, LinearConfig};

@@ -19,6 +19,9 @@ pub enum VisionError {
         /// What was given.
         found: [usize; 3],
     },
+    /// Patches and grids that do not belong together.
+    #[error("{0}")]
+    Patches(String),
     /// The bytes are no image that can be read.
     #[error("this is no PNG, JPEG or WebP image; convert it to one of these")]
     Format,

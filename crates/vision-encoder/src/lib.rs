@@ -7,6 +7,7 @@ pub mod clip;
 mod error;
 mod image;
 mod preprocess;
+pub mod qwen;
 mod resize;
 
 pub use error::VisionError;

@@ -1,0 +1,132 @@
+use burn::module::Module;
+use burn::tensor::Tensor;
+use burn::tensor::backend::Backend;
+use layers::{Linear, LinearConfig, Rotary, attention, gelu_tanh, quick_gelu, silu};
+
+use super::arrangement::Run;
+use super::config::Activation;
+use super::norm::Norm;
+use super::{QwenGeneration, QwenTowerConfig};
+
+/// One pre-norm transformer block.
+#[derive(Module, Debug)]
+pub(super) struct Block<B: Backend> {
+    norm1: Norm<B>,
+    attn: Attention<B>,
+    norm2: Norm<B>,
+    mlp: Mlp<B>,
+}
+
+#[derive(Module, Debug)]
+struct Attention<B: Backend> {
+    /// Queries, keys and values, one below the other.
+    qkv: Linear<B>,
+    proj: Linear<B>,
+    num_heads: usize,
+}
+
+/// `fc2(act(fc1(x)))`, or `fc2(act(gate(x)) · fc1(x))` where there is a gate (arXiv 2002.05202).
+#[derive(Module, Debug)]
+struct Mlp<B: Backend> {
+    gate: Option<Linear<B>>,
+    fc1: Linear<B>,
+    fc2: Linear<B>,
+    #[module(skip)]
+    activation: Activation,
+}
+
+impl<B: Backend> Block<B> {
+    pub(super) fn new(config: &QwenTowerConfig, device: &B::Device) -> Self {
+        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+        let qwen2_5 = config.generation == QwenGeneration::Qwen2_5;
+        let norm = || Norm::new(hidden, !qwen2_5, device);
+        let linear = |input, output| {
+            LinearConfig::new(input, output)
+                .with_bias(true)
+                .init(device)
+        };
+        Self {
+            norm1: norm(),
+            attn: Attention {
+                qkv: linear(hidden, 3 * hidden),
+                proj: linear(hidden, hidden),
+                num_heads: config.num_heads,
+            },
+            norm2: norm(),
+            mlp: Mlp {
+                gate: qwen2_5.then(|| linear(hidden, inner)),
+                fc1: linear(hidden, inner),
+                fc2: linear(inner, hidden),
+                activation: config.activation,
+            },
+        }
+    }
+
+    /// # Shapes
+    /// - `hidden_states`: `[hidden_size, rows]`, the rows of the runs side by side
+    /// - returns `[hidden_size, rows]`
+    pub(super) fn forward(
+        &self,
+        hidden_states: Tensor<B, 2>,
+        rotary: &Rotary<B>,
+        runs: &[Run],
+    ) -> Tensor<B, 2> {
+        let normed = self.norm1.forward(hidden_states.clone());
+        let hidden_states = hidden_states + self.attn.forward(normed, rotary, runs);
+        let normed = self.norm2.forward(hidden_states.clone());
+        hidden_states + self.mlp.forward(normed)
+    }
+}
+
+impl<B: Backend> Attention<B> {
+    /// Every segment attends to itself.
+    fn forward(&self, normed: Tensor<B, 2>, rotary: &Rotary<B>, runs: &[Run]) -> Tensor<B, 2> {
+        let hidden = normed.dims()[0];
+        let qkv = self.qkv.forward(normed);
+        let part = |index| qkv.clone().narrow(0, index * hidden, hidden);
+        let (query, key, value) = (rotary.apply(part(0)), rotary.apply(part(1)), part(2));
+        let mut start = 0;
+        let context = runs.iter().map(|run| {
+            let rows = run.segments * run.length;
+            let split = |x: &Tensor<B, 2>| self.split(x.clone().narrow(1, start, rows), run);
+            let query = split(&query).unsqueeze_dim::<4>(1);
+            let context = attention(query, split(&key), split(&value), None);
+            start += rows;
+            self.join(context, run)
+        });
+        let context = Tensor::cat(context.collect(), 1);
+        self.proj.forward(context)
+    }
+
+    /// Heads of a segment are as independent as segments: `[hidden_size, segments · length]` →
+    /// `[heads · segments, head_dim, length]`.
+    fn split(&self, x: Tensor<B, 2>, run: &Run) -> Tensor<B, 3> {
+        let (heads, head_dim) = (self.num_heads, x.dims()[0] / self.num_heads);
+        x.reshape([heads, head_dim, run.segments, run.length])
+            .swap_dims(1, 2)
+            .reshape([heads * run.segments, head_dim, run.length])
+    }
+
+    /// The inverse of [`Self::split`], from `[heads · segments · head_dim, length]`.
+    fn join(&self, x: Tensor<B, 2>, run: &Run) -> Tensor<B, 2> {
+        let (heads, head_dim) = (self.num_heads, x.dims()[0] / self.num_heads / run.segments);
+        x.reshape([heads, run.segments, head_dim, run.length])
+            .swap_dims(1, 2)
+            .reshape([heads * head_dim, run.segments * run.length])
+    }
+}
+
+impl<B: Backend> Mlp<B> {
+    fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        let activate = match self.activation {
+            Activation::QuickGelu => quick_gelu,
+            Activation::Silu => silu,
+            Activation::GeluTanh => gelu_tanh,
+        };
+        let inner = match &self.gate {
+            Some(gate) => activate(gate.forward(x.clone())) * self.fc1.forward(x),
+            None => activate(self.fc1.forward(x)),
+        };
+        self.fc2.forward(inner)
+    }
+}

@@ -1,0 +1,180 @@
+use burn::module::{Initializer, Module, Param};
+use burn::tensor::Tensor;
+use burn::tensor::backend::Backend;
+use layers::{Embedding, EmbeddingConfig, Rotary};
+
+use super::arrangement::Arrangement;
+use super::block::Block;
+use super::merger::PatchMerger;
+use super::position::{interpolate, rotary_angles};
+use super::{Grid, QwenGeneration, QwenTowerConfig, grid};
+use crate::VisionError;
+
+/// A vision transformer of the Qwen family.
+#[derive(Module, Debug)]
+pub struct QwenVisionTower<B: Backend> {
+    patch_embed: PatchEmbed<B>,
+    /// Qwen3-VL: one vector per patch of a square.
+    pos_embed: Option<Embedding<B>>,
+    blocks: Vec<Block<B>>,
+    merger: PatchMerger<B>,
+    /// One per tapped block.
+    deepstack_merger_list: Vec<PatchMerger<B>>,
+    #[module(skip)]
+    config: QwenTowerConfig,
+}
+
+/// A convolution whose stride is its kernel: one matrix product.
+#[derive(Module, Debug)]
+struct PatchEmbed<B: Backend> {
+    /// `[hidden_size, channels, temporal_patch_size, patch_size, patch_size]`
+    weight: Param<Tensor<B, 5>>,
+    /// `[hidden_size]`
+    bias: Option<Param<Tensor<B, 1>>>,
+}
+
+/// What the tower makes of images and videos.
+#[derive(Debug, Clone)]
+pub struct QwenVisionOutput<B: Backend> {
+    /// `[output_size, tokens]`: visual tokens row by row, frame after frame, image after image.
+    pub tokens: Tensor<B, 2>,
+    /// One `[output_size, tokens]` for each of the decoder's first layers (Qwen3-VL).
+    pub deepstack: Vec<Tensor<B, 2>>,
+}
+
+impl<B: Backend> QwenVisionTower<B> {
+    pub(super) fn new(config: &QwenTowerConfig, device: &B::Device) -> Self {
+        let taps = config.deepstack_layers.iter();
+        Self {
+            patch_embed: PatchEmbed::new(config, device),
+            pos_embed: config.position_embeddings.map(|entries| {
+                let table = EmbeddingConfig {
+                    entries,
+                    features: config.hidden_size,
+                };
+                table.init(device)
+            }),
+            blocks: (0..config.num_layers)
+                .map(|_| Block::new(config, device))
+                .collect(),
+            merger: PatchMerger::new(config, false, device),
+            deepstack_merger_list: taps
+                .map(|_| PatchMerger::new(config, true, device))
+                .collect(),
+            config: config.clone(),
+        }
+    }
+
+    /// The resolved configuration.
+    pub fn config(&self) -> &QwenTowerConfig {
+        &self.config
+    }
+
+    /// The visual tokens of images and videos of any size.
+    ///
+    /// Every frame attends to itself only, so images of one call do not see each other, nor do the
+    /// frames of a video. Memory grows linearly with the number of patches.
+    ///
+    /// # Shapes
+    /// - `patches`: `[patch_features, patches]`, a column holding channels, pictures, rows and
+    ///   columns; the patches of all grids side by side, each frame in merge order (see [`Grid`])
+    pub fn forward(
+        &self,
+        patches: Tensor<B, 2>,
+        grids: &[Grid],
+    ) -> Result<QwenVisionOutput<B>, VisionError> {
+        self.run(patches, grids, |_, _| {})
+    }
+
+    /// The same, with the hidden states: those that enter the first block, then those that leave
+    /// each block.
+    ///
+    /// # Shapes
+    /// - `patches`: as in [`Self::forward`]
+    /// - returns `num_layers + 1` hidden states `[hidden_size, patches]`, in the order of `patches`
+    pub fn forward_inspected(
+        &self,
+        patches: Tensor<B, 2>,
+        grids: &[Grid],
+    ) -> Result<(QwenVisionOutput<B>, Vec<Tensor<B, 2>>), VisionError> {
+        let mut states = Vec::new();
+        let output = self.run(patches, grids, |arrangement, state| {
+            states.push(arrangement.restore(state.clone()));
+        })?;
+        Ok((output, states))
+    }
+
+    fn run(
+        &self,
+        patches: Tensor<B, 2>,
+        grids: &[Grid],
+        mut inspect: impl FnMut(&Arrangement<B>, &Tensor<B, 2>),
+    ) -> Result<QwenVisionOutput<B>, VisionError> {
+        let (config, device) = (&self.config, patches.device());
+        let [features, count] = patches.dims();
+        if features != config.patch_features() {
+            return Err(VisionError::Patches(format!(
+                "a patch has {features} numbers, the vision tower takes {}: preprocess with the \
+                 checkpoint's own preprocessor_config.json",
+                config.patch_features()
+            )));
+        }
+        grid::check(grids, count, config.spatial_merge_size)?;
+
+        let mut hidden_states = self.patch_embed.forward(patches);
+        let dtype = hidden_states.dtype();
+        if let Some(table) = &self.pos_embed {
+            let positions = interpolate(table, grids, config.spatial_merge_size);
+            hidden_states = hidden_states + positions.cast(dtype);
+        }
+        let arrangement = Arrangement::new(config, grids, &device);
+        let angles = arrangement.arrange(rotary_angles(config, grids, &device));
+        let rotary = Rotary::from_angles(angles, dtype);
+
+        hidden_states = arrangement.arrange(hidden_states);
+        inspect(&arrangement, &hidden_states);
+        let mut deepstack = Vec::new();
+        for (layer, block) in self.blocks.iter().enumerate() {
+            hidden_states = block.forward(hidden_states, &rotary, arrangement.runs(layer));
+            inspect(&arrangement, &hidden_states);
+            if let Ok(tap) = config.deepstack_layers.binary_search(&layer) {
+                let merged = self.deepstack_merger_list[tap].forward(hidden_states.clone());
+                deepstack.push(arrangement.restore(merged));
+            }
+        }
+        Ok(QwenVisionOutput {
+            tokens: arrangement.restore(self.merger.forward(hidden_states)),
+            deepstack,
+        })
+    }
+}
+
+impl<B: Backend> PatchEmbed<B> {
+    fn new(config: &QwenTowerConfig, device: &B::Device) -> Self {
+        let hidden = config.hidden_size;
+        let [channels, pictures, height, width] = config.patch_shape();
+        let random = Initializer::Normal {
+            mean: 0.0,
+            std: 0.02,
+        };
+        let bias = config.generation == QwenGeneration::Qwen3;
+        Self {
+            weight: random.init([hidden, channels, pictures, height, width], device),
+            bias: bias.then(|| Initializer::Zeros.init([hidden], device)),
+        }
+    }
+
+    /// # Shapes
+    /// - `patches`: `[patch_features, patches]`
+    /// - returns `[hidden_size, patches]`, of the dtype of the weights
+    fn forward(&self, patches: Tensor<B, 2>) -> Tensor<B, 2> {
+        let (weight, features) = (self.weight.val(), patches.dims()[0]);
+        let patches = patches.cast(weight.dtype());
+        let hidden = weight.dims()[0];
+        let embedded = weight.reshape([hidden, features]).matmul(patches);
+        match &self.bias {
+            Some(bias) => embedded + bias.val().unsqueeze_dim(1),
+            None => embedded,
+        }
+    }
+}

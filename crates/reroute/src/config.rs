@@ -5,6 +5,9 @@ use reducers::DecoderShape;
 
 use crate::{Decoder, RerouteError};
 
+/// Channels of the widest head that [`DecoderConfig::validate`] lets pass.
+pub const MAX_HEAD_DIM: usize = 1 << 12;
+
 /// A resolved decoder configuration: every family's text model maps onto this one.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DecoderConfig {
@@ -51,7 +54,8 @@ impl RopeConfig {
     pub fn one_axis(theta: f64, head_dim: usize) -> Self {
         Self {
             theta,
-            axis_of_frequency: vec![0; head_dim / 2],
+            // Of a wider head, which is refused later, no memory is asked for.
+            axis_of_frequency: vec![0; head_dim.min(MAX_HEAD_DIM) / 2],
         }
     }
 
@@ -93,7 +97,7 @@ impl DecoderConfig {
             ("num_hidden_layers", self.num_layers, 1 << 10),
             ("num_attention_heads", self.num_attention_heads, 1 << 16),
             ("num_key_value_heads", self.num_key_value_heads, 1 << 16),
-            ("head_dim", self.head_dim, 1 << 12),
+            ("head_dim", self.head_dim, MAX_HEAD_DIM),
             (
                 "max_position_embeddings",
                 self.max_position_embeddings,

@@ -27,7 +27,7 @@ mod trace;
 pub use attention::SelfAttention;
 pub use block::{DecoderLayer, Mlp};
 pub use cache::KvCache;
-pub use config::{DecoderConfig, RopeConfig};
+pub use config::{DecoderConfig, MAX_HEAD_DIM, RopeConfig};
 pub use decoder::{Decoder, HiddenStates, Prefill, PrefillOptions};
 pub use error::RerouteError;
 pub use generate::{FinishReason, Generation, GenerationOptions, generate};

@@ -1,0 +1,127 @@
+use burn::module::Module;
+use burn::tensor::backend::Backend;
+use burn::tensor::{Int, Tensor, TensorData};
+use reroute::{Decoder, Prompt, RerouteError, SampleLayout, interleave};
+use vision_encoder::qwen::{Grid, QwenVisionOutput, QwenVisionTower};
+
+use crate::{Modality, QwenVlConfig, QwenVlError};
+
+/// Qwen2-VL, Qwen2.5-VL or Qwen3-VL.
+#[derive(Module, Debug)]
+pub struct QwenVl<B: Backend> {
+    visual: QwenVisionTower<B>,
+    language_model: Decoder<B>,
+    #[module(skip)]
+    config: QwenVlConfig,
+}
+
+/// One prompt and the sizes of what its slots stand for.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct QwenSample {
+    /// Token ids without padding, every slot repeated once per visual token.
+    pub ids: Vec<u32>,
+    /// Patches of each image, in order of appearance.
+    pub image_grids: Vec<Grid>,
+    /// Patches of each video, in order of appearance.
+    pub video_grids: Vec<Grid>,
+    /// Seconds that a temporal patch of each video lasts, which only Qwen2.5-VL asks for; 1 where empty.
+    pub second_per_grid_ts: Vec<f32>,
+}
+
+impl<B: Backend> QwenVl<B> {
+    /// Builds the model; parameters are lazily random until loaded.
+    pub fn new(config: &QwenVlConfig, device: &B::Device) -> Result<Self, QwenVlError> {
+        Ok(Self {
+            visual: config.vision.init(device),
+            language_model: config.text.init(device)?,
+            config: config.clone(),
+        })
+    }
+
+    /// The resolved configuration.
+    pub fn config(&self) -> &QwenVlConfig {
+        &self.config
+    }
+
+    /// The vision tower.
+    pub fn visual(&self) -> &QwenVisionTower<B> {
+        &self.visual
+    }
+
+    /// The decoder.
+    pub fn language_model(&self) -> &Decoder<B> {
+        &self.language_model
+    }
+
+    /// Packs prompts: text rows from the embedding table, slots filled with visual tokens.
+    ///
+    /// `images` and `videos` are what [`visual`](Self::visual) makes of all images and of all videos of the
+    /// samples, in order of appearance. The images and videos of one sample form one pool.
+    pub fn prompt(
+        &self,
+        samples: &[QwenSample],
+        images: Option<&QwenVisionOutput<B>>,
+        videos: Option<&QwenVisionOutput<B>>,
+    ) -> Result<Prompt<B>, QwenVlError> {
+        let positions = samples.iter().map(|sample| self.config.positions(sample));
+        let positions = positions.collect::<Result<Vec<_>, _>>()?;
+        let ids: Vec<u32> = samples
+            .iter()
+            .flat_map(|sample| &sample.ids)
+            .copied()
+            .collect();
+        let slots: Vec<Modality> = ids
+            .iter()
+            .filter_map(|&id| self.config.modality(id))
+            .collect();
+        for (modality, given) in [(Modality::Image, images), (Modality::Video, videos)] {
+            let slots = slots.iter().filter(|&&slot| slot == modality).count();
+            let tokens = given.map_or(0, |output| output.tokens.dims()[1]);
+            if slots != tokens {
+                return Err(QwenVlError::VisualTokens {
+                    modality,
+                    slots,
+                    tokens,
+                });
+            }
+        }
+
+        let features = [images, videos];
+        let tokens = features.map(|output| Some(output?.tokens.clone()));
+        let source = |id| Some(self.config.modality(id)? as usize);
+        let embeddings = self.language_model.embed_prompt(&ids, &tokens, source)?;
+        let order: Vec<usize> = slots.iter().map(|&modality| modality as usize).collect();
+        let taps = match order.is_empty() {
+            true => 0,
+            false => self.config.vision.deepstack_layers.len(),
+        };
+        let tap = |layer| {
+            interleave(
+                &order,
+                &features.map(|output| output?.deepstack.get(layer).cloned()),
+            )
+        };
+        let deepstack = (0..taps)
+            .map(tap)
+            .collect::<Result<Vec<_>, RerouteError>>()?;
+
+        let axes = self.config.text.rope.axes();
+        let of_axis = |axis: usize| positions.iter().flat_map(move |places| &places.axes[axis]);
+        let places: Vec<i64> = (0..axes).flat_map(of_axis).copied().collect();
+        let places = TensorData::new(places, [axes, ids.len()]);
+        let layouts = samples.iter().zip(&positions).map(|(sample, places)| {
+            let is_visual = |row: &usize| self.config.modality(sample.ids[*row]).is_some();
+            SampleLayout {
+                rows: sample.ids.len(),
+                visual: (0..sample.ids.len()).filter(is_visual).collect(),
+                next_position: places.next,
+            }
+        });
+        Ok(Prompt {
+            positions: Tensor::<B, 2, Int>::from_data(places, &embeddings.device()),
+            embeddings,
+            deepstack,
+            samples: layouts.collect(),
+        })
+    }
+}

@@ -44,6 +44,68 @@ pub enum VisionError {
         /// Most pixels that are read.
         max_pixels: u64,
     },
+    /// A side of the image is longer than the limits allow.
+    #[error(
+        "the image is {width}×{height} pixels; sides of at most {max_side} pixels are read, scale \
+         it down or cut it into pieces"
+    )]
+    TooLong {
+        /// Width in pixels.
+        width: u32,
+        /// Height in pixels.
+        height: u32,
+        /// Longest side that is read, in pixels.
+        max_side: u32,
+    },
+    /// Decoding the image would take more memory than the limits allow.
+    #[error("the image takes more than {max_bytes} bytes to decode; scale it down")]
+    TooManyBytes {
+        /// Most bytes that decoding may allocate.
+        max_bytes: u64,
+    },
+    /// A picture is too long and thin to be resized.
+    #[error(
+        "a picture of {width}×{height} pixels is more than 200 times as long as it is short; cut it \
+         into pieces"
+    )]
+    AspectRatio {
+        /// Width in pixels.
+        width: usize,
+        /// Height in pixels.
+        height: usize,
+    },
+    /// A video without pictures.
+    #[error("a video needs at least one frame")]
+    NoFrames,
+    /// Pictures of one video differ in size.
+    #[error(
+        "frame {frame} is {} pixels, the frames before it {}; the frames of a video must have one \
+         size",
+        times(found),
+        times(expected)
+    )]
+    MixedFrames {
+        /// Index of the frame.
+        frame: usize,
+        /// Its width and height in pixels.
+        found: [usize; 2],
+        /// Width and height of the first frame in pixels.
+        expected: [usize; 2],
+    },
+    /// A video has more pixels than fit.
+    #[error(
+        "{frames} frames of {} pixels are more than {max_pixels} pixels in all; take fewer frames, \
+         or fewer pixels of each by a smaller max_pixels",
+        times(resized)
+    )]
+    TooManyFrames {
+        /// Number of frames.
+        frames: usize,
+        /// Width and height of each after resizing, in pixels.
+        resized: [usize; 2],
+        /// Most pixels of all frames together.
+        max_pixels: usize,
+    },
     /// Data of an image does not fit its size, or the size is zero.
     #[error("{bytes} bytes are no RGB image of {width}×{height} pixels")]
     ImageData {
@@ -57,4 +119,9 @@ pub enum VisionError {
     /// Images of different size in one tensor.
     #[error("images of one batch must have the same size after preprocessing")]
     MixedSizes,
+}
+
+/// Width × height.
+fn times([width, height]: &[usize; 2]) -> String {
+    format!("{width}×{height}")
 }

@@ -2,7 +2,7 @@
 
 use std::io::{self, Cursor};
 
-use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
+use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Limits};
 
 use crate::VisionError;
 
@@ -64,15 +64,18 @@ impl RgbImage {
 pub struct DecodeLimits {
     /// Most pixels.
     pub max_pixels: u64,
+    /// Longest side in pixels; decoders and resizing take time per row.
+    pub max_side: u32,
     /// Most bytes that decoding may allocate.
     pub max_bytes: u64,
 }
 
 impl Default for DecodeLimits {
-    /// 64 megapixels, enough for any camera; 512 MiB.
+    /// 64 megapixels, enough for any camera; sides as long as JPEG can have; 512 MiB.
     fn default() -> Self {
         Self {
             max_pixels: 64_000_000,
+            max_side: u16::MAX.into(),
             max_bytes: 512 << 20,
         }
     }
@@ -88,7 +91,11 @@ impl Default for DecodeLimits {
 /// One deviation: 16-bit grey keeps its high byte like 16-bit colour, where Pillow clips it to 255
 /// and leaves a white picture.
 pub fn decode(bytes: &[u8], limits: &DecodeLimits) -> Result<RgbImage, VisionError> {
-    let broken = |source| VisionError::Decode { source };
+    let max_bytes = limits.max_bytes;
+    let broken = |source| match source {
+        ImageError::Limits(_) => VisionError::TooManyBytes { max_bytes },
+        source => VisionError::Decode { source },
+    };
     let mut reader = ImageReader::new(Cursor::new(bytes));
     let format = match image::guess_format(bytes) {
         Ok(format @ (ImageFormat::Png | ImageFormat::Jpeg | ImageFormat::WebP)) => format,
@@ -96,18 +103,28 @@ pub fn decode(bytes: &[u8], limits: &DecodeLimits) -> Result<RgbImage, VisionErr
     };
     reader.set_format(format);
     let mut decoder_limits = Limits::default();
-    decoder_limits.max_alloc = Some(limits.max_bytes);
+    decoder_limits.max_alloc = Some(max_bytes);
     reader.limits(decoder_limits);
     let mut decoder = reader.into_decoder().map_err(broken)?;
     let (width, height) = decoder.dimensions();
     let pixels = u64::from(width) * u64::from(height);
-    // `DynamicImage::from_decoder` does not look at the limits.
-    if pixels > limits.max_pixels || decoder.total_bytes() > limits.max_bytes {
+    if pixels > limits.max_pixels {
         return Err(VisionError::TooLarge {
             width,
             height,
             max_pixels: limits.max_pixels,
         });
+    }
+    if width.max(height) > limits.max_side {
+        return Err(VisionError::TooLong {
+            width,
+            height,
+            max_side: limits.max_side,
+        });
+    }
+    // `DynamicImage::from_decoder` does not look at the limits.
+    if decoder.total_bytes() > max_bytes {
+        return Err(VisionError::TooManyBytes { max_bytes });
     }
     if format == ImageFormat::Jpeg && !reaches_end(bytes) {
         return Err(broken(io::Error::from(io::ErrorKind::UnexpectedEof).into()));

@@ -12,8 +12,13 @@ mod grid;
 mod merger;
 mod norm;
 mod position;
+mod preprocess;
+mod smart_resize;
 mod tower;
 
 pub use config::{QwenGeneration, QwenTowerConfig, QwenVisionConfig, WindowConfig};
 pub use grid::Grid;
+pub use preprocess::{
+    DEFAULT_MAX_PIXELS, QwenPixels, QwenPreprocessor, QwenPreprocessorConfig, pack,
+};
 pub use tower::{QwenVisionOutput, QwenVisionTower};

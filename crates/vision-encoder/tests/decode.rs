@@ -270,7 +270,7 @@ proptest! {
         ]),
         rest in prop::collection::vec(any::<u8>(), 0..200),
     ) {
-        let limits = DecodeLimits { max_pixels: 1 << 20, max_bytes: 1 << 24 };
+        let limits = DecodeLimits { max_pixels: 1 << 20, max_bytes: 1 << 24, ..DecodeLimits::default() };
         let _ = decode(&[start, &rest].concat(), &limits);
     }
 
@@ -289,7 +289,7 @@ proptest! {
         if let Some(cut) = cut {
             bytes.truncate(cut.index(bytes.len()));
         }
-        let limits = DecodeLimits { max_pixels: 1 << 16, max_bytes: 1 << 22 };
+        let limits = DecodeLimits { max_pixels: 1 << 16, max_bytes: 1 << 22, ..DecodeLimits::default() };
         if let Ok(image) = decode(&bytes, &limits) {
             prop_assert!(image.width() * image.height() <= 1 << 16);
             prop_assert_eq!(image.data().len(), image.width() * image.height() * 3);

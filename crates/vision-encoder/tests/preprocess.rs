@@ -323,10 +323,11 @@ fn every_spelling_of_a_size_is_read() {
 }
 
 #[test]
-fn fields_of_other_libraries_are_ignored() {
+fn fields_of_other_libraries_and_nulls_are_ignored() {
     let config = r#"{"image_processor_type": "CLIPImageProcessor", "do_convert_rgb": true,
         "processor_class": "LlavaProcessor", "_valid_processor_keys": ["images", {"deep": [1]}],
-        "image_aspect_ratio": null, "data_format": "channels_first"}"#;
+        "image_aspect_ratio": null, "data_format": "channels_first", "image_std": null,
+        "do_normalize": null}"#;
     assert_eq!(
         resolved(config).expect("resolves"),
         resolved("{}").expect("CLIP")
@@ -386,7 +387,7 @@ fn what_is_no_number_does_not_parse() {
         r#"{"image_mean": [NaN, 0.5, 0.5]}"#,
         r#"{"image_mean": [1e400, 0.5, 0.5]}"#,
         r#"{"image_mean": ["0.5", 0.5, 0.5]}"#,
-        r#"{"image_std": null}"#,
+        r#"{"image_std": [null, 0.5, 0.5]}"#,
         r#"{"crop_size": -24}"#,
         r#"{"crop_size": 24.5}"#,
         r#"{"crop_size": {"height": 24}}"#,

@@ -4,11 +4,9 @@ use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor, TensorData};
 use serde::Deserialize;
 
+use crate::normalise::{CLIP_STATISTICS, Normalisation, NormalisationConfig, require};
 use crate::resize::{Canvas, Window, resize_bicubic};
 use crate::{RgbImage, VisionError};
-
-/// Pillow's number for bicubic.
-const BICUBIC: u32 = 3;
 
 /// Largest side that a configuration may ask for, in pixels.
 const MAX_SIDE: usize = 1 << 14;
@@ -17,16 +15,11 @@ const MAX_SIDE: usize = 1 << 14;
 #[derive(Debug, Clone, Deserialize)]
 #[serde(default)]
 pub struct ClipPreprocessorConfig {
-    do_resize: bool,
+    #[serde(flatten)]
+    pixels: NormalisationConfig,
     size: Size,
-    resample: u32,
-    do_center_crop: bool,
+    do_center_crop: Option<bool>,
     crop_size: Size,
-    do_rescale: bool,
-    rescale_factor: f64,
-    do_normalize: bool,
-    image_mean: Vec<f64>,
-    image_std: Vec<f64>,
     /// The original LLaVA code's switch; `"pad"` is the one it was trained with.
     image_aspect_ratio: Option<String>,
 }
@@ -46,16 +39,10 @@ enum Size {
 impl Default for ClipPreprocessorConfig {
     fn default() -> Self {
         Self {
-            do_resize: true,
+            pixels: NormalisationConfig::default(),
             size: Size::ShortestEdge { shortest_edge: 224 },
-            resample: BICUBIC,
-            do_center_crop: true,
+            do_center_crop: None,
             crop_size: Size::Side(224),
-            do_rescale: true,
-            rescale_factor: 1.0 / 255.0,
-            do_normalize: true,
-            image_mean: vec![0.48145466, 0.4578275, 0.40821073],
-            image_std: vec![0.26862954, 0.26130258, 0.27577711],
             image_aspect_ratio: None,
         }
     }
@@ -65,25 +52,8 @@ impl ClipPreprocessorConfig {
     /// Checks the numbers.
     pub fn resolve(&self) -> Result<ClipPreprocessor, VisionError> {
         let wrong = |reason: String| Err(VisionError::Preprocessor(reason));
-        for (name, on) in [
-            ("do_resize", self.do_resize),
-            ("do_center_crop", self.do_center_crop),
-            ("do_rescale", self.do_rescale),
-            ("do_normalize", self.do_normalize),
-        ] {
-            if !on {
-                return wrong(format!("{name} is off, the vision tower needs it on"));
-            }
-        }
-        if self.resample != BICUBIC {
-            return wrong(format!("resample {} is not 3 (bicubic)", self.resample));
-        }
-        let (Ok(mean), Ok(std)) = (
-            <[f64; 3]>::try_from(self.image_mean.as_slice()),
-            <[f64; 3]>::try_from(self.image_std.as_slice()),
-        ) else {
-            return wrong("image_mean and image_std must have three numbers each".into());
-        };
+        let normalisation = self.pixels.resolve(CLIP_STATISTICS)?;
+        require("do_center_crop", self.do_center_crop)?;
         let crop = match self.crop_size {
             Size::Side(side) => [side, side],
             Size::Exact { height, width } => [height, width],
@@ -105,26 +75,12 @@ impl ClipPreprocessorConfig {
                 return wrong(format!("{name} is {side}, not 1 to {MAX_SIDE} pixels"));
             }
         }
-        let preprocessor = ClipPreprocessor {
+        Ok(ClipPreprocessor {
             shortest_edge: resize,
             crop,
-            rescale: self.rescale_factor,
-            mean: mean.map(|value| value as f32),
-            std: std.map(|value| value as f32),
-            fill: mean.map(|value| (value * 255.0) as u8),
+            normalisation,
             pad_to_square: self.image_aspect_ratio.as_deref() == Some("pad"),
-        };
-        // Numbers that are fine in JSON may be infinite or zero as f32.
-        let mut ends =
-            (0..3).flat_map(|channel| [0, 255].map(|v| preprocessor.normalise(v, channel)));
-        if !ends.all(f32::is_finite) {
-            return wrong(
-                "image_mean, image_std and rescale_factor must make finite pixels, \
-                 with an image_std that is not 0"
-                    .into(),
-            );
-        }
-        Ok(preprocessor)
+        })
     }
 }
 
@@ -134,11 +90,7 @@ pub struct ClipPreprocessor {
     shortest_edge: usize,
     /// Height, width.
     crop: [usize; 2],
-    rescale: f64,
-    mean: [f32; 3],
-    std: [f32; 3],
-    /// Colour of padding: the mean colour.
-    fill: [u8; 3],
+    normalisation: Normalisation,
     pad_to_square: bool,
 }
 
@@ -168,15 +120,20 @@ impl ClipPreprocessor {
         self.crop
     }
 
+    /// The image on what the model is told to be the whole picture.
+    fn canvas<'a>(&self, image: &'a RgbImage) -> Canvas<'a> {
+        match self.pad_to_square {
+            true => Canvas::square(image, self.normalisation.fill),
+            false => Canvas::of(image),
+        }
+    }
+
     /// The image as the model sees it: resized and cropped, before normalisation.
     ///
     /// Only the part that survives the crop is computed, so the shape of the image does not matter
     /// for memory.
     pub fn view(&self, image: &RgbImage) -> Result<RgbImage, VisionError> {
-        let canvas = match self.pad_to_square {
-            true => Canvas::square(image, self.fill),
-            false => Canvas::of(image),
-        };
+        let canvas = self.canvas(image);
         let (width, height) = (canvas.width, canvas.height);
         let short = width.min(height);
         // `int(size · long / short)`: Python divides the integers as doubles.
@@ -202,11 +159,6 @@ impl ClipPreprocessor {
         RgbImage::new(crop_width, crop_height, data)
     }
 
-    /// One value of a channel, in the number types that NumPy goes through.
-    fn normalise(&self, value: u8, channel: usize) -> f32 {
-        ((f64::from(value) * self.rescale) as f32 - self.mean[channel]) / self.std[channel]
-    }
-
     /// Resizes, crops and normalises.
     pub fn preprocess(&self, image: &RgbImage) -> Result<Pixels, VisionError> {
         let view = self.view(image)?;
@@ -214,7 +166,7 @@ impl ClipPreprocessor {
         let mut data = Vec::with_capacity(3 * height * width);
         for channel in 0..3 {
             let values = view.data().iter().skip(channel).step_by(3);
-            data.extend(values.map(|&value| self.normalise(value, channel)));
+            data.extend(values.map(|&value| self.normalisation.apply(value, channel)));
         }
         Ok(Pixels {
             height,
@@ -228,10 +180,7 @@ impl ClipPreprocessor {
     /// With padding, models speak of the padded square; without, of the whole image, as the
     /// published grounding data do even though the crop hides its ends.
     pub fn box_to_pixels(&self, image: &RgbImage, normalized: [f64; 4]) -> [f64; 4] {
-        let canvas = match self.pad_to_square {
-            true => Canvas::square(image, self.fill),
-            false => Canvas::of(image),
-        };
+        let canvas = self.canvas(image);
         let x = |v: f64| {
             let x = v * canvas.width as f64 - canvas.left as f64;
             x.clamp(0.0, image.width() as f64)

@@ -1,6 +1,6 @@
 use burn::module::Module;
-use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
+use burn::tensor::{Int, Tensor};
 use layers::{Linear, LinearConfig, Rotary, attention, gelu_tanh, quick_gelu, silu};
 
 use super::arrangement::Run;
@@ -79,41 +79,43 @@ impl<B: Backend> Block<B> {
 }
 
 impl<B: Backend> Attention<B> {
-    /// Every segment attends to itself.
+    /// Every segment attends to itself; heads of a segment are as independent as segments.
     fn forward(&self, normed: Tensor<B, 2>, rotary: &Rotary<B>, runs: &[Run]) -> Tensor<B, 2> {
         let hidden = normed.dims()[0];
+        let (heads, head_dim) = (self.num_heads, hidden / self.num_heads);
         let qkv = self.qkv.forward(normed);
         let part = |index| qkv.clone().narrow(0, index * hidden, hidden);
         let (query, key, value) = (rotary.apply(part(0)), rotary.apply(part(1)), part(2));
         let mut start = 0;
-        let context = runs.iter().map(|run| {
-            let rows = run.segments * run.length;
-            let split = |x: &Tensor<B, 2>| self.split(x.clone().narrow(1, start, rows), run);
+        let context = runs.iter().map(|&Run { segments, length }| {
+            let rows = segments * length;
+            let split = |x: &Tensor<B, 2>| {
+                let run = x.clone().narrow(1, start, rows);
+                let segments_first = swap_leading(run.reshape([hidden, segments, length]));
+                segments_first.reshape([segments * heads, head_dim, length])
+            };
             let query = split(&query).unsqueeze_dim::<4>(1);
             let context = attention(query, split(&key), split(&value), None);
             start += rows;
-            self.join(context, run)
+            let features_first = swap_leading(context.reshape([segments, hidden, length]));
+            features_first.reshape([hidden, rows])
         });
-        let context = Tensor::cat(context.collect(), 1);
-        self.proj.forward(context)
+        self.proj.forward(Tensor::cat(context.collect(), 1))
     }
+}
 
-    /// Heads of a segment are as independent as segments: `[hidden_size, segments · length]` →
-    /// `[heads · segments, head_dim, length]`.
-    fn split(&self, x: Tensor<B, 2>, run: &Run) -> Tensor<B, 3> {
-        let (heads, head_dim) = (self.num_heads, x.dims()[0] / self.num_heads);
-        x.reshape([heads, head_dim, run.segments, run.length])
-            .swap_dims(1, 2)
-            .reshape([heads * run.segments, head_dim, run.length])
+/// `[a, b, length]` → `[b, a, length]`, as a selection of rows: CPU backends copy whole rows several
+/// times as fast as they permute axes.
+fn swap_leading<B: Backend>(x: Tensor<B, 3>) -> Tensor<B, 3> {
+    let [a, b, length] = x.dims();
+    if a == 1 || b == 1 {
+        return x.reshape([b, a, length]);
     }
-
-    /// The inverse of [`Self::split`], from `[heads · segments · head_dim, length]`.
-    fn join(&self, x: Tensor<B, 2>, run: &Run) -> Tensor<B, 2> {
-        let (heads, head_dim) = (self.num_heads, x.dims()[0] / self.num_heads / run.segments);
-        x.reshape([heads, run.segments, head_dim, run.length])
-            .swap_dims(1, 2)
-            .reshape([heads * head_dim, run.segments * run.length])
-    }
+    let rows = Tensor::<B, 1, Int>::arange(0..(a * b) as i64, &x.device());
+    let swapped = rows.reshape([a, b]).transpose().reshape([a * b]);
+    x.reshape([a * b, length])
+        .select(0, swapped)
+        .reshape([b, a, length])
 }
 
 impl<B: Backend> Mlp<B> {

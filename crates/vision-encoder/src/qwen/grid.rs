@@ -20,7 +20,7 @@ impl Grid {
         self.t.saturating_mul(self.h).saturating_mul(self.w)
     }
 
-    /// Number of visual tokens, of `merge · merge` patches each.
+    /// Number of visual tokens, of `merge · merge` patches each; `merge` must not be 0.
     pub fn tokens(&self, merge: usize) -> usize {
         self.patches() / (merge * merge)
     }

@@ -316,7 +316,31 @@ fn trace_inputs_that_are_missing_or_of_the_wrong_kind() {
         ),
         (
             vec![ids(), f32s("in.pixel_values", [2], [0.0, 0.0])],
-            "in.pixel_values must be [N, 3, H, W], but is [2]",
+            "in.pixel_values must be [N, 3, H, W] or [patches, features], but is [2]",
+        ),
+        (
+            vec![ids(), f32s("in.pixel_values", [1, 2], [0.0, 0.0])],
+            "in.pixel_values needs in.image_grid_thw [N, 3]",
+        ),
+        (
+            vec![
+                ids(),
+                f32s("in.pixel_values", [1, 2], [0.0, 0.0]),
+                i64s("in.image_grid_thw", [1, 3], [1, 1, 1]),
+            ],
+            "the pixels are patches [patches, features] with their grids, this model takes squares",
+        ),
+        (
+            vec![
+                ids(),
+                good(),
+                i64s("in.mm_token_type_ids", [1, 68], [0; 68]),
+            ],
+            "in.mm_token_type_ids gives token 4 the type 0, it is 1",
+        ),
+        (
+            vec![ids(), good(), i64s("in.mm_token_type_ids", [1, 2], [0; 2])],
+            "in.mm_token_type_ids is [1, 2], in.input_ids is [1, 68]",
         ),
         (
             vec![ids(), i64s("in.pixel_values", [1, 1, 1, 1], [5])],

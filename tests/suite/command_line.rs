@@ -308,6 +308,8 @@ fn trace_writes_what_it_documents() {
     let mut expected = vec![
         ("logits".to_string(), vec![1, 334]),
         ("kv_lengths".into(), vec![8]),
+        ("rope.position_ids".into(), vec![1, 1, 133]),
+        ("rope_deltas".into(), vec![1, 1]),
     ];
     let mut candidates = 128;
     for (stage, &count) in schedule.stages().iter().zip(&counts) {

@@ -10,10 +10,8 @@ use zoo::{Answer, Question, ZooError};
 use crate::program::{BUILT_IN, read_image, report, scene, schedule};
 
 fn question(images: &[&str], text: &str) -> Question {
-    Question {
-        images: images.iter().map(|name| read_image(&scene(name))).collect(),
-        text: text.into(),
-    }
+    let images = images.iter().map(|name| read_image(&scene(name)));
+    Question::about(images.collect(), text)
 }
 
 fn answer(question: &Question, schedule: &Schedule) -> Answer {

@@ -12,9 +12,9 @@ use reroute::{GenerationOptions, PrefillOptions, generate};
 use reroute_cli::backend::{Backend, Device};
 use reroute_cli::embedded;
 use serde::Deserialize;
-use vision_encoder::{DecodeLimits, RgbImage, decode, to_tensor};
+use vision_encoder::{DecodeLimits, decode};
 use zoo::grounding::{iou, parse_box};
-use zoo::{OpenOptions, Question, Vlm};
+use zoo::{Model, OpenOptions, PixelTensors, Question, Vlm};
 
 /// Ties in f32 may flip a scene or two of the 200.
 const MAY_DIFFER: usize = 2;
@@ -67,24 +67,17 @@ fn scene(line: &str) -> Scene {
     let file: SceneFile = serde_json::from_str(line).expect("the fixture is valid");
     let bytes = std::fs::read(fixtures().join(&file.image)).expect("the fixture is complete");
     let image = decode(&bytes, &DecodeLimits::default()).expect("a good image");
-    let question = question(image, &file.expression);
-    let pixels = VLM
+    let question = Question::about(vec![image], VLM.grounding().question(&file.expression));
+    let (_, prepared) = VLM
         .preprocessor()
-        .preprocess(&question.images[0])
+        .prepare(&question.visuals[0])
         .expect("a good image");
-    let pixels = to_tensor(&[pixels], VLM.device()).expect("one image");
-    let features = VLM.model().vision_features(pixels).expect("the right size");
+    let pixels = PixelTensors::of(vec![prepared], VLM.device()).expect("one image");
+    let seen = VLM.model().see(pixels).expect("the right size");
     Scene {
         ids: VLM.encode(&question).expect("a good question"),
-        visual: VLM.model().project(features),
+        visual: seen.images.expect("an image").tokens,
         truth: file.r#box,
-    }
-}
-
-fn question(image: RgbImage, expression: &str) -> Question {
-    Question {
-        images: vec![image],
-        text: VLM.grounding().question(expression),
     }
 }
 
@@ -92,23 +85,17 @@ fn question(image: RgbImage, expression: &str) -> Question {
 fn answers(scenes: &[Scene], schedule: &Schedule, options: &GenerationOptions) -> Vec<Vec<u32>> {
     let ids: Vec<Vec<u32>> = scenes.iter().map(|scene| scene.ids.clone()).collect();
     let visual = scenes.iter().map(|scene| scene.visual.clone()).collect();
-    let model = VLM.model();
+    let Model::Llava(model) = VLM.model() else {
+        panic!("the built-in model is a LLaVA");
+    };
     let prompt = model.prompt(&ids, Some(Tensor::cat(visual, 1)), VLM.device());
     let prompt = prompt.expect("as many slots as visual tokens");
-    let prefill = model
-        .decoder()
-        .prefill(&prompt, schedule, PrefillOptions::default());
+    let decoder = model.language_model();
+    let prefill = decoder.prefill(&prompt, schedule, PrefillOptions::default());
     let prefill = prefill.expect("a good prompt");
     let mut cache = prefill.cache;
     let go_on = &mut |_, _| ControlFlow::Continue(());
-    let generations = generate(
-        model.decoder(),
-        prefill.logits,
-        &mut cache,
-        &ids,
-        options,
-        go_on,
-    );
+    let generations = generate(decoder, prefill.logits, &mut cache, &ids, options, go_on);
     let generations = generations.expect("finite logits");
     generations
         .into_iter()

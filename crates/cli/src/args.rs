@@ -17,8 +17,10 @@ pub struct Args {
 /// The commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Answer a question about images.
+    /// Answer a question about images and videos.
     Ask(AskArgs),
+    /// Keep a conversation: one question per line, earlier images stay in it.
+    Chat(ChatArgs),
     /// Find what an expression describes and draw a box around it.
     Ground(GroundArgs),
     /// Draw which visual tokens each stage works on, and count what it costs.
@@ -42,6 +44,30 @@ pub struct ModelArgs {
     /// Pad images to a square instead of cropping them, as the original LLaVA code does.
     #[arg(long)]
     pub pad_to_square: bool,
+    /// Largest area of an image or video frame in pixels; larger ones are scaled down (Qwen). The
+    /// default is the checkpoint's own limit, but at most 1003520, which is 1280 visual tokens of 28×28.
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub max_pixels: Option<usize>,
+}
+
+/// What to look at.
+#[derive(Debug, clap::Args)]
+pub struct VisualArgs {
+    /// Images (PNG, JPEG, WebP), in the order in which the question speaks of them.
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    pub image: Vec<PathBuf>,
+    /// Videos, after the images: each a folder of frames (PNG, JPEG, WebP), in the order of their
+    /// names.
+    #[arg(long, value_name = "DIR", num_args = 1..)]
+    pub video: Vec<PathBuf>,
+    /// Frames per second of the frames given.
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 2.0,
+        allow_negative_numbers = true
+    )]
+    pub fps: f64,
 }
 
 /// Types that weights can have in memory.
@@ -91,9 +117,9 @@ pub struct AskArgs {
     /// Model.
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Images (PNG, JPEG, WebP), in the order in which the question speaks of them.
-    #[arg(long, value_name = "FILE", num_args = 1..)]
-    pub image: Vec<PathBuf>,
+    /// What to look at.
+    #[command(flatten)]
+    pub visual: VisualArgs,
     /// The question.
     #[arg(long, value_name = "TEXT")]
     pub prompt: Option<String>,
@@ -104,6 +130,26 @@ pub struct AskArgs {
     #[command(flatten)]
     pub generation: GenerationArgs,
     /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `reroute chat`
+#[derive(Debug, clap::Args)]
+pub struct ChatArgs {
+    /// Model.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// What the first question is about.
+    #[command(flatten)]
+    pub visual: VisualArgs,
+    /// Routing.
+    #[command(flatten)]
+    pub routing: RoutingArgs,
+    /// Generation.
+    #[command(flatten)]
+    pub generation: GenerationArgs,
+    /// Print one JSON object per answer, each on a line.
     #[arg(long)]
     pub json: bool,
 }
@@ -140,9 +186,9 @@ pub struct ExplainArgs {
     /// Model.
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Images (PNG, JPEG, WebP).
-    #[arg(long, value_name = "FILE", num_args = 1..)]
-    pub image: Vec<PathBuf>,
+    /// What to look at.
+    #[command(flatten)]
+    pub visual: VisualArgs,
     /// The question.
     #[arg(long, value_name = "TEXT")]
     pub prompt: Option<String>,
@@ -170,7 +216,11 @@ pub struct TraceArgs {
     /// Model.
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Safetensors with in.input_ids [B, L], in.pixel_values [N, 3, H, W], in.attention_mask [B, L].
+    /// Safetensors with in.input_ids [B, L], in.attention_mask [B, L] and
+    /// LLaVA: in.pixel_values [N, 3, H, W];
+    /// Qwen: in.pixel_values [patches, features], in.image_grid_thw [N, 3], for videos
+    /// in.pixel_values_videos, in.video_grid_thw, in.second_per_grid_ts [N]; in.mm_token_type_ids [B, L]
+    /// is checked against the ids.
     #[arg(long, value_name = "IN.safetensors")]
     pub inputs: PathBuf,
     /// Safetensors to write.

@@ -1,13 +1,11 @@
 //! `reroute ask`: a question about images.
 
 use std::io::{Write, stderr};
-use std::path::PathBuf;
 
 use anyhow::bail;
-use vision_encoder::RgbImage;
-use zoo::{Question, Vlm};
+use zoo::{Question, Visual, Vlm};
 
-use crate::args::AskArgs;
+use crate::args::{AskArgs, VisualArgs};
 use crate::backend::Backend;
 use crate::{embedded, open, output};
 
@@ -17,7 +15,7 @@ pub fn run(args: &AskArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let schedule = open::schedule(&args.routing.routing, vlm.decoder_config().num_layers)?;
     let options = open::generation(&args.generation, vlm.generation_defaults())?;
     let built_in = args.model.model.is_none();
-    let question = question(&vlm, &args.image, args.prompt.as_deref(), built_in)?;
+    let question = question(&vlm, &args.visual, args.prompt.as_deref(), built_in)?;
     let mut written = Ok(());
     let answer = vlm.ask(&question, &schedule, &options, |piece| {
         if !args.json && written.is_ok() {
@@ -25,6 +23,7 @@ pub fn run(args: &AskArgs, out: &mut dyn Write) -> anyhow::Result<()> {
         }
     })?;
     written?;
+    output::print_notices(&answer);
     if args.json {
         return output::print_json(out, &output::answer_json(&vlm, &schedule, &answer));
     }
@@ -36,18 +35,18 @@ pub fn run(args: &AskArgs, out: &mut dyn Write) -> anyhow::Result<()> {
 /// The user's question; with the built-in model, its scene and expression fill the gaps.
 pub(crate) fn question(
     vlm: &Vlm<Backend>,
-    images: &[PathBuf],
+    visual: &VisualArgs,
     prompt: Option<&str>,
     built_in: bool,
 ) -> anyhow::Result<Question> {
-    let images: Vec<RgbImage> = match images.is_empty() && built_in {
-        true => vec![open::scene()?],
-        false => open::images(images)?,
-    };
+    let mut visuals = open::visuals(visual)?;
+    if visuals.is_empty() && built_in {
+        visuals.push(Visual::Image(open::scene()?));
+    }
     let text = match prompt {
         Some(prompt) => prompt.to_string(),
         None if built_in => vlm.grounding().question(embedded::SCENE.expression),
         None => bail!("--prompt is missing: say what you want to know"),
     };
-    Ok(Question { images, text })
+    Ok(Question { visuals, text })
 }

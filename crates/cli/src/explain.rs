@@ -21,8 +21,9 @@ pub fn run(args: &ExplainArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let schedule = open::schedule(&args.routing, vlm.decoder_config().num_layers)?;
     let options = open::generation(&args.generation, vlm.generation_defaults())?;
     let built_in = args.model.model.is_none();
-    let question = ask::question(&vlm, &args.image, args.prompt.as_deref(), built_in)?;
+    let question = ask::question(&vlm, &args.visual, args.prompt.as_deref(), built_in)?;
     let answer = vlm.ask(&question, &schedule, &options, |_| {})?;
+    output::print_notices(&answer);
     let pictures = pictures(args, &vlm, &question, &answer)?;
     let layers = layers(&vlm, &schedule, &answer);
     if args.json {
@@ -55,31 +56,45 @@ fn deferred_name(schedule: &Schedule) -> &'static str {
     }
 }
 
-/// Draws every stage for every image; returns the files written.
+/// Draws every stage for every image and every time step of a video; returns the files written.
 fn pictures(
     args: &ExplainArgs,
     vlm: &Vlm<Backend>,
     question: &Question,
     answer: &Answer,
 ) -> anyhow::Result<Vec<PathBuf>> {
-    let [rows, columns] = vlm.config().visual_grid();
-    let per_image = rows * columns;
     let mut written = Vec::new();
     if answer.trace.decisions.is_empty() {
         return Ok(written);
     }
     std::fs::create_dir_all(&args.out)
         .with_context(|| format!("cannot make the folder {}", args.out.display()))?;
+    let mut frames = Vec::new();
+    for (index, (visual, view)) in question.visuals.iter().zip(&answer.views).enumerate() {
+        let [_, rows, columns] = view.tokens;
+        for (step, picture) in vlm.preprocessor().pictures(visual)?.into_iter().enumerate() {
+            let mut which = String::new();
+            if question.visuals.len() > 1 {
+                let kind = if view.time.is_some() {
+                    "video"
+                } else {
+                    "image"
+                };
+                which.push_str(&format!("-{kind}-{}", index + 1));
+            }
+            if view.time.is_some() {
+                which.push_str(&format!("-step-{}", step + 1));
+            }
+            frames.push((picture, rows * columns, columns, which));
+        }
+    }
     for (stage, decision) in answer.trace.decisions.iter().enumerate() {
         let states = states(decision, answer.visual_tokens);
-        for (index, image) in question.images.iter().enumerate() {
-            let view = vlm.preprocessor().view(image)?;
-            let states = &states[index * per_image..(index + 1) * per_image];
-            let picture = draw::tokens(&view, states, columns)?;
-            let which = match question.images.len() {
-                1 => String::new(),
-                _ => format!("-image-{}", index + 1),
-            };
+        let mut rest = &states[..];
+        for (picture, tokens, columns, which) in &frames {
+            let (states, others) = rest.split_at(*tokens);
+            rest = others;
+            let picture = draw::tokens(picture, states, *columns)?;
             let name = format!("stage-{}-layer-{}{which}.png", stage + 1, decision.layer);
             let path = args.out.join(name);
             output::write_file(&path, &draw::png(&picture)?)?;

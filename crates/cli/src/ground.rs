@@ -46,6 +46,7 @@ pub fn run(args: &GroundArgs, out: &mut dyn Write) -> anyhow::Result<()> {
         output::write_file(path, &draw::png(&picture)?)?;
     }
     let answer = &found.answer;
+    output::print_notices(answer);
     if args.json {
         let mut report = output::answer_json(&vlm, &schedule, answer);
         report["expression"] = json!(expression);

@@ -4,6 +4,7 @@
 pub mod args;
 pub mod ask;
 pub mod backend;
+pub mod chat;
 mod draw;
 pub mod embedded;
 pub mod explain;
@@ -21,6 +22,7 @@ use args::Command;
 pub fn run(command: &Command, out: &mut dyn Write) -> anyhow::Result<()> {
     match command {
         Command::Ask(args) => ask::run(args, out),
+        Command::Chat(args) => chat::run(args, out),
         Command::Ground(args) => ground::run(args, out),
         Command::Explain(args) => explain::run(args, out),
         Command::Trace(args) => trace::run(args, out),

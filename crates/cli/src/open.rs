@@ -2,16 +2,16 @@
 
 use std::fs::File;
 use std::io::{IsTerminal, Read, Write, stderr};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, bail};
 use burn::tensor::DType;
 use reducers::{Schedule, presets};
 use reroute::{GenerationOptions, SamplingOptions};
 use vision_encoder::{DecodeLimits, RgbImage, decode};
-use zoo::{Folder, OpenOptions, Vlm};
+use zoo::{Folder, OpenOptions, Video, Visual, Vlm};
 
-use crate::args::{Dtype, GenerationArgs, ModelArgs};
+use crate::args::{Dtype, GenerationArgs, ModelArgs, VisualArgs};
 use crate::backend::{self, Backend};
 use crate::embedded;
 
@@ -19,6 +19,10 @@ use crate::embedded;
 const MAX_IMAGE_BYTES: u64 = 256 << 20;
 const MAX_SCHEDULE_BYTES: u64 = 1 << 20;
 const MAX_TENSOR_BYTES: u64 = 4 << 30;
+
+/// Most frames of a video, and most memory that they may take.
+const MAX_FRAMES: usize = 768;
+const MAX_VIDEO_BYTES: usize = 2 << 30;
 
 /// Loading shows its progress from this size on.
 const SHOW_PROGRESS_BYTES: u64 = 256 << 20;
@@ -45,6 +49,7 @@ pub(crate) fn model(args: &ModelArgs) -> anyhow::Result<Vlm<Backend>> {
     let options = OpenOptions {
         dtype: args.dtype.burn(),
         pad_to_square: args.pad_to_square.then_some(true),
+        max_pixels: args.max_pixels,
     };
     let show = stderr().is_terminal();
     let vlm = Vlm::open_with_progress(&folder, &options, &device, &mut |progress| {
@@ -57,8 +62,52 @@ pub(crate) fn model(args: &ModelArgs) -> anyhow::Result<Vlm<Backend>> {
     Ok(vlm?)
 }
 
-pub(crate) fn images(paths: &[PathBuf]) -> anyhow::Result<Vec<RgbImage>> {
-    paths.iter().map(|path| image(path)).collect()
+/// Images, then videos.
+pub(crate) fn visuals(args: &VisualArgs) -> anyhow::Result<Vec<Visual>> {
+    let images = args
+        .image
+        .iter()
+        .map(|path| Ok(Visual::Image(image(path)?)));
+    let videos = args
+        .video
+        .iter()
+        .map(|path| Ok(Visual::Video(video(path, args.fps)?)));
+    images.chain(videos).collect()
+}
+
+/// A folder of frames, in the order of their names.
+pub(crate) fn video(folder: &Path, fps: f64) -> anyhow::Result<Video> {
+    let shown = folder.display();
+    let cannot = || format!("cannot read the folder of frames {shown}");
+    let entries = folder.read_dir().with_context(cannot)?;
+    let mut paths = Vec::new();
+    for entry in entries {
+        let path = entry.with_context(cannot)?.path();
+        if path.is_file() {
+            paths.push(path);
+        }
+        if paths.len() > MAX_FRAMES {
+            bail!("{shown} has more than {MAX_FRAMES} files; keep fewer frames per second");
+        }
+    }
+    paths.sort();
+    if paths.is_empty() {
+        bail!("{shown} has no frames in it");
+    }
+    let mut frames = Vec::new();
+    let mut bytes = 0;
+    for path in paths {
+        let frame = image(&path)?;
+        bytes += frame.data().len();
+        if bytes > MAX_VIDEO_BYTES {
+            bail!(
+                "the frames of {shown} take more than {} MiB; scale them down or keep fewer",
+                MAX_VIDEO_BYTES >> 20
+            );
+        }
+        frames.push(frame);
+    }
+    Ok(Video { frames, fps })
 }
 
 pub(crate) fn image(path: &Path) -> anyhow::Result<RgbImage> {

@@ -1,12 +1,12 @@
 //! Files that appear whole or not at all, and the lines that commands share.
 
-use std::io::Write;
+use std::io::{Write, stderr};
 use std::path::Path;
 
 use anyhow::Context;
 use reducers::{Cost, Schedule};
 use serde_json::{Value, json};
-use zoo::{Answer, Vlm};
+use zoo::{Answer, View, Vlm};
 
 use crate::backend::{self, Backend};
 
@@ -65,6 +65,45 @@ pub(crate) fn summary(vlm: &Vlm<Backend>, schedule: &Schedule, answer: &Answer) 
     )
 }
 
+/// One line about what a turn of a conversation did, and what it would have cost to read everything
+/// again.
+pub(crate) fn turn_summary(vlm: &Vlm<Backend>, schedule: &Schedule, answer: &Answer) -> String {
+    let computed: Vec<usize> = answer.trace.rows.iter().map(|rows| rows[0]).collect();
+    let (least, most) = (computed.iter().min(), computed.iter().max());
+    let (fresh, _) = costs(vlm, schedule, answer);
+    format!(
+        "layers computed {} to {} of {} rows, {:.0} % of the FLOPs of reading all again; {}",
+        least.unwrap_or(&0),
+        most.unwrap_or(&0),
+        answer.prompt_rows,
+        100.0 * turn_flops(vlm, answer) / fresh.total_layer_flops(),
+        summary(vlm, schedule, answer),
+    )
+}
+
+/// Floating-point operations of the rows that the layers computed in this turn.
+fn turn_flops(vlm: &Vlm<Backend>, answer: &Answer) -> f64 {
+    let shape = vlm.decoder_config().shape();
+    let layers = answer.trace.rows.iter().zip(&answer.kv_rows);
+    layers
+        .map(|(rows, &keys)| shape.continued_layer_flops(rows[0], keys))
+        .sum()
+}
+
+/// Says which images lost resolution.
+pub(crate) fn print_notices(answer: &Answer) {
+    for (index, view) in answer.views.iter().enumerate() {
+        if let Some(notice) = view.notice() {
+            let kind = if view.time.is_some() {
+                "video"
+            } else {
+                "image"
+            };
+            let _ = writeln!(stderr(), "note: {kind} {}: {notice}", index + 1);
+        }
+    }
+}
+
 /// What every answering command reports as JSON.
 pub(crate) fn answer_json(vlm: &Vlm<Backend>, schedule: &Schedule, answer: &Answer) -> Value {
     let (cost, dense) = costs(vlm, schedule, answer);
@@ -85,8 +124,10 @@ pub(crate) fn answer_json(vlm: &Vlm<Backend>, schedule: &Schedule, answer: &Answ
         "schedule": schedule,
         "prompt_rows": answer.prompt_rows,
         "visual_tokens": answer.visual_tokens,
+        "visuals": answer.views.iter().map(visual_json).collect::<Vec<_>>(),
         "average_visual_tokens": cost.average_tokens(),
         "rows_per_layer": rows,
+        "kv_rows_per_layer": answer.kv_rows,
         "decisions": decisions.collect::<Vec<_>>(),
         "flops": cost.total_flops(),
         "dense_flops": dense.total_flops(),
@@ -97,5 +138,16 @@ pub(crate) fn answer_json(vlm: &Vlm<Backend>, schedule: &Schedule, answer: &Answ
             "prefill": answer.timings.prefill.as_secs_f64(),
             "decode": answer.timings.decode.as_secs_f64(),
         },
+    })
+}
+
+/// How an image or a video was seen.
+fn visual_json(view: &View) -> Value {
+    json!({
+        "kind": if view.time.is_some() { "video" } else { "image" },
+        "size": view.original,
+        "seen_size": view.resized,
+        "grid": [view.grid.t, view.grid.h, view.grid.w],
+        "visual_tokens": view.token_count(),
     })
 }

@@ -13,8 +13,8 @@ use crate::{open, output};
 pub fn run(args: &PresetsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let config = ModelConfig::open(&open::folder(args.model.as_deref())?)?;
     let shape = config.decoder().shape();
-    let [rows, columns] = config.visual_grid();
-    let visual = args.visual_tokens.map_or(rows * columns, |n| n as usize);
+    let typical = config.typical_visual_tokens();
+    let visual = args.visual_tokens.map_or(typical, |n| n as usize);
     let text = args.text_tokens as usize;
     let bytes = args.dtype.burn().size();
     let cost = |schedule: &Schedule| Cost::of(&shape, schedule, visual, text, bytes);

@@ -7,9 +7,11 @@ use std::io::Write;
 
 use anyhow::{Context, bail};
 use burn::tensor::{DType, Tensor, TensorData};
+use reroute::{Prompt, SampleLayout};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::json;
-use zoo::{TensorInputs, TensorOutputs};
+use vision_encoder::qwen::Grid;
+use zoo::{ModelConfig, PixelTensors, TensorInputs, TensorOutputs, VisualTokens, Vlm};
 
 use crate::args::TraceArgs;
 use crate::backend::{Backend, Device};
@@ -25,7 +27,7 @@ pub fn run(args: &TraceArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let bytes = open::tensors(&args.inputs)?;
     let file = format!("inputs {}", args.inputs.display());
     let tensors = SafeTensors::deserialize(&bytes).with_context(|| file.clone())?;
-    let inputs = inputs(&tensors, vlm.device()).with_context(|| file)?;
+    let inputs = inputs(&tensors, &vlm).with_context(|| file)?;
     let outputs = vlm.run_tensors(inputs, &schedule, args.new_tokens, args.hidden_states)?;
     let written = Written::collect(outputs, args.hidden_states)?;
     output::write_file(&args.out, &written.serialize()?)?;
@@ -41,7 +43,7 @@ pub fn run(args: &TraceArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     }
 }
 
-fn inputs(tensors: &SafeTensors, device: &Device) -> anyhow::Result<TensorInputs<Backend>> {
+fn inputs(tensors: &SafeTensors, vlm: &Vlm<Backend>) -> anyhow::Result<TensorInputs<Backend>> {
     let (shape, ids) = integers(tensors, "in.input_ids")?.context("in.input_ids is missing")?;
     let [samples, length] = shape[..] else {
         bail!("in.input_ids must be [B, L], but is {shape:?}");
@@ -67,14 +69,110 @@ fn inputs(tensors: &SafeTensors, device: &Device) -> anyhow::Result<TensorInputs
             rows[at / length].push(known);
         }
     }
-    let pixel_values = match tensors.tensor("in.pixel_values") {
-        Ok(view) => Some(pixels(&view, device)?),
-        Err(_) => None,
-    };
+    check_types(tensors, vlm.config(), &shape, &ids)?;
     Ok(TensorInputs {
         samples: rows,
-        pixel_values,
+        pixels: pixels(tensors, vlm.device())?,
+        second_per_grid_ts: match tensors.tensor("in.second_per_grid_ts") {
+            Ok(view) => floats(&view, "in.second_per_grid_ts")?,
+            Err(_) => Vec::new(),
+        },
     })
+}
+
+/// `in.mm_token_type_ids` says nothing that the ids do not say; it must not say something else.
+fn check_types(
+    tensors: &SafeTensors,
+    config: &ModelConfig,
+    shape: &[usize],
+    ids: &[i64],
+) -> anyhow::Result<()> {
+    let Some((types_shape, types)) = integers(tensors, "in.mm_token_type_ids")? else {
+        return Ok(());
+    };
+    if types_shape != shape {
+        bail!("in.mm_token_type_ids is {types_shape:?}, in.input_ids is {shape:?}");
+    }
+    for (&id, found) in ids.iter().zip(types) {
+        let expected = match u32::try_from(id).ok() {
+            Some(id) if id == config.image_token() => 1,
+            Some(id) if Some(id) == config.video_token() => 2,
+            _ => 0,
+        };
+        if found != expected {
+            bail!("in.mm_token_type_ids gives token {id} the type {found}, it is {expected}");
+        }
+    }
+    Ok(())
+}
+
+/// The pixels of either family.
+fn pixels(tensors: &SafeTensors, device: &Device) -> anyhow::Result<PixelTensors<Backend>> {
+    let images = tensors.tensor("in.pixel_values").ok();
+    let images = images.filter(|view| !view.data().is_empty());
+    if let Some(view) = images.as_ref().filter(|view| view.shape().len() != 2) {
+        let [images, channels, height, width] = view.shape()[..] else {
+            bail!(
+                "in.pixel_values must be [N, 3, H, W] or [patches, features], but is {:?}",
+                view.shape()
+            );
+        };
+        let values = floats(view, "in.pixel_values")?;
+        let data = TensorData::new(values, [images, channels, height, width]);
+        return Ok(PixelTensors::Squares(Tensor::from_data(
+            data,
+            (device, DType::F32),
+        )));
+    }
+    let videos = tensors.tensor("in.pixel_values_videos").ok();
+    if images.is_none() && videos.is_none() {
+        return Ok(PixelTensors::Nothing);
+    }
+    let patches = |view: Option<TensorView>, pixels, grids| {
+        view.map(|view| patches(tensors, &view, pixels, grids, device))
+            .transpose()
+    };
+    Ok(PixelTensors::Patches {
+        images: patches(images, "in.pixel_values", "in.image_grid_thw")?,
+        videos: patches(videos, "in.pixel_values_videos", "in.video_grid_thw")?,
+    })
+}
+
+/// Patches `[patches, features]` and their grids `[N, 3]`.
+fn patches(
+    tensors: &SafeTensors,
+    view: &TensorView,
+    pixels: &str,
+    grids: &str,
+    device: &Device,
+) -> anyhow::Result<(Tensor<Backend, 2>, Vec<Grid>)> {
+    let shape = view.shape();
+    let [patches, features] = shape[..] else {
+        bail!("{pixels} must be [patches, features], but is {shape:?}");
+    };
+    let sizes = integers(tensors, grids)?;
+    let (grid_shape, sizes) = sizes.with_context(|| format!("{pixels} needs {grids} [N, 3]"))?;
+    if grid_shape.len() != 2 || grid_shape[1] != 3 {
+        bail!("{grids} must be [N, 3], but is {grid_shape:?}");
+    }
+    let size = |size: i64| {
+        let size = usize::try_from(size).ok();
+        size.with_context(|| format!("{grids} has a negative size"))
+    };
+    let grid = |thw: &[i64]| {
+        Ok(Grid {
+            t: size(thw[0])?,
+            h: size(thw[1])?,
+            w: size(thw[2])?,
+        })
+    };
+    let grids = sizes
+        .chunks_exact(3)
+        .map(grid)
+        .collect::<anyhow::Result<_>>()?;
+    let data = TensorData::new(floats(view, pixels)?, [patches, features]);
+    let values: Tensor<Backend, 2> = Tensor::from_data(data, (device, DType::F32));
+    Ok((values.transpose(), grids))
 }
 
 fn integers(tensors: &SafeTensors, name: &str) -> anyhow::Result<Option<(Vec<usize>, Vec<i64>)>> {
@@ -93,23 +191,12 @@ fn integers(tensors: &SafeTensors, name: &str) -> anyhow::Result<Option<(Vec<usi
     Ok(Some((view.shape().to_vec(), values)))
 }
 
-fn pixels(view: &TensorView, device: &Device) -> anyhow::Result<Tensor<Backend, 4>> {
-    let (shape, dtype) = (view.shape(), view.dtype());
-    let [images, channels, height, width] = shape[..] else {
-        bail!("in.pixel_values must be [N, 3, H, W], but is {shape:?}");
-    };
-    if dtype != Dtype::F32 {
-        bail!("in.pixel_values has type {dtype:?}; write F32");
+fn floats(view: &TensorView, name: &str) -> anyhow::Result<Vec<f32>> {
+    if view.dtype() != Dtype::F32 {
+        bail!("{name} has type {:?}; write F32", view.dtype());
     }
-    let values = view
-        .data()
-        .chunks_exact(4)
-        .map(|b| f32::from_le_bytes(array(b)));
-    let data = TensorData::new(
-        values.collect::<Vec<f32>>(),
-        [images, channels, height, width],
-    );
-    Ok(Tensor::from_data(data, (device, DType::F32)))
+    let bytes = view.data().chunks_exact(4);
+    Ok(bytes.map(|b| f32::from_le_bytes(array(b))).collect())
 }
 
 fn array<const N: usize>(bytes: &[u8]) -> [u8; N] {
@@ -163,17 +250,28 @@ impl Written {
                 &logits,
             );
         }
+        written.positions(&outputs.prompt)?;
         if hidden_states {
             // Packed rows; with one sample the leading axis is the batch.
             let row_major = |x: Tensor<Backend, 2>| x.transpose().unsqueeze::<3>();
+            let VisualTokens {
+                features,
+                images,
+                videos,
+            } = outputs.tokens;
+            let embeddings = outputs.prompt.embeddings;
             for (name, features) in [
-                ("vision_features", outputs.vision_features),
-                ("image_embeds", outputs.image_embeds),
-                ("inputs_embeds", Some(outputs.inputs_embeds)),
+                ("vision_features", features),
+                ("image_embeds", images.map(|images| images.tokens)),
+                ("video_embeds", videos.map(|videos| videos.tokens)),
+                ("inputs_embeds", Some(embeddings)),
             ] {
                 if let Some(features) = features {
                     written.tensor(name, row_major(features))?;
                 }
+            }
+            for (layer, features) in outputs.prompt.deepstack.into_iter().enumerate() {
+                written.tensor(&format!("deepstack.{layer}"), row_major(features))?;
             }
             for (layer, hidden) in outputs.hidden_states.into_iter().enumerate() {
                 let rows: Vec<i64> = hidden.rows.iter().map(|&row| row as i64).collect();
@@ -182,6 +280,41 @@ impl Written {
             }
         }
         Ok(written)
+    }
+
+    /// Positions `[axes, B, L]` (packed rows with several samples of different length are padded
+    /// with −1 at the end), and what generated tokens add to their row number `[B, 1]`.
+    fn positions(&mut self, prompt: &Prompt<Backend>) -> anyhow::Result<()> {
+        let [axes, rows] = prompt.positions.dims();
+        let data = prompt.positions.clone().try_into_data();
+        let data = data.map_err(|error| anyhow::anyhow!("reading positions failed: {error:?}"))?;
+        let packed: Vec<i64> = data.iter::<i64>().collect();
+        let longest = prompt
+            .samples
+            .iter()
+            .map(|sample| sample.rows)
+            .max()
+            .unwrap_or(0);
+        let mut positions = Vec::new();
+        for axis in packed.chunks_exact(rows) {
+            let mut rest = axis;
+            for sample in &prompt.samples {
+                let (of_sample, others) = rest.split_at(sample.rows);
+                positions.extend_from_slice(of_sample);
+                positions.extend(std::iter::repeat_n(NO_TOKEN, longest - sample.rows));
+                rest = others;
+            }
+        }
+        let samples = prompt.samples.len();
+        self.integers(
+            "rope.position_ids",
+            vec![axes, samples, longest],
+            &positions,
+        );
+        let delta = |sample: &SampleLayout| sample.next_position - sample.rows as i64;
+        let deltas: Vec<i64> = prompt.samples.iter().map(delta).collect();
+        self.integers("rope_deltas", vec![samples, 1], &deltas);
+        Ok(())
     }
 
     /// Scores and selections per decision layer, one row per sample. `scores` has one column per

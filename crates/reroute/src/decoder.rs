@@ -94,6 +94,12 @@ impl<B: Backend> Decoder<B> {
         self.embed_tokens.embed(ids)
     }
 
+    /// Whether prompt and schedule fit the decoder and each other.
+    pub fn check(&self, prompt: &Prompt<B>, schedule: &Schedule) -> Result<(), RerouteError> {
+        prompt.validate(&self.config)?;
+        Ok(schedule.check_depth(self.layers.len())?)
+    }
+
     /// Runs prompts through all layers under a schedule and fills the cache.
     ///
     /// Samples are routed one by one by their own scores; samples without visual tokens take the
@@ -128,8 +134,7 @@ impl<B: Backend> Decoder<B> {
         schedule: &Schedule,
         options: PrefillOptions,
     ) -> Result<Prefill<B>, RerouteError> {
-        prompt.validate(&self.config)?;
-        schedule.check_depth(self.layers.len())?;
+        self.check(prompt, schedule)?;
         if (cache.layers(), cache.samples()) != (self.layers.len(), prompt.samples.len()) {
             return Err(RerouteError::Prompt(format!(
                 "the cache has {} layers and {} samples, expected {} and {}",

@@ -1,5 +1,6 @@
 use checkpoint::CheckpointError;
 use llava::LlavaError;
+use qwen_vl::QwenVlError;
 use reducers::ReducerError;
 use reroute::RerouteError;
 use vision_encoder::VisionError;
@@ -22,6 +23,20 @@ pub enum ZooError {
     /// LLaVA.
     #[error(transparent)]
     Llava(#[from] LlavaError),
+    /// Qwen-VL.
+    #[error(transparent)]
+    Qwen(#[from] QwenVlError),
+    /// LLaVA has never seen a video.
+    #[error("this model takes images only, no videos; give single frames as images")]
+    NoVideos,
+    /// Pixel tensors of another family.
+    #[error("the pixels are {given}, this model takes {wanted}")]
+    WrongPixels {
+        /// What was given.
+        given: &'static str,
+        /// What the model takes.
+        wanted: &'static str,
+    },
     /// Images.
     #[error(transparent)]
     Vision(#[from] VisionError),

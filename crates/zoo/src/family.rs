@@ -1,20 +1,26 @@
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
 use checkpoint::{CONFIG_MAX_BYTES, Folder, LoadOptions, LoadProgress, Shards, load_into};
-use llava::{Llava, LlavaConfig, LlavaHfConfig, NAMES, TIED_HEAD};
+use llava::{Llava, LlavaConfig, LlavaHfConfig};
+use qwen_vl::{QwenSample, QwenVl, QwenVlConfig, QwenVlHfConfig};
 use reroute::{Decoder, DecoderConfig, Prompt};
 use serde::Deserialize;
+use vision_encoder::qwen::{Grid, QwenGeneration, QwenVisionOutput};
 
-use crate::ZooError;
+use crate::grounding::GroundingFormat;
+use crate::visual::{PixelTensors, VisualTokens};
+use crate::{Dialect, ZooError};
 
 /// Families that can be opened.
-const KNOWN: &str = "llava (LLaVA-1.5)";
+const KNOWN: &str = "llava (LLaVA-1.5), qwen2_vl, qwen2_5_vl, qwen3_vl";
 
 /// The resolved configuration of a model of one of the families.
 #[derive(Debug, Clone, PartialEq)]
 pub enum ModelConfig {
     /// LLaVA-1.5.
     Llava(LlavaConfig),
+    /// Qwen2-VL, Qwen2.5-VL or Qwen3-VL.
+    Qwen(QwenVlConfig),
 }
 
 #[derive(Deserialize)]
@@ -32,6 +38,10 @@ impl ModelConfig {
                 let config: LlavaHfConfig = folder.read_json("config.json", CONFIG_MAX_BYTES)?;
                 Ok(Self::Llava(config.resolve()?))
             }
+            "qwen2_vl" | "qwen2_5_vl" | "qwen3_vl" => {
+                let config: QwenVlHfConfig = folder.read_json("config.json", CONFIG_MAX_BYTES)?;
+                Ok(Self::Qwen(config.resolve()?))
+            }
             _ => Err(ZooError::UnknownFamily {
                 found: config.model_type,
                 known: KNOWN,
@@ -43,6 +53,7 @@ impl ModelConfig {
     pub fn decoder(&self) -> &DecoderConfig {
         match self {
             Self::Llava(config) => &config.text,
+            Self::Qwen(config) => &config.text,
         }
     }
 
@@ -50,20 +61,66 @@ impl ModelConfig {
     pub fn image_token(&self) -> u32 {
         match self {
             Self::Llava(config) => config.image_token,
+            Self::Qwen(config) => config.image_token,
         }
     }
 
-    /// Rows and columns of the grid of visual tokens of one image.
-    pub fn visual_grid(&self) -> [usize; 2] {
+    /// Token id of a video slot, if the model takes videos.
+    pub fn video_token(&self) -> Option<u32> {
         match self {
-            Self::Llava(config) => [config.vision.grid(); 2],
+            Self::Llava(_) => None,
+            Self::Qwen(config) => Some(config.video_token),
         }
     }
 
-    /// Side of the square images that the vision tower takes, in pixels.
-    pub(crate) fn image_size(&self) -> usize {
+    /// Tokens that are slots or stand around them, whatever the tokenizer says of them.
+    pub(crate) fn slot_tokens(&self) -> Vec<u32> {
         match self {
-            Self::Llava(config) => config.vision.image_size,
+            Self::Llava(config) => vec![config.image_token],
+            Self::Qwen(config) => vec![config.image_token, config.video_token],
+        }
+    }
+
+    /// Visual tokens of one image: as many as every image has, or as 28 · 28 pixel cells (Qwen3-VL:
+    /// 32 · 32) a picture of 672 × 672 pixels has.
+    pub fn typical_visual_tokens(&self) -> usize {
+        match self {
+            Self::Llava(config) => config.vision.patches(),
+            Self::Qwen(config) => {
+                let cell = config.vision.patch_size * config.vision.spatial_merge_size;
+                (672 / cell).pow(2)
+            }
+        }
+    }
+
+    /// Patches along each side of the square that becomes one visual token.
+    pub(crate) fn spatial_merge_size(&self) -> usize {
+        match self {
+            Self::Llava(_) => 1,
+            Self::Qwen(config) => config.vision.spatial_merge_size,
+        }
+    }
+
+    /// How prompts of the family are written.
+    pub(crate) fn dialect(&self) -> Dialect {
+        match self {
+            Self::Llava(_) => Dialect::LLAVA,
+            Self::Qwen(config) => match config.vision.generation {
+                QwenGeneration::Qwen2 | QwenGeneration::Qwen2_5 => Dialect::QWEN2_VL,
+                QwenGeneration::Qwen3 => Dialect::QWEN3_VL,
+            },
+        }
+    }
+
+    /// How the family is asked for boxes.
+    pub(crate) fn grounding(&self) -> GroundingFormat {
+        match self {
+            Self::Llava(_) => GroundingFormat::llava(),
+            Self::Qwen(config) => match config.vision.generation {
+                QwenGeneration::Qwen2 => GroundingFormat::qwen2_vl(),
+                QwenGeneration::Qwen2_5 => GroundingFormat::qwen2_5_vl(),
+                QwenGeneration::Qwen3 => GroundingFormat::qwen3_vl(),
+            },
         }
     }
 }
@@ -73,6 +130,8 @@ impl ModelConfig {
 pub enum Model<B: Backend> {
     /// LLaVA-1.5.
     Llava(Box<Llava<B>>),
+    /// Qwen2-VL, Qwen2.5-VL or Qwen3-VL.
+    Qwen(Box<QwenVl<B>>),
 }
 
 impl<B: Backend> Model<B> {
@@ -85,15 +144,24 @@ impl<B: Backend> Model<B> {
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, ZooError> {
         let shards = Shards::open(folder)?;
+        let mut options = LoadOptions::new(dtype);
+        let mut unused = |tied_head: &str| {
+            if config.decoder().tie_word_embeddings {
+                options.unused.push(tied_head.into());
+            }
+        };
         match config {
             ModelConfig::Llava(config) => {
+                unused(llava::TIED_HEAD);
                 let model = Llava::new(config, device)?;
-                let mut options = LoadOptions::new(dtype);
-                if config.text.tie_word_embeddings {
-                    options.unused.push(TIED_HEAD.into());
-                }
-                let model = load_into(model, &shards, &NAMES, &options, progress)?;
+                let model = load_into(model, &shards, &llava::NAMES, &options, progress)?;
                 Ok(Self::Llava(Box::new(model)))
+            }
+            ModelConfig::Qwen(config) => {
+                unused(qwen_vl::TIED_HEAD);
+                let model = QwenVl::new(config, device)?;
+                let model = load_into(model, &shards, &qwen_vl::NAMES, &options, progress)?;
+                Ok(Self::Qwen(Box::new(model)))
             }
         }
     }
@@ -102,43 +170,63 @@ impl<B: Backend> Model<B> {
     pub fn decoder(&self) -> &Decoder<B> {
         match self {
             Self::Llava(model) => model.language_model(),
+            Self::Qwen(model) => model.language_model(),
         }
     }
 
-    /// Vision features of images.
-    ///
-    /// # Shapes
-    /// - `pixels`: `[images, 3, height, width]`
-    /// - returns `[vision hidden_size, images · tokens]`
-    pub fn vision_features(&self, pixels: Tensor<B, 4>) -> Result<Tensor<B, 2>, ZooError> {
-        match self {
-            Self::Llava(model) => Ok(model.vision_features(pixels)?),
+    /// Visual tokens of preprocessed images and videos.
+    pub fn see(&self, pixels: PixelTensors<B>) -> Result<VisualTokens<B>, ZooError> {
+        match (self, pixels) {
+            (_, PixelTensors::Nothing) => Ok(VisualTokens::default()),
+            (Self::Llava(model), PixelTensors::Squares(pixels)) => {
+                let features = model.vision_features(pixels)?;
+                let tokens = model.project(features.clone());
+                Ok(VisualTokens {
+                    features: Some(features),
+                    images: Some(QwenVisionOutput {
+                        tokens,
+                        deepstack: Vec::new(),
+                    }),
+                    videos: None,
+                })
+            }
+            (Self::Qwen(model), PixelTensors::Patches { images, videos }) => {
+                let see = |patches: Option<(Tensor<B, 2>, Vec<Grid>)>| {
+                    let seen =
+                        patches.map(|(patches, grids)| model.visual().forward(patches, &grids));
+                    seen.transpose()
+                };
+                Ok(VisualTokens {
+                    features: None,
+                    images: see(images)?,
+                    videos: see(videos)?,
+                })
+            }
+            (_, pixels) => Err(ZooError::WrongPixels {
+                given: pixels.describe(),
+                wanted: match self {
+                    Self::Llava(_) => "squares [images, 3, height, width]",
+                    Self::Qwen(_) => "patches [patches, features] with their grids",
+                },
+            }),
         }
     }
 
-    /// Visual tokens from vision features.
-    ///
-    /// # Shapes
-    /// - `features`: `[vision hidden_size, rows]`
-    /// - returns `[hidden_size, rows]`
-    pub fn project(&self, features: Tensor<B, 2>) -> Tensor<B, 2> {
-        match self {
-            Self::Llava(model) => model.project(features),
-        }
-    }
-
-    /// Packs token ids (image slots repeated) and visual tokens into a prompt.
-    ///
-    /// # Shapes
-    /// - `visual`: `[hidden_size, visual tokens of all samples]`
+    /// Packs token ids (slots repeated) and visual tokens into a prompt. LLaVA needs no grids.
     pub fn prompt(
         &self,
-        samples: &[Vec<u32>],
-        visual: Option<Tensor<B, 2>>,
+        samples: &[QwenSample],
+        tokens: &VisualTokens<B>,
         device: &B::Device,
     ) -> Result<Prompt<B>, ZooError> {
+        let (images, videos) = (tokens.images.as_ref(), tokens.videos.as_ref());
         match self {
-            Self::Llava(model) => Ok(model.prompt(samples, visual, device)?),
+            Self::Llava(model) => {
+                let ids: Vec<Vec<u32>> = samples.iter().map(|sample| sample.ids.clone()).collect();
+                let images = images.map(|images| images.tokens.clone());
+                Ok(model.prompt(&ids, images, device)?)
+            }
+            Self::Qwen(model) => Ok(model.prompt(samples, images, videos)?),
         }
     }
 }

@@ -10,13 +10,15 @@
 //!     let folder = Folder::open("llava-1.5-7b-hf")?;
 //!     let vlm = Vlm::<B>::open(&folder, &OpenOptions::default(), device)?;
 //!     let image = decode(&std::fs::read("photo.jpg")?, &DecodeLimits::default())?;
-//!     let question = Question { images: vec![image], text: "What is this?".into() };
+//!     let question = Question::about(vec![image], "What is this?");
 //!     let schedule = presets::find("reroute-pdrop@192")?.schedule(vlm.decoder_config().num_layers)?;
 //!     let options = GenerationOptions { max_new_tokens: 64, ..vlm.generation_defaults() };
 //!     Ok(vlm.ask(&question, &schedule, &options, |_| {})?.text)
 //! }
 //! ```
 
+mod answer;
+mod conversation;
 mod dialect;
 mod error;
 mod family;
@@ -25,13 +27,19 @@ pub mod messages;
 mod template;
 mod tensors;
 mod tokenizer;
+mod visual;
 mod vlm;
 
+pub use answer::{Answer, Question, Timings};
 pub use checkpoint::Folder;
+pub use conversation::Conversation;
 pub use dialect::Dialect;
 pub use error::ZooError;
 pub use family::{Model, ModelConfig};
 pub use template::ChatTemplate;
 pub use tensors::{TensorInputs, TensorOutputs};
 pub use tokenizer::Tokenizer;
-pub use vlm::{Answer, Grounding, OpenOptions, Question, Timings, Vlm};
+pub use visual::{
+    PixelTensors, Prepared, Preprocessor, Video, VideoTime, View, Visual, VisualTokens,
+};
+pub use vlm::{Grounding, OpenOptions, Vlm};

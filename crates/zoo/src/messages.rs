@@ -80,15 +80,6 @@ impl Message {
         }
     }
 
-    /// All texts.
-    pub(crate) fn spoken(&self) -> String {
-        let text = |part: &Content| match part {
-            Content::Text(text) => Some(text.clone()),
-            _ => None,
-        };
-        self.content.iter().filter_map(text).collect()
-    }
-
     /// The message as templates of vision-language models take it.
     pub(crate) fn with_parts(&self) -> Value {
         let part = |part: &Content| match part {

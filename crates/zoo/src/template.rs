@@ -37,23 +37,23 @@ pub struct ChatTemplate {
 
 /// Texts that templates refer to.
 #[derive(Debug, Clone, Default, Deserialize)]
-pub(crate) struct SpecialTokens {
+struct SpecialTokens {
     #[serde(default)]
-    pub bos_token: Option<TokenText>,
+    bos_token: Option<TokenText>,
     #[serde(default)]
-    pub eos_token: Option<TokenText>,
+    eos_token: Option<TokenText>,
 }
 
 /// A token, plain or as the object that older tokenizers write.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(untagged)]
-pub(crate) enum TokenText {
+enum TokenText {
     Plain(String),
     Object { content: String },
 }
 
 impl TokenText {
-    pub fn text(&self) -> &str {
+    fn text(&self) -> &str {
         match self {
             Self::Plain(text) => text,
             Self::Object { content } => content,
@@ -95,27 +95,14 @@ impl TemplateText {
 }
 
 impl ChatTemplate {
-    /// LLaVA-1.5's, see [`open_in`](Self::open_in).
-    pub(crate) fn open(folder: &Folder, special_tokens: SpecialTokens) -> Result<Self, ZooError> {
-        Self::find(folder, special_tokens, Dialect::LLAVA)
-    }
-
     /// Takes the first of `chat_template.jinja`, `chat_template.json`, `processor_config.json` and
     /// `tokenizer_config.json` that has a template; the dialect's own otherwise.
-    pub fn open_in(folder: &Folder, dialect: Dialect) -> Result<Self, ZooError> {
+    pub fn open(folder: &Folder, dialect: Dialect) -> Result<Self, ZooError> {
         let tokens = "tokenizer_config.json";
-        let special_tokens = match folder.has(tokens) {
+        let special_tokens: SpecialTokens = match folder.has(tokens) {
             true => folder.read_json(tokens, checkpoint::CONFIG_MAX_BYTES)?,
             false => SpecialTokens::default(),
         };
-        Self::find(folder, special_tokens, dialect)
-    }
-
-    fn find(
-        folder: &Folder,
-        special_tokens: SpecialTokens,
-        dialect: Dialect,
-    ) -> Result<Self, ZooError> {
         if folder.has("chat_template.jinja") {
             let bytes = folder.read("chat_template.jinja", checkpoint::TEMPLATE_MAX_BYTES)?;
             let source = String::from_utf8_lossy(&bytes).into_owned();
@@ -204,14 +191,6 @@ impl ChatTemplate {
         &self.dialect
     }
 
-    /// Renders one user turn: the images, then the text, then the cue for the answer.
-    pub fn render(&self, images: usize, text: &str) -> Result<String, ZooError> {
-        let mut content = vec![Content::Image; images];
-        content.push(Content::Text(text.into()));
-        let role = Role::User;
-        self.render_conversation(&[Message { role, content }], true)
-    }
-
     /// Renders a conversation, and the cue for an answer if `add_generation_prompt`. Texts stand in
     /// it as they are: [`Message::disarmed`] makes those harmless that come from outside.
     pub fn render_conversation(
@@ -239,31 +218,6 @@ impl ChatTemplate {
             .bos_token()
             .is_some_and(|bos| rendered.starts_with(bos));
         tokenizer.encode(&rendered, !has_bos)
-    }
-
-    /// Token ids of what follows the last answer of a conversation: the end of its turn, the messages
-    /// after it and the cue for the next answer. They continue a cache that holds the conversation
-    /// up to that answer, and the answer's own tokens but for the one that stopped it.
-    ///
-    /// `None` if there is no answer, or if the template writes what was said before differently
-    /// once it is answered: then the whole conversation has to be read again.
-    pub fn encode_after_answer(
-        &self,
-        tokenizer: &Tokenizer,
-        messages: &[Message],
-    ) -> Result<Option<Vec<u32>>, ZooError> {
-        let messages: Vec<Message> = messages.iter().map(|m| m.disarmed(tokenizer)).collect();
-        let is_answer = |message: &Message| message.role == Role::Assistant;
-        let Some(last) = messages.iter().rposition(is_answer) else {
-            return Ok(None);
-        };
-        let before = self.render_conversation(&messages[..last], true)?;
-        let whole = self.render_conversation(&messages, true)?;
-        let answer = messages[last].spoken();
-        // Answers are kept without the white space around them.
-        let rest = whole.strip_prefix(&before).map(str::trim_start);
-        let rest = rest.and_then(|rest| rest.strip_prefix(answer.trim()));
-        rest.map(|rest| tokenizer.encode_inside(rest)).transpose()
     }
 
     /// Repeats the token of each slot as often as the slot has visual tokens.
@@ -327,14 +281,14 @@ impl ChatTemplate {
         String::from_utf8(output.0).map_err(|_| self.unusable("renders text that is not UTF-8"))
     }
 
-    pub(crate) fn unusable(&self, reason: impl Into<String>) -> ZooError {
+    fn unusable(&self, reason: impl Into<String>) -> ZooError {
         ZooError::TemplateOutput {
             name: self.name.clone(),
             reason: reason.into(),
         }
     }
 
-    pub(crate) fn bos_token(&self) -> Option<&str> {
+    fn bos_token(&self) -> Option<&str> {
         self.special_tokens.bos_token.as_ref().map(TokenText::text)
     }
 

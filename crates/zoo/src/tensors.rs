@@ -2,31 +2,33 @@ use std::ops::ControlFlow;
 
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
+use qwen_vl::QwenSample;
 use reducers::Schedule;
 use reroute::{
-    Generation, GenerationOptions, HiddenStates, PrefillOptions, RoutingTrace, generate,
+    Generation, GenerationOptions, HiddenStates, PrefillOptions, Prompt, RoutingTrace, generate,
 };
+use vision_encoder::qwen::Grid;
 
-use crate::{Vlm, ZooError};
+use crate::{PixelTensors, VisualTokens, Vlm, ZooError};
 
 /// Inputs as tensors, past tokenizer and image preprocessing: for comparing implementations.
 #[derive(Debug, Clone)]
 pub struct TensorInputs<B: Backend> {
-    /// Token ids of each sample without padding, image slots repeated once per visual token.
+    /// Token ids of each sample without padding, slots repeated once per visual token.
     pub samples: Vec<Vec<u32>>,
-    /// `[images, 3, height, width]`, the images of all samples in order.
-    pub pixel_values: Option<Tensor<B, 4>>,
+    /// The images and videos of all samples in order.
+    pub pixels: PixelTensors<B>,
+    /// Seconds that a temporal patch of each video lasts, in order; none at all is 1 second each.
+    pub second_per_grid_ts: Vec<f32>,
 }
 
 /// Everything a comparison may want to see.
 #[derive(Debug)]
 pub struct TensorOutputs<B: Backend> {
-    /// `[vision hidden_size, rows]`, packed.
-    pub vision_features: Option<Tensor<B, 2>>,
-    /// `[hidden_size, rows]`, packed.
-    pub image_embeds: Option<Tensor<B, 2>>,
-    /// `[hidden_size, rows]`, packed.
-    pub inputs_embeds: Tensor<B, 2>,
+    /// What the vision tower made of the pixels.
+    pub tokens: VisualTokens<B>,
+    /// The packed prompt: embeddings and positions.
+    pub prompt: Prompt<B>,
     /// Output of every layer, if asked for.
     pub hidden_states: Vec<HiddenStates<B>>,
     /// `[samples, vocab_size]`, logits of the last row of the prefill.
@@ -50,24 +52,15 @@ impl<B: Backend> Vlm<B> {
         hidden_states: bool,
     ) -> Result<TensorOutputs<B>, ZooError> {
         let model = self.model();
-        let pixels = inputs.pixel_values.filter(|pixels| pixels.dims()[0] > 0);
-        let pixels = pixels.map(|pixels| pixels.cast(self.dtype()));
-        let vision_features = pixels
-            .map(|pixels| model.vision_features(pixels))
-            .transpose()?;
-        let image_embeds = vision_features
-            .clone()
-            .map(|features| model.project(features));
-        let prompt = model.prompt(&inputs.samples, image_embeds.clone(), self.device())?;
+        let samples = self.with_grids(&inputs);
+        let tokens = model.see(inputs.pixels.cast(self.dtype()))?;
+        let prompt = model.prompt(&samples, &tokens, self.device())?;
         let decoder = model.decoder();
-        let prefill = decoder.prefill(
-            &prompt,
-            schedule,
-            PrefillOptions {
-                hidden_states,
-                ..Default::default()
-            },
-        )?;
+        let options = PrefillOptions {
+            hidden_states,
+            ..Default::default()
+        };
+        let prefill = decoder.prefill(&prompt, schedule, options)?;
         let mut cache = prefill.cache;
         let kv_lengths = (0..cache.samples())
             .map(|sample| cache.lengths(sample))
@@ -88,14 +81,51 @@ impl<B: Backend> Vlm<B> {
             go_on,
         )?;
         Ok(TensorOutputs {
-            vision_features,
-            image_embeds,
-            inputs_embeds: prompt.embeddings,
+            tokens,
+            prompt,
             hidden_states: prefill.hidden_states,
             logits,
             trace: prefill.trace,
             kv_lengths,
             generations,
         })
+    }
+
+    /// Gives every sample the images and videos that its slots ask for, in order.
+    fn with_grids(&self, inputs: &TensorInputs<B>) -> Vec<QwenSample> {
+        let [images, videos] = inputs.pixels.grids();
+        let images = self.split(images, &inputs.samples, Some(self.config().image_token()));
+        let videos = self.split(videos, &inputs.samples, self.config().video_token());
+        let mut seconds = inputs.second_per_grid_ts.iter().copied();
+        let visuals = images.into_iter().zip(videos);
+        let samples = inputs.samples.iter().zip(visuals);
+        samples
+            .map(|(ids, (image_grids, video_grids))| QwenSample {
+                ids: ids.clone(),
+                second_per_grid_ts: seconds.by_ref().take(video_grids.len()).collect(),
+                image_grids,
+                video_grids,
+            })
+            .collect()
+    }
+
+    /// Divides grids among samples by their slots. What is left over goes to the last sample, where it
+    /// is found to be too much.
+    fn split(&self, grids: &[Grid], samples: &[Vec<u32>], slot: Option<u32>) -> Vec<Vec<Grid>> {
+        let merge = self.config().spatial_merge_size();
+        let mut rest = grids;
+        let mut divided = Vec::new();
+        for (index, ids) in samples.iter().enumerate() {
+            let mut slots = ids.iter().filter(|&&id| Some(id) == slot).count();
+            let mut taken = 0;
+            while taken < rest.len() && (slots > 0 || index + 1 == samples.len()) {
+                slots = slots.saturating_sub(rest[taken].tokens(merge));
+                taken += 1;
+            }
+            let (of_sample, others) = rest.split_at(taken);
+            divided.push(of_sample.to_vec());
+            rest = others;
+        }
+        divided
     }
 }

@@ -24,15 +24,9 @@ struct Special {
 }
 
 impl Tokenizer {
-    /// Parses the contents of `tokenizer.json`. The image token is special even if the file does
-    /// not say so.
-    pub fn from_json(json: &[u8], image_token: u32) -> Result<Self, ZooError> {
-        Self::with_reserved(json, &[image_token])
-    }
-
     /// Parses the contents of `tokenizer.json`. The reserved tokens are special even if the file
     /// does not say so.
-    pub fn with_reserved(json: &[u8], reserved: &[u32]) -> Result<Self, ZooError> {
+    pub fn from_json(json: &[u8], reserved: &[u32]) -> Result<Self, ZooError> {
         let mut inner = guarded("it cannot be read", || HfTokenizer::from_bytes(json))?;
         // Prompts are never cut or padded behind the caller's back.
         inner.with_padding(None);
@@ -110,16 +104,6 @@ impl Tokenizer {
             rest = tail;
         }
         Ok(ids)
-    }
-
-    /// Token ids of a part of a rendered prompt that does not stand at its beginning, where the
-    /// tokenizer of LLaMA would put a space.
-    pub(crate) fn encode_inside(&self, rendered: &str) -> Result<Vec<u32>, ZooError> {
-        let first = run(&self.inner, "a", false)?.first().copied();
-        let first = first.and_then(|id| self.inner.id_to_token(id));
-        let puts_space = first.is_some_and(|token| token.starts_with('\u{2581}'));
-        let unspaced = rendered.strip_prefix(' ').filter(|_| puts_space);
-        self.encode(unspaced.unwrap_or(rendered), false)
     }
 
     /// The text of token ids, without special tokens.

@@ -1,19 +1,18 @@
-use std::ops::ControlFlow;
-use std::time::{Duration, Instant};
-
+use burn::tensor::DType;
 use burn::tensor::backend::Backend;
-use burn::tensor::{DType, Tensor};
-use checkpoint::{Folder, LoadProgress};
+use checkpoint::{CONFIG_MAX_BYTES, Folder, LoadProgress, TOKENIZER_MAX_BYTES};
+use qwen_vl::QwenSample;
 use reducers::Schedule;
-use reroute::{
-    DecoderConfig, FinishReason, GenerationOptions, PrefillOptions, RoutingTrace, generate,
-};
+use reroute::{DecoderConfig, GenerationOptions, Prompt};
 use serde::Deserialize;
-use vision_encoder::{ClipPreprocessor, ClipPreprocessorConfig, RgbImage, to_tensor};
+use vision_encoder::RgbImage;
 
 use crate::grounding::{BoundingBox, GroundingFormat, parse_box};
-use crate::template::{SpecialTokens, TokenText};
-use crate::{ChatTemplate, Model, ModelConfig, Tokenizer, ZooError};
+use crate::messages::{Message, Slots};
+use crate::{
+    Answer, ChatTemplate, Model, ModelConfig, PixelTensors, Prepared, Preprocessor, Question,
+    Tokenizer, View, Visual, VisualTokens, ZooError,
+};
 
 /// A vision-language model with everything it needs to answer.
 pub struct Vlm<B: Backend> {
@@ -21,7 +20,7 @@ pub struct Vlm<B: Backend> {
     model: Model<B>,
     tokenizer: Tokenizer,
     template: ChatTemplate,
-    preprocessor: ClipPreprocessor,
+    preprocessor: Preprocessor,
     grounding: GroundingFormat,
     generation: GenerationOptions,
     dtype: DType,
@@ -33,9 +32,12 @@ pub struct Vlm<B: Backend> {
 pub struct OpenOptions {
     /// Type that weights are converted to: f32 or f16.
     pub dtype: DType,
-    /// Pad images to a square instead of cropping, as the original LLaVA code does; `None` follows
+    /// LLaVA: pad images to a square instead of cropping, as the original code does; `None` follows
     /// `preprocessor_config.json`.
     pub pad_to_square: Option<bool>,
+    /// Qwen: largest area of an image in pixels; `None` is the checkpoint's own limit, but at most
+    /// [`DEFAULT_MAX_PIXELS`](vision_encoder::qwen::DEFAULT_MAX_PIXELS).
+    pub max_pixels: Option<usize>,
 }
 
 impl Default for OpenOptions {
@@ -43,38 +45,9 @@ impl Default for OpenOptions {
         Self {
             dtype: DType::F32,
             pad_to_square: None,
+            max_pixels: None,
         }
     }
-}
-
-/// A question about any number of images.
-#[derive(Debug, Clone)]
-pub struct Question {
-    /// The images, in the order in which the text speaks of them.
-    pub images: Vec<RgbImage>,
-    /// The user's text. Special tokens in it are ordinary text.
-    pub text: String,
-}
-
-/// The answer to a [`Question`].
-#[derive(Debug, Clone)]
-pub struct Answer {
-    /// Generated text, without special tokens.
-    pub text: String,
-    /// Generated token ids, including the stop token.
-    pub tokens: Vec<u32>,
-    /// Why generation ended.
-    pub finish: FinishReason,
-    /// Rows of the prompt.
-    pub prompt_rows: usize,
-    /// Visual tokens of the prompt.
-    pub visual_tokens: usize,
-    /// What routing did; decisions of this sample only.
-    pub trace: RoutingTrace,
-    /// Bytes of keys and values per layer after prefill.
-    pub kv_bytes: Vec<u64>,
-    /// Wall-clock times of the whole batch.
-    pub timings: Timings,
 }
 
 /// Where something is.
@@ -86,17 +59,6 @@ pub struct Grounding {
     pub normalized: BoundingBox,
     /// The answer that the box was read from.
     pub answer: Answer,
-}
-
-/// Where the time went.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Timings {
-    /// Vision tower and projector.
-    pub vision: Duration,
-    /// All prompts through the decoder, routing included.
-    pub prefill: Duration,
-    /// All generated tokens.
-    pub decode: Duration,
 }
 
 #[derive(Default, Deserialize)]
@@ -132,33 +94,28 @@ impl<B: Backend> Vlm<B> {
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, ZooError> {
         let config = ModelConfig::open(folder)?;
-        let tokenizer = folder.read("tokenizer.json", checkpoint::TOKENIZER_MAX_BYTES)?;
-        let tokenizer = Tokenizer::from_json(&tokenizer, config.image_token())?;
-        let special_tokens: SpecialTokens = optional(folder, "tokenizer_config.json")?;
+        let tokenizer = folder.read("tokenizer.json", TOKENIZER_MAX_BYTES)?;
+        let tokenizer = Tokenizer::from_json(&tokenizer, &config.slot_tokens())?;
+        check_vocabulary(&config, &tokenizer)?;
         let generation: GenerationConfig = optional(folder, "generation_config.json")?;
-        let preprocessor: ClipPreprocessorConfig =
-            folder.read_json("preprocessor_config.json", checkpoint::CONFIG_MAX_BYTES)?;
-        let mut preprocessor = preprocessor.resolve()?;
-        if let Some(pad) = options.pad_to_square {
-            preprocessor = preprocessor.with_pad_to_square(pad);
-        }
+        let preprocessor = Preprocessor::open(folder, &config, options)?;
         let grounding = match folder.has("grounding.json") {
-            true => folder.read_json("grounding.json", checkpoint::CONFIG_MAX_BYTES)?,
-            false => GroundingFormat::llava(),
+            true => folder.read_json("grounding.json", CONFIG_MAX_BYTES)?,
+            false => config.grounding(),
         };
-        check_sizes(&config, &tokenizer, &preprocessor)?;
+        let template = ChatTemplate::open(folder, config.dialect())?;
         let model = Model::open(&config, folder, options.dtype, device, progress)?;
-        let eos = special_tokens.eos_token.as_ref().map(TokenText::text);
         let stop_tokens = match generation.eos_token_id {
             Some(TokenIds::One(id)) => vec![id],
             Some(TokenIds::Several(ids)) => ids,
-            None => eos
+            None => template
+                .eos_token()
                 .and_then(|token| tokenizer.id(token))
                 .into_iter()
                 .collect(),
         };
         Ok(Self {
-            template: ChatTemplate::open(folder, special_tokens)?,
+            template,
             generation: GenerationOptions {
                 max_new_tokens: generation.max_new_tokens.unwrap_or(256),
                 stop_tokens,
@@ -214,62 +171,87 @@ impl<B: Backend> Vlm<B> {
         &self.grounding
     }
 
-    /// Image preprocessing.
-    pub fn preprocessor(&self) -> &ClipPreprocessor {
+    /// Preprocessing of images and videos.
+    pub fn preprocessor(&self) -> &Preprocessor {
         &self.preprocessor
     }
 
-    /// Token ids of a question, image slots repeated once per visual token.
+    /// Token ids of a question, slots repeated once per visual token.
     pub fn encode(&self, question: &Question) -> Result<Vec<u32>, ZooError> {
-        let images = question.images.len();
-        let text = self.tokenizer.disarm(&question.text);
-        let rendered = self.template.render(images, &text)?;
-        let has_bos = self
-            .template
-            .bos_token()
-            .is_some_and(|bos| rendered.starts_with(bos));
-        let ids = self.tokenizer.encode(&rendered, !has_bos)?;
-        let image = self.config.image_token();
-        let slots = ids.iter().filter(|&&id| id == image).count();
-        if slots != images {
-            return Err(self.template.unusable(format!(
-                "makes {slots} image slots for {images} images (the image token of config.json is \
-                 {image})"
-            )));
-        }
-        let [rows, columns] = self.config.visual_grid();
-        let repeat = |id: u32| match id == image {
-            true => rows * columns,
-            false => 1,
-        };
-        Ok(ids
-            .into_iter()
-            .flat_map(|id| std::iter::repeat_n(id, repeat(id)))
-            .collect())
+        let prepared = self.prepare(&question.visuals)?;
+        let views: Vec<View> = prepared.into_iter().map(|(view, _)| view).collect();
+        self.encode_messages(&[question.message(&views)], &views)
     }
 
-    /// Answers one question. `on_text` receives the answer piece by piece as it is generated.
-    pub fn ask(
+    /// Token ids of a conversation about visuals that are seen like this, and the cue for an answer.
+    pub fn encode_messages(
         &self,
-        question: &Question,
-        schedule: &Schedule,
-        options: &GenerationOptions,
-        on_text: impl FnMut(&str),
-    ) -> Result<Answer, ZooError> {
-        let mut stream = self.tokenizer.stream(on_text);
-        let mut on_token = |_, id| {
-            if !options.stop_tokens.contains(&id) {
-                stream(id);
+        messages: &[Message],
+        views: &[View],
+    ) -> Result<Vec<u32>, ZooError> {
+        let ids = self.template.encode(&self.tokenizer, messages, true)?;
+        let (mut images, mut videos) = (Vec::new(), Vec::new());
+        for view in views {
+            let [steps, rows, columns] = view.tokens;
+            match view.time {
+                None => images.push(rows * columns),
+                Some(_) => {
+                    videos.extend(self.template.dialect().video_slots(steps, rows * columns))
+                }
             }
-            ControlFlow::Continue(())
+        }
+        let image = Slots {
+            kind: "image",
+            token: self.config.image_token(),
+            lengths: &images,
         };
-        let mut answers = self.ask_batch(
-            std::slice::from_ref(question),
-            schedule,
-            options,
-            &mut on_token,
-        )?;
-        Ok(answers.remove(0))
+        let video = self.config.video_token().map(|token| Slots {
+            kind: "video",
+            token,
+            lengths: &videos,
+        });
+        let slots: Vec<Slots> = [Some(image), video].into_iter().flatten().collect();
+        self.template.expand(&ids, &slots)
+    }
+
+    /// Preprocesses images and videos.
+    pub(crate) fn prepare(&self, visuals: &[Visual]) -> Result<Vec<(View, Prepared)>, ZooError> {
+        let prepare = |visual| self.preprocessor.prepare(visual);
+        visuals.iter().map(prepare).collect()
+    }
+
+    /// Visual tokens of preprocessed images and videos.
+    pub(crate) fn see(&self, prepared: Vec<Prepared>) -> Result<VisualTokens<B>, ZooError> {
+        let pixels = PixelTensors::of(prepared, &self.device)?;
+        self.model.see(pixels.cast(self.dtype))
+    }
+
+    /// Packs the prompts of samples.
+    pub(crate) fn prompt(
+        &self,
+        ids: &[Vec<u32>],
+        views: &[Vec<View>],
+        tokens: &VisualTokens<B>,
+    ) -> Result<Prompt<B>, ZooError> {
+        let sample = |(ids, views): (&Vec<u32>, &Vec<View>)| {
+            let times = views.iter().filter_map(|view| view.time.as_ref());
+            QwenSample {
+                ids: ids.clone(),
+                image_grids: views
+                    .iter()
+                    .filter(|v| v.time.is_none())
+                    .map(|v| v.grid)
+                    .collect(),
+                video_grids: views
+                    .iter()
+                    .filter(|v| v.time.is_some())
+                    .map(|v| v.grid)
+                    .collect(),
+                second_per_grid_ts: times.map(|time| time.seconds_per_step as f32).collect(),
+            }
+        };
+        let samples: Vec<QwenSample> = ids.iter().zip(views).map(sample).collect();
+        self.model.prompt(&samples, tokens, &self.device)
     }
 
     /// Asks where something is and reads the box out of the answer.
@@ -280,22 +262,16 @@ impl<B: Backend> Vlm<B> {
         schedule: &Schedule,
         options: &GenerationOptions,
     ) -> Result<Grounding, ZooError> {
-        let question = Question {
-            images: vec![image.clone()],
-            text: self.grounding.question(expression),
-        };
+        let question = Question::about(vec![image.clone()], self.grounding.question(expression));
         let answer = self.ask(&question, schedule, options, |_| {})?;
-        let Some(answered) = parse_box(&answer.text) else {
+        let (Some(answered), Some(view)) = (parse_box(&answer.text), answer.views.first()) else {
             return Err(ZooError::NoBox {
                 answer: answer.text,
             });
         };
-        let resized = self.preprocessor.output_size().map(|side| side as f64);
-        let seen = self
-            .grounding
-            .units
-            .normalized(answered, [resized[1], resized[0]]);
-        let pixels = self.preprocessor.box_to_pixels(image, seen);
+        let pixels = self
+            .preprocessor
+            .box_to_pixels(image, view, self.grounding.units, answered);
         let (width, height) = (image.width() as f64, image.height() as f64);
         let [x1, y1, x2, y2] = pixels;
         Ok(Grounding {
@@ -303,82 +279,6 @@ impl<B: Backend> Vlm<B> {
             normalized: [x1 / width, y1 / height, x2 / width, y2 / height],
             answer,
         })
-    }
-
-    /// Answers several questions in one batch, each routed by its own scores. `on_token` receives
-    /// (question, token id) as soon as a token is chosen; breaking ends all answers.
-    pub fn ask_batch(
-        &self,
-        questions: &[Question],
-        schedule: &Schedule,
-        options: &GenerationOptions,
-        on_token: &mut dyn FnMut(usize, u32) -> ControlFlow<()>,
-    ) -> Result<Vec<Answer>, ZooError> {
-        let ids = questions.iter().map(|question| self.encode(question));
-        let ids = ids.collect::<Result<Vec<_>, _>>()?;
-        let pixels = questions.iter().flat_map(|question| &question.images);
-        let pixels = pixels.map(|image| self.preprocessor.preprocess(image));
-        let pixels = pixels.collect::<Result<Vec<_>, _>>()?;
-        let mut timings = Timings::default();
-
-        let started = Instant::now();
-        let visual = match pixels.is_empty() {
-            true => None,
-            false => {
-                let pixels: Tensor<B, 4> = to_tensor(&pixels, &self.device)?;
-                let features = self.model.vision_features(pixels.cast(self.dtype))?;
-                Some(self.model.project(features))
-            }
-        };
-        self.finish(started, &mut timings.vision);
-
-        let started = Instant::now();
-        let prompt = self.model.prompt(&ids, visual, &self.device)?;
-        let decoder = self.model.decoder();
-        let prefill = decoder.prefill(&prompt, schedule, PrefillOptions::default())?;
-        self.finish(started, &mut timings.prefill);
-
-        let started = Instant::now();
-        let mut cache = prefill.cache;
-        let kv_bytes: Vec<Vec<u64>> = (0..ids.len()).map(|sample| cache.bytes(sample)).collect();
-        let generations = generate(decoder, prefill.logits, &mut cache, &ids, options, on_token)?;
-        self.finish(started, &mut timings.decode);
-
-        let answers = generations.into_iter().zip(kv_bytes).enumerate();
-        let answer =
-            |(sample, (generation, kv_bytes)): (usize, (reroute::Generation, Vec<u64>))| {
-                let layout = &prompt.samples[sample];
-                Ok(Answer {
-                    text: self
-                        .tokenizer
-                        .decode(&generation.tokens)?
-                        .trim()
-                        .to_string(),
-                    tokens: generation.tokens,
-                    finish: generation.finish,
-                    prompt_rows: layout.rows,
-                    visual_tokens: layout.visual.len(),
-                    trace: RoutingTrace {
-                        decisions: prefill.trace.of_sample(sample).cloned().collect(),
-                        rows: prefill
-                            .trace
-                            .rows
-                            .iter()
-                            .map(|rows| vec![rows[sample]])
-                            .collect(),
-                    },
-                    kv_bytes,
-                    timings,
-                })
-            };
-        answers.map(answer).collect()
-    }
-
-    /// Waits for the device, so that the time belongs to what was asked of it.
-    fn finish(&self, started: Instant, elapsed: &mut Duration) {
-        // A failed synchronisation shows again, with its reason, when results are read.
-        let _ = B::sync(&self.device);
-        *elapsed = started.elapsed();
     }
 }
 
@@ -388,32 +288,23 @@ fn optional<T: Default + serde::de::DeserializeOwned>(
     name: &str,
 ) -> Result<T, ZooError> {
     match folder.has(name) {
-        true => Ok(folder.read_json(name, checkpoint::CONFIG_MAX_BYTES)?),
+        true => Ok(folder.read_json(name, CONFIG_MAX_BYTES)?),
         false => Ok(T::default()),
     }
 }
 
-/// Tokenizer, preprocessor and model must belong together.
-fn check_sizes(
-    config: &ModelConfig,
-    tokenizer: &Tokenizer,
-    preprocessor: &ClipPreprocessor,
-) -> Result<(), ZooError> {
+/// Tokenizer and model must belong together.
+fn check_vocabulary(config: &ModelConfig, tokenizer: &Tokenizer) -> Result<(), ZooError> {
     let vocab_size = config.decoder().vocab_size;
-    if tokenizer.vocab_size() > vocab_size.max(config.image_token() as usize + 1) {
+    let slots = config.slot_tokens().into_iter().max();
+    let slots = slots.map_or(0, |last| last as usize + 1);
+    if tokenizer.vocab_size() > vocab_size.max(slots) {
         return Err(ZooError::Tokenizer {
             reason: format!(
                 "it has ids up to {}, the model's vocabulary has {vocab_size}",
                 tokenizer.vocab_size() - 1
             ),
             source: None,
-        });
-    }
-    let (size, [height, width]) = (config.image_size(), preprocessor.output_size());
-    if [height, width] != [size, size] {
-        return Err(ZooError::ImageSize {
-            made: format!("{width}×{height}"),
-            wanted: format!("{size}×{size}"),
         });
     }
     Ok(())

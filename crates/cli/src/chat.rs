@@ -1,0 +1,138 @@
+//! `reroute chat`: questions that follow one another.
+
+use std::io::{BufRead, IsTerminal, Write, stderr, stdin};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use reducers::Schedule;
+use zoo::{Conversation, Question, Visual, Vlm};
+
+use crate::args::ChatArgs;
+use crate::backend::Backend;
+use crate::{open, output};
+
+const HELP: &str = "\
+A line is a question; the answer follows. Images and videos stay in the conversation.
+  /image FILE   the next question is also about this image
+  /video DIR    the next question is also about this video, a folder of frames
+  /reset        forget everything
+  /help         this text
+  /quit         leave; so does the end of the input";
+
+/// Longest line that is read, in bytes.
+const MAX_LINE_BYTES: usize = 1 << 20;
+
+/// Runs the command on the standard input.
+pub fn run(args: &ChatArgs, out: &mut dyn Write) -> anyhow::Result<()> {
+    run_on(args, &mut stdin().lock(), stdin().is_terminal(), out)
+}
+
+/// Runs the command on any input. A person at a terminal may try again after a mistake; elsewhere the
+/// first mistake ends the program.
+pub fn run_on(
+    args: &ChatArgs,
+    input: &mut dyn BufRead,
+    is_person: bool,
+    out: &mut dyn Write,
+) -> anyhow::Result<()> {
+    let vlm = open::model(&args.model)?;
+    let schedule = open::schedule(&args.routing.routing, vlm.decoder_config().num_layers)?;
+    let options = open::generation(&args.generation, vlm.generation_defaults())?;
+    let start = || Conversation::new(&vlm, schedule.clone(), options.clone());
+    let mut conversation = start();
+    let mut visuals = open::visuals(&args.visual)?;
+    if is_person {
+        let _ = writeln!(stderr(), "{HELP}");
+    }
+    loop {
+        if is_person {
+            let _ = write!(stderr(), "> ");
+        }
+        let Some(line) = read_line(input)? else {
+            return Ok(());
+        };
+        let line = line.trim();
+        let done = match line.split_once(char::is_whitespace).unwrap_or((line, "")) {
+            ("", _) => continue,
+            ("/quit", _) => return Ok(()),
+            ("/help", _) => {
+                let _ = writeln!(stderr(), "{HELP}");
+                continue;
+            }
+            ("/reset", _) => {
+                conversation = start();
+                visuals.clear();
+                continue;
+            }
+            ("/image", path) => open::image(Path::new(path.trim())).map(|image| {
+                visuals.push(Visual::Image(image));
+            }),
+            ("/video", path) => open::video(&PathBuf::from(path.trim()), args.visual.fps)
+                .map(|video| visuals.push(Visual::Video(video))),
+            (command, _) if command.starts_with('/') => {
+                Err(anyhow::anyhow!("{command} is no command; /help lists them"))
+            }
+            _ => {
+                let question = Question {
+                    visuals: visuals.clone(),
+                    text: line.to_string(),
+                };
+                let told = tell(args, &vlm, &schedule, &mut conversation, &question, out);
+                if told.is_ok() {
+                    visuals.clear();
+                }
+                told
+            }
+        };
+        match done {
+            Err(error) if is_person => {
+                let _ = writeln!(stderr(), "error: {error:#}");
+            }
+            done => done?,
+        }
+    }
+}
+
+/// Asks one question and prints its answer.
+fn tell(
+    args: &ChatArgs,
+    vlm: &Vlm<Backend>,
+    schedule: &Schedule,
+    conversation: &mut Conversation<Backend>,
+    question: &Question,
+    out: &mut dyn Write,
+) -> anyhow::Result<()> {
+    let mut written = Ok(());
+    let answer = conversation.ask(question, |piece| {
+        if !args.json && written.is_ok() {
+            written = write!(out, "{piece}").and_then(|()| out.flush());
+        }
+    })?;
+    written?;
+    output::print_notices(&answer);
+    if args.json {
+        let report = output::answer_json(vlm, schedule, &answer);
+        writeln!(out, "{report}")?;
+    } else {
+        writeln!(out)?;
+        let _ = writeln!(stderr(), "{}", output::turn_summary(vlm, schedule, &answer));
+    }
+    Ok(out.flush()?)
+}
+
+/// The next line; `None` at the end of the input.
+fn read_line(input: &mut dyn BufRead) -> anyhow::Result<Option<String>> {
+    let mut line = Vec::new();
+    let mut limited = std::io::Read::take(input, MAX_LINE_BYTES as u64 + 1);
+    limited
+        .read_until(b'\n', &mut line)
+        .context("cannot read the next question")?;
+    if line.len() > MAX_LINE_BYTES {
+        bail!("a line is longer than {MAX_LINE_BYTES} bytes; shorten it");
+    }
+    if line.is_empty() {
+        return Ok(None);
+    }
+    let line = String::from_utf8(line).context("a line is not UTF-8 text")?;
+    Ok(Some(line))
+}

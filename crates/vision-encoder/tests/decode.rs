@@ -115,11 +115,19 @@ fn webp_claiming(width: u32, height: u32) -> Vec<u8> {
     bytes
 }
 
+/// A PNG with more chunks before those of a kind.
+fn png_with(bytes: &[u8], kind: &[u8; 4], added: &[Vec<u8>]) -> Vec<u8> {
+    let at = bytes.windows(4).position(|found| found == kind);
+    let (before, after) = bytes.split_at(at.expect("the chunk") - 4);
+    [before, &added.concat(), after].concat()
+}
+
 /// The size is refused from the header: nothing of it is allocated.
 #[test]
 fn a_claimed_size_beyond_the_limit_is_refused_from_the_header() {
     for (bytes, claimed) in [
         (png_claiming(30_000, 30_000), (30_000, 30_000)),
+        (png_claiming(8000, 8001), (8000, 8001)),
         (png_claiming(1, 64_000_001), (1, 64_000_001)),
         (jpeg_claiming(65_000, 65_000), (65_000, 65_000)),
         (webp_claiming(16_383, 16_383), (16_383, 16_383)),
@@ -141,8 +149,52 @@ fn a_claimed_size_beyond_the_limit_is_refused_from_the_header() {
         }
         assert!(start.elapsed() < Duration::from_secs(1));
     }
-    // One row alone is beyond the limit on bytes; the decoder says so.
-    assert!(decoded(&png_claiming(i32::MAX as u32, i32::MAX as u32)).is_err());
+}
+
+/// Few pixels in very many rows take the time of many pixels.
+#[test]
+fn a_side_beyond_the_limit_is_refused_from_the_header() {
+    for (width, height) in [(1, 64_000_000), (65_536, 1)] {
+        let found = decoded(&png_claiming(width, height)).expect_err("refused");
+        let text = found.to_string();
+        assert!(matches!(found, VisionError::TooLong { .. }), "{text}");
+        assert!(text.contains("65535"), "{text}");
+    }
+    let limits = |max_side| DecodeLimits {
+        max_side,
+        ..DecodeLimits::default()
+    };
+    let nine_by_six = file("rgb.png");
+    assert!(decode(&nine_by_six, &limits(9)).is_ok());
+    assert!(decode(&nine_by_six, &limits(8)).is_err());
+}
+
+/// The PNG decoder refuses the row before anyone sees the size.
+#[test]
+fn a_row_beyond_the_limit_on_bytes_is_not_called_damage() {
+    let found = decoded(&png_claiming(i32::MAX as u32, 1)).expect_err("refused");
+    let text = found.to_string();
+    assert!(matches!(found, VisionError::TooManyBytes { .. }), "{text}");
+    assert!(
+        text.contains("536870912") && !text.contains("damaged"),
+        "{text}"
+    );
+}
+
+/// Of an animated PNG the picture that programs without animation show, whatever the others hold.
+#[test]
+fn the_first_picture_of_an_animation_is_read() {
+    let still = file("rgb.png");
+    let frame = |sequence: u32| {
+        let numbers = [sequence, 9, 6, 0, 0].map(u32::to_be_bytes).concat();
+        chunk(b"fcTL", &[&numbers[..], &[0, 1, 0, 1, 0, 0]].concat())
+    };
+    let control = chunk(b"acTL", &[2_u32, 0].map(u32::to_be_bytes).concat());
+    let animated = png_with(&still, b"IDAT", &[control, frame(0)]);
+    let second = chunk(b"fdAT", &[&2_u32.to_be_bytes()[..], b"no pixels"].concat());
+    let animated = png_with(&animated, b"IEND", &[frame(1), second]);
+    let (found, expected) = (decoded(&animated), decoded(&still));
+    assert!(found.expect("a picture") == expected.expect("a picture"));
 }
 
 #[test]
@@ -184,8 +236,11 @@ fn the_limit_on_bytes_counts_what_decoding_allocates() {
         assert!(decode(&bytes, &limits(1 << 20)).is_ok(), "{name}");
         assert!(decode(&bytes, &limits(2)).is_err(), "{name}");
     }
-    let wide = file("rgba_16_bits.png");
-    assert!(decode(&wide, &limits(6 * 5 * 8 - 1)).is_err());
+    let wide = decode(&file("rgba_16_bits.png"), &limits(6 * 5 * 8 - 1));
+    assert!(matches!(
+        wide,
+        Err(VisionError::TooManyBytes { max_bytes: 239 })
+    ));
 }
 
 #[test]

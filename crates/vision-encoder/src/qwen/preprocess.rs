@@ -223,7 +223,8 @@ pub fn pack<B: Backend>(
     device: &B::Device,
 ) -> Result<(Tensor<B, 2>, Vec<Grid>), VisionError> {
     let grids: Vec<Grid> = pixels.iter().map(|pixels| pixels.grid).collect();
-    let patches: usize = grids.iter().map(Grid::patches).sum();
+    let patches = grids.iter().map(Grid::patches);
+    let patches = patches.fold(0, usize::saturating_add);
     let total: usize = pixels.iter().map(|pixels| pixels.data.len()).sum();
     let features = total.checked_div(patches).unwrap_or(0);
     let fits = |pixels: &QwenPixels| pixels.data.len() == features * pixels.grid.patches();

@@ -18,6 +18,7 @@ mod parity;
 mod program;
 mod questions;
 mod qwen_cases;
+mod qwen_program;
 mod reference;
 mod scenes;
 mod support;

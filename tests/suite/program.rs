@@ -118,6 +118,11 @@ impl Scratch {
         text(self.0.path())
     }
 
+    /// The folder, as checkpoints are opened.
+    pub fn folder(&self) -> Folder {
+        Folder::open(self.path()).expect("it exists")
+    }
+
     /// Path of a file in it, whether it exists or not.
     pub fn at(&self, name: &str) -> String {
         text(&self.0.path().join(name))

@@ -72,7 +72,12 @@ fn pictures(
     let mut frames = Vec::new();
     for (index, (visual, view)) in question.visuals.iter().zip(&answer.views).enumerate() {
         let [_, rows, columns] = view.tokens;
-        for (step, picture) in vlm.preprocessor().pictures(visual)?.into_iter().enumerate() {
+        for (step, picture) in vlm
+            .preprocessor()
+            .pictures(visual, view)?
+            .into_iter()
+            .enumerate()
+        {
             let mut which = String::new();
             if question.visuals.len() > 1 {
                 let kind = if view.time.is_some() {

@@ -6,7 +6,8 @@ use vision_encoder::qwen::{
     pack,
 };
 use vision_encoder::{
-    ClipPreprocessor, ClipPreprocessorConfig, Pixels as ClipPixels, RgbImage, to_tensor,
+    Canvas, ClipPreprocessor, ClipPreprocessorConfig, Pixels as ClipPixels, RgbImage, Window,
+    resize_bicubic, to_tensor,
 };
 
 use crate::grounding::{BoundingBox, BoxUnits};
@@ -193,19 +194,23 @@ impl Preprocessor {
         }
     }
 
-    /// The pictures that the vision tower sees: one of an image, one per time step of a video.
-    pub fn pictures(&self, visual: &Visual) -> Result<Vec<RgbImage>, ZooError> {
+    /// The pictures that the vision tower sees, as `view` says: one of an image, one per time step of
+    /// a video.
+    pub fn pictures(&self, visual: &Visual, view: &View) -> Result<Vec<RgbImage>, ZooError> {
+        let [width, height] = view.resized;
+        let (x, y) = (0..width, 0..height);
+        let window = Window { x, y };
+        let resize = |image: &RgbImage| resize_bicubic(&Canvas::of(image), width, height, &window);
         match (self, visual) {
             (Self::Clip { preprocessor, .. }, Visual::Image(image)) => {
                 Ok(vec![preprocessor.view(image)?])
             }
             (Self::Clip { .. }, Visual::Video(_)) => Err(ZooError::NoVideos),
-            (Self::Qwen { .. }, Visual::Image(image)) => Ok(vec![image.clone()]),
-            (Self::Qwen { tower, .. }, Visual::Video(Video { frames, .. })) => Ok(frames
-                .iter()
-                .step_by(tower.temporal_patch_size)
-                .cloned()
-                .collect()),
+            (Self::Qwen { .. }, Visual::Image(image)) => Ok(vec![resize(image)?]),
+            (Self::Qwen { tower, .. }, Visual::Video(Video { frames, .. })) => {
+                let firsts = frames.iter().step_by(tower.temporal_patch_size);
+                Ok(firsts.map(resize).collect::<Result<_, _>>()?)
+            }
         }
     }
 

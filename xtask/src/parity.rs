@@ -175,7 +175,12 @@ fn compare(
             tolerance,
         );
     }
-    for (key, tolerance) in [("decode.ids", 0.0), ("decode.logits", args.logits)] {
+    for (key, tolerance) in [
+        ("rope.position_ids", 0.0),
+        ("rope_deltas", 0.0),
+        ("decode.ids", 0.0),
+        ("decode.logits", args.logits),
+    ] {
         if let (Ok(reference), Ok(ours)) = (expected.tensor(key), found.tensor(key)) {
             report(
                 key,

@@ -489,6 +489,18 @@ fn every_layout_of_the_bounds_is_read() {
     }
 }
 
+#[test]
+fn a_default_bound_gives_way_to_the_one_that_is_there() {
+    for (value, side) in [
+        (json!({"max_pixels": 784}), 28),
+        (json!({"min_pixels": 1999 * 1999}), 2016),
+    ] {
+        let preprocessor = preprocessor(Qwen2_5, &value).with_max_pixels(usize::MAX);
+        let found = preprocessor.image_size([40, 40]).expect("a size");
+        assert_eq!(found, [side, side], "{value}");
+    }
+}
+
 /// Without a file of their own, videos follow the one there is; what it leaves open is the default
 /// of the library's class for videos.
 #[test]

@@ -45,8 +45,8 @@ pub struct View {
     pub tokens: [usize; 3],
     /// When it happens, if it is a video.
     pub time: Option<VideoTime>,
-    /// Whether it was scaled down to a number of visual tokens that the model or the caller allows.
-    pub shrunk: bool,
+    /// Width and height that the checkpoint's own limits would have left it, in pixels.
+    pub allowed: [usize; 2],
 }
 
 /// When the time steps of a video happen.
@@ -64,12 +64,15 @@ impl View {
         self.tokens.iter().product()
     }
 
-    /// What was lost of it, for people to read.
+    /// What `max_pixels` took from it, for people to read.
     pub fn notice(&self) -> Option<String> {
-        let ([width, height], [seen_width, seen_height]) = (self.original, self.resized);
-        self.shrunk.then(|| {
+        let [width, height] = self.original;
+        let [seen_width, seen_height] = self.resized;
+        let [allowed_width, allowed_height] = self.allowed;
+        (self.resized != self.allowed).then(|| {
             format!(
-                "{width}×{height} pixels scaled down to {seen_width}×{seen_height}: {} visual tokens",
+                "{width}×{height} pixels resized to {seen_width}×{seen_height}, which are {} visual \
+                 tokens; without max_pixels the checkpoint would see {allowed_width}×{allowed_height}",
                 self.token_count()
             )
         })
@@ -164,7 +167,7 @@ impl Preprocessor {
                     grid: Grid { t, h, w },
                     tokens: [t, h, w],
                     time: None,
-                    shrunk: false,
+                    allowed: [width, height],
                 };
                 Ok((view, Prepared(Pixels::Square(pixels))))
             }
@@ -239,17 +242,13 @@ impl Preprocessor {
             Self::Clip { .. } => 1,
             Self::Qwen { tower, .. } => tower.spatial_merge_size,
         };
-        let [width, height] = pixels.resized;
-        // Rounding to whole cells alone takes less than a cell off.
-        let lost = |side: usize, seen: usize, cells: usize| side >= seen + seen / cells.max(1);
         View {
             original: pixels.original,
             resized: pixels.resized,
             grid: pixels.grid,
             tokens: [t, h / merge, w / merge],
             time,
-            shrunk: lost(pixels.original[0], width, w / merge)
-                || lost(pixels.original[1], height, h / merge),
+            allowed: pixels.unbounded,
         }
     }
 }

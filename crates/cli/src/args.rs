@@ -219,8 +219,8 @@ pub struct TraceArgs {
     /// Safetensors with in.input_ids [B, L], in.attention_mask [B, L] and
     /// LLaVA: in.pixel_values [N, 3, H, W];
     /// Qwen: in.pixel_values [patches, features], in.image_grid_thw [N, 3], for videos
-    /// in.pixel_values_videos, in.video_grid_thw, in.second_per_grid_ts [N]; in.mm_token_type_ids [B, L]
-    /// is checked against the ids.
+    /// in.pixel_values_videos, in.video_grid_thw, in.second_per_grid_ts (one number per video);
+    /// in.mm_token_type_ids [B, L] is checked against the ids.
     #[arg(long, value_name = "IN.safetensors")]
     pub inputs: PathBuf,
     /// Safetensors to write.

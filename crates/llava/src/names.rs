@@ -25,6 +25,7 @@ pub static NAMES: NameTable = NameTable {
                 "vision_tower.vision_model.*",
                 "model.vision_tower.vision_model.*",
                 "model.vision_tower.*",
+                "vision_tower.*",
             ],
         },
     ],
@@ -39,3 +40,21 @@ pub static NAMES: NameTable = NameTable {
 
 /// The head that some checkpoints store although the embedding table takes its place.
 pub const TIED_HEAD: &str = "language_model.lm_head.weight";
+
+#[cfg(test)]
+mod tests {
+    use super::NAMES;
+
+    /// Libraries have written the tower with and without `model`, with and without `vision_model`.
+    #[test]
+    fn the_tower_is_found_in_every_spelling() {
+        for prefix in ["", "model."] {
+            for inner in ["", "vision_model."] {
+                let name = format!("{prefix}vision_tower.{inner}encoder.layers.3.mlp.fc1.weight");
+                let path = NAMES.module_path(&name);
+                let expected = "vision_tower.encoder.layers.3.mlp.fc1.weight";
+                assert_eq!(path.as_deref(), Some(expected), "{name}");
+            }
+        }
+    }
+}

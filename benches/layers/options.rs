@@ -8,6 +8,7 @@ use anyhow::{Context, bail};
 ///
 /// | variable | meaning | default |
 /// |---|---|---|
+/// | `REROUTE_BENCH_MODEL` | layer shapes: `llava` (LLaVA-1.5-7B) or `qwen` (Qwen2.5-VL-7B) | `llava` |
 /// | `REROUTE_BENCH_LAYERS` | decoder layers, at least 7 | 8 |
 /// | `REROUTE_BENCH_ROUNDS` | rounds of the table | 5 |
 /// | `REROUTE_BENCH_SAVE` | keeps the table as `benches/results/NAME-DEVICE.json`; `1` means today's date | not kept |
@@ -21,12 +22,36 @@ pub struct Options {
     pub table: bool,
     /// Whether to print the time of every operation: if the filter is `ops`.
     pub ops: bool,
+    /// Whether to measure the vision tower of Qwen2.5-VL-7B: if the filter is `tower`, and at toy
+    /// shapes.
+    pub tower: bool,
+    /// Whose layer shapes the decoder has.
+    pub shapes: Shapes,
     /// Decoder layers.
     pub depth: usize,
     /// Rounds of the table.
     pub rounds: usize,
     /// Name to keep the table under.
     pub save: Option<String>,
+}
+
+/// A model whose layer shapes are measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Shapes {
+    /// LLaVA-1.5-7B.
+    Llava,
+    /// Qwen2.5-VL-7B.
+    Qwen,
+}
+
+impl Shapes {
+    /// As `REROUTE_BENCH_MODEL` says it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Llava => "llava",
+            Self::Qwen => "qwen",
+        }
+    }
 }
 
 /// Four decisions at the published relative depths need as many layers to stay apart.
@@ -39,7 +64,12 @@ impl Options {
         let given = |name: &str| arguments.iter().any(|argument| argument == name);
         let smoke = given("--test") || !given("--bench");
         let everything = arguments.iter().all(|a| a == "--bench" || a == "--test");
-        let own = given("table") || given("ops");
+        let own = given("table") || given("ops") || given("tower");
+        let shapes = match env::var("REROUTE_BENCH_MODEL").as_deref() {
+            Err(_) | Ok("" | "llava") => Shapes::Llava,
+            Ok("qwen") => Shapes::Qwen,
+            Ok(other) => bail!("REROUTE_BENCH_MODEL is {other:?}, neither llava nor qwen"),
+        };
         let depth = number("REROUTE_BENCH_LAYERS", 8)?;
         if depth < MIN_DEPTH {
             bail!(
@@ -51,6 +81,8 @@ impl Options {
             criterion: !own,
             table: (everything && !given("--list")) || given("table"),
             ops: given("ops"),
+            tower: given("tower") || smoke,
+            shapes,
             depth,
             rounds: if smoke {
                 1

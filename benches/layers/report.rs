@@ -138,7 +138,7 @@ impl Report {
             );
         }
         println!(
-            "\nDecoding one token: dense {:.1} ms, {} {:.1} ms. Vision: embedding {:.1} ms, a layer {:.1} ms \
+            "\nDecoding one token: dense {:.1} ms, {} {:.1} ms. CLIP tower: embedding {:.1} ms, a layer {:.1} ms \
              (mean of {}). Weights and first run: {:.1} s.",
             self.decode.dense_ms,
             self.decode.routed_by,
@@ -150,13 +150,9 @@ impl Report {
         );
     }
 
-    fn to_json(&self) -> Value {
+    /// What is kept of it.
+    pub fn to_json(&self) -> Value {
         json!({
-            "backend": backend::NAME,
-            "commit": output("git", &["rev-parse", "HEAD"]),
-            "uncommitted_changes": output("git", &["status", "--porcelain"]).map(|text| !text.is_empty()),
-            "processor": processor(),
-            "threads": threads(),
             "layers": self.layers,
             "visual_tokens": self.visual_tokens,
             "text_tokens": self.text_tokens,
@@ -199,8 +195,8 @@ impl Row {
     }
 }
 
-/// Writes `benches/results/NAME-DEVICE.json` and returns its path; `1` stands for today's date.
-pub fn save(report: &Report, name: &str) -> anyhow::Result<PathBuf> {
+/// Writes `benches/results/NAME-WHAT-DEVICE.json` and returns its path; `1` stands for today's date.
+pub fn save(mut values: Value, what: &str, name: &str) -> anyhow::Result<PathBuf> {
     let plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
     ensure!(
         name.chars().all(plain) && !name.starts_with('.'),
@@ -218,9 +214,15 @@ pub fn save(report: &Report, name: &str) -> anyhow::Result<PathBuf> {
         .collect::<Vec<_>>()
         .join("-");
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("results");
-    let path = folder.join(format!("{name}-{device}.json"));
+    let path = folder.join(format!("{name}-{what}-{device}.json"));
     fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
-    fs::write(&path, format!("{:#}\n", report.to_json()))
+    values["backend"] = json!(backend::NAME);
+    values["commit"] = json!(output("git", &["rev-parse", "HEAD"]));
+    let changes = output("git", &["status", "--porcelain"]);
+    values["uncommitted_changes"] = json!(changes.map(|text| !text.is_empty()));
+    values["processor"] = json!(processor());
+    values["threads"] = json!(threads());
+    fs::write(&path, format!("{values:#}\n"))
         .with_context(|| format!("cannot write {}", path.display()))?;
     Ok(path)
 }

@@ -4,13 +4,13 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use burn::tensor::backend::Backend as _;
-use burn::tensor::{Distribution, Int, Tensor};
+use burn::tensor::{Distribution, Int, Tensor, TensorData};
 use reducers::{ReducerError, Schedule, Stage, budget, presets};
 use reroute::{Decoder, DecoderConfig, Prefill, Prompt, RopeConfig, SampleLayout};
 use reroute_cli::backend::{self, Backend, Device};
 use vision_encoder::clip::{ClipVisionConfig, ClipVisionTower};
 
-use crate::options::Options;
+use crate::options::{Options, Shapes};
 use crate::timing::{seconds, wait, wait_for_one};
 
 /// Layers of the tower that are timed.
@@ -51,9 +51,10 @@ impl Setup {
     pub fn new(options: &Options) -> anyhow::Result<Self> {
         let device = backend::device()?;
         Backend::seed(&device, 0);
-        let (config, visual, text, before_image) = match options.smoke {
-            true => (toy_decoder(), 36, 8, 2),
-            false => (llava_decoder(), 576, 64, 5),
+        let (config, visual, text, before_image) = match (options.smoke, options.shapes) {
+            (true, _) => (toy_decoder(), 36, 8, 2),
+            (false, Shapes::Llava) => (llava_decoder(), 576, 64, 5),
+            (false, Shapes::Qwen) => (qwen_decoder(), 576, 64, 15),
         };
         let vision = if options.smoke {
             toy_vision()
@@ -66,7 +67,7 @@ impl Setup {
         let mut decoder = config.init::<Backend>(&device)?;
         let prompt = Prompt {
             embeddings: Tensor::random([hidden, rows], Distribution::Normal(0.0, 0.1), &device),
-            positions: Tensor::<Backend, 1, Int>::arange(0..rows as i64, &device).unsqueeze(),
+            positions: positions(config.rope.axes(), before_image, visual, rows, &device),
             deepstack: Vec::new(),
             samples: vec![SampleLayout {
                 rows,
@@ -186,6 +187,52 @@ fn llava_decoder() -> DecoderConfig {
         max_position_embeddings: 4096,
         rope: RopeConfig::one_axis(10_000.0, 128),
     }
+}
+
+/// Qwen2.5-VL-7B's decoder, but for depth and head.
+fn qwen_decoder() -> DecoderConfig {
+    let axis = |frequency: usize| match frequency {
+        0..16 => 0,
+        16..40 => 1,
+        _ => 2,
+    };
+    DecoderConfig {
+        hidden_size: 3584,
+        intermediate_size: 18944,
+        num_attention_heads: 28,
+        num_key_value_heads: 4,
+        rms_norm_eps: 1e-6,
+        qkv_bias: true,
+        rope: RopeConfig {
+            theta: 1e6,
+            axis_of_frequency: (0..64).map(axis).collect(),
+        },
+        ..llava_decoder()
+    }
+}
+
+/// Positions of one image in text: consecutive on one axis; on three, a square grid in place.
+///
+/// # Shapes
+/// - returns `[axes, rows]`
+fn positions(
+    axes: usize,
+    before_image: usize,
+    visual: usize,
+    rows: usize,
+    device: &Device,
+) -> Tensor<Backend, 2, Int> {
+    let side = visual.isqrt();
+    let position = |axis: usize, row: usize| match row.checked_sub(before_image) {
+        Some(token) if axes > 1 && token < visual => {
+            before_image + [0, token / side, token % side][axis]
+        }
+        Some(_) if axes > 1 => row - visual + side,
+        _ => row,
+    };
+    let all = (0..axes).flat_map(|axis| (0..rows).map(move |row| position(axis, row) as i64));
+    let all: Vec<i64> = all.collect();
+    Tensor::from_data(TensorData::new(all, [axes, rows]), device)
 }
 
 fn toy_decoder() -> DecoderConfig {

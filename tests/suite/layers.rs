@@ -90,6 +90,14 @@ fn attention_is_the_formula_around_the_block_size() {
 }
 
 /// Without a mask, queries may outnumber keys.
+/// With many heads and keys a block has fewer queries: 48 of 64 heads over 1100 keys.
+#[test]
+fn attention_is_the_formula_in_smaller_blocks() {
+    for causal in [false, true] {
+        check_attention([16, 4, 2, 100, 1100], causal, 1);
+    }
+}
+
 #[test]
 fn attention_without_a_mask_takes_any_number_of_keys() {
     for (queries, keys) in [(129, 1), (3, 2), (1, 300)] {

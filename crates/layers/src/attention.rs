@@ -2,9 +2,13 @@ use burn::tensor::activation::softmax;
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Int, Tensor};
 
-/// Queries handled at a time: bounds the score matrix to `heads × BLOCK × keys` and lets causal
+/// Most queries handled at a time: bounds the score matrix to `heads × BLOCK × keys` and lets causal
 /// attention skip the keys that no query of the block may see, about half of the work.
 const BLOCK: usize = 128;
+
+/// Most scores held at a time (16 MiB); with many keys a block has fewer queries. Larger buffers are
+/// not reused by allocators: every block would wait for fresh pages from the system.
+const BLOCK_SCORES: usize = 4 << 20;
 
 /// Makes attention causal: the last query sees every key, the one before it all but the last, …
 ///
@@ -61,8 +65,11 @@ pub fn attention<B: Backend>(
     let key = key.unsqueeze_dim::<4>(1);
     let value = value.unsqueeze_dim::<4>(1);
 
-    let blocks = (0..queries).step_by(BLOCK).map(|start| {
-        let size = BLOCK.min(queries - start);
+    let most = BLOCK_SCORES / (kv_heads * group * keys).max(1);
+    // Whole vectors of processors with wide registers.
+    let most = (most & !15).clamp(16, BLOCK);
+    let blocks = (0..queries).step_by(most).map(|start| {
+        let size = most.min(queries - start);
         let visible = match causal {
             Some(_) => keys - (queries - start - size),
             None => keys,

@@ -11,7 +11,7 @@ use anyhow::{Context, bail};
 /// | `REROUTE_BENCH_MODEL` | layer shapes: `llava` (LLaVA-1.5-7B) or `qwen` (Qwen2.5-VL-7B) | `llava` |
 /// | `REROUTE_BENCH_LAYERS` | decoder layers, at least 7 | 8 |
 /// | `REROUTE_BENCH_ROUNDS` | rounds of the table | 5 |
-/// | `REROUTE_BENCH_SAVE` | keeps the table as `benches/results/NAME-DEVICE.json`; `1` means today's date | not kept |
+/// | `REROUTE_BENCH_SAVE` | keeps the table as `benches/results/NAME-MODEL-DEVICE.json`; `1` means today's date | not kept |
 #[derive(Debug)]
 pub struct Options {
     /// Toy shapes, one round: `--test`, or `cargo test`, which does not pass `--bench`.
@@ -50,6 +50,14 @@ impl Shapes {
         match self {
             Self::Llava => "llava",
             Self::Qwen => "qwen",
+        }
+    }
+
+    /// Decoder layers of the whole model.
+    pub fn depth(self) -> usize {
+        match self {
+            Self::Llava => 32,
+            Self::Qwen => 28,
         }
     }
 }

@@ -8,11 +8,10 @@ use anyhow::{Context, ensure};
 use reroute_cli::backend;
 use serde_json::{Value, json};
 
-/// Layers of LLaVA-1.5-7B's decoder.
-const FULL_DEPTH: usize = 32;
-
 /// Everything the table says.
 pub struct Report {
+    /// Decoder layers of the model whose layer shapes were measured.
+    pub full_depth: usize,
     /// Decoder layers.
     pub layers: usize,
     /// Visual tokens of the prompt.
@@ -130,11 +129,12 @@ impl Report {
                 100.0 * row.selection_and_keys_share,
             );
         }
-        if self.layers < FULL_DEPTH {
+        if self.layers < self.full_depth {
             println!(
-                "\nThe full model takes as many decisions in {FULL_DEPTH} layers: there they weigh {:.1} times \
+                "\nThe full model takes as many decisions in {} layers: there they weigh {:.1} times \
                  less than here, in the measurements and in the ceiling.",
-                FULL_DEPTH as f64 / self.layers as f64
+                self.full_depth,
+                self.full_depth as f64 / self.layers as f64
             );
         }
         println!(

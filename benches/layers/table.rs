@@ -71,6 +71,7 @@ pub fn run(setup: &Setup, options: &Options) -> anyhow::Result<Report> {
     let dense = median(dense);
     let row = |candidate: Candidate| candidate.into_row(setup, &dense_cost, dense);
     let report = Report {
+        full_depth: options.shapes.depth(),
         layers: shape.num_layers,
         visual_tokens: setup.visual,
         text_tokens: setup.text,

@@ -157,4 +157,27 @@ pub enum ReducerError {
         /// Where the decisions would have been.
         layers: Vec<usize>,
     },
+
+    /// A method asked for something that its needs do not name.
+    #[error("the method reads {tap:?}, which its needs do not name; name it there")]
+    NotSeen {
+        /// What it asked for.
+        tap: crate::encoder::Tap,
+    },
+
+    /// A method cannot work with this model.
+    #[error("{method} does not work here: {reason}")]
+    Unsupported {
+        /// Name of the method.
+        method: &'static str,
+        /// Why not, and what to use instead.
+        reason: String,
+    },
+
+    /// What a method returned is no reduction.
+    #[error("the method's result cannot be used: {reason}")]
+    Reduction {
+        /// What is wrong with it.
+        reason: String,
+    },
 }

@@ -35,8 +35,10 @@
 //! # Ok::<(), reducers::ReducerError>(())
 //! ```
 
+mod about;
 pub mod budget;
 pub mod cost;
+pub mod encoder;
 pub mod error;
 pub mod keep;
 pub mod presets;
@@ -44,6 +46,7 @@ pub mod schedule;
 pub mod score;
 pub mod topk;
 
+pub use about::{About, Support};
 pub use budget::Profile;
 pub use cost::{Cost, DecoderShape};
 pub use error::ReducerError;

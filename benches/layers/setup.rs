@@ -73,6 +73,7 @@ impl Setup {
                 rows,
                 visual: (before_image..before_image + visual).collect(),
                 next_position: rows as i64,
+                salience: None,
             }],
         };
         let tower = vision.resolve()?.init(&device);

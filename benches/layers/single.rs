@@ -98,10 +98,7 @@ fn layer_entry(group: &mut BenchmarkGroup<WallTime>, setup: &Setup) -> anyhow::R
 
 /// A router before its first layer.
 pub fn start<'a>(setup: &'a Setup, schedule: &'a Schedule) -> Router<'a, Backend> {
-    let dtype = setup.prompt.embeddings.dtype();
-    let rope = &setup.decoder.config().rope;
-    let rope = rope.table(setup.prompt.positions.clone(), dtype);
-    Router::new(&setup.prompt, schedule, rope)
+    Router::new(&setup.prompt, schedule, &setup.decoder.config().rope)
 }
 
 /// The cache before the first turn.

@@ -1,12 +1,12 @@
 //! What routing promises, each promise a test that carries its name.
 
 use proptest::prelude::*;
-use reducers::{Action, Cost, ReducerError, Schedule, Stage, top_k};
+use reducers::{Action, Cost, Layout, ReducerError, Schedule, Score, Stage, top_k};
 use reroute::{DecoderConfig, DecoderLayer, Prefill, RerouteError, RopeConfig};
 
 use crate::support::{
     Backend, Case, Sample, VOCAB, any_action, case, cases, columns, decode, decoder, gap, pack,
-    prefill_one, selections, values, zeroed,
+    prefill_one, selections, unusual, values, zeroed,
 };
 
 /// Logits, hidden states, cache lengths and three decoding steps are the same to the bit.
@@ -89,6 +89,27 @@ proptest! {
         assert_identical(&case, remove, reroute);
     }
 
+    /// Rows that are scattered after every layer are the rows that stay compact inside a stage
+    /// (equivalence 9.3(a)).
+    #[test]
+    fn both_layouts_are_one_computation_bit_for_bit(case in unusual(any_action())) {
+        let (decoder, sample) = (case.decoder(), case.sample());
+        let [mut stagewise, mut per_layer] = [Layout::Stagewise, Layout::PerLayer].map(|layout| {
+            let schedule = case.schedule.clone().with_layout(layout);
+            prefill_one(&decoder, &sample, &schedule)
+        });
+        assert_eq!(stagewise.trace, per_layer.trace);
+        // What only the scattered form shows: rows that wait, as they were.
+        let active = stagewise.hidden_states.drain(..);
+        for (active, all) in active.zip(per_layer.hidden_states.drain(..)) {
+            let values = columns(&all.values);
+            let of_row = |row: &usize| values[all.rows.binary_search(row).unwrap()].clone();
+            let same: Vec<Vec<f32>> = active.rows.iter().map(of_row).collect();
+            assert_eq!(same, columns(&active.values));
+        }
+        assert_identical(&case, stagewise, per_layer);
+    }
+
     /// Every layer works on every text row.
     #[test]
     fn text_rows_are_never_deferred(case in case(any_action())) {
@@ -109,7 +130,7 @@ proptest! {
     fn the_last_row_sees_every_text_row(case in case(any_action())) {
         let (decoder, sample) = (case.decoder::<Backend>(), case.sample());
         let mut stages = case.schedule.stages().to_vec();
-        stages[0].layer = 0;
+        stages[0] = Stage::new(0, stages[0].keep);
         let schedule = Schedule::new(case.schedule.action(), false, stages).unwrap();
         let before = prefill_one(&decoder, &sample, &schedule);
         for row in sample.text() {
@@ -176,8 +197,8 @@ proptest! {
             let returned: Vec<usize> =
                 decision.selected.iter().filter(|t| !previous.contains(t)).copied().collect();
             assert_eq!(decision.returned, returned);
-            let sum: f32 = decision.scores.iter().sum();
-            assert!(decision.scores.iter().all(|&s| s >= 0.0) && sum < 1.0 + 1e-5, "{sum}");
+            let is_share = |s: &f32| (0.0..=1.0 + 1e-5).contains(s);
+            assert!(decision.scores.iter().all(is_share));
             if !(case.schedule.monotonic() && case.schedule.action() == Action::Reroute) {
                 let best = top_k(&decision.scores, counts[stage]).unwrap();
                 let best: Vec<usize> = best.iter().map(|&i| decision.candidates[i]).collect();
@@ -201,7 +222,9 @@ proptest! {
         };
         let layers = decoder.layers().iter().map(mute).collect();
         let decoder = decoder.with_layers(layers);
-        let schedule = with_action(&case.schedule, Action::Reroute, false);
+        // The last row alone: it sees every key.
+        let stages = case.schedule.stages().iter().map(|stage| stage.by(Score::default()));
+        let schedule = Schedule::new(Action::Reroute, false, stages.collect()).unwrap();
         let routed = prefill_one(&decoder, &case.sample(), &schedule);
         for decision in &routed.trace.decisions {
             assert!(decision.scores.iter().all(|score| *score == decision.scores[0]));

@@ -12,7 +12,7 @@
 use std::collections::HashMap;
 
 use burn::tensor::backend::Backend as AnyBackend;
-use reducers::{Action, Schedule};
+use reducers::{Action, Attention, HeadReduce, Positions, Query, Schedule, Score, ScoreLayer};
 use reroute::{Decoder, DecoderConfig};
 
 use crate::support::{Sample, weights};
@@ -35,6 +35,8 @@ pub struct Outcome {
     pub active: Vec<Vec<usize>>,
     /// Output of every layer, full length; deferred rows as they wait.
     pub hidden_states: Vec<Vec<Row>>,
+    /// Positions of all rows in every layer.
+    pub positions: Vec<Vec<Vec<i64>>>,
 }
 
 /// One decision.
@@ -58,9 +60,12 @@ impl Reference {
     /// Routed prefill.
     pub fn prefill(&self, sample: &Sample, schedule: &Schedule) -> Outcome {
         let mut hidden = to_f64(&sample.embeddings);
+        let mut positions = sample.positions.clone();
         let visual = &sample.layout.visual;
         let mut active: Vec<usize> = (0..hidden.len()).collect();
         let mut outcome = Outcome::default();
+        // What the layer before worked on.
+        let mut before = (hidden.clone(), active.clone());
         for layer in 0..self.config.num_layers {
             let stage = schedule.stages().iter().position(|s| s.layer == layer);
             if let (Some(stage), false) = (stage, visual.is_empty()) {
@@ -68,7 +73,20 @@ impl Reference {
                     Action::Remove => active,
                     Action::Reroute => (0..hidden.len()).collect(),
                 };
-                let scores = self.scores(layer, &hidden, sample, &pool);
+                let scores = match schedule.stages()[stage].score {
+                    Score::Attention(rule) if rule.layer == ScoreLayer::Previous => {
+                        let (hidden, active) = &before;
+                        self.scores(&rule, layer - 1, hidden, &positions, active)
+                    }
+                    Score::Attention(rule) => self.scores(&rule, layer, &hidden, &positions, &pool),
+                    Score::Encoder => {
+                        let salience = sample.layout.salience.iter().flatten();
+                        let salience = salience.map(|&x| f64::from(x));
+                        let scores = visual.iter().copied().zip(salience);
+                        scores.filter(|(row, _)| pool.contains(row)).collect()
+                    }
+                    Score::Random(_) => panic!("chance has no second opinion"),
+                };
                 let previous = outcome.decisions.last().filter(|_| schedule.monotonic());
                 let count = schedule.keep_counts(visual.len())[stage];
                 let decision = choose(&scores, visual, previous, count);
@@ -76,13 +94,20 @@ impl Reference {
                 active.extend(gather(visual, &decision.selected));
                 active.sort_unstable();
                 outcome.decisions.push(decision);
+                if schedule.positions() == Positions::Renumber {
+                    for (position, &row) in active.iter().enumerate() {
+                        positions[row] = vec![position as i64];
+                    }
+                }
             }
-            let positions = gather(&sample.positions, &active);
-            let output = self.layer(layer, &gather(&hidden, &active), &positions, &|_| true);
+            before = (hidden.clone(), active.clone());
+            let of_active = gather(&positions, &active);
+            let output = self.layer(layer, &gather(&hidden, &active), &of_active, &|_| true);
             for (&row, output) in active.iter().zip(output) {
                 hidden[row] = output;
             }
             outcome.active.push(active.clone());
+            outcome.positions.push(positions.clone());
             outcome.hidden_states.push(hidden.clone());
             add_deepstack(&mut hidden, sample, layer);
         }
@@ -91,16 +116,22 @@ impl Reference {
     }
 
     /// Logits behind each of `tokens` after a routed prefill: everything once more, with the
-    /// prefill's active rows as masks.
-    pub fn decode(&self, sample: &Sample, active: &[Vec<usize>], tokens: &[u32]) -> Vec<Row> {
-        let (mut hidden, mut positions) = (to_f64(&sample.embeddings), sample.positions.clone());
+    /// prefill's active rows as masks. A generated token stands where the plain model would have it,
+    /// or, where rows were numbered anew, behind the last of them.
+    pub fn decode(&self, sample: &Sample, prefilled: &Outcome, tokens: &[u32]) -> Vec<Row> {
+        let mut hidden = to_f64(&sample.embeddings);
         let prompt = hidden.len();
-        for (step, &token) in tokens.iter().enumerate() {
+        for &token in tokens {
             hidden.push(self.weights["embed_tokens.weight"][token as usize].clone());
-            let next = sample.layout.next_position + step as i64;
-            positions.push(vec![next; self.config.rope.axes()]);
         }
-        for (layer, active) in active.iter().enumerate() {
+        for (layer, active) in prefilled.active.iter().enumerate() {
+            let mut positions = prefilled.positions[layer].clone();
+            let next = match positions == sample.positions {
+                true => sample.layout.next_position,
+                false => active.len() as i64,
+            };
+            let next = (next..).take(tokens.len());
+            positions.extend(next.map(|position| vec![position; self.config.rope.axes()]));
             let seen = |row: usize| row >= prompt || active.contains(&row);
             let output = self.layer(layer, &hidden, &positions, &seen);
             for (row, output) in output.into_iter().enumerate().filter(|(row, _)| seen(*row)) {
@@ -112,20 +143,38 @@ impl Reference {
         generated.map(|row| self.logits(row)).collect()
     }
 
-    /// Attention of the last row to each row of the pool, averaged over heads.
+    /// What `rule` reads off the attention matrix of the pool.
     fn scores(
         &self,
+        rule: &Attention,
         layer: usize,
         hidden: &[Row],
-        sample: &Sample,
+        positions: &[Vec<i64>],
         pool: &[usize],
     ) -> HashMap<usize, f64> {
-        let positions = gather(&sample.positions, pool);
+        let mut positions = gather(positions, pool);
+        if !rule.rope {
+            // A rotation by nothing.
+            positions.iter_mut().flatten().for_each(|axis| *axis = 0);
+        }
         let normed = self.norms(layer, &gather(hidden, pool));
         let heads = self.attention_matrix(layer, &normed, &positions, &|_| true);
-        let last = pool.len() - 1;
-        let sum = |at: usize| heads.iter().map(|head| head[last][at]).sum::<f64>();
-        let score = |(at, &row): (usize, &usize)| (row, sum(at) / heads.len() as f64);
+        let asking = match rule.query {
+            Query::Last => 1,
+            Query::LastMean(count) => count.min(pool.len()),
+        };
+        let of_head = |head: &Vec<Row>, at: usize| {
+            let rows = head[pool.len() - asking..].iter();
+            rows.map(|row| row[at]).sum::<f64>() / asking as f64
+        };
+        let score = |(at, &row): (usize, &usize)| {
+            let of_heads = heads.iter().map(|head| of_head(head, at));
+            let score = match rule.heads {
+                HeadReduce::Mean => of_heads.sum::<f64>() / heads.len() as f64,
+                HeadReduce::Max => of_heads.fold(0.0, f64::max),
+            };
+            (row, score)
+        };
         pool.iter().enumerate().map(score).collect()
     }
 
@@ -262,8 +311,8 @@ fn choose(
     };
     let mut order = candidates.clone();
     order.sort_by(|&a, &b| rank(b).total_cmp(&rank(a)).then(a.cmp(&b)));
-    let margin = match order[count - 1..] {
-        [worst, best, ..] if rank(best).is_finite() => rank(worst) - rank(best),
+    let margin = match order[count.saturating_sub(1)..] {
+        [worst, best, ..] if count > 0 && rank(best).is_finite() => rank(worst) - rank(best),
         _ => f64::INFINITY,
     };
     order.truncate(count);

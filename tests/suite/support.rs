@@ -8,7 +8,10 @@ use burn::tensor::{Int, Tensor, TensorData};
 use proptest::prelude::*;
 use proptest::sample::subsequence;
 use proptest::test_runner::RngSeed;
-use reducers::{Action, Schedule, Stage};
+use reducers::{
+    Action, Attention, HeadReduce, Keep, Layout, Positions, Query, Schedule, Score, ScoreDtype,
+    ScoreLayer, Stage,
+};
 use reroute::{
     Decision, Decoder, DecoderConfig, Prefill, PrefillOptions, Prompt, RopeConfig, SampleLayout,
 };
@@ -87,17 +90,18 @@ impl Sample {
             let at = |axis: usize| row as i64 + if axis == 0 { 0 } else { spread(axis) };
             (0..axes).map(at).collect()
         };
+        let embeddings = layout.iter().map(|_| random.vector(config.hidden_size));
+        let embeddings = embeddings.collect();
+        let salience = random.vector(visual.len());
         Self {
-            embeddings: layout
-                .iter()
-                .map(|_| random.vector(config.hidden_size))
-                .collect(),
+            embeddings,
             positions: (0..layout.len()).map(position).collect(),
             deepstack: Vec::new(),
             layout: SampleLayout {
                 rows: layout.len(),
                 visual,
                 next_position: layout.len() as i64 + if axes > 1 { 3 } else { 0 },
+                salience: Some(salience),
             },
         }
     }
@@ -121,6 +125,11 @@ impl Sample {
                 rows,
                 visual: self.layout.visual[..visual].to_vec(),
                 next_position,
+                salience: self
+                    .layout
+                    .salience
+                    .as_ref()
+                    .map(|all| all[..visual].to_vec()),
             },
             embeddings: self.embeddings[..rows].to_vec(),
             deepstack: self
@@ -360,25 +369,86 @@ pub fn layout() -> impl Strategy<Value = Vec<bool>> {
     })
 }
 
-/// Schedules for a decoder of `layers` layers with one to four decisions.
+/// Schedules for a decoder of `layers` layers with one to four decisions, scored in every way that a
+/// conversation can continue with.
 pub fn schedule(
     layers: usize,
     action: impl Strategy<Value = Action>,
 ) -> impl Strategy<Value = Schedule> {
     let keep = prop_oneof![
-        (0.05..1.0f64).prop_map(Ok),
-        (1..12usize).prop_map(Err::<f64, usize>),
+        (0.05..1.0f64).prop_map(Keep::Ratio),
+        (0.05..1.0f64).prop_map(Keep::Rounded),
+        (0.05..1.0f64).prop_map(Keep::Truncated),
+        (1..12usize).prop_map(Keep::Count),
     ];
     let stages = subsequence((0..layers).collect::<Vec<_>>(), 1..=layers.min(4));
-    let keeps = prop::collection::vec(keep, 4);
-    (action, any::<bool>(), stages, keeps).prop_map(|(action, monotonic, layers, keeps)| {
-        let stage = |(layer, keep)| match keep {
-            Ok(ratio) => Stage::ratio(layer, ratio),
-            Err(count) => Stage::count(layer, count),
+    let rules = prop::collection::vec((keep, attention()), 4);
+    (action, any::<bool>(), stages, rules).prop_map(|(action, monotonic, layers, rules)| {
+        let stage = |(index, (layer, (keep, attention))): (usize, (usize, _))| {
+            let attention: Attention = attention;
+            let impossible = layer == 0 || (index > 0 && action == Action::Reroute);
+            let layer_of_score = match impossible {
+                true => ScoreLayer::This,
+                false => attention.layer,
+            };
+            Stage::new(layer, keep).by(Score::Attention(Attention {
+                layer: layer_of_score,
+                ..attention
+            }))
         };
-        let stages = layers.into_iter().zip(keeps).map(stage).collect();
-        Schedule::new(action, monotonic, stages).unwrap()
+        let stages = layers.into_iter().zip(rules).enumerate().map(stage);
+        Schedule::new(action, monotonic, stages.collect()).unwrap()
     })
+}
+
+fn attention() -> impl Strategy<Value = Attention> {
+    let layer = prop_oneof![Just(ScoreLayer::This), Just(ScoreLayer::Previous)];
+    let query = prop_oneof![
+        2 => Just(Query::Last),
+        1 => (1..5usize).prop_map(Query::LastMean),
+    ];
+    let heads = prop_oneof![Just(HeadReduce::Mean), Just(HeadReduce::Max)];
+    let dtype = prop_oneof![Just(ScoreDtype::F32), Just(ScoreDtype::Model)];
+    (layer, query, heads, dtype).prop_map(|(layer, query, heads, dtype)| Attention {
+        layer,
+        query,
+        heads,
+        dtype,
+        rope: true,
+    })
+}
+
+/// Cases whose schedules also do what no conversation can continue with: scores without rotary
+/// positions, scores given by the encoder side, positions numbered anew, hidden states at full length.
+pub fn unusual(action: impl Strategy<Value = Action> + Clone + 'static) -> BoxedStrategy<Case> {
+    (case(action), any::<[bool; 4]>())
+        .prop_map(|(case, [unrotated, salience, renumber, per_layer])| {
+            let score = |(index, stage): (usize, &Stage)| match stage.score {
+                _ if salience && index == 0 => stage.by(Score::Encoder),
+                Score::Attention(attention) if unrotated => stage.by(Score::Attention(Attention {
+                    layer: ScoreLayer::This,
+                    rope: false,
+                    ..attention
+                })),
+                _ => *stage,
+            };
+            let (action, monotonic) = (case.schedule.action(), case.schedule.monotonic());
+            let stages = case.schedule.stages().iter().enumerate().map(score);
+            let schedule = Schedule::new(action, monotonic, stages.collect()).unwrap();
+            let schedule = match per_layer {
+                true => schedule.with_layout(Layout::PerLayer),
+                false => schedule,
+            };
+            let possible = action == Action::Remove && case.config.rope.axes() == 1;
+            Case {
+                schedule: match renumber && possible {
+                    true => schedule.with_positions(Positions::Renumber).unwrap(),
+                    false => schedule,
+                },
+                ..case
+            }
+        })
+        .boxed()
 }
 
 /// Prefill with every layer's output captured.

@@ -93,6 +93,7 @@ impl<B: Backend> Llava<B> {
             rows: ids.len(),
             visual: (0..ids.len()).filter(|&row| ids[row] == image).collect(),
             next_position: ids.len() as i64,
+            salience: None,
         });
         let positions = samples.iter().flat_map(|ids| 0..ids.len() as i64);
         let positions: Vec<i64> = positions.collect();

@@ -115,6 +115,7 @@ impl<B: Backend> QwenVl<B> {
                 rows: sample.ids.len(),
                 visual: (0..sample.ids.len()).filter(is_visual).collect(),
                 next_position: places.next,
+                salience: None,
             }
         });
         Ok(Prompt {

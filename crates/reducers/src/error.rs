@@ -180,4 +180,20 @@ pub enum ReducerError {
         /// What is wrong with it.
         reason: String,
     },
+
+    /// A schedule asks for things that exclude each other.
+    #[error("stage {stage}: {reason}")]
+    Combination {
+        /// The stage.
+        stage: usize,
+        /// What excludes what, and what to use instead.
+        reason: String,
+    },
+
+    /// A decision ranks by the reduction before the decoder, and there was none.
+    #[error(
+        "a decision ranks by what the encoder-side reduction kept, but the prompt was not reduced; \
+         add an encoder method, or score by attention"
+    )]
+    NoSalience,
 }

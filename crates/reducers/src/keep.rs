@@ -1,17 +1,25 @@
 //! How many visual tokens a decision keeps.
 
+use crate::ReducerError;
+
 /// How many visual tokens a decision keeps, always in terms of the *original* visual tokens, never
 /// of the survivors of the decision before.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Keep {
-    /// A share of the original visual tokens, in (0, 1].
+    /// A share of the original visual tokens, in (0, 1], truncated to whole tokens, at least one.
     Ratio(f64),
     /// A number of tokens, at least 1.
     Count(usize),
+    /// A share in (0, 1], rounded to the nearest whole number, halves to even, at least one: the
+    /// original FastV.
+    Rounded(f64),
+    /// A share in (0, 1], truncated, possibly to none: the original PyramidDrop.
+    Truncated(f64),
 }
 
 impl Keep {
-    /// Tokens kept of `visual_tokens`: in `1..=visual_tokens`, and 0 only if there are none.
+    /// Tokens kept of `visual_tokens`: in `1..=visual_tokens`, and 0 only if there are none (or by
+    /// [`Keep::Truncated`]).
     ///
     /// A ratio is multiplied in double precision and truncated, not rounded, as in the reference
     /// implementation of Reroute (arXiv 2606.12412): single precision or rounding would change
@@ -23,13 +31,41 @@ impl Keep {
     /// assert_eq!(Keep::Ratio(0.2644).count(576), 152); // 152.29
     /// assert_eq!(Keep::Ratio(0.01916).count(40), 1); // never none
     /// assert_eq!(Keep::Count(64).count(40), 40); // never more than there are
+    /// assert_eq!(Keep::Rounded(0.5).count(5), 2); // 2.5
+    /// assert_eq!(Keep::Truncated(0.125).count(7), 0); // 0.875
     /// ```
     pub fn count(self, visual_tokens: usize) -> usize {
+        let share = |ratio: f64| visual_tokens as f64 * ratio;
         let wanted = match self {
-            Keep::Ratio(ratio) => (visual_tokens as f64 * ratio) as usize,
-            Keep::Count(count) => count,
+            Keep::Ratio(ratio) => (share(ratio) as usize).max(1),
+            Keep::Count(count) => count.max(1),
+            Keep::Rounded(ratio) => (share(ratio).round_ties_even() as usize).max(1),
+            Keep::Truncated(ratio) => share(ratio) as usize,
         };
-        wanted.max(1).min(visual_tokens)
+        wanted.min(visual_tokens)
+    }
+
+    /// Whether it is a share in (0, 1], or a number of at least 1.
+    pub(crate) fn check(self, stage: usize) -> Result<(), ReducerError> {
+        match (self.ratio(), self) {
+            // Written so that NaN is refused as well.
+            (Some(ratio), _) if !(ratio > 0.0 && ratio <= 1.0) => {
+                Err(ReducerError::KeepRatio { stage, ratio })
+            }
+            (_, Keep::Count(0)) => Err(ReducerError::KeepCount {
+                stage,
+                count: "0".into(),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// The share, if it is one.
+    pub fn ratio(self) -> Option<f64> {
+        match self {
+            Keep::Ratio(ratio) | Keep::Rounded(ratio) | Keep::Truncated(ratio) => Some(ratio),
+            Keep::Count(_) => None,
+        }
     }
 }
 

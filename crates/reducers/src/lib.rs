@@ -52,6 +52,9 @@ pub use cost::{Cost, DecoderShape};
 pub use error::ReducerError;
 pub use keep::Keep;
 pub use presets::{Method, Preset};
-pub use schedule::{Action, Schedule, Stage};
-pub use score::last_row_scores;
+pub use schedule::{Action, Layout, Positions, Schedule, Stage};
+pub use score::{
+    Attention, HeadReduce, Query, Random, Score, ScoreDtype, ScoreLayer, Scorer, Standing,
+    last_row_scores,
+};
 pub use topk::top_k;

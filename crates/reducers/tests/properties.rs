@@ -28,7 +28,7 @@ fn schedule() -> impl Strategy<Value = Schedule> {
     (action(), any::<bool>(), stages).prop_map(|(action, monotonic, stages)| {
         let stages = stages
             .into_iter()
-            .map(|(layer, keep)| Stage { layer, keep });
+            .map(|(layer, keep)| Stage::new(layer, keep));
         Schedule::new(action, monotonic, stages.collect()).unwrap()
     })
 }

@@ -54,7 +54,7 @@ impl<B: Backend> SelfAttention<B> {
     /// - `normed`: `[hidden_size, rows]`
     /// - returns `[num_attention_heads · head_dim, rows]`
     pub fn queries(&self, normed: Tensor<B, 2>, rope: &Rotary<B>) -> Tensor<B, 2> {
-        rope.apply(self.per_head(&self.q_norm, self.q_proj.forward(normed)))
+        rope.apply(self.unrotated_queries(normed))
     }
 
     /// Rotated keys.
@@ -63,7 +63,17 @@ impl<B: Backend> SelfAttention<B> {
     /// - `normed`: `[hidden_size, rows]`
     /// - returns `[num_key_value_heads · head_dim, rows]`
     pub fn keys(&self, normed: Tensor<B, 2>, rope: &Rotary<B>) -> Tensor<B, 2> {
-        rope.apply(self.per_head(&self.k_norm, self.k_proj.forward(normed)))
+        rope.apply(self.unrotated_keys(normed))
+    }
+
+    /// Queries before rotation; shapes as [`queries`](Self::queries).
+    pub(crate) fn unrotated_queries(&self, normed: Tensor<B, 2>) -> Tensor<B, 2> {
+        self.per_head(&self.q_norm, self.q_proj.forward(normed))
+    }
+
+    /// Keys before rotation; shapes as [`keys`](Self::keys).
+    pub(crate) fn unrotated_keys(&self, normed: Tensor<B, 2>) -> Tensor<B, 2> {
+        self.per_head(&self.k_norm, self.k_proj.forward(normed))
     }
 
     /// Values.

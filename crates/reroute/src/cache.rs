@@ -16,6 +16,9 @@ pub struct KvCache<B: Backend> {
     rows: Vec<usize>,
     /// Position of each sample's next token: that of the full prompt, whatever was deferred.
     next_position: Vec<i64>,
+    /// By how much the next position is lower in a layer, `[layers][samples]`: rows that a schedule
+    /// removed and whose positions it gave away.
+    lowered: Vec<Vec<i64>>,
     /// What a later turn chooses from, if it was asked for.
     pub(crate) pool: Option<Pool<B>>,
 }
@@ -40,6 +43,7 @@ impl<B: Backend> KvCache<B> {
             layers: vec![vec![entry; samples]; layers],
             rows: vec![0; samples],
             next_position: vec![0; samples],
+            lowered: vec![vec![0; samples]; layers],
             pool: None,
         }
     }
@@ -82,6 +86,16 @@ impl<B: Backend> KvCache<B> {
     pub(crate) fn continue_at(&mut self, sample: usize, row: usize, position: i64) {
         self.rows[sample] = row;
         self.next_position[sample] = position;
+    }
+
+    /// Lowers the positions of a sample's next tokens in a layer.
+    pub(crate) fn lower(&mut self, layer: usize, sample: usize, by: i64) {
+        self.lowered[layer][sample] = by;
+    }
+
+    /// By how much positions of the samples are lower in a layer.
+    pub(crate) fn lowered(&self, layer: usize, samples: impl Iterator<Item = usize>) -> Vec<i64> {
+        samples.map(|sample| self.lowered[layer][sample]).collect()
     }
 
     /// The row and the position of a sample's next token, which it takes.

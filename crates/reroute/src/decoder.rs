@@ -2,7 +2,7 @@ use burn::module::Module;
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor};
 use layers::{CausalMask, RmsNorm, RmsNormConfig, Vocabulary, VocabularyConfig};
-use reducers::Schedule;
+use reducers::{Positions, Schedule, Scorer};
 
 use crate::pool::Past;
 use crate::{DecoderConfig, DecoderLayer, KvCache, Prompt, RerouteError, Router, RoutingTrace};
@@ -45,7 +45,8 @@ pub struct Prefill<B: Backend> {
 /// The output of one layer.
 #[derive(Debug, Clone)]
 pub struct HiddenStates<B: Backend> {
-    /// The packed rows that the layer processed, ascending.
+    /// The packed rows that the layer processed, ascending; deferred ones too under
+    /// [`Layout::PerLayer`](reducers::Layout::PerLayer).
     pub rows: Vec<usize>,
     /// `[hidden_size, rows]`
     pub values: Tensor<B, 2>,
@@ -97,6 +98,9 @@ impl<B: Backend> Decoder<B> {
     /// Whether prompt and schedule fit the decoder and each other.
     pub fn check(&self, prompt: &Prompt<B>, schedule: &Schedule) -> Result<(), RerouteError> {
         prompt.validate(&self.config)?;
+        if schedule.positions() == Positions::Renumber && self.config.rope.axes() > 1 {
+            return Err(RerouteError::Renumber);
+        }
         Ok(schedule.check_depth(self.layers.len())?)
     }
 
@@ -127,8 +131,22 @@ impl<B: Backend> Decoder<B> {
     /// - Under [`Action::Remove`](reducers::Action::Remove) new rows run through all layers and see
     ///   what each layer has kept: what an earlier turn removed is gone. Only new images are decided on.
     /// - Without decisions new rows run through all layers and see everything.
+    ///
+    /// Schedules that give positions away or rank by what no cache holds compute everything anew.
     pub fn resume(
         &self,
+        cache: KvCache<B>,
+        prompt: &Prompt<B>,
+        schedule: &Schedule,
+        options: PrefillOptions,
+    ) -> Result<Prefill<B>, RerouteError> {
+        self.resume_by(None, cache, prompt, schedule, options)
+    }
+
+    /// The same, with a rule of the caller's own that ranks instead of the schedule's scores.
+    pub fn resume_by(
+        &self,
+        scorer: Option<&dyn Scorer<B>>,
         mut cache: KvCache<B>,
         prompt: &Prompt<B>,
         schedule: &Schedule,
@@ -145,13 +163,12 @@ impl<B: Backend> Decoder<B> {
             )));
         }
         let device = prompt.embeddings.device();
-        let dtype = prompt.embeddings.dtype();
-        let rope = self.config.rope.table(prompt.positions.clone(), dtype);
         let longest = prompt.samples.iter().map(|sample| sample.rows).max();
         let mask = CausalMask::new(longest.unwrap_or(0), &device);
         let past = Past::take(&mut cache, &prompt.samples, schedule);
-        let mut router =
-            Router::resume(prompt, schedule, rope, past).keeping_pool(options.keep_pool);
+        let mut router = Router::resume(prompt, schedule, &self.config.rope, past)
+            .ranking_by(scorer)
+            .keeping_pool(options.keep_pool);
         let mut hidden_states = router.rows_of(prompt.embeddings.clone());
         let mut trace = RoutingTrace::default();
         let mut captured = Vec::new();
@@ -160,6 +177,7 @@ impl<B: Backend> Decoder<B> {
             let input = router.enter(index, layer, hidden_states, &cache)?;
             let attention = &layer.self_attn;
             let queries = attention.queries(input.normed.clone(), router.active_rope());
+            router.executed(index, &queries);
             let values = attention.split_heads(attention.values(input.normed));
             let keys = attention.split_heads(input.keys);
             let ranges = router.ranges();
@@ -177,15 +195,16 @@ impl<B: Backend> Decoder<B> {
                 .rows
                 .push(ranges.iter().map(|range| range.len()).collect());
             trace.decisions.extend(input.decisions);
+            for (sample, by) in router.lowered().into_iter().enumerate() {
+                cache.lower(index, sample, by);
+            }
             hidden_states = layer.finish(input.hidden_states, contexts);
             if options.hidden_states {
-                captured.push(HiddenStates {
-                    rows: router.active().to_vec(),
-                    values: hidden_states.clone(),
-                });
+                captured.push(router.observe(hidden_states.clone()));
             }
             hidden_states = router.leave(index, hidden_states);
         }
+        let hidden_states = router.gather(hidden_states);
 
         let last: Vec<i64> = router
             .ranges()
@@ -208,7 +227,8 @@ impl<B: Backend> Decoder<B> {
     /// Feeds one token to each of the given samples and returns the logits of the next.
     ///
     /// Routing plays no part here: a token attends, per layer, to whatever that layer's cache holds,
-    /// at the position it would have in the plain model.
+    /// at the position it would have in the plain model (or, in layers whose rows were renumbered,
+    /// behind them).
     ///
     /// # Shapes
     /// - `tokens`: (index of the sample, token id)
@@ -232,12 +252,23 @@ impl<B: Backend> Decoder<B> {
         let (rows, positions): (Vec<usize>, Vec<i64>) = next.unzip();
         let ids: Vec<u32> = tokens.iter().map(|&(_, id)| id).collect();
         let mut hidden_states = self.embed(&ids);
-        let positions = Tensor::<B, 1, Int>::from_data(positions.as_slice(), &device)
-            .unsqueeze::<2>()
-            .repeat_dim(0, self.config.rope.axes());
-        let rope = self.config.rope.table(positions, hidden_states.dtype());
+        let dtype = hidden_states.dtype();
+        let table = |lowered: &[i64]| {
+            let positions = positions.iter().zip(lowered).map(|(p, by)| p - by);
+            let positions: Vec<i64> = positions.collect();
+            let positions = Tensor::<B, 1, Int>::from_data(positions.as_slice(), &device)
+                .unsqueeze::<2>()
+                .repeat_dim(0, self.config.rope.axes());
+            self.config.rope.table(positions, dtype)
+        };
+        let mut lowered = vec![0; tokens.len()];
+        let mut rope = table(&lowered);
 
         for (index, layer) in self.layers.iter().enumerate() {
+            let here = cache.lowered(index, tokens.iter().map(|&(sample, _)| sample));
+            if here != lowered {
+                (rope, lowered) = (table(&here), here);
+            }
             let attention = &layer.self_attn;
             let normed = layer.input_layernorm.forward(hidden_states.clone());
             let queries = attention.queries(normed.clone(), &rope);

@@ -30,6 +30,12 @@ pub enum RerouteError {
         /// Positions the model was made for.
         available: usize,
     },
+    /// Positions with several axes cannot be numbered anew.
+    #[error(
+        "\"renumber\" gives visual tokens positions 0, 1, 2, …, but this model's have several axes \
+         (time, height, width); use \"gap\" positions"
+    )]
+    Renumber,
     /// The schedule does not fit the decoder, or scores cannot be ranked.
     #[error(transparent)]
     Reducer(#[from] ReducerError),

@@ -15,6 +15,7 @@ mod attention;
 mod block;
 mod cache;
 mod config;
+mod decision;
 mod decoder;
 mod error;
 mod generate;

@@ -2,7 +2,7 @@ use std::ops::Range;
 
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
-use reducers::{Action, Schedule};
+use reducers::{Action, Positions, Schedule, Stage};
 
 use crate::{KvCache, SampleLayout};
 
@@ -48,7 +48,8 @@ impl<B: Backend> Past<B> {
     /// Rows before the first visual token never depend on a decision: every layer keeps them. From
     /// there on, under *reroute*, layers below the first decision keep all rows; from the decision on
     /// they are computed anew, because the turn's own last row chooses which tokens they work on.
-    /// Under *remove* and without decisions every layer keeps what it has.
+    /// Under *remove* and without decisions every layer keeps what it has. A schedule that gives
+    /// positions away, or that ranks by what no cache holds, starts from nothing.
     pub(crate) fn take(
         cache: &mut KvCache<B>,
         samples: &[SampleLayout],
@@ -56,6 +57,10 @@ impl<B: Backend> Past<B> {
     ) -> Self {
         let mut past = Self::none(samples.len());
         let pool = cache.pool.take();
+        if starts_anew(schedule) {
+            (0..samples.len()).for_each(|sample| cache.truncate(sample, 0));
+            return past;
+        }
         let chooses_anew = match schedule.action() {
             Action::Reroute => schedule.stages().first().map(|stage| stage.layer),
             Action::Remove => None,
@@ -81,6 +86,15 @@ impl<B: Backend> Past<B> {
         }
         past
     }
+}
+
+/// Whether earlier turns are of no use to a schedule.
+fn starts_anew(schedule: &Schedule) -> bool {
+    let unrotated = |stage: &Stage| stage.score.is_unrotated();
+    let executed = |stage: &Stage| !stage.score.sees_deferred();
+    schedule.positions() == Positions::Renumber
+        || schedule.stages().iter().any(unrotated)
+        || schedule.action() == Action::Reroute && schedule.stages().iter().any(executed)
 }
 
 impl<B: Backend> PooledRows<B> {

@@ -21,7 +21,7 @@ pub struct Prompt<B: Backend> {
 }
 
 /// One sample's share of a [`Prompt`].
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct SampleLayout {
     /// Number of rows.
     pub rows: usize,
@@ -29,6 +29,9 @@ pub struct SampleLayout {
     pub visual: Vec<usize>,
     /// Position of the first generated token.
     pub next_position: i64,
+    /// One number per visual row, if a reduction before the decoder ranked them
+    /// ([`reducers::Score::Encoder`] selects by it).
+    pub salience: Option<Vec<f32>>,
 }
 
 impl<B: Backend> Prompt<B> {
@@ -89,6 +92,15 @@ impl<B: Backend> Prompt<B> {
                 return malformed(format!(
                     "sample {index} ends with a visual row; its last row must be text, \
                      because that row asks which visual tokens matter"
+                ));
+            }
+            if let Some(salience) = &sample.salience
+                && salience.len() != sample.visual.len()
+            {
+                return malformed(format!(
+                    "sample {index} has {} visual rows and the salience of {}",
+                    sample.visual.len(),
+                    salience.len()
                 ));
             }
             if sample.next_position < 0 {

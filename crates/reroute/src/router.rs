@@ -3,20 +3,24 @@ use std::ops::Range;
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor};
 use layers::Rotary;
-use reducers::{Action, Schedule, last_row_scores, top_k};
+use reducers::{Action, Layout, Positions, Schedule, ScoreLayer, Scorer};
 
+use crate::decision::{self, SampleStanding};
 use crate::pool::{Past, Pool, PooledRows};
 use crate::prompt::ranges;
-use crate::{Decision, DecoderLayer, KvCache, Prompt, RerouteError, SelfAttention};
+use crate::{Decision, DecoderLayer, HiddenStates, KvCache, Prompt, RerouteError, RopeConfig};
 
 /// Walks the rows of a prompt through the stages of a schedule.
 ///
 /// Between decisions only *active* rows exist for the layers. *Deferred* rows wait with the hidden
 /// state they had when they were last active (Reroute, arXiv 2606.12412) and stand again at the
 /// next decision; under [`Action::Remove`] they are forgotten.
-#[derive(Debug)]
 pub struct Router<'a, B: Backend> {
+    prompt: &'a Prompt<B>,
     schedule: &'a Schedule,
+    /// Ranks instead of the schedule's own scores.
+    scorer: Option<&'a dyn Scorer<B>>,
+    rope: &'a RopeConfig,
     /// Packed rows of each sample.
     samples: Vec<Range<usize>>,
     /// Packed visual rows of each sample, in visual order.
@@ -25,8 +29,6 @@ pub struct Router<'a, B: Backend> {
     standing: Vec<usize>,
     /// Keep counts of each sample at each stage: the budget is a share of its standing tokens.
     keep_counts: Vec<Vec<usize>>,
-    /// See [`Prompt::deepstack`].
-    deepstack: &'a [Tensor<B, 2>],
     /// Rotary table of all rows.
     prompt_rope: Rotary<B>,
     /// Rotary table of the active rows.
@@ -34,6 +36,10 @@ pub struct Router<'a, B: Backend> {
     /// Packed rows that the layers work on, ascending.
     active: Vec<usize>,
     deferred: Option<Deferred<B>>,
+    /// Between two layers under [`Layout::PerLayer`]: all rows that stand, deferred ones in place.
+    scattered: Option<Vec<usize>>,
+    /// Queries of the active rows in the layer before, if the next decision asks for them.
+    executed: Option<Tensor<B, 2>>,
     /// What stood at the first decision, if it is to be kept for a later turn.
     pool: Option<Pool<B>>,
     keep_pool: bool,
@@ -65,8 +71,8 @@ pub struct Routed<B: Backend> {
 }
 
 impl<'a, B: Backend> Router<'a, B> {
-    /// Starts with all rows active. `rope` is the table of all rows of the prompt.
-    pub fn new(prompt: &'a Prompt<B>, schedule: &'a Schedule, rope: Rotary<B>) -> Self {
+    /// Starts with all rows active.
+    pub fn new(prompt: &'a Prompt<B>, schedule: &'a Schedule, rope: &'a RopeConfig) -> Self {
         Self::resume(prompt, schedule, rope, Past::none(prompt.samples.len()))
     }
 
@@ -75,9 +81,10 @@ impl<'a, B: Backend> Router<'a, B> {
     pub(crate) fn resume(
         prompt: &'a Prompt<B>,
         schedule: &'a Schedule,
-        rope: Rotary<B>,
+        rope: &'a RopeConfig,
         past: Past<B>,
     ) -> Self {
+        let prompt_rope = rope.table(prompt.positions.clone(), prompt.embeddings.dtype());
         let samples = prompt.ranges();
         let visual = prompt.samples.iter().zip(&samples);
         let visual: Vec<Vec<usize>> = visual
@@ -99,14 +106,16 @@ impl<'a, B: Backend> Router<'a, B> {
         }
         let is_everything = samples.last().is_some_and(|last| last.end == active.len());
         let active_rope = match is_everything {
-            true => rope.clone(),
-            false => rope.select(indices(&active, &prompt.embeddings.device())),
+            true => prompt_rope.clone(),
+            false => prompt_rope.select(indices(&active, &prompt.embeddings.device())),
         };
         Self {
+            prompt,
             schedule,
+            scorer: None,
+            rope,
             keep_counts: standing.iter().map(|&n| schedule.keep_counts(n)).collect(),
             standing,
-            deepstack: &prompt.deepstack,
             selected: vec![None; visual.len()],
             active,
             active_rope,
@@ -114,17 +123,24 @@ impl<'a, B: Backend> Router<'a, B> {
                 hidden_states: Tensor::cat(parked, 1),
                 rows: parked_rows,
             }),
+            scattered: None,
+            executed: None,
             pool: None,
             keep_pool: false,
             samples,
             visual,
-            prompt_rope: rope,
+            prompt_rope,
         }
     }
 
     /// Keeps what stands at the first decision under [`Action::Reroute`], for a later turn.
     pub(crate) fn keeping_pool(self, keep_pool: bool) -> Self {
         Self { keep_pool, ..self }
+    }
+
+    /// Ranks by `scorer` instead of the schedule's own scores.
+    pub(crate) fn ranking_by(self, scorer: Option<&'a dyn Scorer<B>>) -> Self {
+        Self { scorer, ..self }
     }
 
     /// What stood at the first decision, if it was kept.
@@ -172,7 +188,7 @@ impl<'a, B: Backend> Router<'a, B> {
     /// rows of earlier turns.
     ///
     /// # Shapes
-    /// - `hidden_states`: `[hidden_size, active rows]`
+    /// - `hidden_states`: `[hidden_size, rows]` as [`leave`](Self::leave) returned them
     pub fn enter(
         &mut self,
         index: usize,
@@ -180,6 +196,7 @@ impl<'a, B: Backend> Router<'a, B> {
         hidden_states: Tensor<B, 2>,
         cache: &KvCache<B>,
     ) -> Result<Routed<B>, RerouteError> {
+        let hidden_states = self.gather(hidden_states);
         if let Some(stage) = self.schedule.decision_at(index)
             && self.standing.iter().any(|&standing| standing > 0)
         {
@@ -194,15 +211,80 @@ impl<'a, B: Backend> Router<'a, B> {
         })
     }
 
-    /// Adds the layer's DeepStack features to its output: to the active visual rows, and to those
+    /// Finishes a layer: adds its DeepStack features to its output, to the active visual rows, and to those
     /// that this turn has deferred, so that a row's features do not depend on when it is selected.
     /// Rows parked by an earlier turn have theirs.
     ///
     /// # Shapes
     /// - `hidden_states`: `[hidden_size, active rows]`
+    /// - returns `[hidden_size, active rows]`, or all rows that stand under [`Layout::PerLayer`]
     pub fn leave(&mut self, index: usize, hidden_states: Tensor<B, 2>) -> Tensor<B, 2> {
+        let hidden_states = self.add_deepstack(index, hidden_states);
+        match self.schedule.layout() {
+            Layout::Stagewise => hidden_states,
+            Layout::PerLayer => {
+                let (hidden_states, rows) = self.gather_pool(hidden_states);
+                self.scattered = Some(rows);
+                hidden_states
+            }
+        }
+    }
+
+    /// The active rows of what [`leave`](Self::leave) returned.
+    ///
+    /// # Shapes
+    /// - returns `[hidden_size, active rows]`
+    pub(crate) fn gather(&mut self, hidden_states: Tensor<B, 2>) -> Tensor<B, 2> {
+        let Some(rows) = self.scattered.take() else {
+            return hidden_states;
+        };
+        let device = hidden_states.device();
+        let is_active = |&i: &usize| self.active.binary_search(&rows[i]).is_ok();
+        let (active, waiting): (Vec<usize>, Vec<usize>) = (0..rows.len()).partition(is_active);
+        self.deferred = (!waiting.is_empty()).then(|| Deferred {
+            hidden_states: hidden_states.clone().select(1, indices(&waiting, &device)),
+            rows: waiting.iter().map(|&i| rows[i]).collect(),
+        });
+        match self.deferred {
+            Some(_) => hidden_states.select(1, indices(&active, &device)),
+            None => hidden_states,
+        }
+    }
+
+    /// Remembers the queries of layer `index` if the next decision ranks by them.
+    ///
+    /// # Shapes
+    /// - `queries`: `[num_attention_heads · head_dim, active rows]`
+    pub(crate) fn executed(&mut self, index: usize, queries: &Tensor<B, 2>) {
+        let next = self.schedule.decision_at(index + 1);
+        let next = next.map(|stage| &self.schedule.stages()[stage].score);
+        let asked = next.is_some_and(|score| score.uses(ScoreLayer::Previous));
+        self.executed = asked.then(|| queries.clone());
+    }
+
+    /// By how much each sample's positions are lower than those of the full prompt.
+    pub(crate) fn lowered(&self) -> Vec<i64> {
+        let samples = self.prompt.samples.iter().zip(self.ranges());
+        let lowered = samples
+            .zip(&self.selected)
+            .map(|((layout, range), selected)| {
+                let renumbered =
+                    self.schedule.positions() == Positions::Renumber && selected.is_some();
+                match renumbered {
+                    true => layout.next_position - range.len() as i64,
+                    false => 0,
+                }
+            });
+        lowered.collect()
+    }
+
+    fn add_deepstack(&mut self, index: usize, hidden_states: Tensor<B, 2>) -> Tensor<B, 2> {
         let visual = self.visual.concat();
-        let features = self.deepstack.get(index).filter(|_| !visual.is_empty());
+        let features = self
+            .prompt
+            .deepstack
+            .get(index)
+            .filter(|_| !visual.is_empty());
         let Some(features) = features else {
             return hidden_states;
         };
@@ -230,7 +312,7 @@ impl<'a, B: Backend> Router<'a, B> {
         add(hidden_states, &self.active)
     }
 
-    /// Scores the candidates with the last row of each sample, selects, and splits the rows.
+    /// Scores the candidates of each sample, selects, and splits the rows.
     ///
     /// The only host round trip of a stage is reading one score per pool row.
     fn decide(
@@ -241,74 +323,177 @@ impl<'a, B: Backend> Router<'a, B> {
         cache: &KvCache<B>,
     ) -> Result<Routed<B>, RerouteError> {
         let device = hidden_states.device();
-        let (hidden_states, pool) = self.gather_pool(hidden_states);
-        let is_active = pool.len() == self.active.len();
-        let rope = match is_active {
+        let (hidden_states, rows) = self.gather_pool(hidden_states);
+        let rope = match rows.len() == self.active.len() {
             true => self.active_rope.clone(),
-            false => self.rope_of(&pool, &device),
+            false => self.rope_of(&rows, &device),
         };
         if stage == 0 && self.keep_pool && self.schedule.action() == Action::Reroute {
-            self.pool = Some(self.pooled(&hidden_states, &pool));
+            self.pool = Some(self.pooled(&hidden_states, &rows));
         }
         let normed = layer.input_layernorm.forward(hidden_states.clone());
-        let keys = layer.self_attn.keys(normed.clone(), &rope);
-        let index = self.schedule.stages()[stage].layer;
-        let past: Vec<_> = (0..self.samples.len())
-            .map(|s| cache.keys(index, s))
-            .collect();
-        let scores = self.scores(&layer.self_attn, &normed, &keys, &rope, &pool, past)?;
+        let unrotated_keys = layer.self_attn.unrotated_keys(normed.clone());
+        let pool = decision::Pool {
+            layer: self.schedule.stages()[stage].layer,
+            attention: &layer.self_attn,
+            keys: rope.apply(unrotated_keys.clone()),
+            unrotated_keys,
+            rows,
+            hidden_states,
+            normed,
+            rope,
+            embeddings: &self.prompt.embeddings,
+            executed: self.executed.take(),
+        };
+        let decisions = self.select(stage, &pool, cache)?;
 
-        let mut decisions = Vec::new();
-        let mut keep = vec![true; pool.len()];
-        for sample in 0..self.samples.len() {
-            if self.standing[sample] > 0 {
-                let decision = self.select(stage, sample, &pool, &scores, &mut keep)?;
-                self.selected[sample] = Some(decision.selected.clone());
-                decisions.push(decision);
+        let mut keep = vec![true; pool.rows.len()];
+        for decision in &decisions {
+            let visual = &self.visual[decision.sample];
+            let at = |token: usize| pool.rows.binary_search(&visual[token]).ok();
+            for &token in &decision.candidates {
+                let stays = decision.selected.binary_search(&token).is_ok();
+                at(token).into_iter().for_each(|at| keep[at] = stays);
             }
+            self.selected[decision.sample] = Some(decision.selected.clone());
         }
-        let (kept, left): (Vec<usize>, Vec<usize>) = (0..pool.len()).partition(|&i| keep[i]);
+        let (kept, left): (Vec<usize>, Vec<usize>) = (0..pool.rows.len()).partition(|&i| keep[i]);
         if left.is_empty() {
-            self.active = pool;
-            self.active_rope = rope;
+            self.active = pool.rows;
+            self.active_rope = pool.rope;
             self.deferred = None;
             return Ok(Routed {
-                hidden_states,
-                normed,
-                keys,
+                hidden_states: pool.hidden_states,
+                normed: pool.normed,
+                keys: pool.keys,
                 decisions,
             });
         }
 
         let comes_back =
-            self.schedule.action() == Action::Reroute && stage + 1 < self.schedule.stages().len();
+            stage + 1 < self.schedule.stages().len() || self.schedule.layout() == Layout::PerLayer;
+        let comes_back = comes_back && self.schedule.action() == Action::Reroute;
         self.deferred = comes_back.then(|| Deferred {
-            hidden_states: hidden_states.clone().select(1, indices(&left, &device)),
-            rows: left.iter().map(|&i| pool[i]).collect(),
+            hidden_states: pool
+                .hidden_states
+                .clone()
+                .select(1, indices(&left, &device)),
+            rows: left.iter().map(|&i| pool.rows[i]).collect(),
         });
-        self.active = kept.iter().map(|&i| pool[i]).collect();
+        self.active = kept.iter().map(|&i| pool.rows[i]).collect();
         let kept = indices(&kept, &device);
-        self.active_rope = rope.select(kept.clone());
+        let keys = match self.schedule.positions() {
+            Positions::Gap => {
+                self.active_rope = pool.rope.select(kept.clone());
+                pool.keys.select(1, kept.clone())
+            }
+            Positions::Renumber => {
+                self.active_rope = self.renumbered(&device);
+                self.active_rope
+                    .apply(pool.unrotated_keys.select(1, kept.clone()))
+            }
+        };
         Ok(Routed {
-            hidden_states: hidden_states.select(1, kept.clone()),
-            normed: normed.select(1, kept.clone()),
-            keys: keys.select(1, kept),
+            hidden_states: pool.hidden_states.select(1, kept.clone()),
+            normed: pool.normed.select(1, kept),
+            keys,
             decisions,
         })
     }
 
+    /// The decision of every sample that has something to decide.
+    fn select(
+        &self,
+        stage: usize,
+        pool: &decision::Pool<'_, B>,
+        cache: &KvCache<B>,
+    ) -> Result<Vec<Decision>, RerouteError> {
+        let score = &self.schedule.stages()[stage].score;
+        let executed = |sample| {
+            let before = pool.layer.checked_sub(1)?;
+            let needed = score.uses(ScoreLayer::Previous);
+            cache.keys(before, sample).filter(|_| needed)
+        };
+        let ranges = split(&pool.rows, &self.samples);
+        let asked = (0..ranges.len()).filter(|&sample| self.standing[sample] > 0);
+        let standing: Vec<(usize, SampleStanding<'_, B>)> = asked
+            .map(|sample| {
+                let range = ranges[sample].clone();
+                // (index in visual order, row of the range) of every candidate.
+                let stands = |(token, row): (usize, &usize)| {
+                    let at = pool.rows[range.clone()].binary_search(row).ok()?;
+                    Some((token, at))
+                };
+                let visual = self.visual[sample].iter().enumerate();
+                let (tokens, candidates) = visual.filter_map(stands).unzip();
+                let standing = SampleStanding {
+                    pool,
+                    range: range.clone(),
+                    candidates,
+                    tokens,
+                    salience: self.prompt.samples[sample].salience.as_deref(),
+                    earlier: cache.keys(pool.layer, sample),
+                    executed_keys: executed(sample),
+                };
+                (sample, standing)
+            })
+            .collect();
+        let scorer: &dyn Scorer<B> = self.scorer.unwrap_or(score);
+        let scores = standing.iter().map(|(_, standing)| scorer.score(standing));
+        let scores = Tensor::cat(scores.collect::<Result<_, _>>()?, 0);
+        let scores = read_back(scores, "routing scores")?;
+        let mut rest = &scores[..];
+        let decide = |(sample, standing): &(usize, SampleStanding<'_, B>)| {
+            let (scores, others) = rest.split_at(standing.range.len());
+            rest = others;
+            let count = self.keep_counts[*sample][stage];
+            let previous = self.selected[*sample].as_deref();
+            let monotonic = self.schedule.monotonic();
+            decision::select(standing, *sample, scores, count, previous, monotonic)
+        };
+        Ok(standing.iter().map(decide).collect::<Result<_, _>>()?)
+    }
+
+    /// The rotary table of the active rows of each sample, numbered from 0.
+    fn renumbered(&self, device: &B::Device) -> Rotary<B> {
+        let positions = self.ranges().into_iter().flat_map(|range| 0..range.len());
+        let positions: Vec<usize> = positions.collect();
+        let positions = indices::<B>(&positions, device).unsqueeze();
+        self.rope.table(positions, self.prompt.embeddings.dtype())
+    }
+
     /// Active and deferred rows back in prompt order.
     fn gather_pool(&mut self, hidden_states: Tensor<B, 2>) -> (Tensor<B, 2>, Vec<usize>) {
-        let Some(deferred) = self.deferred.take() else {
+        let deferred = self.deferred.take();
+        self.merge(hidden_states, deferred.as_ref())
+    }
+
+    fn merge(
+        &self,
+        hidden_states: Tensor<B, 2>,
+        deferred: Option<&Deferred<B>>,
+    ) -> (Tensor<B, 2>, Vec<usize>) {
+        let Some(deferred) = deferred else {
             return (hidden_states, self.active.clone());
         };
         let device = hidden_states.device();
         let rows: Vec<usize> = self.active.iter().chain(&deferred.rows).copied().collect();
         let mut order: Vec<usize> = (0..rows.len()).collect();
         order.sort_unstable_by_key(|&i| rows[i]);
-        let all = Tensor::cat(vec![hidden_states, deferred.hidden_states], 1);
+        let all = Tensor::cat(vec![hidden_states, deferred.hidden_states.clone()], 1);
         let pool = order.iter().map(|&i| rows[i]).collect();
         (all.select(1, indices(&order, &device)), pool)
+    }
+
+    /// A layer's output as people inspect it.
+    ///
+    /// # Shapes
+    /// - `hidden_states`: `[hidden_size, active rows]`
+    pub(crate) fn observe(&self, hidden_states: Tensor<B, 2>) -> HiddenStates<B> {
+        let per_layer = self.schedule.layout() == Layout::PerLayer;
+        let deferred = self.deferred.as_ref().filter(|_| per_layer);
+        let (values, rows) = self.merge(hidden_states, deferred);
+        HiddenStates { rows, values }
     }
 
     /// The rotary table of these packed rows.
@@ -334,88 +519,6 @@ impl<'a, B: Backend> Router<'a, B> {
             samples: samples.collect(),
         }
     }
-
-    /// One score per pool row; rows of samples without candidates score 0. `past` are the keys of
-    /// each sample's earlier rows, which take part in the softmax.
-    fn scores(
-        &self,
-        attention: &SelfAttention<B>,
-        normed: &Tensor<B, 2>,
-        keys: &Tensor<B, 2>,
-        rope: &Rotary<B>,
-        pool: &[usize],
-        past: Vec<Option<Tensor<B, 3>>>,
-    ) -> Result<Vec<f32>, RerouteError> {
-        let bounds = split(pool, &self.samples);
-        let asked: Vec<usize> = (0..bounds.len())
-            .filter(|&s| self.standing[s] > 0)
-            .collect();
-        let last: Vec<usize> = asked.iter().map(|&s| bounds[s].end - 1).collect();
-        let last = indices(&last, &normed.device());
-        let queries = attention.queries(normed.clone().select(1, last.clone()), &rope.select(last));
-        let queries = attention.split_heads(queries);
-        let keys = attention.split_heads(keys.clone());
-        let rows = asked.iter().enumerate().map(|(column, &sample)| {
-            let range = bounds[sample].clone();
-            let keys = keys.clone().narrow(2, range.start, range.len());
-            let past = past[sample].clone();
-            let earlier = past.as_ref().map_or(0, |past| past.dims()[2]);
-            let keys = Tensor::cat(past.into_iter().chain([keys]).collect(), 2);
-            let query = queries.clone().narrow(2, column, 1).squeeze_dim::<2>(2);
-            last_row_scores(query, keys.swap_dims(1, 2)).narrow(0, earlier, range.len())
-        });
-        let read = read_back(Tensor::cat(rows.collect(), 0), "routing scores")?;
-        let mut scores = vec![0.0; pool.len()];
-        let mut read = read.into_iter();
-        for &sample in &asked {
-            for (score, value) in scores[bounds[sample].clone()].iter_mut().zip(&mut read) {
-                *score = value;
-            }
-        }
-        Ok(scores)
-    }
-
-    /// Chooses one sample's tokens and clears `keep` for the rest of its visual rows.
-    fn select(
-        &self,
-        stage: usize,
-        sample: usize,
-        pool: &[usize],
-        scores: &[f32],
-        keep: &mut [bool],
-    ) -> Result<Decision, RerouteError> {
-        // (index in visual order, index in the pool) of every candidate.
-        let stands = |(token, row): (usize, &usize)| Some((token, pool.binary_search(row).ok()?));
-        let candidates: Vec<(usize, usize)> = self.visual[sample]
-            .iter()
-            .enumerate()
-            .filter_map(stands)
-            .collect();
-        let scores: Vec<f32> = candidates.iter().map(|&(_, at)| scores[at]).collect();
-        let previous = self.selected[sample].as_deref();
-        let mut ranked = scores.clone();
-        if let (true, Some(previous)) = (self.schedule.monotonic(), previous) {
-            for (score, (token, _)) in ranked.iter_mut().zip(&candidates) {
-                if previous.binary_search(token).is_err() && !score.is_nan() {
-                    *score = f32::NEG_INFINITY;
-                }
-            }
-        }
-        let chosen = top_k(&ranked, self.keep_counts[sample][stage])?;
-        candidates.iter().for_each(|&(_, at)| keep[at] = false);
-        chosen.iter().for_each(|&i| keep[candidates[i].1] = true);
-        let selected: Vec<usize> = chosen.iter().map(|&i| candidates[i].0).collect();
-        let was_deferred =
-            |token: &&usize| previous.is_some_and(|p| p.binary_search(token).is_err());
-        Ok(Decision {
-            layer: self.schedule.stages()[stage].layer,
-            sample,
-            returned: selected.iter().filter(was_deferred).copied().collect(),
-            candidates: candidates.iter().map(|&(token, _)| token).collect(),
-            scores,
-            selected,
-        })
-    }
 }
 
 /// Where each sample's rows stand in `rows`, a sorted subset of the packed rows.
@@ -426,7 +529,7 @@ fn split(rows: &[usize], samples: &[Range<usize>]) -> Vec<Range<usize>> {
     }))
 }
 
-fn indices<B: Backend>(rows: &[usize], device: &B::Device) -> Tensor<B, 1, Int> {
+pub(crate) fn indices<B: Backend>(rows: &[usize], device: &B::Device) -> Tensor<B, 1, Int> {
     let rows: Vec<i64> = rows.iter().map(|&row| row as i64).collect();
     Tensor::from_data(rows.as_slice(), device)
 }

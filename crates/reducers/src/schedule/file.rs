@@ -3,8 +3,8 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Number;
 
-use super::{Action, Schedule, Stage};
-use crate::{Keep, ReducerError};
+use super::{Action, Layout, Positions, Schedule, Stage};
+use crate::{Keep, ReducerError, Score};
 
 /// A schedule as written. A key that nobody knows is refused: in a file written by hand it is a
 /// typing error.
@@ -14,6 +14,10 @@ pub(super) struct ScheduleFile {
     action: Action,
     #[serde(default)]
     monotonic: bool,
+    #[serde(default, skip_serializing_if = "is_default")]
+    positions: Positions,
+    #[serde(default, skip_serializing_if = "is_default")]
+    layout: Layout,
     stages: Vec<StageFile>,
 }
 
@@ -27,6 +31,28 @@ struct StageFile {
     keep_ratio: Option<f64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     keep_count: Option<Number>,
+    /// Of a keep ratio.
+    #[serde(default, skip_serializing_if = "is_default")]
+    rounding: Rounding,
+    #[serde(default, skip_serializing_if = "is_default")]
+    score: Score,
+}
+
+/// How a keep ratio becomes a whole number.
+#[derive(Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Rounding {
+    /// [`Keep::Ratio`]
+    #[default]
+    AtLeastOne,
+    /// [`Keep::Rounded`]
+    HalfEven,
+    /// [`Keep::Truncated`]
+    Truncate,
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 impl TryFrom<ScheduleFile> for Schedule {
@@ -38,11 +64,10 @@ impl TryFrom<ScheduleFile> for Schedule {
             .into_iter()
             .enumerate()
             .map(|(index, stage)| stage.resolve(index));
-        Schedule::new(
-            file.action,
-            file.monotonic,
-            stages.collect::<Result<_, _>>()?,
-        )
+        let stages = stages.collect::<Result<_, _>>()?;
+        Ok(Schedule::new(file.action, file.monotonic, stages)?
+            .with_positions(file.positions)?
+            .with_layout(file.layout))
     }
 }
 
@@ -53,7 +78,11 @@ impl StageFile {
             layer: self.layer.to_string(),
         })?;
         let keep = match (self.keep_ratio, self.keep_count) {
-            (Some(ratio), None) => Keep::Ratio(ratio),
+            (Some(ratio), None) => match self.rounding {
+                Rounding::AtLeastOne => Keep::Ratio(ratio),
+                Rounding::HalfEven => Keep::Rounded(ratio),
+                Rounding::Truncate => Keep::Truncated(ratio),
+            },
             (None, Some(count)) => {
                 Keep::Count(whole(&count).ok_or_else(|| ReducerError::KeepCount {
                     stage,
@@ -62,7 +91,11 @@ impl StageFile {
             }
             _ => return Err(ReducerError::KeepChoice { stage }),
         };
-        Ok(Stage { layer, keep })
+        Ok(Stage {
+            layer,
+            keep,
+            score: self.score,
+        })
     }
 }
 
@@ -72,20 +105,25 @@ fn whole(number: &Number) -> Option<usize> {
 
 impl From<Schedule> for ScheduleFile {
     fn from(schedule: Schedule) -> Self {
-        let stages = schedule.stages.into_iter().map(|Stage { layer, keep }| {
-            let (keep_ratio, keep_count) = match keep {
-                Keep::Ratio(ratio) => (Some(ratio), None),
-                Keep::Count(count) => (None, Some(count.into())),
-            };
-            StageFile {
-                layer: layer.into(),
-                keep_ratio,
-                keep_count,
-            }
+        let stages = schedule.stages.into_iter().map(|stage| StageFile {
+            layer: stage.layer.into(),
+            keep_ratio: stage.keep.ratio(),
+            keep_count: match stage.keep {
+                Keep::Count(count) => Some(count.into()),
+                _ => None,
+            },
+            rounding: match stage.keep {
+                Keep::Ratio(_) | Keep::Count(_) => Rounding::AtLeastOne,
+                Keep::Rounded(_) => Rounding::HalfEven,
+                Keep::Truncated(_) => Rounding::Truncate,
+            },
+            score: stage.score,
         });
         Self {
             action: schedule.action,
             monotonic: schedule.monotonic,
+            positions: schedule.positions,
+            layout: schedule.layout,
             stages: stages.collect(),
         }
     }

@@ -1,0 +1,196 @@
+use burn::tensor::activation::softmax;
+use burn::tensor::backend::Backend;
+use burn::tensor::{DType, FloatDType, Tensor, TensorData};
+use serde::{Deserialize, Serialize};
+
+use super::{Scorer, Standing};
+use crate::ReducerError;
+
+/// Attention that a row receives from the prompt's last rows. The default is the score of Reroute
+/// (arXiv 2606.12412).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Attention {
+    /// Whose attention.
+    pub layer: ScoreLayer,
+    /// Of which rows.
+    pub query: Query,
+    /// How heads come together.
+    pub heads: HeadReduce,
+    /// In which type the probabilities are ranked.
+    pub dtype: ScoreDtype,
+    /// Whether queries and keys carry their rotary positions.
+    pub rope: bool,
+}
+
+impl Default for Attention {
+    fn default() -> Self {
+        Self {
+            layer: ScoreLayer::This,
+            query: Query::Last,
+            heads: HeadReduce::Mean,
+            dtype: ScoreDtype::F32,
+            rope: true,
+        }
+    }
+}
+
+/// The layer whose queries and keys are used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ScoreLayer {
+    /// The decision layer's own, on its input (PyramidDrop, Reroute).
+    This,
+    /// The layer before, as it was executed (FastV, Nüwa).
+    Previous,
+}
+
+/// The rows whose attention counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Query {
+    /// The last row.
+    Last,
+    /// The mean over the last rows, as many as said (Nüwa on Qwen2.5-VL: 3).
+    LastMean(usize),
+}
+
+/// How the heads of a score come together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum HeadReduce {
+    /// Their mean.
+    Mean,
+    /// The highest of them (Nüwa on Qwen2.5-VL).
+    Max,
+}
+
+/// The type in which probabilities are reduced and ranked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ScoreDtype {
+    /// f32, whatever the model's type.
+    F32,
+    /// The model's: probabilities are rounded to it after the softmax, and their reduction again.
+    /// Half types make many ties (original FastV, PyramidDrop, Nüwa).
+    Model,
+}
+
+impl<B: Backend> Scorer<B> for Attention {
+    fn score(&self, standing: &dyn Standing<B>) -> Result<Tensor<B, 1>, ReducerError> {
+        let rows = standing.rows();
+        let keys = standing.keys(self.layer, self.rope).swap_dims(1, 2);
+        let earlier = keys.dims()[1] - rows;
+        let count = match self.query {
+            Query::Last => 1,
+            Query::LastMean(count) => count.min(earlier + rows),
+        };
+        // Rows of earlier turns come before every candidate and attend to none.
+        let asking: Vec<usize> = (rows.saturating_sub(count)..rows).collect();
+        let queries = standing.queries(self.layer, &asking, self.rope);
+        let mask = hidden_keys(&asking, earlier, rows, &keys);
+        let scores = self.reduce(queries.swap_dims(1, 2), keys, mask, count);
+        Ok(scores.narrow(0, earlier, rows))
+    }
+}
+
+impl Attention {
+    /// Probabilities of the asking rows over all rows, brought together: their sum over `count`, then
+    /// the heads.
+    ///
+    /// # Shapes
+    /// - `queries`: `[num_heads, queries, head_dim]`
+    /// - `keys`: `[num_kv_heads, rows, head_dim]`
+    /// - `mask`: `[queries, rows]`, added to the logits
+    /// - returns `[rows]`
+    fn reduce<B: Backend>(
+        &self,
+        queries: Tensor<B, 3>,
+        keys: Tensor<B, 3>,
+        mask: Option<Tensor<B, 2>>,
+        count: usize,
+    ) -> Tensor<B, 1> {
+        let [num_heads, asking, head_dim] = queries.dims();
+        let [num_kv_heads, rows, _] = keys.dims();
+        let model = keys.dtype();
+
+        // Query heads that share a key head become rows of one matrix: no key is repeated.
+        let queries = queries.cast(FloatDType::F32).reshape([
+            num_kv_heads,
+            num_heads / num_kv_heads * asking,
+            head_dim,
+        ]);
+        let keys = keys.cast(FloatDType::F32);
+
+        // Scaled after the product, like the reference: scaling the query first rounds differently.
+        let logits = queries.matmul(keys.transpose()) * (head_dim as f64).powf(-0.5);
+        let logits = logits.reshape([num_heads, asking, rows]);
+        let logits = match mask {
+            Some(mask) => logits + mask.unsqueeze_dim(0),
+            None => logits,
+        };
+        let mut scores = self.round(softmax(logits, 2), model);
+        if count > 1 {
+            scores = self.round(scores.sum_dim(1) / count as f64, model);
+        }
+        let scores = scores.reshape([num_heads, rows]);
+        let scores = match self.heads {
+            HeadReduce::Mean => scores.mean_dim(0),
+            HeadReduce::Max => scores.max_dim(0),
+        };
+        self.round(scores.reshape([rows]), model)
+    }
+
+    /// Rounds to the model's type if that is the type to rank in.
+    fn round<B: Backend, const D: usize>(&self, x: Tensor<B, D>, model: DType) -> Tensor<B, D> {
+        let half = match model {
+            DType::F16 => FloatDType::F16,
+            DType::BF16 => FloatDType::BF16,
+            _ => return x,
+        };
+        match self.dtype {
+            ScoreDtype::F32 => x,
+            ScoreDtype::Model => x.cast(half).cast(FloatDType::F32),
+        }
+    }
+}
+
+/// -inf for the keys that an asking row does not see, because they come after it; `None` if the last
+/// row asks alone, from which nothing is hidden.
+fn hidden_keys<B: Backend>(
+    asking: &[usize],
+    earlier: usize,
+    rows: usize,
+    like: &Tensor<B, 3>,
+) -> Option<Tensor<B, 2>> {
+    if asking == [rows - 1] {
+        return None;
+    }
+    let of_row = |&row: &usize| {
+        let hidden = move |key: usize| key > earlier + row;
+        (0..earlier + rows).map(move |key| if hidden(key) { f32::NEG_INFINITY } else { 0.0 })
+    };
+    let mask: Vec<f32> = asking.iter().flat_map(of_row).collect();
+    let data = TensorData::new(mask, [asking.len(), earlier + rows]);
+    Some(Tensor::from_data(data, (&like.device(), DType::F32)))
+}
+
+/// Attention probabilities of one query row over all rows of one sample, averaged over the query
+/// heads: the score of Reroute (arXiv 2606.12412), which ranks with the decision layer's own
+/// projections instead of the attention of the layer before as FastV (arXiv 2403.06764) does.
+///
+/// `query` is the last prompt row. The causal mask never hides anything from it, so no mask is
+/// needed, and one row of the attention matrix is all there is to compute. Everything is in f32
+/// whatever the dtype of the model, and stays on the device. The probabilities of a head sum to 1
+/// over *all* rows, text included; a caller reads off the visual ones and does not normalise again.
+/// Rows of padding must not be among `keys`.
+///
+/// # Shapes
+/// * `query`: `[num_heads, head_dim]`, rotated to its position
+/// * `keys`: `[num_kv_heads, rows, head_dim]`, rotated to their positions; `num_heads` is a
+///   multiple of `num_kv_heads`, and query head `j` belongs to key head `j / (num_heads /
+///   num_kv_heads)`
+/// * returns `[rows]`
+pub fn last_row_scores<B: Backend>(query: Tensor<B, 2>, keys: Tensor<B, 3>) -> Tensor<B, 1> {
+    Attention::default().reduce(query.unsqueeze_dim(1), keys, None, 1)
+}

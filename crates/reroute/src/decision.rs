@@ -1,0 +1,155 @@
+//! What a scorer sees of one sample at a decision, and the selection that its scores lead to.
+
+use std::ops::Range;
+
+use burn::tensor::Tensor;
+use burn::tensor::backend::Backend;
+use layers::Rotary;
+use reducers::{ReducerError, ScoreLayer, Standing, top_k};
+
+use crate::router::indices;
+use crate::{Decision, SelfAttention};
+
+/// The rows of all samples that stand at a decision, active and deferred, in prompt order.
+#[derive(Debug)]
+pub(crate) struct Pool<'a, B: Backend> {
+    /// The decision layer.
+    pub(crate) layer: usize,
+    pub(crate) attention: &'a SelfAttention<B>,
+    /// Packed rows of the prompt, ascending.
+    pub(crate) rows: Vec<usize>,
+    /// `[hidden_size, rows]`
+    pub(crate) hidden_states: Tensor<B, 2>,
+    /// `[hidden_size, rows]`
+    pub(crate) normed: Tensor<B, 2>,
+    /// `[num_key_value_heads · head_dim, rows]`
+    pub(crate) unrotated_keys: Tensor<B, 2>,
+    /// `[num_key_value_heads · head_dim, rows]`
+    pub(crate) keys: Tensor<B, 2>,
+    pub(crate) rope: Rotary<B>,
+    /// Embeddings of all rows of the prompt.
+    pub(crate) embeddings: &'a Tensor<B, 2>,
+    /// Queries of these rows in the layer before, `[num_attention_heads · head_dim, rows]`, if the
+    /// decision asks for them.
+    pub(crate) executed: Option<Tensor<B, 2>>,
+}
+
+/// One sample's share of a [`Pool`].
+pub(crate) struct SampleStanding<'a, B: Backend> {
+    pub(crate) pool: &'a Pool<'a, B>,
+    /// Its rows in the pool.
+    pub(crate) range: Range<usize>,
+    /// Those of them that are candidates, counted from the start of the range.
+    pub(crate) candidates: Vec<usize>,
+    /// The indices of the candidates in visual order.
+    pub(crate) tokens: Vec<usize>,
+    /// One number per visual token of the sample.
+    pub(crate) salience: Option<&'a [f32]>,
+    /// Keys of earlier turns in the decision layer, `[num_key_value_heads, head_dim, earlier]`.
+    pub(crate) earlier: Option<Tensor<B, 3>>,
+    /// All keys of the layer before, `[num_key_value_heads, head_dim, earlier + rows]`.
+    pub(crate) executed_keys: Option<Tensor<B, 3>>,
+}
+
+impl<B: Backend> SampleStanding<'_, B> {
+    fn share(&self, of: &Tensor<B, 2>) -> Tensor<B, 2> {
+        of.clone().narrow(1, self.range.start, self.range.len())
+    }
+}
+
+impl<B: Backend> Standing<B> for SampleStanding<'_, B> {
+    fn rows(&self) -> usize {
+        self.range.len()
+    }
+
+    fn candidates(&self) -> &[usize] {
+        &self.candidates
+    }
+
+    fn layer(&self) -> usize {
+        self.pool.layer
+    }
+
+    fn salience(&self) -> Option<Vec<f32>> {
+        let salience = self.salience?;
+        Some(self.tokens.iter().map(|&token| salience[token]).collect())
+    }
+
+    fn hidden_states(&self) -> Tensor<B, 2> {
+        self.share(&self.pool.hidden_states)
+    }
+
+    fn embeddings(&self) -> Tensor<B, 2> {
+        let rows = &self.pool.rows[self.range.clone()];
+        let embeddings = self.pool.embeddings.clone();
+        let rows = indices(rows, &embeddings.device());
+        embeddings.select(1, rows)
+    }
+
+    fn queries(&self, layer: ScoreLayer, rows: &[usize], rope: bool) -> Tensor<B, 3> {
+        let Pool {
+            attention,
+            normed,
+            executed,
+            ..
+        } = self.pool;
+        let rows: Vec<usize> = rows.iter().map(|row| self.range.start + row).collect();
+        let rows = indices(&rows, &normed.device());
+        if let (ScoreLayer::Previous, Some(executed)) = (layer, executed) {
+            return attention.split_heads(executed.clone().select(1, rows));
+        }
+        let queries = attention.unrotated_queries(normed.clone().select(1, rows.clone()));
+        attention.split_heads(match rope {
+            true => self.pool.rope.select(rows).apply(queries),
+            false => queries,
+        })
+    }
+
+    fn keys(&self, layer: ScoreLayer, rope: bool) -> Tensor<B, 3> {
+        if let (ScoreLayer::Previous, Some(executed)) = (layer, &self.executed_keys) {
+            return executed.clone();
+        }
+        let keys = match rope {
+            true => &self.pool.keys,
+            false => &self.pool.unrotated_keys,
+        };
+        let keys = self.pool.attention.split_heads(self.share(keys));
+        match &self.earlier {
+            Some(earlier) => Tensor::cat(vec![earlier.clone(), keys], 2),
+            None => keys,
+        }
+    }
+}
+
+/// Chooses `count` of a sample's candidates. `previous` is its last selection; a monotonic schedule
+/// ranks what is not in it behind everything else.
+pub(crate) fn select(
+    standing: &SampleStanding<'_, impl Backend>,
+    sample: usize,
+    scores: &[f32],
+    count: usize,
+    previous: Option<&[usize]>,
+    monotonic: bool,
+) -> Result<Decision, ReducerError> {
+    let tokens = &standing.tokens;
+    let scores: Vec<f32> = standing.candidates.iter().map(|&row| scores[row]).collect();
+    let mut ranked = scores.clone();
+    if let (true, Some(previous)) = (monotonic, previous) {
+        for (score, token) in ranked.iter_mut().zip(tokens) {
+            if previous.binary_search(token).is_err() && !score.is_nan() {
+                *score = f32::NEG_INFINITY;
+            }
+        }
+    }
+    let chosen = top_k(&ranked, count)?;
+    let selected: Vec<usize> = chosen.iter().map(|&i| tokens[i]).collect();
+    let was_deferred = |token: &&usize| previous.is_some_and(|p| p.binary_search(token).is_err());
+    Ok(Decision {
+        layer: standing.pool.layer,
+        sample,
+        returned: selected.iter().filter(was_deferred).copied().collect(),
+        candidates: tokens.clone(),
+        scores,
+        selected,
+    })
+}

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use burn::tensor::backend::Backend as _;
 use burn::tensor::{Distribution, Int, Tensor, TensorData};
-use reducers::{ReducerError, Schedule, Stage, budget, presets};
+use reducers::{ReducerError, Schedule, presets};
 use reroute::{Decoder, DecoderConfig, Prefill, Prompt, RopeConfig, SampleLayout};
 use reroute_cli::backend::{self, Backend, Device};
 use vision_encoder::clip::{ClipVisionConfig, ClipVisionTower};
@@ -23,9 +23,6 @@ const DISTINCT_LAYERS: usize = 2;
 /// Rows of the head. It runs once however many layers there are, so that a full one (32064) would
 /// weigh four times too much in a decoder of 8 layers; FLOP ceilings count layers only.
 const SMALL_HEAD: usize = 1024;
-
-/// Visual tokens that budgets are named after.
-const BUDGET_TOKENS: usize = 576;
 
 /// Everything that is measured.
 pub struct Setup {
@@ -158,14 +155,7 @@ impl Setup {
             }
             Err(error) => return Err(error.into()),
         };
-        let share = budget as f64 / BUDGET_TOKENS as f64;
-        let method = preset.method;
-        let ratios = budget::solve(method.profile, &layers, depth, share)?;
-        let stages = layers
-            .iter()
-            .zip(ratios)
-            .map(|(&layer, ratio)| Stage::ratio(layer, ratio));
-        let schedule = Schedule::new(method.action, method.monotonic, stages.collect())?;
+        let schedule = preset.schedule_at(layers, depth)?;
         ensure!(!schedule.is_dense(), "{method:?} does not decide");
         Ok(schedule)
     }

@@ -1,5 +1,6 @@
 //! The commands on the built-in model: what they print is what they promise.
 
+use reducers::encoder::EncoderShape;
 use reducers::presets;
 use serde_json::{Value, json};
 use zoo::grounding::{iou, parse_box};
@@ -170,14 +171,22 @@ fn presets_lists_every_preset_with_the_counts_of_its_schedule() {
         let name = format!("{} ", preset.name);
         let line = table.lines().find(|line| line.starts_with(&name));
         let line = line.unwrap_or_else(|| panic!("{name} is in the table"));
-        match preset.schedule(8) {
-            Ok(schedule) => {
-                let counts = schedule.keep_counts(64);
+        let encoder = EncoderShape {
+            num_layers: 4,
+            feature_layer: 3,
+            num_heads: 4,
+            class_token: true,
+        };
+        match preset.plan(8, &encoder) {
+            Ok(plan) => {
+                let entering = plan.entering(64);
+                assert_eq!(row["entering_tokens"], entering);
+                let counts = plan.schedule.keep_counts(entering);
                 assert_eq!(row["keep_counts"], json!(counts));
                 let average = row["average_visual_tokens"].as_f64().expect("a number");
                 assert!(line.contains(&format!(" {average:.2} ")), "{line}");
                 let counts: Vec<String> = counts.iter().map(ToString::to_string).collect();
-                assert!(line.ends_with(&format!(" {}", counts.join(" "))), "{line}");
+                assert!(line.ends_with(&counts.join(" ")), "{line}");
             }
             // Not every budget can be met with eight layers.
             Err(error) => {

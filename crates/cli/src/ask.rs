@@ -12,12 +12,12 @@ use crate::{embedded, open, output};
 /// Runs the command.
 pub fn run(args: &AskArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let vlm = open::model(&args.model)?;
-    let schedule = open::schedule(&args.routing.routing, vlm.decoder_config().num_layers)?;
+    let plan = open::plan(&args.routing.routing, vlm.config())?;
     let options = open::generation(&args.generation, vlm.generation_defaults())?;
     let built_in = args.model.model.is_none();
     let question = question(&vlm, &args.visual, args.prompt.as_deref(), built_in)?;
     let mut written = Ok(());
-    let answer = vlm.ask(&question, &schedule, &options, |piece| {
+    let answer = vlm.ask(&question, &plan, &options, |piece| {
         if !args.json && written.is_ok() {
             written = write!(out, "{piece}").and_then(|()| out.flush());
         }
@@ -25,10 +25,10 @@ pub fn run(args: &AskArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     written?;
     output::print_notices(&answer);
     if args.json {
-        return output::print_json(out, &output::answer_json(&vlm, &schedule, &answer));
+        return output::print_json(out, &output::answer_json(&vlm, &plan, &answer));
     }
     writeln!(out)?;
-    let _ = writeln!(stderr(), "{}", output::summary(&vlm, &schedule, &answer));
+    let _ = writeln!(stderr(), "{}", output::summary(&vlm, &plan, &answer));
     Ok(())
 }
 

@@ -4,7 +4,7 @@ use std::io::{BufRead, IsTerminal, Write, stderr, stdin};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
-use reducers::Schedule;
+use reducers::Plan;
 use zoo::{Conversation, Question, Visual, Vlm};
 
 use crate::args::ChatArgs;
@@ -36,9 +36,9 @@ pub fn run_on(
     out: &mut dyn Write,
 ) -> anyhow::Result<()> {
     let vlm = open::model(&args.model)?;
-    let schedule = open::schedule(&args.routing.routing, vlm.decoder_config().num_layers)?;
+    let plan = open::plan(&args.routing.routing, vlm.config())?;
     let options = open::generation(&args.generation, vlm.generation_defaults())?;
-    let start = || Conversation::new(&vlm, schedule.clone(), options.clone());
+    let start = || Conversation::new(&vlm, plan.clone(), options.clone());
     let mut conversation = start();
     let mut visuals = open::visuals(&args.visual)?;
     if is_person {
@@ -77,7 +77,7 @@ pub fn run_on(
                     visuals: visuals.clone(),
                     text: line.to_string(),
                 };
-                let told = tell(args, &vlm, &schedule, &mut conversation, &question, out);
+                let told = tell(args, &vlm, &plan, &mut conversation, &question, out);
                 if told.is_ok() {
                     visuals.clear();
                 }
@@ -97,7 +97,7 @@ pub fn run_on(
 fn tell(
     args: &ChatArgs,
     vlm: &Vlm<Backend>,
-    schedule: &Schedule,
+    plan: &Plan,
     conversation: &mut Conversation<Backend>,
     question: &Question,
     out: &mut dyn Write,
@@ -111,11 +111,11 @@ fn tell(
     written?;
     output::print_notices(&answer);
     if args.json {
-        let report = output::answer_json(vlm, schedule, &answer);
+        let report = output::answer_json(vlm, plan, &answer);
         writeln!(out, "{report}")?;
     } else {
         writeln!(out)?;
-        let _ = writeln!(stderr(), "{}", output::turn_summary(vlm, schedule, &answer));
+        let _ = writeln!(stderr(), "{}", output::turn_summary(vlm, plan, &answer));
     }
     Ok(out.flush()?)
 }

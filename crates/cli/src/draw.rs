@@ -3,6 +3,7 @@
 use anyhow::Context;
 use image::{ExtendedColorType, ImageEncoder, codecs::png::PngEncoder};
 use vision_encoder::RgbImage;
+use zoo::{Answer, View};
 
 /// Colour of a found box.
 pub(crate) const FOUND: [u8; 3] = [255, 45, 85];
@@ -19,6 +20,30 @@ pub(crate) enum TokenState {
     Returned,
     /// It bypasses the stage, or is gone.
     Deferred,
+}
+
+/// The state of every visual token of the views, when these of the prompt are selected and those of
+/// them have returned.
+pub(crate) fn states(answer: &Answer, selected: &[usize], returned: &[usize]) -> Vec<TokenState> {
+    let counts = answer.views.iter().map(View::token_count);
+    let mut starts = vec![0];
+    starts.extend(counts.scan(0, |end, count| {
+        *end += count;
+        Some(*end)
+    }));
+    let mut states = vec![TokenState::Deferred; starts.pop().unwrap_or(0)];
+    let marks = [
+        (selected, TokenState::Active),
+        (returned, TokenState::Returned),
+    ];
+    for (tokens, state) in marks {
+        for &token in tokens {
+            if let (view, Some(cell)) = answer.cells[token] {
+                states[starts[view] + cell] = state;
+            }
+        }
+    }
+    states
 }
 
 /// Encodes a PNG.

@@ -5,42 +5,41 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::Context;
-use reducers::{Action, Schedule};
-use reroute::Decision;
+use reducers::{Action, Plan};
 use serde_json::json;
-use zoo::{Answer, Question, Vlm};
+use zoo::{Answer, Question, View, Vlm};
 
 use crate::args::ExplainArgs;
 use crate::backend::Backend;
-use crate::draw::{self, TokenState};
+use crate::draw;
 use crate::{ask, open, output};
 
 /// Runs the command.
 pub fn run(args: &ExplainArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let vlm = open::model(&args.model)?;
-    let schedule = open::schedule(&args.routing, vlm.decoder_config().num_layers)?;
+    let plan = open::plan(&args.routing, vlm.config())?;
     let options = open::generation(&args.generation, vlm.generation_defaults())?;
     let built_in = args.model.model.is_none();
     let question = ask::question(&vlm, &args.visual, args.prompt.as_deref(), built_in)?;
-    let answer = vlm.ask(&question, &schedule, &options, |_| {})?;
+    let answer = vlm.ask(&question, &plan, &options, |_| {})?;
     output::print_notices(&answer);
-    let pictures = pictures(args, &vlm, &question, &answer)?;
-    let layers = layers(&vlm, &schedule, &answer);
+    let pictures = pictures(args, &vlm, &plan, &question, &answer)?;
+    let layers = layers(&vlm, &plan, &answer);
     if args.json {
-        let mut report = output::answer_json(&vlm, &schedule, &answer);
+        let mut report = output::answer_json(&vlm, &plan, &answer);
         report["pictures"] = json!(pictures);
         report["layers"] = json!(layers.iter().map(Layer::json).collect::<Vec<_>>());
         return output::print_json(out, &report);
     }
     writeln!(out, "{}\n  → {}\n", question.text, answer.text)?;
-    print_stages(out, &schedule, &answer)?;
+    print_stages(out, &plan, &answer)?;
     print_layers(out, &layers)?;
-    writeln!(out, "\n{}", output::summary(&vlm, &schedule, &answer))?;
+    writeln!(out, "\n{}", output::summary(&vlm, &plan, &answer))?;
     if !pictures.is_empty() {
         writeln!(
             out,
             "\npictures (as they are: active; dark: {}; green frame: came back)",
-            deferred_name(&schedule)
+            deferred_name(&plan)
         )?;
         pictures
             .iter()
@@ -49,8 +48,8 @@ pub fn run(args: &ExplainArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn deferred_name(schedule: &Schedule) -> &'static str {
-    match schedule.action() {
+fn deferred_name(plan: &Plan) -> &'static str {
+    match plan.schedule.action() {
         Action::Reroute => "deferred",
         Action::Remove => "removed",
     }
@@ -60,11 +59,12 @@ fn deferred_name(schedule: &Schedule) -> &'static str {
 fn pictures(
     args: &ExplainArgs,
     vlm: &Vlm<Backend>,
+    plan: &Plan,
     question: &Question,
     answer: &Answer,
 ) -> anyhow::Result<Vec<PathBuf>> {
     let mut written = Vec::new();
-    if answer.trace.decisions.is_empty() {
+    if answer.trace.decisions.is_empty() && plan.encoder.is_none() {
         return Ok(written);
     }
     std::fs::create_dir_all(&args.out)
@@ -93,14 +93,23 @@ fn pictures(
             frames.push((picture, rows * columns, columns, which));
         }
     }
+    let mut stages = Vec::new();
+    if answer.cells.len() < answer.views.iter().map(View::token_count).sum() {
+        let all: Vec<usize> = (0..answer.visual_tokens).collect();
+        stages.push(("encoder".to_string(), draw::states(answer, &all, &[])));
+    }
     for (stage, decision) in answer.trace.decisions.iter().enumerate() {
-        let states = states(decision, answer.visual_tokens);
+        let name = format!("stage-{}-layer-{}", stage + 1, decision.layer);
+        let states = draw::states(answer, &decision.selected, &decision.returned);
+        stages.push((name, states));
+    }
+    for (stage, states) in stages {
         let mut rest = &states[..];
         for (picture, tokens, columns, which) in &frames {
             let (states, others) = rest.split_at(*tokens);
             rest = others;
             let picture = draw::tokens(picture, states, *columns)?;
-            let name = format!("stage-{}-layer-{}{which}.png", stage + 1, decision.layer);
+            let name = format!("{stage}{which}.png");
             let path = args.out.join(name);
             output::write_file(&path, &draw::png(&picture)?)?;
             written.push(path);
@@ -109,21 +118,8 @@ fn pictures(
     Ok(written)
 }
 
-fn states(decision: &Decision, visual_tokens: usize) -> Vec<TokenState> {
-    let mut states = vec![TokenState::Deferred; visual_tokens];
-    decision
-        .selected
-        .iter()
-        .for_each(|&token| states[token] = TokenState::Active);
-    decision
-        .returned
-        .iter()
-        .for_each(|&token| states[token] = TokenState::Returned);
-    states
-}
-
-fn print_stages(out: &mut dyn Write, schedule: &Schedule, answer: &Answer) -> anyhow::Result<()> {
-    let deferred = deferred_name(schedule);
+fn print_stages(out: &mut dyn Write, plan: &Plan, answer: &Answer) -> anyhow::Result<()> {
+    let deferred = deferred_name(plan);
     writeln!(
         out,
         "stage  layer  candidates  active  {deferred:>8}  came back  first time"
@@ -174,9 +170,9 @@ impl Layer {
     }
 }
 
-fn layers(vlm: &Vlm<Backend>, schedule: &Schedule, answer: &Answer) -> Vec<Layer> {
+fn layers(vlm: &Vlm<Backend>, plan: &Plan, answer: &Answer) -> Vec<Layer> {
     let shape = vlm.decoder_config().shape();
-    let (cost, _) = output::costs(vlm, schedule, answer);
+    let (cost, _) = output::costs(vlm, plan, answer);
     let layer = |index: usize| {
         let rows = answer.trace.rows[index][0];
         Layer {

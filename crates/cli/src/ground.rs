@@ -18,7 +18,7 @@ const SCENE_SCALE: usize = 4;
 /// Runs the command.
 pub fn run(args: &GroundArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let vlm = open::model(&args.model)?;
-    let schedule = open::schedule(&args.routing.routing, vlm.decoder_config().num_layers)?;
+    let plan = open::plan(&args.routing.routing, vlm.config())?;
     let options = open::generation(&args.generation, vlm.generation_defaults())?;
     let (image, overlay) = match (&args.image, &args.model.model) {
         (Some(path), _) => (open::image(path)?, args.overlay.clone()),
@@ -36,7 +36,7 @@ pub fn run(args: &GroundArgs, out: &mut dyn Write) -> anyhow::Result<()> {
         (None, None) => embedded::SCENE.expression,
         (None, Some(_)) => bail!("--expression is missing: say what to find"),
     };
-    let found = vlm.ground(&image, expression, &schedule, &options)?;
+    let found = vlm.ground(&image, expression, &plan, &options)?;
     if let Some(path) = &overlay {
         // The built-in scene is a thumbnail; nobody could see a box on it.
         let scale = if args.image.is_none() { SCENE_SCALE } else { 1 };
@@ -48,7 +48,7 @@ pub fn run(args: &GroundArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let answer = &found.answer;
     output::print_notices(answer);
     if args.json {
-        let mut report = output::answer_json(&vlm, &schedule, answer);
+        let mut report = output::answer_json(&vlm, &plan, answer);
         report["expression"] = json!(expression);
         report["box"] = json!({"pixels": found.pixels, "normalized": found.normalized});
         report["overlay"] = json!(overlay);
@@ -67,7 +67,7 @@ pub fn run(args: &GroundArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     if let Some(path) = &overlay {
         writeln!(out, "  drawn in    {}", shown(path))?;
     }
-    let _ = writeln!(stderr(), "{}", output::summary(&vlm, &schedule, answer));
+    let _ = writeln!(stderr(), "{}", output::summary(&vlm, &plan, answer));
     Ok(())
 }
 

@@ -6,10 +6,10 @@ use std::path::Path;
 
 use anyhow::{Context, bail};
 use burn::tensor::DType;
-use reducers::{Schedule, presets};
+use reducers::{Plan, presets};
 use reroute::{GenerationOptions, SamplingOptions};
 use vision_encoder::{DecodeLimits, RgbImage, decode};
-use zoo::{Folder, OpenOptions, Video, Visual, Vlm};
+use zoo::{Folder, ModelConfig, OpenOptions, Video, Visual, Vlm};
 
 use crate::args::{Dtype, GenerationArgs, ModelArgs, VisualArgs};
 use crate::backend::{self, Backend};
@@ -125,19 +125,20 @@ pub(crate) fn scene() -> anyhow::Result<RgbImage> {
     Ok(decode(embedded::SCENE.image, &DecodeLimits::default())?)
 }
 
-/// A preset by name, or a schedule from a JSON file.
-pub(crate) fn schedule(routing: &str, num_layers: usize) -> anyhow::Result<Schedule> {
+/// A preset by name, or a plan from a JSON file.
+pub(crate) fn plan(routing: &str, config: &ModelConfig) -> anyhow::Result<Plan> {
+    let num_layers = config.decoder().num_layers;
     if routing.ends_with(".json") {
         let text = String::from_utf8(read(Path::new(routing), MAX_SCHEDULE_BYTES)?)
             .with_context(|| format!("schedule {routing} is not UTF-8 text"))?;
         let named = || format!("schedule {routing}");
-        let schedule = Schedule::from_json(&text).with_context(named)?;
-        schedule.check_depth(num_layers).with_context(named)?;
-        return Ok(schedule);
+        let plan = Plan::from_json(&text).with_context(named)?;
+        plan.schedule.check_depth(num_layers).with_context(named)?;
+        return Ok(plan);
     }
     let preset = presets::find(routing)
         .with_context(|| format!("--routing {routing} is no preset and does not end in .json"))?;
-    Ok(preset.schedule(num_layers)?)
+    Ok(preset.plan(num_layers, &config.encoder())?)
 }
 
 pub(crate) fn generation(

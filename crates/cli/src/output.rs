@@ -4,7 +4,7 @@ use std::io::{Write, stderr};
 use std::path::Path;
 
 use anyhow::Context;
-use reducers::{Cost, Schedule};
+use reducers::{Cost, Plan, Schedule};
 use serde_json::{Value, json};
 use zoo::{Answer, View, Vlm};
 
@@ -33,19 +33,22 @@ pub(crate) fn print_json(out: &mut dyn Write, value: &Value) -> anyhow::Result<(
     Ok(writeln!(out, "{}", serde_json::to_string_pretty(value)?)?)
 }
 
-/// Predicted cost of a schedule for an answered prompt, and of the dense model.
-pub(crate) fn costs(vlm: &Vlm<Backend>, schedule: &Schedule, answer: &Answer) -> (Cost, Cost) {
+/// Predicted cost of a plan for an answered prompt, and of the dense model.
+pub(crate) fn costs(vlm: &Vlm<Backend>, plan: &Plan, answer: &Answer) -> (Cost, Cost) {
     let shape = vlm.decoder_config().shape();
-    let visual = answer.visual_tokens;
-    let text = answer.prompt_rows - visual;
+    let text = answer.prompt_rows - answer.visual_tokens;
     let bytes = vlm.dtype().size();
-    let cost = |schedule| Cost::of(&shape, schedule, visual, text, bytes);
-    (cost(schedule), cost(&Schedule::dense()))
+    let cost = |schedule, visual| Cost::of(&shape, schedule, visual, text, bytes);
+    let seen = answer.views.iter().map(View::token_count).sum();
+    (
+        cost(&plan.schedule, answer.visual_tokens),
+        cost(&Schedule::dense(), seen),
+    )
 }
 
 /// One line about what routing and generation did.
-pub(crate) fn summary(vlm: &Vlm<Backend>, schedule: &Schedule, answer: &Answer) -> String {
-    let (cost, dense) = costs(vlm, schedule, answer);
+pub(crate) fn summary(vlm: &Vlm<Backend>, plan: &Plan, answer: &Answer) -> String {
+    let (cost, dense) = costs(vlm, plan, answer);
     let milliseconds = |time: std::time::Duration| time.as_secs_f64() * 1e3;
     format!(
         "{} text + {} visual tokens, {:.1} visual on average per layer; decoder prefill {:.0} % of \
@@ -67,17 +70,17 @@ pub(crate) fn summary(vlm: &Vlm<Backend>, schedule: &Schedule, answer: &Answer) 
 
 /// One line about what a turn of a conversation did, and what it would have cost to read everything
 /// again.
-pub(crate) fn turn_summary(vlm: &Vlm<Backend>, schedule: &Schedule, answer: &Answer) -> String {
+pub(crate) fn turn_summary(vlm: &Vlm<Backend>, plan: &Plan, answer: &Answer) -> String {
     let computed: Vec<usize> = answer.trace.rows.iter().map(|rows| rows[0]).collect();
     let (least, most) = (computed.iter().min(), computed.iter().max());
-    let (fresh, _) = costs(vlm, schedule, answer);
+    let (fresh, _) = costs(vlm, plan, answer);
     format!(
         "layers computed {} to {} of {} rows, {:.0} % of the FLOPs of reading all again; {}",
         least.unwrap_or(&0),
         most.unwrap_or(&0),
         answer.prompt_rows,
         100.0 * turn_flops(vlm, answer) / fresh.total_layer_flops(),
-        summary(vlm, schedule, answer),
+        summary(vlm, plan, answer),
     )
 }
 
@@ -105,8 +108,8 @@ pub(crate) fn print_notices(answer: &Answer) {
 }
 
 /// What every answering command reports as JSON.
-pub(crate) fn answer_json(vlm: &Vlm<Backend>, schedule: &Schedule, answer: &Answer) -> Value {
-    let (cost, dense) = costs(vlm, schedule, answer);
+pub(crate) fn answer_json(vlm: &Vlm<Backend>, plan: &Plan, answer: &Answer) -> Value {
+    let (cost, dense) = costs(vlm, plan, answer);
     let rows: Vec<usize> = answer.trace.rows.iter().map(|rows| rows[0]).collect();
     let decisions = answer.trace.decisions.iter().map(|decision| {
         json!({
@@ -121,7 +124,7 @@ pub(crate) fn answer_json(vlm: &Vlm<Backend>, schedule: &Schedule, answer: &Answ
         "tokens": answer.tokens,
         "finish": format!("{:?}", answer.finish).to_lowercase(),
         "backend": backend::NAME,
-        "schedule": schedule,
+        "schedule": plan.to_json(),
         "prompt_rows": answer.prompt_rows,
         "visual_tokens": answer.visual_tokens,
         "visuals": answer.views.iter().map(visual_json).collect::<Vec<_>>(),

@@ -2,7 +2,7 @@
 
 use std::io::Write;
 
-use reducers::{Cost, Schedule, presets};
+use reducers::{Plan, Schedule, presets};
 use serde_json::json;
 use zoo::ModelConfig;
 
@@ -17,8 +17,8 @@ pub fn run(args: &PresetsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let visual = args.visual_tokens.map_or(typical, |n| n as usize);
     let text = args.text_tokens as usize;
     let bytes = args.dtype.burn().size();
-    let cost = |schedule: &Schedule| Cost::of(&shape, schedule, visual, text, bytes);
-    let dense = cost(&Schedule::dense());
+    let cost = |plan: &Plan| plan.cost(&shape, visual, text, bytes);
+    let dense = cost(&Schedule::dense().into());
 
     let mut reports = Vec::new();
     if !args.json {
@@ -30,13 +30,13 @@ pub fn run(args: &PresetsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
         )?;
         writeln!(
             out,
-            "{:<26} {:>9} {:>9} {:>7} {:>8} {:>9}  {:<20} keep counts",
-            "preset", "average", "GFLOPs", "FLOPs", "ceiling", "KV KiB", "decision layers"
+            "{:<26} {:>9} {:>9} {:>7} {:>8} {:>9} {:>6}  {:<20} keep counts",
+            "preset", "average", "GFLOPs", "FLOPs", "ceiling", "KV KiB", "enter", "decision layers"
         )?;
     }
     for preset in presets::presets() {
-        let schedule = match preset.schedule(shape.num_layers) {
-            Ok(schedule) => schedule,
+        let plan = match preset.plan(shape.num_layers, &config.encoder()) {
+            Ok(plan) => plan,
             Err(error) if args.json => {
                 reports.push(json!({"preset": preset.name, "error": error.to_string()}));
                 continue;
@@ -46,15 +46,20 @@ pub fn run(args: &PresetsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
                 continue;
             }
         };
-        let cost = cost(&schedule);
-        let counts = schedule.keep_counts(visual);
-        let layers: Vec<usize> = schedule.stages().iter().map(|stage| stage.layer).collect();
+        let cost = cost(&plan);
+        let entering = plan.entering(visual);
+        let counts = plan.schedule.keep_counts(entering);
+        let stages = plan.schedule.stages().iter();
+        let layers: Vec<usize> = stages.map(|stage| stage.layer).collect();
         if args.json {
             reports.push(json!({
                 "preset": preset.name,
-                "method": preset.method.description,
-                "source": preset.method.source,
-                "schedule": schedule,
+                "method": preset.method.about.description,
+                "source": preset.method.about.source,
+                "exact": preset.method.about.exact,
+                "interpretation": preset.method.about.interpretation,
+                "schedule": plan.to_json(),
+                "entering_tokens": entering,
                 "layers": layers,
                 "keep_counts": counts,
                 "average_visual_tokens": cost.average_tokens(),
@@ -67,7 +72,7 @@ pub fn run(args: &PresetsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
         }
         writeln!(
             out,
-            "{:<26} {:>9.2} {:>9.3} {:>6.1}% {:>7.2}× {:>9.1}  {:<20} {}",
+            "{:<26} {:>9.2} {:>9.3} {:>6.1}% {:>7.2}× {:>9.1} {entering:>6}  {:<20} {}",
             preset.name,
             cost.average_tokens(),
             cost.total_flops() / 1e9,

@@ -23,12 +23,12 @@ const NO_TOKEN: i64 = -1;
 /// Runs the command.
 pub fn run(args: &TraceArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let vlm = open::model(&args.model)?;
-    let schedule = open::schedule(&args.routing.routing, vlm.decoder_config().num_layers)?;
+    let plan = open::plan(&args.routing.routing, vlm.config())?;
     let bytes = open::tensors(&args.inputs)?;
     let file = format!("inputs {}", args.inputs.display());
     let tensors = SafeTensors::deserialize(&bytes).with_context(|| file.clone())?;
     let inputs = inputs(&tensors, &vlm).with_context(|| file)?;
-    let outputs = vlm.run_tensors(inputs, &schedule, args.new_tokens, args.hidden_states)?;
+    let outputs = vlm.run_tensors(inputs, &plan, args.new_tokens, args.hidden_states)?;
     let written = Written::collect(outputs, args.hidden_states)?;
     output::write_file(&args.out, &written.serialize()?)?;
     let names: Vec<&String> = written.0.keys().collect();
@@ -258,6 +258,7 @@ impl Written {
                 features,
                 images,
                 videos,
+                left: _,
             } = outputs.tokens;
             let embeddings = outputs.prompt.embeddings;
             for (name, features) in [

@@ -16,6 +16,7 @@ mod attention;
 mod embedding;
 mod linear;
 mod norm;
+mod received;
 mod rotary;
 mod vocabulary;
 
@@ -24,5 +25,6 @@ pub use attention::{CausalMask, attention};
 pub use embedding::{Embedding, EmbeddingConfig};
 pub use linear::{Linear, LinearConfig};
 pub use norm::{LayerNorm, LayerNormConfig, RmsNorm, RmsNormConfig};
+pub use received::received_attention;
 pub use rotary::Rotary;
 pub use vocabulary::{Vocabulary, VocabularyConfig};

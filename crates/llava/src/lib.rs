@@ -5,6 +5,7 @@ mod error;
 mod model;
 mod names;
 mod projector;
+mod taps;
 
 pub use config::{LlavaConfig, LlavaHfConfig};
 pub use error::LlavaError;

@@ -1,7 +1,8 @@
 use burn::module::Module;
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor};
-use reroute::{Decoder, Prompt, SampleLayout};
+use reducers::Positions;
+use reroute::{Decoder, Prompt, SampleLayout, Survivors};
 use vision_encoder::clip::ClipVisionTower;
 
 use crate::{LlavaConfig, LlavaError, Projector};
@@ -30,6 +31,11 @@ impl<B: Backend> Llava<B> {
     /// The resolved configuration.
     pub fn config(&self) -> &LlavaConfig {
         &self.config
+    }
+
+    /// The vision tower.
+    pub fn vision_tower(&self) -> &ClipVisionTower<B> {
+        &self.vision_tower
     }
 
     /// The decoder.
@@ -75,8 +81,39 @@ impl<B: Backend> Llava<B> {
         visual: Option<Tensor<B, 2>>,
         device: &B::Device,
     ) -> Result<Prompt<B>, LlavaError> {
+        let all = samples.iter().map(|ids| Survivors::all(ids.len()));
+        self.prompt_reduced(samples, &all.collect::<Vec<_>>(), visual, device)
+    }
+
+    /// The same for prompts some of whose slots a reduction has taken: `visual` fills those that are
+    /// left.
+    pub fn prompt_reduced(
+        &self,
+        samples: &[Vec<u32>],
+        survivors: &[Survivors],
+        visual: Option<Tensor<B, 2>>,
+        device: &B::Device,
+    ) -> Result<Prompt<B>, LlavaError> {
         let image = self.config.image_token;
-        let ids = samples.concat();
+        let (mut ids, mut positions, mut layouts) = (Vec::new(), Vec::new(), Vec::new());
+        for (full, survivors) in samples.iter().zip(survivors) {
+            let left = survivors.of(full)?;
+            let next_position = match survivors.positions {
+                Positions::Gap => full.len(),
+                Positions::Renumber => left.len(),
+            };
+            match survivors.positions {
+                Positions::Gap => positions.extend(survivors.rows.iter().map(|&row| row as i64)),
+                Positions::Renumber => positions.extend(0..left.len() as i64),
+            }
+            layouts.push(SampleLayout {
+                rows: left.len(),
+                visual: (0..left.len()).filter(|&row| left[row] == image).collect(),
+                next_position: next_position as i64,
+                salience: survivors.salience.clone(),
+            });
+            ids.extend(left);
+        }
         let slots = ids.iter().filter(|&&id| id == image).count();
         let given = visual.as_ref().map_or(0, |v| v.dims()[1]);
         if slots != given {
@@ -88,20 +125,11 @@ impl<B: Backend> Llava<B> {
         }
         let source = |id| (id == image).then_some(0);
         let embeddings = self.language_model.embed_prompt(&ids, &[visual], source)?;
-
-        let layouts = samples.iter().map(|ids| SampleLayout {
-            rows: ids.len(),
-            visual: (0..ids.len()).filter(|&row| ids[row] == image).collect(),
-            next_position: ids.len() as i64,
-            salience: None,
-        });
-        let positions = samples.iter().flat_map(|ids| 0..ids.len() as i64);
-        let positions: Vec<i64> = positions.collect();
         Ok(Prompt {
             embeddings,
             positions: Tensor::<B, 1, Int>::from_data(positions.as_slice(), device).unsqueeze(),
             deepstack: Vec::new(),
-            samples: layouts.collect(),
+            samples: layouts,
         })
     }
 }

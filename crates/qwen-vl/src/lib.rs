@@ -7,6 +7,7 @@ mod error;
 mod model;
 mod names;
 mod positions;
+mod taps;
 
 pub use config::{QwenVlConfig, QwenVlHfConfig};
 pub use error::QwenVlError;

@@ -1,7 +1,8 @@
 use burn::module::Module;
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor, TensorData};
-use reroute::{Decoder, Prompt, RerouteError, SampleLayout, interleave};
+use reducers::Positions;
+use reroute::{Decoder, Prompt, RerouteError, SampleLayout, Survivors, interleave};
 use vision_encoder::qwen::{Grid, QwenVisionOutput, QwenVisionTower};
 
 use crate::{Modality, QwenVlConfig, QwenVlError};
@@ -63,13 +64,42 @@ impl<B: Backend> QwenVl<B> {
         images: Option<&QwenVisionOutput<B>>,
         videos: Option<&QwenVisionOutput<B>>,
     ) -> Result<Prompt<B>, QwenVlError> {
-        let positions = samples.iter().map(|sample| self.config.positions(sample));
-        let positions = positions.collect::<Result<Vec<_>, _>>()?;
-        let ids: Vec<u32> = samples
+        let all = samples
             .iter()
-            .flat_map(|sample| &sample.ids)
-            .copied()
-            .collect();
+            .map(|sample| Survivors::all(sample.ids.len()));
+        self.prompt_reduced(samples, &all.collect::<Vec<_>>(), images, videos)
+    }
+
+    /// The same for prompts some of whose slots a reduction has taken: `images` and `videos` fill
+    /// those that are left, at the positions that they have in the full prompt.
+    pub fn prompt_reduced(
+        &self,
+        samples: &[QwenSample],
+        survivors: &[Survivors],
+        images: Option<&QwenVisionOutput<B>>,
+        videos: Option<&QwenVisionOutput<B>>,
+    ) -> Result<Prompt<B>, QwenVlError> {
+        let axes = self.config.text.rope.axes();
+        let (mut ids, mut layouts) = (Vec::new(), Vec::new());
+        let mut positions = vec![Vec::new(); axes];
+        for (sample, survivors) in samples.iter().zip(survivors) {
+            if survivors.positions == Positions::Renumber {
+                return Err(RerouteError::Renumber.into());
+            }
+            let places = self.config.positions(sample)?;
+            let left = survivors.of(&sample.ids)?;
+            for (all, of_sample) in positions.iter_mut().zip(&places.axes) {
+                all.extend(survivors.of(of_sample)?);
+            }
+            let is_visual = |row: &usize| self.config.modality(left[*row]).is_some();
+            layouts.push(SampleLayout {
+                rows: left.len(),
+                visual: (0..left.len()).filter(is_visual).collect(),
+                next_position: places.next,
+                salience: survivors.salience.clone(),
+            });
+            ids.extend(left);
+        }
         let slots: Vec<Modality> = ids
             .iter()
             .filter_map(|&id| self.config.modality(id))
@@ -105,24 +135,12 @@ impl<B: Backend> QwenVl<B> {
             .map(tap)
             .collect::<Result<Vec<_>, RerouteError>>()?;
 
-        let axes = self.config.text.rope.axes();
-        let of_axis = |axis: usize| positions.iter().flat_map(move |places| &places.axes[axis]);
-        let places: Vec<i64> = (0..axes).flat_map(of_axis).copied().collect();
-        let places = TensorData::new(places, [axes, ids.len()]);
-        let layouts = samples.iter().zip(&positions).map(|(sample, places)| {
-            let is_visual = |row: &usize| self.config.modality(sample.ids[*row]).is_some();
-            SampleLayout {
-                rows: sample.ids.len(),
-                visual: (0..sample.ids.len()).filter(is_visual).collect(),
-                next_position: places.next,
-                salience: None,
-            }
-        });
+        let places = TensorData::new(positions.concat(), [axes, ids.len()]);
         Ok(Prompt {
             positions: Tensor::<B, 2, Int>::from_data(places, &embeddings.device()),
             embeddings,
             deepstack,
-            samples: layouts.collect(),
+            samples: layouts,
         })
     }
 }

@@ -6,12 +6,39 @@
 //! whatever belongs to a token (features, DeepStack features) and owns the guards: the number of
 //! tokens, their positions, batching.
 
+mod baselines;
+mod cd_pruner;
+mod cosines;
+mod div_prune;
+mod faster_vlm;
+mod hi_prune;
+mod host;
+mod methods;
+mod mixture;
+mod nuwa;
+mod pru_merge;
+mod vis_pruner;
+mod vision_zip;
+mod vscan;
+
 use std::collections::BTreeMap;
 
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
 
 use crate::ReducerError;
+
+pub use baselines::{AveragePooling, RandomTokens, UniformGrid};
+pub use cd_pruner::CdPruner;
+pub use div_prune::DivPrune;
+pub use faster_vlm::FasterVlm;
+pub use hi_prune::HiPrune;
+pub use methods::EncoderMethod;
+pub use nuwa::{Nuwa, Pillars, Salience};
+pub use pru_merge::PruMerge;
+pub use vis_pruner::VisPruner;
+pub use vision_zip::VisionZip;
+pub use vscan::VScan;
 
 /// Something of a picture that a method may look at. All are `[features, tokens]`, tokens row by row
 /// of the grid that the decoder sees; where a token covers several patches (Qwen: 2 × 2), attention
@@ -45,7 +72,13 @@ pub enum Tap {
         /// The layer.
         layer: usize,
     },
-    /// Keys of the patches as projected (bias included), `[vision hidden_size, tokens]`.
+    /// Key of the class token as projected (bias included), `[vision hidden_size, 1]`.
+    ClassKey {
+        /// The layer.
+        layer: usize,
+    },
+    /// Keys of the patches as attention meets them (bias included; Qwen: rotated), heads one below
+    /// the other, `[vision hidden_size, tokens]`.
     Keys {
         /// The layer.
         layer: usize,
@@ -58,9 +91,20 @@ pub enum Tap {
         /// The last, included.
         last: usize,
     },
+    /// The same of Qwen, in the order in which the tower's windows lie side by side instead of that
+    /// of the grid: only to reproduce a release that mistakes one for the other.
+    MeanHiddenInWindows {
+        /// The first, as `transformers` counts.
+        first: usize,
+        /// The last, included.
+        last: usize,
+    },
     /// Embeddings of the question's text, `[hidden_size, text tokens]`.
     Question,
 }
+
+/// What was seen.
+pub type Taps<B> = BTreeMap<Tap, Tensor<B, 2>>;
 
 /// The vision encoder that a method works behind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,6 +114,8 @@ pub struct EncoderShape {
     /// Number of the hidden states that become visual tokens, as `transformers` counts (LLaVA-1.5:
     /// 23 of 24; Qwen: `num_layers`).
     pub feature_layer: usize,
+    /// Attention heads of a layer.
+    pub num_heads: usize,
     /// Whether there is a class token (CLIP).
     pub class_token: bool,
 }
@@ -80,7 +126,7 @@ pub struct Seen<B: Backend> {
     /// Rows and columns of tokens.
     pub grid: [usize; 2],
     /// What the method's [`EncoderReducer::needs`] named.
-    pub taps: BTreeMap<Tap, Tensor<B, 2>>,
+    pub taps: Taps<B>,
     /// The encoder.
     pub encoder: EncoderShape,
 }
@@ -124,6 +170,22 @@ impl<B: Backend> Reduced<B> {
             weights: None,
         }
     }
+
+    /// The same tokens by place: first those without one.
+    fn in_order(self) -> Self {
+        if self.places.is_sorted() {
+            return self;
+        }
+        let mut order: Vec<usize> = (0..self.places.len()).collect();
+        order.sort_by_key(|&at| self.places[at]);
+        let places = order.iter().map(|&at| self.places[at]).collect();
+        let order: Vec<i64> = order.into_iter().map(|at| at as i64).collect();
+        let weights = self.weights.map(|weights| {
+            let order = Tensor::from_data(order.as_slice(), &weights.device());
+            weights.select(1, order)
+        });
+        Self { places, weights }
+    }
 }
 
 /// A method that reduces visual tokens before the decoder.
@@ -142,7 +204,7 @@ pub trait EncoderReducer<B: Backend> {
     fn reduce(&self, seen: &Seen<B>, keep: usize) -> Result<Reduced<B>, ReducerError>;
 }
 
-/// Reduces one picture to `keep` tokens and checks the result.
+/// Reduces one picture to `keep` tokens, checks the result and brings it into the order of places.
 ///
 /// # Errors
 /// Those of the method, and [`ReducerError::Reduction`] if its result is not a reduction: more than
@@ -181,5 +243,5 @@ pub fn reduce<B: Backend>(
     } else if reduced.places.contains(&None) && !seen.taps.contains_key(&Tap::ClassToken) {
         return refuse("a token without a place has no weights either".into());
     }
-    Ok(reduced)
+    Ok(reduced.in_order())
 }

@@ -196,4 +196,11 @@ pub enum ReducerError {
          add an encoder method, or score by attention"
     )]
     NoSalience,
+
+    /// How many tokens a reduction before the decoder keeps is not said, or not possible.
+    #[error(
+        "the encoder method needs exactly one of keep_ratio, above 0 and at most 1, \
+         and keep_count, at least 1"
+    )]
+    EncoderKeep,
 }

@@ -1,5 +1,7 @@
 //! How many visual tokens a decision keeps.
 
+use serde::{Deserialize, Serialize};
+
 use crate::ReducerError;
 
 /// How many visual tokens a decision keeps, always in terms of the *original* visual tokens, never
@@ -15,6 +17,43 @@ pub enum Keep {
     Rounded(f64),
     /// A share in (0, 1], truncated, possibly to none: the original PyramidDrop.
     Truncated(f64),
+    /// A share in (0, 1], rounded up: Nüwa on Qwen2.5-VL.
+    Raised(f64),
+}
+
+/// How a share becomes a whole number, as files spell it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Rounding {
+    /// [`Keep::Ratio`]
+    #[default]
+    AtLeastOne,
+    /// [`Keep::Rounded`]
+    HalfEven,
+    /// [`Keep::Truncated`]
+    Truncate,
+    /// [`Keep::Raised`]
+    Up,
+}
+
+impl Rounding {
+    pub(crate) fn of(keep: Keep) -> Self {
+        match keep {
+            Keep::Ratio(_) | Keep::Count(_) => Self::AtLeastOne,
+            Keep::Rounded(_) => Self::HalfEven,
+            Keep::Truncated(_) => Self::Truncate,
+            Keep::Raised(_) => Self::Up,
+        }
+    }
+
+    pub(crate) fn keep(self, ratio: f64) -> Keep {
+        match self {
+            Self::AtLeastOne => Keep::Ratio(ratio),
+            Self::HalfEven => Keep::Rounded(ratio),
+            Self::Truncate => Keep::Truncated(ratio),
+            Self::Up => Keep::Raised(ratio),
+        }
+    }
 }
 
 impl Keep {
@@ -41,6 +80,7 @@ impl Keep {
             Keep::Count(count) => count.max(1),
             Keep::Rounded(ratio) => (share(ratio).round_ties_even() as usize).max(1),
             Keep::Truncated(ratio) => share(ratio) as usize,
+            Keep::Raised(ratio) => share(ratio).ceil() as usize,
         };
         wanted.min(visual_tokens)
     }
@@ -63,7 +103,10 @@ impl Keep {
     /// The share, if it is one.
     pub fn ratio(self) -> Option<f64> {
         match self {
-            Keep::Ratio(ratio) | Keep::Rounded(ratio) | Keep::Truncated(ratio) => Some(ratio),
+            Keep::Ratio(ratio)
+            | Keep::Rounded(ratio)
+            | Keep::Truncated(ratio)
+            | Keep::Raised(ratio) => Some(ratio),
             Keep::Count(_) => None,
         }
     }

@@ -41,6 +41,7 @@ pub mod cost;
 pub mod encoder;
 pub mod error;
 pub mod keep;
+pub mod plan;
 pub mod presets;
 pub mod schedule;
 pub mod score;
@@ -51,6 +52,7 @@ pub use budget::Profile;
 pub use cost::{Cost, DecoderShape};
 pub use error::ReducerError;
 pub use keep::Keep;
+pub use plan::{EncoderPlan, Plan, Rest};
 pub use presets::{Method, Preset};
 pub use schedule::{Action, Layout, Positions, Schedule, Stage};
 pub use score::{

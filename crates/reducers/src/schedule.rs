@@ -13,7 +13,7 @@
 //! 2606.12412): last row, mean of heads, f32, the decision layer's own projections, original
 //! positions.
 
-mod file;
+pub(crate) mod file;
 
 use serde::{Deserialize, Serialize};
 

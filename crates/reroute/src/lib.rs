@@ -32,7 +32,7 @@ pub use config::{DecoderConfig, MAX_HEAD_DIM, RopeConfig};
 pub use decoder::{Decoder, HiddenStates, Prefill, PrefillOptions};
 pub use error::RerouteError;
 pub use generate::{FinishReason, Generation, GenerationOptions, generate};
-pub use prompt::{Prompt, SampleLayout, interleave};
+pub use prompt::{Prompt, SampleLayout, Survivors, interleave};
 pub use router::{Routed, Router};
 pub use sampling::{Sampler, SamplingOptions};
 pub use trace::{Decision, RoutingTrace};

@@ -3,6 +3,8 @@ use std::ops::Range;
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor};
 
+use reducers::Positions;
+
 use crate::{Decoder, DecoderConfig, RerouteError};
 
 /// A batch of embedded prompts, packed: the rows of all samples side by side, without padding.
@@ -32,6 +34,39 @@ pub struct SampleLayout {
     /// One number per visual row, if a reduction before the decoder ranked them
     /// ([`reducers::Score::Encoder`] selects by it).
     pub salience: Option<Vec<f32>>,
+}
+
+/// The rows of a prompt that a reduction before the decoder has left.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Survivors {
+    /// Rows of the full prompt in order. A row may occur twice: a token without a place of its own
+    /// stands at that of the first visual token.
+    pub rows: Vec<usize>,
+    /// See [`SampleLayout::salience`], one number per visual row that is left.
+    pub salience: Option<Vec<f32>>,
+    /// Positions of the rows that are left.
+    pub positions: Positions,
+}
+
+impl Survivors {
+    /// All of a prompt's rows.
+    pub fn all(rows: usize) -> Self {
+        Self {
+            rows: (0..rows).collect(),
+            ..Self::default()
+        }
+    }
+
+    /// Those of the entries of a full prompt that are left.
+    pub fn of<T: Copy>(&self, full: &[T]) -> Result<Vec<T>, RerouteError> {
+        if !self.rows.is_sorted() || self.rows.last().is_some_and(|&row| row >= full.len()) {
+            return Err(RerouteError::Prompt(format!(
+                "the rows left by a reduction are no ascending rows of the {} that there are",
+                full.len()
+            )));
+        }
+        Ok(self.rows.iter().map(|&row| full[row]).collect())
+    }
 }
 
 impl<B: Backend> Prompt<B> {

@@ -7,6 +7,7 @@
 pub mod clip;
 mod error;
 mod image;
+mod inspect;
 mod normalise;
 pub mod qwen;
 mod resize;
@@ -14,4 +15,5 @@ mod resize;
 pub use clip::{ClipPreprocessor, ClipPreprocessorConfig, Pixels, to_tensor};
 pub use error::VisionError;
 pub use image::{DecodeLimits, RgbImage, decode};
+pub use inspect::Inspected;
 pub use resize::{Canvas, Window, resize_bicubic};

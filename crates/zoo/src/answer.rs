@@ -2,7 +2,6 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use burn::tensor::backend::Backend;
-use reducers::Schedule;
 use reroute::{
     FinishReason, GenerationOptions, KvCache, Prefill, PrefillOptions, Prompt, RoutingTrace,
     generate,
@@ -10,7 +9,8 @@ use reroute::{
 use vision_encoder::RgbImage;
 
 use crate::messages::{Content, Message, Role};
-use crate::{VideoTime, View, Visual, Vlm, ZooError};
+use crate::visual::Leftover;
+use crate::{Routing, VideoTime, View, Visual, Vlm, ZooError};
 
 /// A question about any number of images and videos.
 #[derive(Debug, Clone)]
@@ -57,10 +57,13 @@ pub struct Answer {
     pub finish: FinishReason,
     /// Rows of the prompt; in a conversation, of all of it.
     pub prompt_rows: usize,
-    /// Visual tokens of the prompt.
+    /// Visual tokens of the prompt, after a reduction before the decoder.
     pub visual_tokens: usize,
     /// How each image and video of the prompt was seen.
     pub views: Vec<View>,
+    /// Of each visual token of the prompt, the view it belongs to and its place there; `None` for a
+    /// token without one (see [`reducers::encoder::Reduced`]).
+    pub cells: Vec<(usize, Option<usize>)>,
     /// What routing did; decisions of this sample only. Its rows are those that were computed: in a
     /// conversation, earlier turns have computed the others.
     pub trace: RoutingTrace,
@@ -89,6 +92,7 @@ pub(crate) struct Prefilled<B: Backend> {
     pub(crate) ids: Vec<Vec<u32>>,
     /// Views of each sample.
     pub(crate) views: Vec<Vec<View>>,
+    pub(crate) left: Option<Leftover>,
     pub(crate) prompt: Prompt<B>,
     pub(crate) prefill: Prefill<B>,
     pub(crate) timings: Timings,
@@ -96,49 +100,58 @@ pub(crate) struct Prefilled<B: Backend> {
 
 impl<B: Backend> Vlm<B> {
     /// Answers one question. `on_text` receives the answer piece by piece as it is generated.
-    pub fn ask(
+    pub fn ask<'a>(
         &self,
         question: &Question,
-        schedule: &Schedule,
+        routing: impl Into<Routing<'a, B>>,
         options: &GenerationOptions,
         on_text: impl FnMut(&str),
     ) -> Result<Answer, ZooError> {
         let questions = std::slice::from_ref(question);
         let mut on_token = self.streaming(options, on_text);
-        let mut answers = self.ask_batch(questions, schedule, options, &mut on_token)?;
+        let mut answers = self.ask_batch(questions, routing, options, &mut on_token)?;
         Ok(answers.remove(0))
     }
 
     /// Answers several questions in one batch, each routed by its own scores. `on_token` receives
     /// (question, token id) as soon as a token is chosen; breaking ends all answers.
-    pub fn ask_batch(
+    pub fn ask_batch<'a>(
         &self,
         questions: &[Question],
-        schedule: &Schedule,
+        routing: impl Into<Routing<'a, B>>,
         options: &GenerationOptions,
         on_token: &mut dyn FnMut(usize, u32) -> ControlFlow<()>,
     ) -> Result<Vec<Answer>, ZooError> {
+        let routing = routing.into();
         let (mut ids, mut views, mut pixels) = (Vec::new(), Vec::new(), Vec::new());
+        let mut texts = Vec::new();
         for question in questions {
             let prepared = self.prepare(&question.visuals)?;
             let (seen, prepared): (Vec<View>, Vec<_>) = prepared.into_iter().unzip();
             ids.push(self.encode_messages(&[question.message(&seen)], &seen)?);
+            texts.extend(seen.iter().map(|_| question.text.as_str()));
             views.push(seen);
             pixels.extend(prepared);
         }
         let mut timings = Timings::default();
         let started = Instant::now();
-        let tokens = self.see(pixels)?;
+        let tokens = self.see(&views.concat(), pixels, &texts, routing.encoder.as_ref())?;
         self.finish(started, &mut timings.vision);
 
         let started = Instant::now();
-        let prompt = self.prompt(&ids, &views, &tokens)?;
+        let (prompt, _) = self.prompt(&ids, &views, &tokens)?;
         let decoder = self.model().decoder();
-        let prefill = decoder.prefill(&prompt, schedule, PrefillOptions::default())?;
+        let Routing {
+            schedule, scorer, ..
+        } = routing;
+        let cache = KvCache::new(decoder.layers().len(), prompt.samples.len());
+        let options_of_prefill = PrefillOptions::default();
+        let prefill = decoder.resume_by(scorer, cache, &prompt, schedule, options_of_prefill)?;
         self.finish(started, &mut timings.prefill);
         let prefilled = Prefilled {
             ids,
             views,
+            left: tokens.left,
             prompt,
             prefill,
             timings,
@@ -156,10 +169,12 @@ impl<B: Backend> Vlm<B> {
         let Prefilled {
             ids,
             views,
+            left,
             prompt,
             prefill,
             mut timings,
         } = prefilled;
+        let mut left = left.map(|left| [left.images, left.videos].map(Vec::into_iter));
         let decoder = self.model().decoder();
         let started = Instant::now();
         let mut cache = prefill.cache;
@@ -173,6 +188,16 @@ impl<B: Backend> Vlm<B> {
             let layout = &prompt.samples[sample];
             let (kv_rows, kv_bytes) = held[sample].clone();
             let text = self.tokenizer().decode(&generation.tokens)?;
+            let cells = views.iter().enumerate().map(|(view, seen)| {
+                let kind = usize::from(seen.time.is_some());
+                let kept = left.as_mut().and_then(|left| left[kind].next());
+                let places = match kept {
+                    Some(kept) => kept.places,
+                    None => (0..seen.token_count()).map(Some).collect(),
+                };
+                places.into_iter().map(move |place| (view, place))
+            });
+            let cells = cells.flatten().collect();
             let computed = prefill.trace.rows.iter().map(|rows| vec![rows[sample]]);
             answers.push(Answer {
                 text: text.trim().to_string(),
@@ -181,6 +206,7 @@ impl<B: Backend> Vlm<B> {
                 prompt_rows: layout.rows,
                 visual_tokens: layout.visual.len(),
                 views,
+                cells,
                 trace: RoutingTrace {
                     decisions: prefill.trace.of_sample(sample).cloned().collect(),
                     rows: computed.collect(),

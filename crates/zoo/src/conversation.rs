@@ -1,12 +1,12 @@
 use std::time::Instant;
 
 use burn::tensor::backend::Backend;
-use reducers::Schedule;
+use reducers::Plan;
 use reroute::{GenerationOptions, KvCache, PrefillOptions};
 
 use crate::answer::Prefilled;
 use crate::messages::{Content, Message, Role};
-use crate::{Answer, Question, Timings, View, VisualTokens, Vlm, ZooError};
+use crate::{Answer, Question, Routing, Timings, View, VisualTokens, Vlm, ZooError};
 
 /// Questions that follow one another, about the same images and videos or further ones.
 ///
@@ -26,7 +26,7 @@ use crate::{Answer, Question, Timings, View, VisualTokens, Vlm, ZooError};
 ///   question cannot see what an earlier one removed.
 pub struct Conversation<'a, B: Backend> {
     vlm: &'a Vlm<B>,
-    schedule: Schedule,
+    plan: Plan,
     options: GenerationOptions,
     messages: Vec<Message>,
     views: Vec<View>,
@@ -37,10 +37,10 @@ pub struct Conversation<'a, B: Backend> {
 
 impl<'a, B: Backend> Conversation<'a, B> {
     /// A conversation in which nothing has been said.
-    pub fn new(vlm: &'a Vlm<B>, schedule: Schedule, options: GenerationOptions) -> Self {
+    pub fn new(vlm: &'a Vlm<B>, plan: impl Into<Plan>, options: GenerationOptions) -> Self {
         Self {
             vlm,
-            schedule,
+            plan: plan.into(),
             options,
             messages: Vec::new(),
             views: Vec::new(),
@@ -64,42 +64,46 @@ impl<'a, B: Backend> Conversation<'a, B> {
             vlm.prepare(&question.visuals)?.into_iter().unzip();
         let mut messages = self.messages.clone();
         messages.push(question.message(&views));
+        let routing = Routing::from(&self.plan);
+        let texts = vec![question.text.as_str(); views.len()];
+        let seen = vlm.see(&views, pixels, &texts, routing.encoder.as_ref())?;
+        let tokens = self.tokens.clone().followed_by(seen);
         let views = [&self.views[..], &views].concat();
-        let tokens = self.tokens.clone().followed_by(vlm.see(pixels)?);
         vlm.finish(started, &mut timings.vision);
 
         let started = Instant::now();
         let ids = vec![vlm.encode_messages(&messages, &views)?];
         let samples = vec![views.clone()];
-        let prompt = vlm.prompt(&ids, &samples, &tokens)?;
+        let (prompt, left) = vlm.prompt(&ids, &samples, &tokens)?;
         let options = PrefillOptions {
             keep_pool: true,
             ..Default::default()
         };
         let decoder = vlm.model().decoder();
         // Before the cache is taken: a question that cannot be asked costs nothing.
-        decoder.check(&prompt, &self.schedule)?;
+        decoder.check(&prompt, routing.schedule)?;
         let prefill = match self.past.take() {
             Some((mut cache, known)) => {
                 let same = known
                     .iter()
-                    .zip(&ids[0])
+                    .zip(&left[0])
                     .take_while(|(a, b)| a == b)
                     .count();
                 cache.truncate(0, same);
-                decoder.resume(cache, &prompt, &self.schedule, options)?
+                decoder.resume(cache, &prompt, routing.schedule, options)?
             }
-            None => decoder.prefill(&prompt, &self.schedule, options)?,
+            None => decoder.prefill(&prompt, routing.schedule, options)?,
         };
         vlm.finish(started, &mut timings.prefill);
 
-        let mut known = ids[0].clone();
+        let mut known = left[0].clone();
         // After a video the text goes on behind its longer side, but an answer behind its last
         // moment (as in transformers): such an answer is computed again where it stands in the text.
         let keeps_answer = views.iter().all(|view| view.time.is_none());
         let prefilled = Prefilled {
             ids,
             views: samples,
+            left: tokens.left.clone(),
             prompt,
             prefill,
             timings,

@@ -3,13 +3,15 @@ use burn::tensor::{DType, Tensor};
 use checkpoint::{CONFIG_MAX_BYTES, Folder, LoadOptions, LoadProgress, Shards, load_into};
 use llava::{Llava, LlavaConfig, LlavaHfConfig};
 use qwen_vl::{QwenSample, QwenVl, QwenVlConfig, QwenVlHfConfig};
-use reroute::{Decoder, DecoderConfig, Prompt};
+use reducers::encoder::EncoderShape;
+use reroute::{Decoder, DecoderConfig, Prompt, Survivors};
 use serde::Deserialize;
 use vision_encoder::qwen::{Grid, QwenGeneration, QwenVisionOutput};
 
 use crate::grounding::GroundingFormat;
-use crate::visual::{PixelTensors, VisualTokens};
-use crate::{Dialect, ZooError};
+use crate::reduction::{self, Kept, Left, Shown};
+use crate::visual::{Leftover, PixelTensors, VisualTokens};
+use crate::{Dialect, EncoderStep, ZooError};
 
 /// Families that can be opened.
 const KNOWN: &str = "llava (LLaVA-1.5), qwen2_vl, qwen2_5_vl, qwen3_vl";
@@ -54,6 +56,14 @@ impl ModelConfig {
         match self {
             Self::Llava(config) => &config.text,
             Self::Qwen(config) => &config.text,
+        }
+    }
+
+    /// The vision encoder as methods that reduce before the decoder know it.
+    pub fn encoder(&self) -> EncoderShape {
+        match self {
+            Self::Llava(config) => config.encoder(),
+            Self::Qwen(config) => config.encoder(),
         }
     }
 
@@ -136,7 +146,7 @@ pub enum Model<B: Backend> {
 
 impl<B: Backend> Model<B> {
     /// Builds the model that the configuration describes and streams its weights in.
-    pub(crate) fn open(
+    pub fn open(
         config: &ModelConfig,
         folder: &Folder,
         dtype: DType,
@@ -188,6 +198,7 @@ impl<B: Backend> Model<B> {
                         deepstack: Vec::new(),
                     }),
                     videos: None,
+                    left: None,
                 })
             }
             (Self::Qwen(model), PixelTensors::Patches { images, videos }) => {
@@ -200,6 +211,7 @@ impl<B: Backend> Model<B> {
                     features: None,
                     images: see(images)?,
                     videos: see(videos)?,
+                    left: None,
                 })
             }
             (_, pixels) => Err(ZooError::WrongPixels {
@@ -212,6 +224,89 @@ impl<B: Backend> Model<B> {
         }
     }
 
+    /// The vision tower as methods that reduce before the decoder know it.
+    pub fn encoder(&self) -> EncoderShape {
+        match self {
+            Self::Llava(model) => model.config().encoder(),
+            Self::Qwen(model) => model.config().encoder(),
+        }
+    }
+
+    /// Visual tokens of preprocessed images and videos, every picture reduced by itself. `questions`
+    /// are embeddings of the text asked about each image, and about each video, for methods that
+    /// want to see it.
+    pub fn see_reduced(
+        &self,
+        pixels: PixelTensors<B>,
+        step: &EncoderStep<'_, B>,
+        questions: [Vec<Tensor<B, 2>>; 2],
+    ) -> Result<VisualTokens<B>, ZooError> {
+        let encoder = self.encoder();
+        let needs = step.reducer.needs(&encoder)?;
+        let [of_images, of_videos] = questions;
+        let left = |images: Vec<Kept>, videos: Vec<Kept>| {
+            Some(Leftover {
+                images,
+                videos,
+                positions: step.positions,
+            })
+        };
+        match (self, pixels) {
+            (Self::Llava(model), PixelTensors::Squares(pixels)) => {
+                let side = model.config().vision.grid();
+                let shown = Shown {
+                    grids: vec![[1, side, side]; pixels.dims()[0]],
+                    taps: model.vision_taps(pixels, &needs)?,
+                    deepstack: Vec::new(),
+                    questions: of_images,
+                };
+                let Left { features, kept, .. } = reduction::reduce(&shown, step, encoder)?;
+                let tokens = model.project(features.clone());
+                Ok(VisualTokens {
+                    features: Some(features),
+                    images: Some(QwenVisionOutput {
+                        tokens,
+                        deepstack: Vec::new(),
+                    }),
+                    videos: None,
+                    left: left(kept, Vec::new()),
+                })
+            }
+            (Self::Qwen(model), PixelTensors::Patches { images, videos }) => {
+                let merge = model.config().vision.spatial_merge_size;
+                let see = |patches: Option<(Tensor<B, 2>, Vec<Grid>)>, questions| {
+                    let Some((patches, grids)) = patches else {
+                        return Ok((None, Vec::new()));
+                    };
+                    let (output, taps) = model.vision_taps(patches, &grids, &needs)?;
+                    let grids = grids.iter();
+                    let shown = Shown {
+                        taps,
+                        deepstack: output.deepstack,
+                        grids: grids.map(|g| [g.t, g.h / merge, g.w / merge]).collect(),
+                        questions,
+                    };
+                    let left = reduction::reduce(&shown, step, encoder)?;
+                    let output = QwenVisionOutput {
+                        tokens: left.features,
+                        deepstack: left.deepstack,
+                    };
+                    Ok::<_, ZooError>((Some(output), left.kept))
+                };
+                let (images, of_images) = see(images, of_images)?;
+                let (videos, of_videos) = see(videos, of_videos)?;
+                Ok(VisualTokens {
+                    features: None,
+                    images,
+                    videos,
+                    left: left(of_images, of_videos),
+                })
+            }
+            // Nothing to reduce, or pixels of the wrong kind.
+            (_, pixels) => self.see(pixels),
+        }
+    }
+
     /// Packs token ids (slots repeated) and visual tokens into a prompt. LLaVA needs no grids.
     pub fn prompt(
         &self,
@@ -219,14 +314,45 @@ impl<B: Backend> Model<B> {
         tokens: &VisualTokens<B>,
         device: &B::Device,
     ) -> Result<Prompt<B>, ZooError> {
+        let survivors = self.survivors(samples, tokens);
         let (images, videos) = (tokens.images.as_ref(), tokens.videos.as_ref());
         match self {
             Self::Llava(model) => {
                 let ids: Vec<Vec<u32>> = samples.iter().map(|sample| sample.ids.clone()).collect();
                 let images = images.map(|images| images.tokens.clone());
-                Ok(model.prompt(&ids, images, device)?)
+                Ok(model.prompt_reduced(&ids, &survivors, images, device)?)
             }
-            Self::Qwen(model) => Ok(model.prompt(samples, images, videos)?),
+            Self::Qwen(model) => Ok(model.prompt_reduced(samples, &survivors, images, videos)?),
         }
+    }
+
+    /// The rows of each sample that a reduction has left.
+    pub(crate) fn survivors(
+        &self,
+        samples: &[QwenSample],
+        tokens: &VisualTokens<B>,
+    ) -> Vec<Survivors> {
+        let (image, video) = match self {
+            Self::Llava(model) => (model.config().image_token, None),
+            Self::Qwen(model) => {
+                let config = model.config();
+                (config.image_token, Some(config.video_token))
+            }
+        };
+        let Some(left) = &tokens.left else {
+            let all = samples
+                .iter()
+                .map(|sample| Survivors::all(sample.ids.len()));
+            return all.collect();
+        };
+        let mut kept = [&left.images[..], &left.videos[..]];
+        let of_sample = |sample: &QwenSample| {
+            let slots = [Some(image), video].map(|slot| {
+                let is_slot = |row: &usize| Some(sample.ids[*row]) == slot;
+                (0..sample.ids.len()).filter(is_slot).collect()
+            });
+            reduction::survivors(sample.ids.len(), slots, &mut kept, left.positions)
+        };
+        samples.iter().map(of_sample).collect()
     }
 }

@@ -24,6 +24,8 @@ mod error;
 mod family;
 pub mod grounding;
 pub mod messages;
+mod reduction;
+mod routing;
 mod template;
 mod tensors;
 mod tokenizer;
@@ -36,10 +38,12 @@ pub use conversation::Conversation;
 pub use dialect::Dialect;
 pub use error::ZooError;
 pub use family::{Model, ModelConfig};
+pub use reduction::Kept;
+pub use routing::{EncoderStep, Routing};
 pub use template::ChatTemplate;
 pub use tensors::{TensorInputs, TensorOutputs};
 pub use tokenizer::Tokenizer;
 pub use visual::{
-    PixelTensors, Prepared, Preprocessor, Video, VideoTime, View, Visual, VisualTokens,
+    Leftover, PixelTensors, Prepared, Preprocessor, Video, VideoTime, View, Visual, VisualTokens,
 };
 pub use vlm::{Grounding, OpenOptions, Vlm};

@@ -3,13 +3,13 @@ use std::ops::ControlFlow;
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
 use qwen_vl::QwenSample;
-use reducers::Schedule;
 use reroute::{
-    Generation, GenerationOptions, HiddenStates, PrefillOptions, Prompt, RoutingTrace, generate,
+    Generation, GenerationOptions, HiddenStates, KvCache, PrefillOptions, Prompt, RoutingTrace,
+    generate,
 };
 use vision_encoder::qwen::Grid;
 
-use crate::{PixelTensors, VisualTokens, Vlm, ZooError};
+use crate::{PixelTensors, Routing, VisualTokens, Vlm, ZooError};
 
 /// Inputs as tensors, past tokenizer and image preprocessing: for comparing implementations.
 #[derive(Debug, Clone)]
@@ -44,23 +44,30 @@ pub struct TensorOutputs<B: Backend> {
 impl<B: Backend> Vlm<B> {
     /// Runs prepared tensors through the model and continues greedily for `new_tokens` tokens,
     /// stop tokens or not.
-    pub fn run_tensors(
+    pub fn run_tensors<'a>(
         &self,
         inputs: TensorInputs<B>,
-        schedule: &Schedule,
+        routing: impl Into<Routing<'a, B>>,
         new_tokens: usize,
         hidden_states: bool,
     ) -> Result<TensorOutputs<B>, ZooError> {
         let model = self.model();
         let samples = self.with_grids(&inputs);
-        let tokens = model.see(inputs.pixels.cast(self.dtype()))?;
+        let routing = routing.into();
+        let pixels = inputs.pixels.cast(self.dtype());
+        let tokens = match &routing.encoder {
+            Some(step) => model.see_reduced(pixels, step, Default::default())?,
+            None => model.see(pixels)?,
+        };
         let prompt = model.prompt(&samples, &tokens, self.device())?;
         let decoder = model.decoder();
         let options = PrefillOptions {
             hidden_states,
             ..Default::default()
         };
-        let prefill = decoder.prefill(&prompt, schedule, options)?;
+        let cache = KvCache::new(decoder.layers().len(), prompt.samples.len());
+        let prefill =
+            decoder.resume_by(routing.scorer, cache, &prompt, routing.schedule, options)?;
         let mut cache = prefill.cache;
         let kv_lengths = (0..cache.samples())
             .map(|sample| cache.lengths(sample))

@@ -1,6 +1,7 @@
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
 use checkpoint::{CONFIG_MAX_BYTES, Folder};
+use reducers::Positions;
 use vision_encoder::qwen::{
     Grid, QwenPixels, QwenPreprocessor, QwenPreprocessorConfig, QwenTowerConfig, QwenVisionOutput,
     pack,
@@ -12,6 +13,7 @@ use vision_encoder::{
 
 use crate::grounding::{BoundingBox, BoxUnits};
 use crate::messages::patch_seconds;
+use crate::reduction::Kept;
 use crate::{ModelConfig, OpenOptions, ZooError};
 
 /// Something to look at.
@@ -337,6 +339,19 @@ pub struct VisualTokens<B: Backend> {
     pub images: Option<QwenVisionOutput<B>>,
     /// Visual tokens of videos, in order of appearance.
     pub videos: Option<QwenVisionOutput<B>>,
+    /// What a reduction left of them; `None` if there was none.
+    pub left: Option<Leftover>,
+}
+
+/// What a reduction before the decoder left of images and videos.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Leftover {
+    /// Of each image, in order of appearance.
+    pub images: Vec<Kept>,
+    /// Of each video, in order of appearance.
+    pub videos: Vec<Kept>,
+    /// The positions of what is left.
+    pub positions: Positions,
 }
 
 impl<B: Backend> Default for VisualTokens<B> {
@@ -345,6 +360,7 @@ impl<B: Backend> Default for VisualTokens<B> {
             features: None,
             images: None,
             videos: None,
+            left: None,
         }
     }
 }
@@ -365,10 +381,19 @@ impl<B: Backend> VisualTokens<B> {
             }),
             (a, b) => a.or(b),
         };
+        let left = match (self.left, more.left) {
+            (Some(a), Some(b)) => Some(Leftover {
+                images: [a.images, b.images].concat(),
+                videos: [a.videos, b.videos].concat(),
+                positions: b.positions,
+            }),
+            (a, b) => a.or(b),
+        };
         Self {
             features: None,
             images: join(self.images, more.images),
             videos: join(self.videos, more.videos),
+            left,
         }
     }
 }

@@ -1,8 +1,8 @@
-use burn::tensor::DType;
 use burn::tensor::backend::Backend;
+use burn::tensor::{DType, Tensor};
 use checkpoint::{CONFIG_MAX_BYTES, Folder, LoadProgress, TOKENIZER_MAX_BYTES};
 use qwen_vl::QwenSample;
-use reducers::Schedule;
+use reducers::encoder::Tap;
 use reroute::{DecoderConfig, GenerationOptions, Prompt};
 use serde::Deserialize;
 use vision_encoder::RgbImage;
@@ -10,8 +10,8 @@ use vision_encoder::RgbImage;
 use crate::grounding::{BoundingBox, GroundingFormat, parse_box};
 use crate::messages::{Message, Slots};
 use crate::{
-    Answer, ChatTemplate, Model, ModelConfig, PixelTensors, Prepared, Preprocessor, Question,
-    Tokenizer, View, Visual, VisualTokens, ZooError,
+    Answer, ChatTemplate, EncoderStep, Model, ModelConfig, PixelTensors, Prepared, Preprocessor,
+    Question, Routing, Tokenizer, View, Visual, VisualTokens, ZooError,
 };
 
 /// A vision-language model with everything it needs to answer.
@@ -220,19 +220,50 @@ impl<B: Backend> Vlm<B> {
         visuals.iter().map(prepare).collect()
     }
 
-    /// Visual tokens of preprocessed images and videos.
-    pub(crate) fn see(&self, prepared: Vec<Prepared>) -> Result<VisualTokens<B>, ZooError> {
-        let pixels = PixelTensors::of(prepared, &self.device)?;
-        self.model.see(pixels.cast(self.dtype))
+    /// Visual tokens of preprocessed images and videos; `texts` is what is asked about each.
+    pub(crate) fn see(
+        &self,
+        views: &[View],
+        prepared: Vec<Prepared>,
+        texts: &[&str],
+        step: Option<&EncoderStep<'_, B>>,
+    ) -> Result<VisualTokens<B>, ZooError> {
+        let pixels = PixelTensors::of(prepared, &self.device)?.cast(self.dtype);
+        let Some(step) = step else {
+            return self.model.see(pixels);
+        };
+        let needs = step.reducer.needs(&self.model.encoder())?;
+        let mut questions = [Vec::new(), Vec::new()];
+        if needs.contains(&Tap::Question) {
+            for (view, text) in views.iter().zip(texts) {
+                let kind = usize::from(view.time.is_some());
+                questions[kind].push(self.embed_text(text)?);
+            }
+        }
+        self.model.see_reduced(pixels, step, questions)
     }
 
-    /// Packs the prompts of samples.
+    /// The words of a text as the decoder embeds them, `[hidden_size, tokens]`.
+    fn embed_text(&self, text: &str) -> Result<Tensor<B, 2>, ZooError> {
+        let decoder = self.model.decoder();
+        let mut ids = self.tokenizer.encode(text, false)?;
+        ids.retain(|&id| (id as usize) < decoder.config().vocab_size);
+        match ids.is_empty() {
+            true => {
+                let size = [decoder.config().hidden_size, 1];
+                Ok(Tensor::zeros(size, (&self.device, self.dtype)))
+            }
+            false => Ok(decoder.embed(&ids)),
+        }
+    }
+
+    /// Packs the prompts of samples; also their token ids, without the slots that a reduction took.
     pub(crate) fn prompt(
         &self,
         ids: &[Vec<u32>],
         views: &[Vec<View>],
         tokens: &VisualTokens<B>,
-    ) -> Result<Prompt<B>, ZooError> {
+    ) -> Result<(Prompt<B>, Vec<Vec<u32>>), ZooError> {
         let sample = |(ids, views): (&Vec<u32>, &Vec<View>)| {
             let times = views.iter().filter_map(|view| view.time.as_ref());
             QwenSample {
@@ -251,19 +282,22 @@ impl<B: Backend> Vlm<B> {
             }
         };
         let samples: Vec<QwenSample> = ids.iter().zip(views).map(sample).collect();
-        self.model.prompt(&samples, tokens, &self.device)
+        let survivors = self.model.survivors(&samples, tokens);
+        let left = ids.iter().zip(survivors).map(|(ids, left)| left.of(ids));
+        let left = left.collect::<Result<_, _>>()?;
+        Ok((self.model.prompt(&samples, tokens, &self.device)?, left))
     }
 
     /// Asks where something is and reads the box out of the answer.
-    pub fn ground(
+    pub fn ground<'a>(
         &self,
         image: &RgbImage,
         expression: &str,
-        schedule: &Schedule,
+        routing: impl Into<Routing<'a, B>>,
         options: &GenerationOptions,
     ) -> Result<Grounding, ZooError> {
         let question = Question::about(vec![image.clone()], self.grounding.question(expression));
-        let answer = self.ask(&question, schedule, options, |_| {})?;
+        let answer = self.ask(&question, routing, options, |_| {})?;
         let (Some(answered), Some(view)) = (parse_box(&answer.text), answer.views.first()) else {
             return Err(ZooError::NoBox {
                 answer: answer.text,

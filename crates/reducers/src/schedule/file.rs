@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Number;
 
 use super::{Action, Layout, Positions, Schedule, Stage};
+use crate::keep::Rounding;
 use crate::{Keep, ReducerError, Score};
 
 /// A schedule as written. A key that nobody knows is refused: in a file written by hand it is a
@@ -38,20 +39,7 @@ struct StageFile {
     score: Score,
 }
 
-/// How a keep ratio becomes a whole number.
-#[derive(Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-enum Rounding {
-    /// [`Keep::Ratio`]
-    #[default]
-    AtLeastOne,
-    /// [`Keep::Rounded`]
-    HalfEven,
-    /// [`Keep::Truncated`]
-    Truncate,
-}
-
-fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+pub(crate) fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }
 
@@ -78,11 +66,7 @@ impl StageFile {
             layer: self.layer.to_string(),
         })?;
         let keep = match (self.keep_ratio, self.keep_count) {
-            (Some(ratio), None) => match self.rounding {
-                Rounding::AtLeastOne => Keep::Ratio(ratio),
-                Rounding::HalfEven => Keep::Rounded(ratio),
-                Rounding::Truncate => Keep::Truncated(ratio),
-            },
+            (Some(ratio), None) => self.rounding.keep(ratio),
             (None, Some(count)) => {
                 Keep::Count(whole(&count).ok_or_else(|| ReducerError::KeepCount {
                     stage,
@@ -112,11 +96,7 @@ impl From<Schedule> for ScheduleFile {
                 Keep::Count(count) => Some(count.into()),
                 _ => None,
             },
-            rounding: match stage.keep {
-                Keep::Ratio(_) | Keep::Count(_) => Rounding::AtLeastOne,
-                Keep::Rounded(_) => Rounding::HalfEven,
-                Keep::Truncated(_) => Rounding::Truncate,
-            },
+            rounding: Rounding::of(stage.keep),
             score: stage.score,
         });
         Self {

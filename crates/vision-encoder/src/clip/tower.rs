@@ -4,11 +4,11 @@ use burn::tensor::activation::gelu;
 use burn::tensor::backend::Backend;
 use layers::{
     Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, Linear, LinearConfig, attention,
-    quick_gelu,
+    quick_gelu, received_attention,
 };
 
 use super::ClipConfig;
-use crate::VisionError;
+use crate::{Inspected, VisionError};
 
 /// A CLIP vision transformer.
 #[derive(Module, Debug)]
@@ -111,6 +111,18 @@ impl<B: Backend> ClipVisionTower<B> {
         pixels: Tensor<B, 4>,
         layers: usize,
     ) -> Result<Tensor<B, 2>, VisionError> {
+        self.forward_inspected(pixels, layers, &[], &mut |_| {})
+    }
+
+    /// The same, showing every layer to `inspect`, those in `received` with the attention that their
+    /// rows receive.
+    pub fn forward_inspected(
+        &self,
+        pixels: Tensor<B, 4>,
+        layers: usize,
+        received: &[usize],
+        inspect: &mut dyn FnMut(Inspected<B>),
+    ) -> Result<Tensor<B, 2>, VisionError> {
         let size = self.config.image_size;
         let [images, channels, height, width] = pixels.dims();
         if [channels, height, width] != [3, size, size] {
@@ -127,10 +139,34 @@ impl<B: Backend> ClipVisionTower<B> {
         }
         let embedded = self.embed(pixels);
         let mut hidden_states = self.pre_layrnorm.forward(embedded);
-        for layer in &self.encoder.layers[..layers] {
-            hidden_states = layer.forward(hidden_states, images);
+        for (index, layer) in self.encoder.layers[..layers].iter().enumerate() {
+            let input = hidden_states;
+            let [output, queries, keys] = layer.forward(input.clone(), images);
+            let asked = received.contains(&index);
+            let received = || self.received(&queries, &keys, images);
+            inspect(Inspected {
+                layer: index,
+                input,
+                received: asked.then(received),
+                queries,
+                keys,
+                output: output.clone(),
+            });
+            hidden_states = output;
         }
         Ok(hidden_states)
+    }
+
+    fn received(&self, queries: &Tensor<B, 2>, keys: &Tensor<B, 2>, images: usize) -> Tensor<B, 2> {
+        let [hidden, rows] = queries.dims();
+        let (heads, tokens) = (self.config.num_heads, rows / images);
+        let of_image = |x: &Tensor<B, 2>, image: usize| {
+            let x = x.clone().narrow(1, image * tokens, tokens);
+            x.reshape([heads, hidden / heads, tokens])
+        };
+        let of_images = (0..images)
+            .map(|image| received_attention(of_image(queries, image), of_image(keys, image)));
+        Tensor::cat(of_images.collect(), 1)
     }
 
     /// The features of all patches after `layers` layers, without the class tokens.
@@ -211,22 +247,26 @@ impl<B: Backend> ClipLayer<B> {
         }
     }
 
-    fn forward(&self, hidden_states: Tensor<B, 2>, images: usize) -> Tensor<B, 2> {
+    /// The output, and the queries and keys that led to it.
+    fn forward(&self, hidden_states: Tensor<B, 2>, images: usize) -> [Tensor<B, 2>; 3] {
         let normed = self.layer_norm1.forward(hidden_states.clone());
-        let hidden_states = hidden_states + self.self_attn.forward(normed, images);
+        let [attended, queries, keys] = self.self_attn.forward(normed, images);
+        let hidden_states = hidden_states + attended;
         let normed = self.layer_norm2.forward(hidden_states.clone());
-        hidden_states + self.mlp.forward(normed)
+        [hidden_states + self.mlp.forward(normed), queries, keys]
     }
 }
 
 impl<B: Backend> ClipAttention<B> {
-    /// Every image attends to itself.
-    fn forward(&self, normed: Tensor<B, 2>, images: usize) -> Tensor<B, 2> {
+    /// Every image attends to itself. The output, queries and keys.
+    fn forward(&self, normed: Tensor<B, 2>, images: usize) -> [Tensor<B, 2>; 3] {
         let [hidden, rows] = normed.dims();
         let (heads, tokens) = (self.num_heads, rows / images);
         let split = |x: Tensor<B, 2>| x.reshape([heads, hidden / heads, rows]);
-        let query = split(self.q_proj.forward(normed.clone())).unsqueeze_dim::<4>(1);
-        let key = split(self.k_proj.forward(normed.clone()));
+        let queries = self.q_proj.forward(normed.clone());
+        let keys = self.k_proj.forward(normed.clone());
+        let query = split(queries.clone()).unsqueeze_dim::<4>(1);
+        let key = split(keys.clone());
         let value = split(self.v_proj.forward(normed));
         let context = (0..images).map(|image| {
             let start = image * tokens;
@@ -237,7 +277,8 @@ impl<B: Backend> ClipAttention<B> {
                 None,
             )
         });
-        self.out_proj.forward(Tensor::cat(context.collect(), 1))
+        let output = self.out_proj.forward(Tensor::cat(context.collect(), 1));
+        [output, queries, keys]
     }
 }
 

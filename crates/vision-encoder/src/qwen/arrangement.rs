@@ -104,16 +104,7 @@ fn select_tokens<B: Backend>(x: Tensor<B, 2>, tokens: &Tensor<B, 1, Int>) -> Ten
 fn window_order(grids: &[Grid], merge: usize, side: usize) -> (Vec<Run>, Vec<usize>) {
     let (mut runs, mut order) = (Vec::new(), Vec::new());
     for grid in grids {
-        let (rows, columns) = (grid.h / merge, grid.w / merge);
-        let corners = (0..rows).step_by(side);
-        let corners =
-            corners.flat_map(|top| (0..columns).step_by(side).map(move |left| (top, left)));
-        let mut windows: Vec<Vec<usize>> = corners
-            .map(|(top, left)| {
-                let tokens = |row| (left..columns.min(left + side)).map(move |x| row * columns + x);
-                (top..rows.min(top + side)).flat_map(tokens).collect()
-            })
-            .collect();
+        let mut windows = windows(grid, merge, side);
         windows.sort_by_key(|window| Reverse(window.len()));
         for _ in 0..grid.t {
             let start = order.len();
@@ -129,4 +120,29 @@ fn window_order(grids: &[Grid], merge: usize, side: usize) -> (Vec<Run>, Vec<usi
         }
     }
     (runs, order)
+}
+
+/// The visual tokens of each window of a frame, windows row by row.
+fn windows(grid: &Grid, merge: usize, side: usize) -> Vec<Vec<usize>> {
+    let (rows, columns) = (grid.h / merge, grid.w / merge);
+    let corners = (0..rows).step_by(side);
+    let corners = corners.flat_map(|top| (0..columns).step_by(side).map(move |left| (top, left)));
+    let window = |(top, left)| {
+        let tokens = |row| (left..columns.min(left + side)).map(move |x| row * columns + x);
+        (top..rows.min(top + side)).flat_map(tokens).collect()
+    };
+    corners.map(window).collect()
+}
+
+/// The visual tokens of all grids, frame by frame, windows row by row.
+pub(super) fn windows_in_rows(grids: &[Grid], merge: usize, side: usize) -> Vec<i64> {
+    let mut order = Vec::new();
+    for grid in grids {
+        let windows = windows(grid, merge, side).concat();
+        for _ in 0..grid.t {
+            let start = order.len();
+            order.extend(windows.iter().map(|token| (start + token) as i64));
+        }
+    }
+    order
 }

@@ -1,7 +1,9 @@
 use burn::module::Module;
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor};
-use layers::{Linear, LinearConfig, Rotary, attention, gelu_tanh, quick_gelu, silu};
+use layers::{
+    Linear, LinearConfig, Rotary, attention, gelu_tanh, quick_gelu, received_attention, silu,
+};
 
 use super::arrangement::Run;
 use super::config::Activation;
@@ -62,25 +64,60 @@ impl<B: Backend> Block<B> {
         }
     }
 
+    /// The output, and the rotated queries and keys that led to it.
+    ///
     /// # Shapes
     /// - `hidden_states`: `[hidden_size, rows]`, the rows of the runs side by side
-    /// - returns `[hidden_size, rows]`
+    /// - returns `[hidden_size, rows]` each
     pub(super) fn forward(
         &self,
         hidden_states: Tensor<B, 2>,
         rotary: &Rotary<B>,
         runs: &[Run],
-    ) -> Tensor<B, 2> {
+    ) -> [Tensor<B, 2>; 3] {
         let normed = self.norm1.forward(hidden_states.clone());
-        let hidden_states = hidden_states + self.attn.forward(normed, rotary, runs);
+        let [attended, queries, keys] = self.attn.forward(normed, rotary, runs);
+        let hidden_states = hidden_states + attended;
         let normed = self.norm2.forward(hidden_states.clone());
-        hidden_states + self.mlp.forward(normed)
+        [hidden_states + self.mlp.forward(normed), queries, keys]
+    }
+}
+
+impl<B: Backend> Block<B> {
+    /// Attention that each row receives from the rows of its segment.
+    ///
+    /// # Shapes
+    /// - `queries`, `keys`: `[hidden_size, rows]`
+    /// - returns `[1, rows]`
+    pub(super) fn received(
+        &self,
+        queries: &Tensor<B, 2>,
+        keys: &Tensor<B, 2>,
+        runs: &[Run],
+    ) -> Tensor<B, 2> {
+        let hidden = queries.dims()[0];
+        let heads = self.attn.num_heads;
+        let lengths = runs
+            .iter()
+            .flat_map(|run| std::iter::repeat_n(run.length, run.segments));
+        let mut start = 0;
+        let of_segments = lengths.map(|length| {
+            let of_segment = |x: &Tensor<B, 2>| {
+                let x = x.clone().narrow(1, start, length);
+                x.reshape([heads, hidden / heads, length])
+            };
+            let received = received_attention(of_segment(queries), of_segment(keys));
+            start += length;
+            received
+        });
+        Tensor::cat(of_segments.collect(), 1)
     }
 }
 
 impl<B: Backend> Attention<B> {
     /// Every segment attends to itself; heads of a segment are as independent as segments.
-    fn forward(&self, normed: Tensor<B, 2>, rotary: &Rotary<B>, runs: &[Run]) -> Tensor<B, 2> {
+    /// The output, queries and keys.
+    fn forward(&self, normed: Tensor<B, 2>, rotary: &Rotary<B>, runs: &[Run]) -> [Tensor<B, 2>; 3] {
         let hidden = normed.dims()[0];
         let (heads, head_dim) = (self.num_heads, hidden / self.num_heads);
         let qkv = self.qkv.forward(normed);
@@ -100,7 +137,8 @@ impl<B: Backend> Attention<B> {
             let features_first = swap_leading(context.reshape([segments, hidden, length]));
             features_first.reshape([hidden, rows])
         });
-        self.proj.forward(Tensor::cat(context.collect(), 1))
+        let output = self.proj.forward(Tensor::cat(context.collect(), 1));
+        [output, query, key]
     }
 }
 

@@ -3,12 +3,12 @@ use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
 use layers::{Embedding, EmbeddingConfig, Rotary};
 
-use super::arrangement::Arrangement;
+use super::arrangement::{Arrangement, windows_in_rows};
 use super::block::Block;
 use super::merger::PatchMerger;
 use super::position::{interpolate, rotary_angles};
 use super::{Grid, QwenGeneration, QwenTowerConfig, grid};
-use crate::VisionError;
+use crate::{Inspected, VisionError};
 
 /// A vision transformer of the Qwen family.
 #[derive(Module, Debug)]
@@ -83,32 +83,64 @@ impl<B: Backend> QwenVisionTower<B> {
         patches: Tensor<B, 2>,
         grids: &[Grid],
     ) -> Result<QwenVisionOutput<B>, VisionError> {
-        self.run(patches, grids, |_, _| {})
+        self.run(patches, grids, &[], |_, _| {})
     }
 
-    /// The same, with the hidden states: those that enter the first block, then those that leave
-    /// each block.
+    /// The same, showing every block to `inspect`, its rows in the order of `patches`; the blocks in
+    /// `received` with the attention that their rows receive.
     ///
-    /// # Shapes
-    /// - `patches`: as in [`Self::forward`]
-    /// - returns `num_layers + 1` hidden states `[hidden_size, patches]`, in the order of `patches`
+    /// Queries and keys are rotated to their positions.
     pub fn forward_inspected(
         &self,
         patches: Tensor<B, 2>,
         grids: &[Grid],
-    ) -> Result<(QwenVisionOutput<B>, Vec<Tensor<B, 2>>), VisionError> {
-        let mut states = Vec::new();
-        let output = self.run(patches, grids, |arrangement, state| {
-            states.push(arrangement.restore(state.clone()));
-        })?;
-        Ok((output, states))
+        received: &[usize],
+        inspect: &mut dyn FnMut(Inspected<B>),
+    ) -> Result<QwenVisionOutput<B>, VisionError> {
+        self.run(patches, grids, received, |arrangement, seen| {
+            inspect(Inspected {
+                layer: seen.layer,
+                input: arrangement.restore(seen.input),
+                queries: arrangement.restore(seen.queries),
+                keys: arrangement.restore(seen.keys),
+                output: arrangement.restore(seen.output),
+                received: seen.received.map(|x| arrangement.restore(x)),
+            });
+        })
+    }
+
+    /// Visual tokens of hidden states, as the tower makes them of its last.
+    ///
+    /// # Shapes
+    /// - `hidden_states`: `[hidden_size, patches]`
+    /// - returns `[output_size, tokens]`
+    pub fn merge(&self, hidden_states: Tensor<B, 2>) -> Tensor<B, 2> {
+        self.merger.forward(hidden_states)
+    }
+
+    /// Visual tokens in the order in which the windows of a frame lie in it, row by row; unchanged
+    /// where the tower has no windows.
+    ///
+    /// # Shapes
+    /// - `tokens`: `[features, tokens]`, in the order of `grids`
+    /// - returns `[features, tokens]`
+    pub fn in_windows(&self, tokens: Tensor<B, 2>, grids: &[Grid]) -> Tensor<B, 2> {
+        match &self.config.windows {
+            Some(windows) => {
+                let order = windows_in_rows(grids, self.config.spatial_merge_size, windows.side);
+                let order = Tensor::from_data(order.as_slice(), &tokens.device());
+                tokens.select(1, order)
+            }
+            None => tokens,
+        }
     }
 
     fn run(
         &self,
         patches: Tensor<B, 2>,
         grids: &[Grid],
-        mut inspect: impl FnMut(&Arrangement<B>, &Tensor<B, 2>),
+        received: &[usize],
+        mut inspect: impl FnMut(&Arrangement<B>, Inspected<B>),
     ) -> Result<QwenVisionOutput<B>, VisionError> {
         let (config, device) = (&self.config, patches.device());
         let [features, count] = patches.dims();
@@ -132,11 +164,23 @@ impl<B: Backend> QwenVisionTower<B> {
         let rotary = Rotary::from_angles(angles, dtype);
 
         hidden_states = arrangement.arrange(hidden_states);
-        inspect(&arrangement, &hidden_states);
         let mut deepstack = Vec::new();
         for (layer, block) in self.blocks.iter().enumerate() {
-            hidden_states = block.forward(hidden_states, &rotary, arrangement.runs(layer));
-            inspect(&arrangement, &hidden_states);
+            let input = hidden_states;
+            let runs = arrangement.runs(layer);
+            let [output, queries, keys] = block.forward(input.clone(), &rotary, runs);
+            hidden_states = output.clone();
+            let asked = received.contains(&layer);
+            let received = || block.received(&queries, &keys, runs);
+            let seen = Inspected {
+                layer,
+                input,
+                received: asked.then(received),
+                queries,
+                keys,
+                output,
+            };
+            inspect(&arrangement, seen);
             if let Ok(tap) = config.deepstack_layers.binary_search(&layer) {
                 let merged = self.deepstack_merger_list[tap].forward(hidden_states.clone());
                 deepstack.push(arrangement.restore(merged));

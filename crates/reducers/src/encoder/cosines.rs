@@ -1,0 +1,124 @@
+//! Cosine similarity between tokens: products on the device, looked up on the host.
+
+use std::borrow::Cow;
+use std::ops::Range;
+
+use burn::tensor::backend::Backend;
+use burn::tensor::{FloatDType, Int, Tensor};
+
+use super::host::{argmax, read};
+use crate::ReducerError;
+
+/// Most similarities held at a time, 64 MiB of them: all pairs of 4096 tokens.
+const MOST: usize = 1 << 24;
+
+/// Cosine similarity of every token to every token. A zero vector is similar to none.
+pub(super) struct Cosines<B: Backend> {
+    /// `[features, tokens]`, every column of length 1.
+    unit: Tensor<B, 2>,
+    /// All of them, row by row, if they are few: one large product is faster than many small ones.
+    table: Option<Vec<f32>>,
+}
+
+impl<B: Backend> Cosines<B> {
+    /// # Shapes
+    /// - `features`: `[features, tokens]`
+    pub(super) fn new(features: Tensor<B, 2>) -> Result<Self, ReducerError> {
+        let mut cosines = Self {
+            unit: unit(features)?,
+            table: None,
+        };
+        let tokens = cosines.tokens();
+        if tokens * tokens <= MOST {
+            cosines.table = Some(cosines.rows(0..tokens)?);
+        }
+        Ok(cosines)
+    }
+
+    /// Similarities of one token to all, itself included.
+    pub(super) fn row(&self, token: usize) -> Result<Cow<'_, [f32]>, ReducerError> {
+        let tokens = self.tokens();
+        Ok(match &self.table {
+            Some(table) => Cow::Borrowed(&table[token * tokens..][..tokens]),
+            None => Cow::Owned(self.rows(token..token + 1)?),
+        })
+    }
+
+    /// Each token's similarity to the other token most like it; `-inf` if it is alone.
+    pub(super) fn to_nearest(&self) -> Result<Vec<f32>, ReducerError> {
+        let tokens = self.tokens();
+        let mut nearest = Vec::with_capacity(tokens);
+        while nearest.len() < tokens {
+            let (start, block) = match &self.table {
+                Some(table) => (0, Cow::Borrowed(&table[..])),
+                None => {
+                    let start = nearest.len();
+                    let end = tokens.min(start + (MOST / tokens).max(1));
+                    (start, Cow::Owned(self.rows(start..end)?))
+                }
+            };
+            nearest.extend(block.chunks(tokens).zip(start..).map(|(row, token)| {
+                let others = row[..token].iter().chain(&row[token + 1..]);
+                others.copied().fold(f32::NEG_INFINITY, f32::max)
+            }));
+        }
+        Ok(nearest)
+    }
+
+    /// Each token's mean similarity to other vectors.
+    ///
+    /// # Shapes
+    /// - `others`: `[features, others]`, at least one
+    pub(super) fn mean_to(&self, others: Tensor<B, 2>) -> Result<Vec<f32>, ReducerError> {
+        let mean = unit(others)?.mean_dim(1);
+        read(mean.transpose().matmul(self.unit.clone()))
+    }
+
+    fn tokens(&self) -> usize {
+        self.unit.dims()[1]
+    }
+
+    fn rows(&self, rows: Range<usize>) -> Result<Vec<f32>, ReducerError> {
+        let rows = self.unit.clone().narrow(1, rows.start, rows.len());
+        read(rows.transpose().matmul(self.unit.clone()))
+    }
+}
+
+/// Where in `among` the token stands that is most like each of `tokens`; the first if several are.
+///
+/// # Shapes
+/// - `features`: `[features, tokens]`
+pub(super) fn nearest<B: Backend>(
+    features: Tensor<B, 2>,
+    tokens: &[usize],
+    among: &[usize],
+) -> Result<Vec<usize>, ReducerError> {
+    let mut nearest = Vec::with_capacity(tokens.len());
+    if tokens.is_empty() || among.is_empty() {
+        return Ok(nearest);
+    }
+    let unit = unit(features)?;
+    let columns = |tokens: &[usize]| {
+        let tokens: Vec<i64> = tokens.iter().map(|&token| token as i64).collect();
+        let tokens = Tensor::<B, 1, Int>::from_data(tokens.as_slice(), &unit.device());
+        unit.clone().select(1, tokens)
+    };
+    let candidates = columns(among);
+    for block in tokens.chunks((MOST / among.len()).max(1)) {
+        let similarity = read(columns(block).transpose().matmul(candidates.clone()))?;
+        let rows = similarity.chunks(among.len());
+        nearest.extend(rows.map(|row| argmax(row.iter().copied())));
+    }
+    Ok(nearest)
+}
+
+/// Every column scaled to length 1, in f32.
+pub(super) fn unit<B: Backend>(features: Tensor<B, 2>) -> Result<Tensor<B, 2>, ReducerError> {
+    let features = features.cast(FloatDType::F32);
+    let lengths = (features.clone() * features.clone()).sum_dim(0).sqrt();
+    let read = read(lengths.clone())?;
+    if let Some(index) = read.iter().position(|length| length.is_infinite()) {
+        return Err(ReducerError::NanScore { index });
+    }
+    Ok(features / lengths.clamp_min(f32::MIN_POSITIVE))
+}

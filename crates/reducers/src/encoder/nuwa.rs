@@ -1,0 +1,309 @@
+use burn::tensor::backend::Backend;
+use burn::tensor::{DType, Int, Tensor, TensorData};
+use serde::{Deserialize, Serialize};
+
+use super::cosines::unit;
+use super::host::{attention, read};
+use super::{EncoderReducer, EncoderShape, Reduced, Seen, Tap};
+use crate::{About, ReducerError, Support, top_k};
+
+/// Nüwa's first stage (arXiv 2602.02951): the most attended tokens of every 2 × 2 region, which
+/// collect what is similar and near.
+///
+/// Of these *benchmark* tokens the most attended are *pillars* and stay as they are; the others
+/// become weighted sums over the picture, weighted by cosine similarity of mid-layer hidden states
+/// and by nearness. The released code differs from the paper, and behind CLIP (LLaVA-1.5) from
+/// itself behind Qwen2.5-VL; the default is the code.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Nuwa {
+    /// What a token's attention is multiplied by.
+    pub salience: Salience,
+    /// Which benchmark tokens are pillars.
+    pub pillars: Pillars,
+    /// Candidates of a region, 1 to 4. As released if absent: as few as suffice, behind Qwen at
+    /// least 3.
+    pub candidates: Option<usize>,
+    /// Squared distance beyond which tokens do not collect, as a share of the largest of the grid. As
+    /// released if absent.
+    pub near: Option<f64>,
+    /// Qwen: takes hidden states in the order of the tower's windows for hidden states in the order
+    /// of the grid, as the release does by mistake.
+    pub similarity_in_window_order: bool,
+}
+
+/// What makes a token salient.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Salience {
+    /// Attention alone: the code.
+    #[default]
+    Attention,
+    /// Attention times the length of the key: the paper.
+    AttentionTimesKeyNorm,
+}
+
+/// What makes a benchmark token a pillar.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Pillars {
+    /// Salience at or above a quantile of the benchmark tokens': 0.55 behind CLIP, 0.10 behind
+    /// Qwen. The code.
+    #[default]
+    Salience,
+    /// A key among the longest quarter. The paper.
+    KeyNorm,
+}
+
+/// What the released code does differently behind the two encoders.
+struct Rule {
+    /// Quantile of the salience from which a benchmark token is a pillar.
+    quantile: f64,
+    /// Squared distance beyond which tokens do not collect, as a share of the largest.
+    near: f64,
+    /// Whether a token that collects counts itself once, whatever it collects.
+    keeps_itself: bool,
+    /// Fewest candidates of a region.
+    candidates: usize,
+}
+
+const CLIP: Rule = Rule {
+    quantile: 0.55,
+    // On 24 × 24.
+    near: 280.0 / 1058.0,
+    keeps_itself: true,
+    candidates: 1,
+};
+const QWEN: Rule = Rule {
+    quantile: 0.10,
+    // 0.8 of the largest distance.
+    near: 0.8 * 0.8,
+    keeps_itself: false,
+    candidates: 3,
+};
+
+/// Guards a division by nothing.
+const EPSILON: f32 = 1e-8;
+
+impl Nuwa {
+    /// What to know before comparing.
+    pub const ABOUT: About = About {
+        description: "stage 1: regional top attention that collects what is similar and near; \
+                      stage 2: one late decision",
+        source: "arXiv 2602.02951 and its released code (LLaVA-1.5 and Qwen2.5-VL)",
+        exact: "the code's rules for both families, budgets 64, 128, 192 (LLaVA-1.5) and 25, 50, \
+                75 % (Qwen2.5-VL), the positions of the full prompt; the paper's salience and \
+                pillars, and the release's window-order mistake, are settings",
+        interpretation: "other budgets keep 7/4 of the budget in stage 1 and solve stage 2 for it; \
+                         other depths and grids scale layers and distances",
+        llava: Support::Yes,
+        qwen: Support::Yes,
+    };
+
+    fn needs_keys(&self) -> bool {
+        self.salience == Salience::AttentionTimesKeyNorm || self.pillars == Pillars::KeyNorm
+    }
+
+    fn similarity(&self, encoder: &EncoderShape) -> Tap {
+        let layers = encoder.num_layers;
+        if encoder.class_token {
+            // Hidden states 16 to 24 of 24 layers, with the last.
+            return Tap::MeanHidden {
+                first: (2 * layers).div_ceil(3),
+                last: layers,
+            };
+        }
+        // Outputs of blocks 7 to 23.
+        let (first, last) = (8.min(layers), 24.min(layers));
+        match self.similarity_in_window_order {
+            true => Tap::MeanHiddenInWindows { first, last },
+            false => Tap::MeanHidden { first, last },
+        }
+    }
+}
+
+impl<B: Backend> EncoderReducer<B> for Nuwa {
+    fn needs(&self, encoder: &EncoderShape) -> Result<Vec<Tap>, ReducerError> {
+        let layer = last_attention(encoder);
+        let mut taps = vec![attention(encoder, layer), self.similarity(encoder)];
+        if self.needs_keys() {
+            taps.push(Tap::Keys { layer });
+        }
+        Ok(taps)
+    }
+
+    fn reduce(&self, seen: &Seen<B>, keep: usize) -> Result<Reduced<B>, ReducerError> {
+        let encoder = &seen.encoder;
+        let rule = match encoder.class_token {
+            true => &CLIP,
+            false => &QWEN,
+        };
+        let layer = last_attention(encoder);
+        let mut salience = read(seen.get(attention(encoder, layer))?.sum_dim(0))?;
+        let key_norms = match self.needs_keys() {
+            true => Some(read(norms(seen.get(Tap::Keys { layer })?))?),
+            false => None,
+        };
+        if let (Salience::AttentionTimesKeyNorm, Some(norms)) = (self.salience, &key_norms) {
+            salience
+                .iter_mut()
+                .zip(norms)
+                .for_each(|(s, norm)| *s *= norm);
+        }
+        let grid = Grid::around(seen.grid);
+        let benchmark = grid.benchmark(&salience, keep, self.candidates, rule.candidates)?;
+        let pillars = match (self.pillars, &key_norms) {
+            (Pillars::KeyNorm, Some(norms)) => at_least(norms, &grid, &benchmark, 0.75),
+            _ => at_least(&salience, &grid, &benchmark, rule.quantile),
+        };
+        // A place beyond the picture may win its region; only then is it left out.
+        let inside: Vec<(usize, bool)> = benchmark
+            .into_iter()
+            .zip(pillars)
+            .filter_map(|(cell, pillar)| Some((grid.token(cell)?, pillar)))
+            .collect();
+        let near = self.near.unwrap_or(rule.near);
+        let similarity = unit(seen.get(self.similarity(encoder))?)?;
+        let weights = weights(similarity, &inside, &grid, near, rule.keeps_itself);
+        Ok(Reduced {
+            places: inside.iter().map(|&(token, _)| Some(token)).collect(),
+            weights: Some(weights),
+        })
+    }
+}
+
+/// The layer whose attention counts: behind CLIP the one that makes the features.
+fn last_attention(encoder: &EncoderShape) -> usize {
+    encoder.feature_layer.saturating_sub(1)
+}
+
+/// Lengths of the columns, `[features, tokens]` → `[1, tokens]`.
+fn norms<B: Backend>(x: Tensor<B, 2>) -> Tensor<B, 2> {
+    let x = x.cast(DType::F32);
+    (x.clone() * x).sum_dim(0).sqrt()
+}
+
+/// A picture's tokens, padded to even sides.
+struct Grid {
+    rows: usize,
+    columns: usize,
+    padded: [usize; 2],
+}
+
+impl Grid {
+    fn around([rows, columns]: [usize; 2]) -> Self {
+        Self {
+            rows,
+            columns,
+            padded: [rows.next_multiple_of(2), columns.next_multiple_of(2)],
+        }
+    }
+
+    /// The token at a cell of the padded grid.
+    fn token(&self, cell: usize) -> Option<usize> {
+        let (row, column) = (cell / self.padded[1], cell % self.padded[1]);
+        (row < self.rows && column < self.columns).then_some(row * self.columns + column)
+    }
+
+    fn at(&self, values: &[f32], cell: usize) -> f32 {
+        self.token(cell).map_or(0.0, |token| values[token])
+    }
+
+    /// The `keep` most salient of every region's best, as ascending cells of the padded grid.
+    fn benchmark(
+        &self,
+        salience: &[f32],
+        keep: usize,
+        candidates: Option<usize>,
+        fewest: usize,
+    ) -> Result<Vec<usize>, ReducerError> {
+        let [rows, columns] = self.padded;
+        let regions = rows / 2 * (columns / 2);
+        let suffice = (4 * keep).div_ceil(self.rows * self.columns).max(fewest);
+        let candidates = candidates.unwrap_or(suffice).clamp(1, 4);
+        let mut best = Vec::new();
+        for region in 0..regions {
+            let corner = region / (columns / 2) * 2 * columns + region % (columns / 2) * 2;
+            let cells = [corner, corner + 1, corner + columns, corner + columns + 1];
+            let scores = cells.map(|cell| self.at(salience, cell));
+            best.extend(top_k(&scores, candidates)?.into_iter().map(|at| cells[at]));
+        }
+        best.sort_unstable();
+        let scores: Vec<f32> = best.iter().map(|&cell| self.at(salience, cell)).collect();
+        Ok(top_k(&scores, keep)?
+            .into_iter()
+            .map(|at| best[at])
+            .collect())
+    }
+
+    /// Squared distance between two tokens.
+    fn distance_squared(&self, a: usize, b: usize) -> f64 {
+        let place = |token: usize| [token / self.columns, token % self.columns];
+        let ([ar, ac], [br, bc]) = (place(a), place(b));
+        (ar.abs_diff(br).pow(2) + ac.abs_diff(bc).pow(2)) as f64
+    }
+
+    /// The largest squared distance on the padded grid.
+    fn largest_distance_squared(&self) -> f64 {
+        let [rows, columns] = self.padded.map(|side| side.saturating_sub(1).pow(2));
+        (rows + columns) as f64
+    }
+}
+
+/// Which of these cells reach the quantile of all of them, interpolated linearly.
+fn at_least(values: &[f32], grid: &Grid, cells: &[usize], quantile: f64) -> Vec<bool> {
+    let of_cells: Vec<f32> = cells.iter().map(|&cell| grid.at(values, cell)).collect();
+    let mut sorted = of_cells.clone();
+    sorted.sort_by(f32::total_cmp);
+    let rank = quantile * (sorted.len() - 1) as f64;
+    let (below, share) = (rank as usize, rank.fract() as f32);
+    let above = (below + 1).min(sorted.len() - 1);
+    let threshold = sorted[below] + (sorted[above] - sorted[below]) * share;
+    of_cells.iter().map(|&value| value >= threshold).collect()
+}
+
+/// What each benchmark token is made of.
+///
+/// # Shapes
+/// - `similarity`: `[features, tokens]`, columns of length 1
+/// - returns `[tokens, kept]`
+fn weights<B: Backend>(
+    similarity: Tensor<B, 2>,
+    benchmark: &[(usize, bool)],
+    grid: &Grid,
+    near: f64,
+    keeps_itself: bool,
+) -> Tensor<B, 2> {
+    let (device, tokens) = (similarity.device(), grid.rows * grid.columns);
+    let shape = [tokens, benchmark.len()];
+    let matrix = |of: &dyn Fn(usize, usize, bool) -> f32| {
+        let of_token = |token| {
+            benchmark
+                .iter()
+                .map(move |&(own, pillar)| of(token, own, pillar))
+        };
+        let values: Vec<f32> = (0..tokens).flat_map(of_token).collect();
+        Tensor::<B, 2>::from_data(TensorData::new(values, shape), (&device, DType::F32))
+    };
+    let threshold = (near * grid.largest_distance_squared()).sqrt();
+    let nearness = matrix(&|token, own, pillar| match pillar {
+        true => f32::from(token == own),
+        // On a grid of one token nothing is far.
+        false if threshold == 0.0 => 1.0,
+        false => (1.0 - grid.distance_squared(token, own).sqrt() / threshold).max(0.0) as f32,
+    });
+    let own: Vec<i64> = benchmark.iter().map(|&(token, _)| token as i64).collect();
+    let own = Tensor::<B, 1, Int>::from_data(own.as_slice(), &device);
+    let cosines = similarity
+        .clone()
+        .transpose()
+        .matmul(similarity.select(1, own));
+    let weights = cosines.clamp_min(0.0) * nearness;
+    let weights = weights.clone() / (weights.sum_dim(0) + EPSILON);
+    if !keeps_itself {
+        return weights;
+    }
+    let others = matrix(&|token, own, _| f32::from(token != own));
+    let itself = matrix(&|token, own, _| f32::from(token == own));
+    weights * others + itself
+}

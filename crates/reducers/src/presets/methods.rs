@@ -1,0 +1,358 @@
+//! The methods. Nothing here decides anything: this is the table that `reroute presets` and the
+//! README print.
+
+use crate::encoder::{
+    AveragePooling, CdPruner, DivPrune, EncoderMethod, FasterVlm, HiPrune, Nuwa, PruMerge,
+    RandomTokens, UniformGrid, VScan, VisPruner, VisionZip,
+};
+use crate::{
+    About, Action, Attention, HeadReduce, Keep, Positions, Profile, Query, Random, Score,
+    ScoreDtype, ScoreLayer, Support,
+};
+
+use super::Method;
+use super::recipe::{DecoderRecipe, NuwaForm, Recipe};
+
+/// Reroute's way in every respect that a method does not name.
+const DECODER: DecoderRecipe = DecoderRecipe {
+    action: Action::Remove,
+    monotonic: false,
+    positions: Positions::Gap,
+    layers: &[],
+    keep: Keep::Ratio,
+    score: REROUTE,
+    profile: Profile::Uniform,
+    released: &[],
+    exact: &[192, 128, 64],
+};
+
+const REROUTE: Score = Score::Attention(Attention {
+    layer: ScoreLayer::This,
+    query: Query::Last,
+    heads: HeadReduce::Mean,
+    dtype: ScoreDtype::F32,
+    rope: true,
+});
+
+/// A method of the decoder: works with every family, because nothing of the encoder is needed.
+const IN_DECODER: About = About {
+    description: "",
+    source: "",
+    exact: "",
+    interpretation: "",
+    llava: Support::Yes,
+    qwen: Support::Yes,
+};
+
+pub(super) static METHODS: &[Method] = &[
+    Method {
+        name: "dense",
+        about: About {
+            description: "the plain model: every layer works on every token",
+            source: "no reduction",
+            ..IN_DECODER
+        },
+        recipe: Recipe::Dense,
+    },
+    Method {
+        name: "fastv",
+        about: About {
+            description: "one early decision, the rest is removed",
+            source: "FastV, arXiv 2403.06764; ratios: Reroute, arXiv 2606.12412",
+            exact: "as in Reroute's release: the decision layer's own attention, f32, truncated counts",
+            ..IN_DECODER
+        },
+        recipe: Recipe::Decoder(DecoderRecipe {
+            layers: &[3],
+            released: &[(192, &[0.2644]), (128, &[0.1418]), (64, &[0.01916])],
+            ..DECODER
+        }),
+    },
+    Method {
+        name: "fastv-original",
+        about: About {
+            description: "FastV as first released: K = 2, R = 50 %, the attention of layer K - 1",
+            source: "FastV, arXiv 2403.06764, github.com/pkunlp-icler/FastV (Hugging Face variant)",
+            exact: "executed attention of the layer before, the model's type, half-even counts, \
+                    original positions, no decision after the prefill",
+            interpretation: "not copied: every sample of a batch is ranked by itself, not by the \
+                             first; pictures are found by their ids, not at fixed rows",
+            ..IN_DECODER
+        },
+        recipe: Recipe::Decoder(DecoderRecipe {
+            layers: &[2],
+            keep: Keep::Rounded,
+            score: Score::Attention(Attention {
+                layer: ScoreLayer::Previous,
+                query: Query::Last,
+                heads: HeadReduce::Mean,
+                dtype: ScoreDtype::Model,
+                rope: true,
+            }),
+            released: &[(306, &[0.5])],
+            ..DECODER
+        }),
+    },
+    Method {
+        name: "pdrop",
+        about: About {
+            description: "four decisions, each removes more of the survivors",
+            source: "PyramidDrop, arXiv 2410.17247; layers and ratios: Reroute, arXiv 2606.12412",
+            exact: "as in Reroute's release: f32, original positions, at least one token",
+            ..IN_DECODER
+        },
+        recipe: Recipe::Decoder(DecoderRecipe {
+            monotonic: true,
+            layers: &[2, 7, 15, 23],
+            profile: Profile::Geometric,
+            released: &[
+                (192, &[0.5965, 0.3558, 0.2123, 0.1266]),
+                (128, &[0.4570, 0.2088, 0.0954, 0.0436]),
+                (64, &[0.2789, 0.0937, 0.0315, 0.0106]),
+            ],
+            ..DECODER
+        }),
+    },
+    Method {
+        name: "pdrop-original",
+        about: About {
+            description: "PyramidDrop as first released: layers 8, 16, 24, half each time",
+            source: "PyramidDrop, arXiv 2410.17247, github.com/Cooperx521/PyramidDrop",
+            exact: "layers, ratios, truncation (possibly to none), the model's type, positions \
+                    numbered anew from each decision on, generated tokens behind them",
+            interpretation: "not copied: right padding, truncation to the tokenizer's length, the \
+                             first picture of a sample only",
+            llava: Support::Yes,
+            qwen: Support::No(
+                "its positions have several axes, which cannot be numbered anew; use pdrop",
+            ),
+        },
+        recipe: Recipe::Decoder(DecoderRecipe {
+            positions: Positions::Renumber,
+            layers: &[8, 16, 24],
+            keep: Keep::Truncated,
+            score: Score::Attention(Attention {
+                layer: ScoreLayer::This,
+                query: Query::Last,
+                heads: HeadReduce::Mean,
+                dtype: ScoreDtype::Model,
+                rope: true,
+            }),
+            profile: Profile::Geometric,
+            released: &[(270, &[0.5, 0.25, 0.125])],
+            exact: &[],
+            ..DECODER
+        }),
+    },
+    Method {
+        name: "random",
+        about: About {
+            description: "one early decision by chance, the rest is removed: a baseline",
+            source: "baseline",
+            ..IN_DECODER
+        },
+        recipe: Recipe::Decoder(DecoderRecipe {
+            layers: &[3],
+            score: Score::Random(Random { seed: 0 }),
+            ..DECODER
+        }),
+    },
+    Method {
+        name: "nuwa",
+        about: Nuwa::ABOUT,
+        recipe: Recipe::Nuwa(NuwaForm::Released),
+    },
+    encoder("random-tokens", RandomTokens::ABOUT, || {
+        EncoderMethod::Random(RandomTokens::default())
+    }),
+    encoder("uniform-grid", UniformGrid::ABOUT, || {
+        EncoderMethod::UniformGrid(UniformGrid::default())
+    }),
+    encoder("average-pooling", AveragePooling::ABOUT, || {
+        EncoderMethod::AveragePooling(AveragePooling::default())
+    }),
+    encoder("visionzip", VisionZip::ABOUT, || {
+        EncoderMethod::VisionZip(VisionZip::default())
+    }),
+    encoder("fastervlm", FasterVlm::ABOUT, || {
+        EncoderMethod::FasterVlm(FasterVlm::default())
+    }),
+    encoder("vispruner", VisPruner::ABOUT, || {
+        EncoderMethod::VisPruner(VisPruner::default())
+    }),
+    encoder("divprune", DivPrune::ABOUT, || {
+        EncoderMethod::DivPrune(DivPrune::default())
+    }),
+    encoder("cdpruner", CdPruner::ABOUT, || {
+        EncoderMethod::CdPruner(CdPruner::default())
+    }),
+    encoder("prumerge", PruMerge::ABOUT, || {
+        EncoderMethod::PruMerge(PruMerge::default())
+    }),
+    encoder("hiprune", HiPrune::ABOUT, || {
+        EncoderMethod::HiPrune(HiPrune::default())
+    }),
+    encoder("vscan-encoder", VScan::ABOUT, || {
+        EncoderMethod::VScan(VScan::default())
+    }),
+    Method {
+        name: "reroute-fastv",
+        about: About {
+            description: "four decisions at FastV's ratio, the rest bypasses and may come back",
+            source: "Reroute, arXiv 2606.12412",
+            exact: "as released; its cost per layer is that of fastv",
+            ..IN_DECODER
+        },
+        recipe: Recipe::Decoder(DecoderRecipe {
+            action: Action::Reroute,
+            layers: &[3, 7, 15, 23],
+            released: &[
+                (192, &[0.2644; 4]),
+                (128, &[0.1418; 4]),
+                (64, &[0.01916; 4]),
+            ],
+            ..DECODER
+        }),
+    },
+    Method {
+        name: "reroute-pdrop",
+        about: About {
+            description: "four decisions in a pyramid, the rest bypasses and may come back",
+            source: "Reroute, arXiv 2606.12412",
+            exact: "as released",
+            ..IN_DECODER
+        },
+        recipe: Recipe::Decoder(DecoderRecipe {
+            action: Action::Reroute,
+            layers: &[2, 7, 15, 23],
+            profile: Profile::Pyramid,
+            released: &[
+                (192, &[0.4502, 0.4502, 0.2251, 0.1126]),
+                (128, &[0.2655, 0.2655, 0.1328, 0.0664]),
+                (64, &[0.1392, 0.1392, 0.0696, 0.0348]),
+            ],
+            ..DECODER
+        }),
+    },
+    Method {
+        name: "reroute-pdrop-twin",
+        about: About {
+            description: "PDrop's own layers and counts, rerouted: equal cost in every layer",
+            source: "Reroute, arXiv 2606.12412, on the schedule of pdrop",
+            interpretation: "the release reroutes a pyramid of its own (reroute-pdrop)",
+            ..IN_DECODER
+        },
+        recipe: Recipe::Decoder(DecoderRecipe {
+            action: Action::Reroute,
+            layers: &[2, 7, 15, 23],
+            profile: Profile::Geometric,
+            released: &[
+                (192, &[0.5965, 0.3558, 0.2123, 0.1266]),
+                (128, &[0.4570, 0.2088, 0.0954, 0.0436]),
+                (64, &[0.2789, 0.0937, 0.0315, 0.0106]),
+            ],
+            ..DECODER
+        }),
+    },
+    Method {
+        name: "reroute-random",
+        about: About {
+            description: "four decisions by chance, each drawn anew: a baseline",
+            source: "baseline",
+            ..IN_DECODER
+        },
+        recipe: Recipe::Decoder(DecoderRecipe {
+            action: Action::Reroute,
+            layers: &[3, 7, 15, 23],
+            score: Score::Random(Random { seed: 0 }),
+            ..DECODER
+        }),
+    },
+    Method {
+        name: "reroute-nuwa",
+        about: About {
+            description: "Nüwa's stage 1, then four decisions that keep as many as its stage 2",
+            source: "Reroute, arXiv 2606.12412, names the combination; its release has none",
+            interpretation: "decisions at layers 16, 20, 24, 28 of 32 (Qwen: 15, 18, 21, 24 of 28), \
+                             ranked as Reroute ranks: deferred tokens have no executed attention",
+            ..IN_DECODER
+        },
+        recipe: Recipe::Nuwa(NuwaForm::Reroute),
+    },
+    Method {
+        name: "reroute-nuwa-pyramid",
+        about: About {
+            description: "Nüwa's stage 1, then four early decisions in a pyramid of equal average",
+            source: "Reroute, arXiv 2606.12412, names the combination; its release has none",
+            interpretation: "decisions at layers 2, 7, 15, 23 of 32 over the tokens of stage 1",
+            ..IN_DECODER
+        },
+        recipe: Recipe::Nuwa(NuwaForm::Pyramid),
+    },
+    Method {
+        name: "reroute-nuwa-full",
+        about: About {
+            description: "reroute-nuwa, whose decisions may also call what stage 1 left out",
+            source: "an experiment of this project; nobody claims it",
+            interpretation: "what stage 1 leaves out enters as the encoder made it, and waits; costs \
+                             the memory of those rows",
+            ..IN_DECODER
+        },
+        recipe: Recipe::Nuwa(NuwaForm::FullPool),
+    },
+    routed("reroute-random-tokens", RandomTokens::ABOUT, || {
+        EncoderMethod::Random(RandomTokens::default())
+    }),
+    routed("reroute-uniform-grid", UniformGrid::ABOUT, || {
+        EncoderMethod::UniformGrid(UniformGrid::default())
+    }),
+    routed("reroute-average-pooling", AveragePooling::ABOUT, || {
+        EncoderMethod::AveragePooling(AveragePooling::default())
+    }),
+    routed("reroute-visionzip", VisionZip::ABOUT, || {
+        EncoderMethod::VisionZip(VisionZip::default())
+    }),
+    routed("reroute-fastervlm", FasterVlm::ABOUT, || {
+        EncoderMethod::FasterVlm(FasterVlm::default())
+    }),
+    routed("reroute-vispruner", VisPruner::ABOUT, || {
+        EncoderMethod::VisPruner(VisPruner::default())
+    }),
+    routed("reroute-divprune", DivPrune::ABOUT, || {
+        EncoderMethod::DivPrune(DivPrune::default())
+    }),
+    routed("reroute-cdpruner", CdPruner::ABOUT, || {
+        EncoderMethod::CdPruner(CdPruner::default())
+    }),
+    routed("reroute-prumerge", PruMerge::ABOUT, || {
+        EncoderMethod::PruMerge(PruMerge::default())
+    }),
+    routed("reroute-hiprune", HiPrune::ABOUT, || {
+        EncoderMethod::HiPrune(HiPrune::default())
+    }),
+    routed("reroute-vscan-encoder", VScan::ABOUT, || {
+        EncoderMethod::VScan(VScan::default())
+    }),
+];
+
+/// A method that does all before the decoder.
+const fn encoder(name: &'static str, about: About, method: fn() -> EncoderMethod) -> Method {
+    Method {
+        name,
+        about,
+        recipe: Recipe::Encoder(method),
+    }
+}
+
+/// Its recoverable twin: more tokens enter, and the decoder's second half routes over them.
+const fn routed(name: &'static str, about: About, method: fn() -> EncoderMethod) -> Method {
+    Method {
+        name,
+        about: About {
+            interpretation: "7/4 of the budget enter the decoder; decisions at layers 16, 20, 24, \
+                             28 of 32 then keep 1/4 of it, as Nüwa's stages do",
+            ..about
+        },
+        recipe: Recipe::Routed(method),
+    }
+}

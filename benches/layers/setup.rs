@@ -71,6 +71,7 @@ impl Setup {
                 visual: (before_image..before_image + visual).collect(),
                 next_position: rows as i64,
                 salience: None,
+                cells: Vec::new(),
             }],
         };
         let tower = vision.resolve()?.init(&device);

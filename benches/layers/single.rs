@@ -98,7 +98,7 @@ fn layer_entry(group: &mut BenchmarkGroup<WallTime>, setup: &Setup) -> anyhow::R
 
 /// A router before its first layer.
 pub fn start<'a>(setup: &'a Setup, schedule: &'a Schedule) -> Router<'a, Backend> {
-    Router::new(&setup.prompt, schedule, &setup.decoder.config().rope)
+    Router::new(&setup.decoder, &setup.prompt, schedule)
 }
 
 /// The cache before the first turn.

@@ -14,6 +14,7 @@ mod gradients;
 mod invariants;
 mod layers;
 mod limits;
+mod methods;
 mod nuwa;
 mod parity;
 mod program;

@@ -12,7 +12,10 @@
 use std::collections::HashMap;
 
 use burn::tensor::backend::Backend as AnyBackend;
-use reducers::{Action, Attention, HeadReduce, Positions, Query, Schedule, Score, ScoreLayer};
+use reducers::{
+    Action, Attention, Duplication, HeadReduce, Positions, Query, Schedule, Score, ScoreLayer,
+    SoftmaxKeys, Stage,
+};
 use reroute::{Decoder, DecoderConfig};
 
 use crate::support::{Sample, weights};
@@ -73,12 +76,30 @@ impl Reference {
                     Action::Remove => active,
                     Action::Reroute => (0..hidden.len()).collect(),
                 };
-                let scores = match schedule.stages()[stage].score {
-                    Score::Attention(rule) if rule.layer == ScoreLayer::Previous => {
-                        let (hidden, active) = &before;
-                        self.scores(&rule, layer - 1, hidden, &positions, active)
+                let Stage { score, stride, .. } = schedule.stages()[stage];
+                let place = |score_layer| match score_layer {
+                    ScoreLayer::This => (layer, &hidden, &pool),
+                    ScoreLayer::Previous => (layer - 1, &before.0, &before.1),
+                };
+                let count = schedule.keep_counts(visual.len())[stage];
+                let mut margin = f64::INFINITY;
+                let scores = match score {
+                    Score::Attention(rule) => {
+                        let (layer, hidden, pool) = place(rule.layer);
+                        self.scores(&rule, layer, hidden, &positions, pool, sample)
                     }
-                    Score::Attention(rule) => self.scores(&rule, layer, &hidden, &positions, &pool),
+                    Score::Duplication(rule) => {
+                        let (scores, close) = self.least_repeated(
+                            &rule,
+                            place(rule.layer),
+                            &hidden,
+                            (&positions, &pool),
+                            visual,
+                            count,
+                        );
+                        margin = close;
+                        scores
+                    }
                     Score::Encoder => {
                         let salience = sample.layout.salience.iter().flatten();
                         let salience = salience.map(|&x| f64::from(x));
@@ -88,8 +109,12 @@ impl Reference {
                     Score::Random(_) => panic!("chance has no second opinion"),
                 };
                 let previous = outcome.decisions.last().filter(|_| schedule.monotonic());
-                let count = schedule.keep_counts(visual.len())[stage];
-                let decision = choose(&scores, visual, previous, count);
+                let spread = |token: usize| match stride {
+                    Some(n) => sample.layout.cells[token].iter().all(|side| side % n == 0),
+                    None => false,
+                };
+                let mut decision = choose(&scores, visual, previous, &spread, count);
+                decision.margin = decision.margin.min(margin);
                 active = sample.text();
                 active.extend(gather(visual, &decision.selected));
                 active.sort_unstable();
@@ -151,6 +176,7 @@ impl Reference {
         hidden: &[Row],
         positions: &[Vec<i64>],
         pool: &[usize],
+        sample: &Sample,
     ) -> HashMap<usize, f64> {
         let mut positions = gather(positions, pool);
         if !rule.rope {
@@ -158,14 +184,23 @@ impl Reference {
             positions.iter_mut().flatten().for_each(|axis| *axis = 0);
         }
         let normed = self.norms(layer, &gather(hidden, pool));
-        let heads = self.attention_matrix(layer, &normed, &positions, &|_| true);
-        let asking = match rule.query {
-            Query::Last => 1,
-            Query::LastMean(count) => count.min(pool.len()),
+        let counts = |at: usize| match rule.keys {
+            SoftmaxKeys::All => true,
+            SoftmaxKeys::Candidates => sample.layout.visual.contains(&pool[at]),
+        };
+        let heads = self.attention_matrix(layer, &normed, &positions, &counts);
+        let last = pool.len();
+        let asking: Vec<usize> = match rule.query {
+            Query::Last => vec![last - 1],
+            Query::LastMean(count) => (last.saturating_sub(count)..last).collect(),
+            Query::Raters => {
+                let raters = raters(sample);
+                (0..last).filter(|&at| raters.contains(&pool[at])).collect()
+            }
         };
         let of_head = |head: &Vec<Row>, at: usize| {
-            let rows = head[pool.len() - asking..].iter();
-            rows.map(|row| row[at]).sum::<f64>() / asking as f64
+            let rows = asking.iter().map(|&row| head[row][at]);
+            rows.sum::<f64>() / asking.len() as f64
         };
         let score = |(at, &row): (usize, &usize)| {
             let of_heads = heads.iter().map(|head| of_head(head, at));
@@ -176,6 +211,64 @@ impl Reference {
             (row, score)
         };
         pool.iter().enumerate().map(score).collect()
+    }
+
+    /// Scores by DART's quotas, and how close the closest of its choices was.
+    fn least_repeated(
+        &self,
+        rule: &Duplication,
+        (layer, key_rows, key_pool): (usize, &Vec<Row>, &Vec<usize>),
+        hidden: &[Row],
+        (positions, pool): (&[Vec<i64>], &[usize]),
+        visual: &[usize],
+        count: usize,
+    ) -> (HashMap<usize, f64>, f64) {
+        let normed = self.norms(layer, &gather(key_rows, key_pool));
+        let keys = self.rotated("k", layer, &normed, &gather(positions, key_pool));
+        let long: HashMap<usize, f64> = key_pool
+            .iter()
+            .zip(&keys)
+            .map(|(&row, heads)| (row, heads.iter().flatten().map(|x| x.abs()).sum()))
+            .collect();
+        let mut margin = f64::INFINITY;
+        let mut best = |of: &dyn Fn(usize) -> f64, rows: &[usize], count: usize| -> Vec<usize> {
+            let mut order = rows.to_vec();
+            order.sort_by(|&a, &b| of(b).total_cmp(&of(a)).then(a.cmp(&b)));
+            let gaps = order.windows(2).map(|pair| of(pair[0]) - of(pair[1]));
+            margin = gaps.fold(margin, f64::min);
+            order.truncate(count);
+            order
+        };
+        let candidates: Vec<usize> = gather_if(visual, |row| pool.contains(row));
+        let end = candidates.last().map_or(0, |last| last + 1);
+        let text: Vec<usize> = gather_if(pool, |&row| row >= end);
+        let count = count.min(candidates.len());
+        let mut taken = best(
+            &|row| long[&row],
+            &candidates,
+            rule.visual_pivots.min(count),
+        );
+        let of_text = best(&|row| long[&row], &text, rule.text_pivots);
+        let pivots = [taken.clone(), of_text].concat();
+        let output = |row: usize| self.norm("norm", &hidden[row]);
+        let cosine = |a: usize, b: usize| {
+            let (a, b) = (output(a), output(b));
+            dot(&a, &b) / (dot(&a, &a).sqrt() * dot(&b, &b).sqrt())
+        };
+        let rest = count - taken.len();
+        for (index, &pivot) in pivots.iter().enumerate() {
+            let quota = rest / pivots.len() + usize::from(index < rest % pivots.len());
+            let left: Vec<usize> = gather_if(&candidates, |row| !taken.contains(row));
+            let mut unlike = best(&|row| -cosine(pivot, row), &left, quota);
+            unlike.sort_unstable();
+            taken.extend(unlike);
+        }
+        let score = |row: &usize| {
+            let order = taken.iter().position(|other| other == row);
+            let score = order.map_or(0.0, |order| 1.0 - order as f64 / (2 * taken.len()) as f64);
+            (*row, score)
+        };
+        (candidates.iter().map(score).collect(), margin)
     }
 
     /// One decoder layer over all `rows`, of which the `seen` ones are keys.
@@ -220,21 +313,8 @@ impl Reference {
         positions: &[Vec<i64>],
         seen: &dyn Fn(usize) -> bool,
     ) -> Vec<Vec<Row>> {
-        let project = |what: &str| -> Vec<Vec<Row>> {
-            let name = |part: &str| format!("layers.{layer}.self_attn.{what}_{part}");
-            let one = |(row, position): (&Row, &Vec<i64>)| {
-                let flat = self.linear(&name("proj"), row);
-                let heads =
-                    flat.chunks(self.config.head_dim)
-                        .map(|head| match self.config.qk_norm {
-                            true => self.rotate(&self.norm(&name("norm"), head), position),
-                            false => self.rotate(head, position),
-                        });
-                heads.collect()
-            };
-            normed.iter().zip(positions).map(one).collect()
-        };
-        let (queries, keys) = (project("q"), project("k"));
+        let queries = self.rotated("q", layer, normed, positions);
+        let keys = self.rotated("k", layer, normed, positions);
         let scale = 1.0 / (self.config.head_dim as f64).sqrt();
         let row = |head: usize, query: usize| {
             let logit = |key: usize| match key <= query && seen(key) {
@@ -245,6 +325,26 @@ impl Reference {
         };
         let matrix = |head: usize| (0..queries.len()).map(|query| row(head, query)).collect();
         (0..self.config.num_attention_heads).map(matrix).collect()
+    }
+
+    /// Queries or keys, `[rows][heads][head_dim]`.
+    fn rotated(
+        &self,
+        what: &str,
+        layer: usize,
+        normed: &[Row],
+        positions: &[Vec<i64>],
+    ) -> Vec<Vec<Row>> {
+        let name = |part: &str| format!("layers.{layer}.self_attn.{what}_{part}");
+        let one = |(row, position): (&Row, &Vec<i64>)| {
+            let flat = self.linear(&name("proj"), row);
+            let rotate = |head: &[f64]| match self.config.qk_norm {
+                true => self.rotate(&self.norm(&name("norm"), head), position),
+                false => self.rotate(head, position),
+            };
+            flat.chunks(self.config.head_dim).map(rotate).collect()
+        };
+        normed.iter().zip(positions).map(one).collect()
     }
 
     fn norms(&self, layer: usize, rows: &[Row]) -> Vec<Row> {
@@ -301,11 +401,13 @@ fn choose(
     scores: &HashMap<usize, f64>,
     visual: &[usize],
     previous: Option<&Decision>,
+    spread: &dyn Fn(usize) -> bool,
     count: usize,
 ) -> Decision {
     let stands = |token: &usize| scores.contains_key(&visual[*token]);
     let candidates: Vec<usize> = (0..visual.len()).filter(stands).collect();
     let rank = |token: usize| match previous {
+        _ if spread(token) => f64::INFINITY,
         Some(previous) if !previous.selected.contains(&token) => f64::NEG_INFINITY,
         _ => scores[&visual[token]],
     };
@@ -330,6 +432,33 @@ fn add_deepstack(hidden: &mut [Row], sample: &Sample, layer: usize) {
     for (&row, features) in sample.layout.visual.iter().zip(features) {
         hidden[row] = add(&hidden[row], &to_f64(std::slice::from_ref(features))[0]);
     }
+}
+
+/// SparseVLM's raters, as rows of the prompt.
+fn raters(sample: &Sample) -> Vec<usize> {
+    let embeddings = to_f64(&sample.embeddings);
+    let first = sample.layout.visual.last().map_or(0, |last| last + 1);
+    let text: Vec<usize> = (first..embeddings.len()).collect();
+    let mut shares = vec![0.0; text.len()];
+    for &visual in &sample.layout.visual {
+        let product = |&row: &usize| dot(&embeddings[visual], &embeddings[row]);
+        let row = softmax(text.iter().map(product).collect());
+        shares
+            .iter_mut()
+            .zip(row)
+            .for_each(|(share, x)| *share += x);
+    }
+    let equal = sample.layout.visual.len() as f64 / text.len() as f64;
+    let above = text
+        .iter()
+        .zip(&shares)
+        .filter(|(_, share)| **share > equal * (1.0 + 1e-9));
+    let above: Vec<usize> = above.map(|(&row, _)| row).collect();
+    if above.is_empty() { text } else { above }
+}
+
+fn gather_if<T: Clone>(of: &[T], keep: impl Fn(&T) -> bool) -> Vec<T> {
+    of.iter().filter(|x| keep(x)).cloned().collect()
 }
 
 fn gather<T: Clone>(of: &[T], at: &[usize]) -> Vec<T> {

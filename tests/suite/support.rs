@@ -9,8 +9,8 @@ use proptest::prelude::*;
 use proptest::sample::subsequence;
 use proptest::test_runner::RngSeed;
 use reducers::{
-    Action, Attention, HeadReduce, Keep, Layout, Positions, Query, Schedule, Score, ScoreDtype,
-    ScoreLayer, Stage,
+    Action, Attention, Duplication, HeadReduce, Keep, Layout, Positions, Query, Schedule, Score,
+    ScoreDtype, ScoreLayer, SoftmaxKeys, Stage,
 };
 use reroute::{
     Decision, Decoder, DecoderConfig, Prefill, PrefillOptions, Prompt, RopeConfig, SampleLayout,
@@ -93,6 +93,9 @@ impl Sample {
         let embeddings = layout.iter().map(|_| random.vector(config.hidden_size));
         let embeddings = embeddings.collect();
         let salience = random.vector(visual.len());
+        let cells = (0..visual.len())
+            .map(|token| [token / 3, token % 3])
+            .collect();
         Self {
             embeddings,
             positions: (0..layout.len()).map(position).collect(),
@@ -102,6 +105,7 @@ impl Sample {
                 visual,
                 next_position: layout.len() as i64 + if axes > 1 { 3 } else { 0 },
                 salience: Some(salience),
+                cells,
             },
         }
     }
@@ -130,6 +134,7 @@ impl Sample {
                     .salience
                     .as_ref()
                     .map(|all| all[..visual].to_vec()),
+                cells: self.layout.cells[..visual].to_vec(),
             },
             embeddings: self.embeddings[..rows].to_vec(),
             deepstack: self
@@ -406,48 +411,67 @@ fn attention() -> impl Strategy<Value = Attention> {
     let query = prop_oneof![
         2 => Just(Query::Last),
         1 => (1..5usize).prop_map(Query::LastMean),
+        1 => Just(Query::Raters),
     ];
     let heads = prop_oneof![Just(HeadReduce::Mean), Just(HeadReduce::Max)];
     let dtype = prop_oneof![Just(ScoreDtype::F32), Just(ScoreDtype::Model)];
-    (layer, query, heads, dtype).prop_map(|(layer, query, heads, dtype)| Attention {
+    let keys = prop_oneof![Just(SoftmaxKeys::All), Just(SoftmaxKeys::Candidates)];
+    (layer, query, heads, dtype, keys).prop_map(|(layer, query, heads, dtype, keys)| Attention {
         layer,
         query,
         heads,
         dtype,
         rope: true,
+        keys,
     })
 }
 
 /// Cases whose schedules also do what no conversation can continue with: scores without rotary
 /// positions, scores given by the encoder side, positions numbered anew, hidden states at full length.
 pub fn unusual(action: impl Strategy<Value = Action> + Clone + 'static) -> BoxedStrategy<Case> {
-    (case(action), any::<[bool; 4]>())
-        .prop_map(|(case, [unrotated, salience, renumber, per_layer])| {
-            let score = |(index, stage): (usize, &Stage)| match stage.score {
-                _ if salience && index == 0 => stage.by(Score::Encoder),
-                Score::Attention(attention) if unrotated => stage.by(Score::Attention(Attention {
-                    layer: ScoreLayer::This,
-                    rope: false,
-                    ..attention
-                })),
-                _ => *stage,
-            };
-            let (action, monotonic) = (case.schedule.action(), case.schedule.monotonic());
-            let stages = case.schedule.stages().iter().enumerate().map(score);
-            let schedule = Schedule::new(action, monotonic, stages.collect()).unwrap();
-            let schedule = match per_layer {
-                true => schedule.with_layout(Layout::PerLayer),
-                false => schedule,
-            };
-            let possible = action == Action::Remove && case.config.rope.axes() == 1;
-            Case {
-                schedule: match renumber && possible {
-                    true => schedule.with_positions(Positions::Renumber).unwrap(),
+    let stride = prop::option::of(1..4usize);
+    let pivots = prop::option::weighted(0.2, (0..3usize, 1..3usize));
+    (case(action), any::<[bool; 4]>(), stride, pivots)
+        .prop_map(
+            |(case, [unrotated, salience, renumber, per_layer], stride, pivots)| {
+                let score = |(index, stage): (usize, &Stage)| {
+                    let score = match (stage.score, pivots) {
+                        _ if salience && index == 0 => Score::Encoder,
+                        (Score::Attention(attention), Some((visual_pivots, text_pivots))) => {
+                            Score::Duplication(Duplication {
+                                layer: attention.layer,
+                                visual_pivots,
+                                text_pivots,
+                            })
+                        }
+                        (Score::Attention(attention), None) => Score::Attention(Attention {
+                            rope: !unrotated,
+                            ..attention
+                        }),
+                        (score, _) => score,
+                    };
+                    Stage {
+                        stride,
+                        ..stage.by(score)
+                    }
+                };
+                let (action, monotonic) = (case.schedule.action(), case.schedule.monotonic());
+                let stages = case.schedule.stages().iter().enumerate().map(score);
+                let schedule = Schedule::new(action, monotonic, stages.collect()).unwrap();
+                let schedule = match per_layer {
+                    true => schedule.with_layout(Layout::PerLayer),
                     false => schedule,
-                },
-                ..case
-            }
-        })
+                };
+                let possible = action == Action::Remove && case.config.rope.axes() == 1;
+                Case {
+                    schedule: match renumber && possible {
+                        true => schedule.with_positions(Positions::Renumber).unwrap(),
+                        false => schedule,
+                    },
+                    ..case
+                }
+            },
+        )
         .boxed()
 }
 

@@ -45,6 +45,15 @@ impl<B: Backend> Rotary<B> {
     /// - `x`: `[heads · head_dim, rows]`
     /// - returns `[heads · head_dim, rows]`
     pub fn apply(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        self.turn(x, false)
+    }
+
+    /// Rotates back: the inverse of [`apply`](Self::apply), but for rounding.
+    pub fn undo(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        self.turn(x, true)
+    }
+
+    fn turn(&self, x: Tensor<B, 2>, back: bool) -> Tensor<B, 2> {
         let [features, rows] = x.dims();
         let head_dim = self.cos.dims()[0];
         let heads = features / head_dim;
@@ -55,6 +64,10 @@ impl<B: Backend> Rotary<B> {
         let turned = Tensor::cat(halves, 1).reshape(flat);
         let cos = self.cos.clone().reshape([1, head_dim * rows]);
         let sin = self.sin.clone().reshape([1, head_dim * rows]);
+        let sin = match back {
+            true => sin.neg(),
+            false => sin,
+        };
         (x.reshape(flat) * cos + turned * sin).reshape([features, rows])
     }
 }

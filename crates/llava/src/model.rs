@@ -111,6 +111,7 @@ impl<B: Backend> Llava<B> {
                 visual: (0..left.len()).filter(|&row| left[row] == image).collect(),
                 next_position: next_position as i64,
                 salience: survivors.salience.clone(),
+                cells: self.cells(full, &survivors.rows),
             });
             ids.extend(left);
         }
@@ -131,5 +132,15 @@ impl<B: Backend> Llava<B> {
             deepstack: Vec::new(),
             samples: layouts,
         })
+    }
+
+    /// Row and column in their image of those of the `rows` of a prompt that are image slots.
+    fn cells(&self, ids: &[u32], rows: &[usize]) -> Vec<[usize; 2]> {
+        let (image, side) = (self.config.image_token, self.config.vision.grid());
+        let slots: Vec<usize> = (0..ids.len()).filter(|&row| ids[row] == image).collect();
+        let slot = rows.iter().filter_map(|row| slots.binary_search(row).ok());
+        slot.map(|slot| slot % (side * side))
+            .map(|cell| [cell / side, cell % side])
+            .collect()
     }
 }

@@ -97,6 +97,7 @@ impl<B: Backend> QwenVl<B> {
                 visual: (0..left.len()).filter(is_visual).collect(),
                 next_position: places.next,
                 salience: survivors.salience.clone(),
+                cells: self.cells(sample, &survivors.rows),
             });
             ids.extend(left);
         }
@@ -142,5 +143,32 @@ impl<B: Backend> QwenVl<B> {
             deepstack,
             samples: layouts,
         })
+    }
+
+    /// Row and column in their picture of those of the `rows` of a prompt that are slots.
+    fn cells(&self, sample: &QwenSample, rows: &[usize]) -> Vec<[usize; 2]> {
+        let merge = self.config.vision.spatial_merge_size;
+        let of_grids = |grids: &[Grid]| {
+            let of_grid = |grid: &Grid| {
+                let [height, width] = [grid.h / merge, grid.w / merge];
+                let frame = move |_| {
+                    let cell = move |cell| [cell / width, cell % width];
+                    (0..height * width).map(cell)
+                };
+                (0..grid.t).flat_map(frame).collect::<Vec<_>>()
+            };
+            grids
+                .iter()
+                .flat_map(of_grid)
+                .collect::<Vec<_>>()
+                .into_iter()
+        };
+        let mut of_kind = [of_grids(&sample.image_grids), of_grids(&sample.video_grids)];
+        let cells = sample.ids.iter().map(|&id| {
+            let modality = self.config.modality(id)?;
+            of_kind[modality as usize].next()
+        });
+        let cells: Vec<Option<[usize; 2]>> = cells.collect();
+        rows.iter().filter_map(|&row| cells[row]).collect()
     }
 }

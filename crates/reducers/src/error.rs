@@ -203,4 +203,11 @@ pub enum ReducerError {
          and keep_count, at least 1"
     )]
     EncoderKeep,
+
+    /// Numbers could not be read back from the device.
+    #[error("a rule's numbers could not be read back from the device: {reason}")]
+    Readback {
+        /// The backend's explanation.
+        reason: String,
+    },
 }

@@ -56,7 +56,7 @@ pub use plan::{EncoderPlan, Plan, Rest};
 pub use presets::{Method, Preset};
 pub use schedule::{Action, Layout, Positions, Schedule, Stage};
 pub use score::{
-    Attention, HeadReduce, Query, Random, Score, ScoreDtype, ScoreLayer, Scorer, Standing,
-    last_row_scores,
+    Attention, Duplication, Embedded, HeadReduce, Query, Random, Score, ScoreDtype, ScoreLayer,
+    Scorer, SoftmaxKeys, Standing, last_row_scores,
 };
 pub use topk::top_k;

@@ -67,6 +67,8 @@ pub struct Stage {
     pub keep: Keep,
     /// Which they are.
     pub score: Score,
+    /// Keeps, among them, the tokens at every so many rows and columns of each picture (FEATHER).
+    pub stride: Option<usize>,
 }
 
 impl Stage {
@@ -76,6 +78,7 @@ impl Stage {
             layer,
             keep,
             score: Score::default(),
+            stride: None,
         }
     }
 
@@ -92,6 +95,14 @@ impl Stage {
     /// The same stage with another score.
     pub fn by(self, score: Score) -> Self {
         Self { score, ..self }
+    }
+
+    /// The same stage, evenly spread tokens first.
+    pub fn with_stride(self, stride: usize) -> Self {
+        Self {
+            stride: Some(stride),
+            ..self
+        }
     }
 }
 
@@ -116,7 +127,16 @@ impl Schedule {
     /// [`ReducerError::LayerOrder`], [`ReducerError::KeepRatio`], [`ReducerError::KeepCount`] or
     /// [`ReducerError::Combination`], naming the stage.
     pub fn new(action: Action, monotonic: bool, stages: Vec<Stage>) -> Result<Self, ReducerError> {
-        for (stage, &Stage { layer, keep, score }) in stages.iter().enumerate() {
+        for (
+            stage,
+            &Stage {
+                layer,
+                keep,
+                score,
+                stride,
+            },
+        ) in stages.iter().enumerate()
+        {
             if let Some(Stage {
                 layer: previous, ..
             }) = stage.checked_sub(1).map(|before| stages[before])
@@ -130,6 +150,12 @@ impl Schedule {
             }
             keep.check(stage)?;
             score.check(stage, layer)?;
+            if stride == Some(0) {
+                return Err(ReducerError::Combination {
+                    stage,
+                    reason: "a stride of 0 never moves on; use at least 1".into(),
+                });
+            }
             if action == Action::Reroute && stage > 0 && !score.sees_deferred() {
                 return Err(ReducerError::Combination {
                     stage,

@@ -4,15 +4,19 @@
 //! itself; every built-in one is a file here, and a new one is a type with one function.
 
 mod attention;
+mod duplication;
 mod random;
 
 use burn::tensor::backend::Backend;
-use burn::tensor::{DType, Tensor};
+use burn::tensor::{DType, FloatDType, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::ReducerError;
 
-pub use attention::{Attention, HeadReduce, Query, ScoreDtype, ScoreLayer, last_row_scores};
+pub use attention::{
+    Attention, HeadReduce, Query, ScoreDtype, ScoreLayer, SoftmaxKeys, last_row_scores,
+};
+pub use duplication::Duplication;
 pub use random::Random;
 
 /// The rule that ranks the candidates of a decision.
@@ -24,6 +28,8 @@ pub enum Score {
     /// What the reduction before the decoder gave each token, without looking again: 1 for those
     /// it would have kept and 0 for the others.
     Encoder,
+    /// How little a token repeats a few pivots (DART).
+    Duplication(Duplication),
     /// Chance: the baseline that every rule must beat.
     Random(Random),
 }
@@ -41,9 +47,13 @@ impl Score {
         !self.uses(ScoreLayer::Previous)
     }
 
-    /// Whether it reads the attention of that layer.
+    /// Whether it reads queries or keys of that layer.
     pub fn uses(&self, layer: ScoreLayer) -> bool {
-        matches!(self, Self::Attention(attention) if attention.layer == layer)
+        match self {
+            Self::Attention(attention) => attention.layer == layer,
+            Self::Duplication(duplication) => duplication.layer == layer,
+            Self::Encoder | Self::Random(_) => false,
+        }
     }
 
     /// Whether it needs keys and queries without their positions, which a cache does not hold.
@@ -59,19 +69,18 @@ impl Score {
                 reason: reason.into(),
             })
         };
-        let Self::Attention(attention) = self else {
-            return Ok(());
-        };
-        if attention.query == Query::LastMean(0) {
-            return refuse("the mean of the last 0 rows is nothing; use at least 1");
-        }
-        if attention.layer == ScoreLayer::Previous && layer == 0 {
+        if self.uses(ScoreLayer::Previous) && layer == 0 {
             return refuse("layer 0 has no layer before it; score with \"this\" layer");
         }
-        if attention.layer == ScoreLayer::Previous && !attention.rope {
-            return refuse(
-                "attention as executed has rotary positions; score with \"this\" layer to leave them out",
-            );
+        if let Self::Attention(attention) = self
+            && attention.query == Query::LastMean(0)
+        {
+            return refuse("the mean of the last 0 rows is nothing; use at least 1");
+        }
+        if let Self::Duplication(duplication) = self
+            && duplication.visual_pivots + duplication.text_pivots == 0
+        {
+            return refuse("without a pivot there is nothing to repeat; use at least 1");
         }
         Ok(())
     }
@@ -98,11 +107,20 @@ pub trait Standing<B: Backend> {
     /// - returns `[hidden_size, rows]`
     fn hidden_states(&self) -> Tensor<B, 2>;
 
-    /// The rows as they were embedded.
+    /// The layer's input under the norm behind the last layer.
     ///
     /// # Shapes
     /// - returns `[hidden_size, rows]`
-    fn embeddings(&self) -> Tensor<B, 2>;
+    fn output_normed(&self) -> Tensor<B, 2>;
+
+    /// The sample's whole prompt, whatever stands of it.
+    fn prompt(&self) -> Embedded<B>;
+
+    /// The row of the prompt that each row is, ascending.
+    fn rows_in_prompt(&self) -> Vec<usize>;
+
+    /// How many candidates will be kept.
+    fn keep_count(&self) -> usize;
 
     /// Queries of some rows, with rotary positions if `rope`.
     ///
@@ -115,6 +133,15 @@ pub trait Standing<B: Backend> {
     /// # Shapes
     /// - returns `[num_kv_heads, head_dim, earlier + rows]`
     fn keys(&self, layer: ScoreLayer, rope: bool) -> Tensor<B, 3>;
+}
+
+/// A sample as it enters the decoder.
+#[derive(Debug, Clone)]
+pub struct Embedded<B: Backend> {
+    /// `[hidden_size, prompt rows]`
+    pub embeddings: Tensor<B, 2>,
+    /// Its visual rows, ascending.
+    pub visual: Vec<usize>,
 }
 
 /// A rule that ranks the candidates of a decision.
@@ -131,10 +158,19 @@ impl<B: Backend> Scorer<B> for Score {
     fn score(&self, standing: &dyn Standing<B>) -> Result<Tensor<B, 1>, ReducerError> {
         match self {
             Self::Attention(attention) => attention.score(standing),
+            Self::Duplication(duplication) => duplication.score(standing),
             Self::Random(random) => random.score(standing),
             Self::Encoder => encoder(standing),
         }
     }
+}
+
+/// Numbers that a rule decides by.
+fn read_back<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> Result<Vec<f32>, ReducerError> {
+    let data = tensor.cast(FloatDType::F32).try_into_data();
+    data.map_err(|error| format!("{error:?}"))
+        .and_then(|data| data.into_vec().map_err(|error| format!("{error:?}")))
+        .map_err(|reason| ReducerError::Readback { reason })
 }
 
 fn encoder<B: Backend>(standing: &dyn Standing<B>) -> Result<Tensor<B, 1>, ReducerError> {

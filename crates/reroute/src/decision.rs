@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
-use layers::Rotary;
-use reducers::{ReducerError, ScoreLayer, Standing, top_k};
+use layers::{RmsNorm, Rotary};
+use reducers::{Embedded, ReducerError, ScoreLayer, Standing, top_k};
 
 use crate::router::indices;
 use crate::{Decision, SelfAttention};
@@ -27,6 +27,8 @@ pub(crate) struct Pool<'a, B: Backend> {
     /// `[num_key_value_heads · head_dim, rows]`
     pub(crate) keys: Tensor<B, 2>,
     pub(crate) rope: Rotary<B>,
+    /// The norm behind the last layer.
+    pub(crate) output_norm: &'a RmsNorm<B>,
     /// Embeddings of all rows of the prompt.
     pub(crate) embeddings: &'a Tensor<B, 2>,
     /// Queries of these rows in the layer before, `[num_attention_heads · head_dim, rows]`, if the
@@ -43,6 +45,12 @@ pub(crate) struct SampleStanding<'a, B: Backend> {
     pub(crate) candidates: Vec<usize>,
     /// The indices of the candidates in visual order.
     pub(crate) tokens: Vec<usize>,
+    /// The sample's rows among those of the prompt.
+    pub(crate) sample: Range<usize>,
+    /// The packed rows of all its visual tokens.
+    pub(crate) visual: &'a [usize],
+    /// How many candidates will be kept.
+    pub(crate) keep_count: usize,
     /// One number per visual token of the sample.
     pub(crate) salience: Option<&'a [f32]>,
     /// Keys of earlier turns in the decision layer, `[num_key_value_heads, head_dim, earlier]`.
@@ -79,11 +87,25 @@ impl<B: Backend> Standing<B> for SampleStanding<'_, B> {
         self.share(&self.pool.hidden_states)
     }
 
-    fn embeddings(&self) -> Tensor<B, 2> {
-        let rows = &self.pool.rows[self.range.clone()];
-        let embeddings = self.pool.embeddings.clone();
-        let rows = indices(rows, &embeddings.device());
-        embeddings.select(1, rows)
+    fn output_normed(&self) -> Tensor<B, 2> {
+        self.pool.output_norm.forward(self.hidden_states())
+    }
+
+    fn prompt(&self) -> Embedded<B> {
+        let (start, rows) = (self.sample.start, self.sample.len());
+        Embedded {
+            embeddings: self.pool.embeddings.clone().narrow(1, start, rows),
+            visual: self.visual.iter().map(|row| row - start).collect(),
+        }
+    }
+
+    fn rows_in_prompt(&self) -> Vec<usize> {
+        let rows = self.pool.rows[self.range.clone()].iter();
+        rows.map(|row| row - self.sample.start).collect()
+    }
+
+    fn keep_count(&self) -> usize {
+        self.keep_count
     }
 
     fn queries(&self, layer: ScoreLayer, rows: &[usize], rope: bool) -> Tensor<B, 3> {
@@ -96,7 +118,11 @@ impl<B: Backend> Standing<B> for SampleStanding<'_, B> {
         let rows: Vec<usize> = rows.iter().map(|row| self.range.start + row).collect();
         let rows = indices(&rows, &normed.device());
         if let (ScoreLayer::Previous, Some(executed)) = (layer, executed) {
-            return attention.split_heads(executed.clone().select(1, rows));
+            let queries = executed.clone().select(1, rows.clone());
+            return attention.split_heads(match rope {
+                true => queries,
+                false => self.pool.rope.select(rows).undo(queries),
+            });
         }
         let queries = attention.unrotated_queries(normed.clone().select(1, rows.clone()));
         attention.split_heads(match rope {
@@ -107,7 +133,15 @@ impl<B: Backend> Standing<B> for SampleStanding<'_, B> {
 
     fn keys(&self, layer: ScoreLayer, rope: bool) -> Tensor<B, 3> {
         if let (ScoreLayer::Previous, Some(executed)) = (layer, &self.executed_keys) {
-            return executed.clone();
+            if rope {
+                return executed.clone();
+            }
+            // A prompt that is scored like this has no earlier rows.
+            let [heads, head_dim, rows] = executed.dims();
+            let pool: Vec<usize> = self.range.clone().collect();
+            let rope = self.pool.rope.select(indices(&pool, &executed.device()));
+            let keys = rope.undo(executed.clone().reshape([heads * head_dim, rows]));
+            return self.pool.attention.split_heads(keys);
         }
         let keys = match rope {
             true => &self.pool.keys,
@@ -121,13 +155,13 @@ impl<B: Backend> Standing<B> for SampleStanding<'_, B> {
     }
 }
 
-/// Chooses `count` of a sample's candidates. `previous` is its last selection; a monotonic schedule
-/// ranks what is not in it behind everything else.
+/// Chooses among a sample's candidates: first the `spread` tokens, then by score. `previous` is its
+/// last selection; a monotonic schedule ranks what is not in it behind everything else.
 pub(crate) fn select(
     standing: &SampleStanding<'_, impl Backend>,
     sample: usize,
     scores: &[f32],
-    count: usize,
+    spread: impl Fn(usize) -> bool,
     previous: Option<&[usize]>,
     monotonic: bool,
 ) -> Result<Decision, ReducerError> {
@@ -141,7 +175,12 @@ pub(crate) fn select(
             }
         }
     }
-    let chosen = top_k(&ranked, count)?;
+    for (score, &token) in ranked.iter_mut().zip(tokens) {
+        if spread(token) && !score.is_nan() {
+            *score = f32::INFINITY;
+        }
+    }
+    let chosen = top_k(&ranked, standing.keep_count)?;
     let selected: Vec<usize> = chosen.iter().map(|&i| tokens[i]).collect();
     let was_deferred = |token: &&usize| previous.is_some_and(|p| p.binary_search(token).is_err());
     Ok(Decision {

@@ -5,7 +5,9 @@ use layers::{CausalMask, RmsNorm, RmsNormConfig, Vocabulary, VocabularyConfig};
 use reducers::{Positions, Schedule, Scorer};
 
 use crate::pool::Past;
-use crate::{DecoderConfig, DecoderLayer, KvCache, Prompt, RerouteError, Router, RoutingTrace};
+use crate::{
+    DecoderConfig, DecoderLayer, KvCache, Prompt, RerouteError, Router, RoutingTrace, SampleLayout,
+};
 
 /// A LLaMA-style decoder whose prefill follows a routing schedule.
 #[derive(Module, Debug)]
@@ -77,6 +79,11 @@ impl<B: Backend> Decoder<B> {
         &self.layers
     }
 
+    /// The norm behind the last layer.
+    pub(crate) fn output_norm(&self) -> &RmsNorm<B> {
+        &self.norm
+    }
+
     /// A decoder with the same embedding, norm and head around other layers.
     ///
     /// Layers may share their parameters (a clone is a reference), which makes a decoder of any
@@ -100,6 +107,15 @@ impl<B: Backend> Decoder<B> {
         prompt.validate(&self.config)?;
         if schedule.positions() == Positions::Renumber && self.config.rope.axes() > 1 {
             return Err(RerouteError::Renumber);
+        }
+        let spreads = schedule.stages().iter().any(|stage| stage.stride.is_some());
+        let unknown = |sample: &SampleLayout| sample.cells.len() < sample.visual.len();
+        if spreads && prompt.samples.iter().any(unknown) {
+            return Err(RerouteError::Prompt(
+                "a stage with a stride needs the row and column of every visual token \
+                 (SampleLayout::cells)"
+                    .into(),
+            ));
         }
         Ok(schedule.check_depth(self.layers.len())?)
     }
@@ -166,7 +182,7 @@ impl<B: Backend> Decoder<B> {
         let longest = prompt.samples.iter().map(|sample| sample.rows).max();
         let mask = CausalMask::new(longest.unwrap_or(0), &device);
         let past = Past::take(&mut cache, &prompt.samples, schedule);
-        let mut router = Router::resume(prompt, schedule, &self.config.rope, past)
+        let mut router = Router::resume(self, prompt, schedule, past)
             .ranking_by(scorer)
             .keeping_pool(options.keep_pool);
         let mut hidden_states = router.rows_of(prompt.embeddings.clone());

@@ -34,6 +34,9 @@ pub struct SampleLayout {
     /// One number per visual row, if a reduction before the decoder ranked them
     /// ([`reducers::Score::Encoder`] selects by it).
     pub salience: Option<Vec<f32>>,
+    /// Row and column of each visual row in its picture; empty if nobody knows. A stage with a
+    /// [`stride`](reducers::Stage::stride) needs them.
+    pub cells: Vec<[usize; 2]>,
 }
 
 /// The rows of a prompt that a reduction before the decoder has left.
@@ -136,6 +139,13 @@ impl<B: Backend> Prompt<B> {
                     "sample {index} has {} visual rows and the salience of {}",
                     sample.visual.len(),
                     salience.len()
+                ));
+            }
+            if !sample.cells.is_empty() && sample.cells.len() != sample.visual.len() {
+                return malformed(format!(
+                    "sample {index} has {} visual rows and the cells of {}",
+                    sample.visual.len(),
+                    sample.cells.len()
                 ));
             }
             if sample.next_position < 0 {

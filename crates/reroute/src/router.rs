@@ -3,12 +3,12 @@ use std::ops::Range;
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor};
 use layers::Rotary;
-use reducers::{Action, Layout, Positions, Schedule, ScoreLayer, Scorer};
+use reducers::{Action, Layout, Positions, Schedule, ScoreLayer, Scorer, Stage};
 
 use crate::decision::{self, SampleStanding};
 use crate::pool::{Past, Pool, PooledRows};
 use crate::prompt::ranges;
-use crate::{Decision, DecoderLayer, HiddenStates, KvCache, Prompt, RerouteError, RopeConfig};
+use crate::{Decision, Decoder, DecoderLayer, HiddenStates, KvCache, Prompt, RerouteError};
 
 /// Walks the rows of a prompt through the stages of a schedule.
 ///
@@ -16,11 +16,11 @@ use crate::{Decision, DecoderLayer, HiddenStates, KvCache, Prompt, RerouteError,
 /// state they had when they were last active (Reroute, arXiv 2606.12412) and stand again at the
 /// next decision; under [`Action::Remove`] they are forgotten.
 pub struct Router<'a, B: Backend> {
+    decoder: &'a Decoder<B>,
     prompt: &'a Prompt<B>,
     schedule: &'a Schedule,
     /// Ranks instead of the schedule's own scores.
     scorer: Option<&'a dyn Scorer<B>>,
-    rope: &'a RopeConfig,
     /// Packed rows of each sample.
     samples: Vec<Range<usize>>,
     /// Packed visual rows of each sample, in visual order.
@@ -72,18 +72,19 @@ pub struct Routed<B: Backend> {
 
 impl<'a, B: Backend> Router<'a, B> {
     /// Starts with all rows active.
-    pub fn new(prompt: &'a Prompt<B>, schedule: &'a Schedule, rope: &'a RopeConfig) -> Self {
-        Self::resume(prompt, schedule, rope, Past::none(prompt.samples.len()))
+    pub fn new(decoder: &'a Decoder<B>, prompt: &'a Prompt<B>, schedule: &'a Schedule) -> Self {
+        Self::resume(decoder, prompt, schedule, Past::none(prompt.samples.len()))
     }
 
     /// Starts with the rows active that are not in the past. Rows that the past has parked wait, as
     /// deferred rows do, for the first decision.
     pub(crate) fn resume(
+        decoder: &'a Decoder<B>,
         prompt: &'a Prompt<B>,
         schedule: &'a Schedule,
-        rope: &'a RopeConfig,
         past: Past<B>,
     ) -> Self {
+        let rope = &decoder.config().rope;
         let prompt_rope = rope.table(prompt.positions.clone(), prompt.embeddings.dtype());
         let samples = prompt.ranges();
         let visual = prompt.samples.iter().zip(&samples);
@@ -110,10 +111,10 @@ impl<'a, B: Backend> Router<'a, B> {
             false => prompt_rope.select(indices(&active, &prompt.embeddings.device())),
         };
         Self {
+            decoder,
             prompt,
             schedule,
             scorer: None,
-            rope,
             keep_counts: standing.iter().map(|&n| schedule.keep_counts(n)).collect(),
             standing,
             selected: vec![None; visual.len()],
@@ -342,6 +343,7 @@ impl<'a, B: Backend> Router<'a, B> {
             hidden_states,
             normed,
             rope,
+            output_norm: self.decoder.output_norm(),
             embeddings: &self.prompt.embeddings,
             executed: self.executed.take(),
         };
@@ -408,7 +410,7 @@ impl<'a, B: Backend> Router<'a, B> {
         pool: &decision::Pool<'_, B>,
         cache: &KvCache<B>,
     ) -> Result<Vec<Decision>, RerouteError> {
-        let score = &self.schedule.stages()[stage].score;
+        let Stage { score, stride, .. } = &self.schedule.stages()[stage];
         let executed = |sample| {
             let before = pool.layer.checked_sub(1)?;
             let needed = score.uses(ScoreLayer::Previous);
@@ -431,6 +433,9 @@ impl<'a, B: Backend> Router<'a, B> {
                     range: range.clone(),
                     candidates,
                     tokens,
+                    sample: self.samples[sample].clone(),
+                    visual: &self.visual[sample],
+                    keep_count: self.keep_counts[sample][stage],
                     salience: self.prompt.samples[sample].salience.as_deref(),
                     earlier: cache.keys(pool.layer, sample),
                     executed_keys: executed(sample),
@@ -446,10 +451,15 @@ impl<'a, B: Backend> Router<'a, B> {
         let decide = |(sample, standing): &(usize, SampleStanding<'_, B>)| {
             let (scores, others) = rest.split_at(standing.range.len());
             rest = others;
-            let count = self.keep_counts[*sample][stage];
             let previous = self.selected[*sample].as_deref();
             let monotonic = self.schedule.monotonic();
-            decision::select(standing, *sample, scores, count, previous, monotonic)
+            let cells = &self.prompt.samples[*sample].cells;
+            let on_stride = |token: usize| {
+                let [row, column] = cells[token];
+                stride.is_some_and(|n| row.is_multiple_of(n) && column.is_multiple_of(n))
+            };
+            let spread = |token| stride.is_some() && on_stride(token);
+            decision::select(standing, *sample, scores, spread, previous, monotonic)
         };
         Ok(standing.iter().map(decide).collect::<Result<_, _>>()?)
     }
@@ -459,7 +469,8 @@ impl<'a, B: Backend> Router<'a, B> {
         let positions = self.ranges().into_iter().flat_map(|range| 0..range.len());
         let positions: Vec<usize> = positions.collect();
         let positions = indices::<B>(&positions, device).unsqueeze();
-        self.rope.table(positions, self.prompt.embeddings.dtype())
+        let rope = &self.decoder.config().rope;
+        rope.table(positions, self.prompt.embeddings.dtype())
     }
 
     /// Active and deferred rows back in prompt order.

@@ -2,16 +2,16 @@
 //! README print.
 
 use crate::encoder::{
-    AveragePooling, CdPruner, DivPrune, EncoderMethod, FasterVlm, HiPrune, Nuwa, PruMerge,
-    RandomTokens, UniformGrid, VScan, VisPruner, VisionZip,
+    AveragePooling, CdPruner, DivPrune, EncoderMethod, EncoderShape, FasterVlm, HiPrune, Nuwa,
+    PruMerge, RandomTokens, UniformGrid, VScan, VisPruner, VisionZip,
 };
 use crate::{
-    About, Action, Attention, HeadReduce, Keep, Positions, Profile, Query, Random, Score,
-    ScoreDtype, ScoreLayer, Support,
+    About, Action, Attention, Duplication, HeadReduce, Keep, Positions, Profile, Query, Random,
+    Score, ScoreDtype, ScoreLayer, SoftmaxKeys, Support,
 };
 
 use super::Method;
-use super::recipe::{DecoderRecipe, NuwaForm, Recipe};
+use super::recipe::{DecoderRecipe, ENTERING, LateRecipe, NuwaForm, Recipe};
 
 /// Reroute's way in every respect that a method does not name.
 const DECODER: DecoderRecipe = DecoderRecipe {
@@ -20,19 +20,75 @@ const DECODER: DecoderRecipe = DecoderRecipe {
     positions: Positions::Gap,
     layers: &[],
     keep: Keep::Ratio,
-    score: REROUTE,
+    score: Score::Attention(ATTENTION),
+    stride: None,
     profile: Profile::Uniform,
     released: &[],
     exact: &[192, 128, 64],
 };
 
-const REROUTE: Score = Score::Attention(Attention {
+const ATTENTION: Attention = Attention {
     layer: ScoreLayer::This,
     query: Query::Last,
     heads: HeadReduce::Mean,
     dtype: ScoreDtype::F32,
     rope: true,
+    keys: SoftmaxKeys::All,
+};
+
+/// SparseVLM's counts (version 1.5) as shares of 576.
+const SPARSE_VLM: &[(usize, &[f64])] = &[
+    (192, &[300.0 / 576.0, 200.0 / 576.0, 110.0 / 576.0]),
+    (128, &[303.0 / 576.0, 110.0 / 576.0, 36.0 / 576.0]),
+    (64, &[66.0 / 576.0, 30.0 / 576.0, 17.0 / 576.0]),
+];
+
+const RATERS: Score = Score::Attention(Attention {
+    layer: ScoreLayer::Previous,
+    query: Query::Raters,
+    dtype: ScoreDtype::Model,
+    ..ATTENTION
 });
+
+const RATERS_HERE: Score = Score::Attention(Attention {
+    query: Query::Raters,
+    ..ATTENTION
+});
+
+const WITHOUT_POSITIONS: Score = Score::Attention(Attention {
+    layer: ScoreLayer::Previous,
+    dtype: ScoreDtype::Model,
+    rope: false,
+    keys: SoftmaxKeys::Candidates,
+    ..ATTENTION
+});
+
+const WITHOUT_POSITIONS_HERE: Score = Score::Attention(Attention {
+    rope: false,
+    keys: SoftmaxKeys::Candidates,
+    ..ATTENTION
+});
+
+const DART: Score = Score::Duplication(Duplication {
+    layer: ScoreLayer::Previous,
+    visual_pivots: 4,
+    text_pivots: 4,
+});
+
+const DART_HERE: Score = Score::Duplication(Duplication {
+    layer: ScoreLayer::This,
+    visual_pivots: 4,
+    text_pivots: 4,
+});
+
+/// What VScan's stage 2 ranks by: behind Qwen the release leaves the positions out.
+fn vscan_score(encoder: &EncoderShape) -> Score {
+    Score::Attention(Attention {
+        dtype: ScoreDtype::Model,
+        rope: encoder.class_token,
+        ..ATTENTION
+    })
+}
 
 /// A method of the decoder: works with every family, because nothing of the encoder is needed.
 const IN_DECODER: About = About {
@@ -84,10 +140,8 @@ pub(super) static METHODS: &[Method] = &[
             keep: Keep::Rounded,
             score: Score::Attention(Attention {
                 layer: ScoreLayer::Previous,
-                query: Query::Last,
-                heads: HeadReduce::Mean,
                 dtype: ScoreDtype::Model,
-                rope: true,
+                ..ATTENTION
             }),
             released: &[(306, &[0.5])],
             ..DECODER
@@ -132,11 +186,8 @@ pub(super) static METHODS: &[Method] = &[
             layers: &[8, 16, 24],
             keep: Keep::Truncated,
             score: Score::Attention(Attention {
-                layer: ScoreLayer::This,
-                query: Query::Last,
-                heads: HeadReduce::Mean,
                 dtype: ScoreDtype::Model,
-                rope: true,
+                ..ATTENTION
             }),
             profile: Profile::Geometric,
             released: &[(270, &[0.5, 0.25, 0.125])],
@@ -186,15 +237,87 @@ pub(super) static METHODS: &[Method] = &[
     encoder("cdpruner", CdPruner::ABOUT, || {
         EncoderMethod::CdPruner(CdPruner::default())
     }),
-    encoder("prumerge", PruMerge::ABOUT, || {
-        EncoderMethod::PruMerge(PruMerge::default())
+    encoder("prumerge-plus", PruMerge::ABOUT, || {
+        EncoderMethod::PruMerge(PruMerge::plus())
     }),
     encoder("hiprune", HiPrune::ABOUT, || {
         EncoderMethod::HiPrune(HiPrune::default())
     }),
-    encoder("vscan-encoder", VScan::ABOUT, || {
-        EncoderMethod::VScan(VScan::default())
-    }),
+    Method {
+        name: "vscan",
+        about: VScan::ABOUT,
+        recipe: Recipe::Late(LateRecipe {
+            method: || EncoderMethod::VScan(VScan::default()),
+            entering: 1.5,
+            action: Action::Remove,
+            score: vscan_score,
+        }),
+    },
+    Method {
+        name: "sparsevlm",
+        about: About {
+            description: "three decisions by the attention of text that is alike to the picture",
+            source: "SparseVLM, arXiv 2410.04417, github.com/Gumpest/SparseVLMs",
+            exact: "raters, executed attention of layers 2, 6 and 15, counts of version 1.5",
+            interpretation: "nothing is recycled and positions keep their gaps, as in version 2; \
+                             version 2's correction of probabilities is left out; the label is the \
+                             release's, which counts later layers than it reduces",
+            ..IN_DECODER
+        },
+        recipe: Recipe::Decoder(DecoderRecipe {
+            layers: &[3, 7, 16],
+            keep: Keep::Rounded,
+            score: RATERS,
+            profile: Profile::Geometric,
+            released: SPARSE_VLM,
+            ..DECODER
+        }),
+    },
+    Method {
+        name: "feather",
+        about: About {
+            description: "two decisions by attention without positions, evenly spread tokens first",
+            source: "FEATHER, arXiv 2412.13180, github.com/markendo/FEATHER (Prismatic models only)",
+            exact: "layers 8 and 16, the layer before, last row, softmax over visual rows, every \
+                    third row and column at the first decision",
+            interpretation: "evenly spread tokens count towards the budget, which the release \
+                             exceeds by as many as attention did not pick; the layer before is read \
+                             as executed, rotated back; models it was not released for",
+            ..IN_DECODER
+        },
+        recipe: Recipe::Decoder(DecoderRecipe {
+            layers: &[8, 16],
+            score: WITHOUT_POSITIONS,
+            stride: Some(3),
+            profile: Profile::Geometric,
+            // The layers before the first decision exceed the smaller budgets.
+            exact: &[192],
+            ..DECODER
+        }),
+    },
+    Method {
+        name: "dart",
+        about: About {
+            description: "one early decision: tokens that repeat a few pivots least",
+            source: "DART, arXiv 2502.11494 (read: a copy of the authors' LLaVA file, the llmc port)",
+            exact: "layer 2, four visual and four text pivots by key length, cosine under the last \
+                    norm, equal quotas; 196, 132 and 68 tokens as the released labels keep",
+            interpretation: "pivots take turns by key length, visual ones first; the release's order \
+                             is that of a Python set; whose models beyond LLaVA is ours",
+            ..IN_DECODER
+        },
+        recipe: Recipe::Decoder(DecoderRecipe {
+            layers: &[2],
+            keep: Keep::Rounded,
+            score: DART,
+            released: &[
+                (192, &[196.0 / 576.0]),
+                (128, &[132.0 / 576.0]),
+                (64, &[68.0 / 576.0]),
+            ],
+            ..DECODER
+        }),
+    },
     Method {
         name: "reroute-fastv",
         about: About {
@@ -324,15 +447,83 @@ pub(super) static METHODS: &[Method] = &[
     routed("reroute-cdpruner", CdPruner::ABOUT, || {
         EncoderMethod::CdPruner(CdPruner::default())
     }),
-    routed("reroute-prumerge", PruMerge::ABOUT, || {
-        EncoderMethod::PruMerge(PruMerge::default())
+    routed("reroute-prumerge-plus", PruMerge::ABOUT, || {
+        EncoderMethod::PruMerge(PruMerge::plus())
     }),
     routed("reroute-hiprune", HiPrune::ABOUT, || {
         EncoderMethod::HiPrune(HiPrune::default())
     }),
-    routed("reroute-vscan-encoder", VScan::ABOUT, || {
-        EncoderMethod::VScan(VScan::default())
-    }),
+    Method {
+        name: "reroute-vscan",
+        about: About {
+            interpretation: "stage 2 of VScan as four decisions at layers 16, 20, 24, 28 of 32",
+            ..VScan::ABOUT
+        },
+        recipe: Recipe::Late(LateRecipe {
+            method: || EncoderMethod::VScan(VScan::default()),
+            entering: 1.5,
+            action: Action::Reroute,
+            score: vscan_score,
+        }),
+    },
+    Method {
+        name: "reroute-sparsevlm",
+        about: About {
+            description: "SparseVLM's raters and counts, rerouted",
+            source: "Reroute, arXiv 2606.12412, on the schedule of sparsevlm",
+            interpretation: "raters ask with the decision layer's own projections: deferred tokens \
+                             have no executed attention",
+            ..IN_DECODER
+        },
+        recipe: Recipe::Decoder(DecoderRecipe {
+            action: Action::Reroute,
+            layers: &[3, 7, 16],
+            keep: Keep::Rounded,
+            score: RATERS_HERE,
+            profile: Profile::Geometric,
+            released: SPARSE_VLM,
+            ..DECODER
+        }),
+    },
+    Method {
+        name: "reroute-feather",
+        about: About {
+            description: "FEATHER's rule and counts, rerouted",
+            source: "Reroute, arXiv 2606.12412, on the schedule of feather",
+            interpretation: "the decision layer's own projections",
+            ..IN_DECODER
+        },
+        recipe: Recipe::Decoder(DecoderRecipe {
+            action: Action::Reroute,
+            layers: &[8, 16],
+            score: WITHOUT_POSITIONS_HERE,
+            stride: Some(3),
+            profile: Profile::Geometric,
+            exact: &[192],
+            ..DECODER
+        }),
+    },
+    Method {
+        name: "reroute-dart",
+        about: About {
+            description: "DART's count at four decisions, pivots chosen anew each time",
+            source: "Reroute, arXiv 2606.12412, on the rule of dart",
+            interpretation: "the decision layer's own keys: deferred tokens have no executed ones",
+            ..IN_DECODER
+        },
+        recipe: Recipe::Decoder(DecoderRecipe {
+            action: Action::Reroute,
+            layers: &[2, 7, 15, 23],
+            keep: Keep::Rounded,
+            score: DART_HERE,
+            released: &[
+                (192, &[196.0 / 576.0; 4]),
+                (128, &[132.0 / 576.0; 4]),
+                (64, &[68.0 / 576.0; 4]),
+            ],
+            ..DECODER
+        }),
+    },
 ];
 
 /// A method that does all before the decoder.
@@ -353,6 +544,11 @@ const fn routed(name: &'static str, about: About, method: fn() -> EncoderMethod)
                              28 of 32 then keep 1/4 of it, as Nüwa's stages do",
             ..about
         },
-        recipe: Recipe::Routed(method),
+        recipe: Recipe::Late(LateRecipe {
+            method,
+            entering: ENTERING,
+            action: Action::Reroute,
+            score: |_| Score::Attention(ATTENTION),
+        }),
     }
 }

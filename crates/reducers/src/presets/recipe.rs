@@ -23,7 +23,7 @@ const BUDGETS: [usize; 3] = [192, 128, 64];
 const NUWA_QWEN: [(usize, f64, f64); 3] = [(432, 0.85, 0.70), (288, 0.60, 0.66), (144, 0.35, 0.42)];
 /// Stage 1 of Nüwa for LLaVA-1.5 keeps 7/4 of the budget for the first half of the layers, stage 2
 /// then 1/4 of it: 112 → 16, 224 → 32, 336 → 48.
-const ENTERING: f64 = 1.75;
+pub(super) const ENTERING: f64 = 1.75;
 
 /// How a method fills a budget.
 #[derive(Debug, Clone)]
@@ -34,10 +34,21 @@ pub(super) enum Recipe {
     Decoder(DecoderRecipe),
     /// The budget's tokens are all that enters the decoder.
     Encoder(fn() -> EncoderMethod),
-    /// 7/4 of the budget enter the decoder, whose second half routes over them.
-    Routed(fn() -> EncoderMethod),
+    /// More than the budget enters the decoder, whose second half selects among them.
+    Late(LateRecipe),
     /// Nüwa's two stages.
     Nuwa(NuwaForm),
+}
+
+/// A reduction before the decoder, and decisions from the middle of it on.
+#[derive(Debug, Clone)]
+pub(super) struct LateRecipe {
+    pub(super) method: fn() -> EncoderMethod,
+    /// What enters the decoder, in terms of the budget.
+    pub(super) entering: f64,
+    /// Remove: one decision. Reroute: four.
+    pub(super) action: Action,
+    pub(super) score: fn(&EncoderShape) -> Score,
 }
 
 /// Decisions in the decoder.
@@ -52,6 +63,8 @@ pub(super) struct DecoderRecipe {
     /// How a ratio becomes a count.
     pub(super) keep: fn(f64) -> Keep,
     pub(super) score: Score,
+    /// See [`Stage::stride`], of the first decision.
+    pub(super) stride: Option<usize>,
     /// Shape of the keep ratios when they are solved for a budget.
     pub(super) profile: Profile,
     /// Released keep ratios by budget in tokens of 576, one ratio per decision layer.
@@ -107,7 +120,7 @@ impl Recipe {
                 let all = all.into_iter();
                 all.map(|(budget, exact)| (Some(budget), exact)).collect()
             }
-            Self::Encoder(_) | Self::Routed(_) => as_named(BUDGETS.to_vec()),
+            Self::Encoder(_) | Self::Late(_) => as_named(BUDGETS.to_vec()),
             Self::Nuwa(_) => {
                 let mut all = NUWA_QWEN.map(|(budget, ..)| budget).to_vec();
                 all.extend(BUDGETS);
@@ -131,16 +144,21 @@ impl Recipe {
                 encoder: Some(before(method(), Keep::Rounded(share))),
                 schedule: Schedule::dense(),
             }),
-            Self::Routed(method) => {
-                let layers = preset.layers(&[16, 20, 24, 28], LLAVA_DEPTH, num_layers)?;
-                let share_of_entering = 1.0 / ENTERING;
-                let ratios =
-                    budget::solve(Profile::Uniform, &layers, num_layers, share_of_entering)?;
+            Self::Late(recipe) => {
+                let layers: &[usize] = match recipe.action {
+                    Action::Remove => &[16],
+                    Action::Reroute => &[16, 20, 24, 28],
+                };
+                let layers = preset.layers(layers, LLAVA_DEPTH, num_layers)?;
+                let of_entering = 1.0 / recipe.entering;
+                let ratios = budget::solve(Profile::Uniform, &layers, num_layers, of_entering)?;
+                let score = (recipe.score)(encoder);
                 let stages = layers.into_iter().zip(ratios);
-                let stages = stages.map(|(layer, ratio)| Stage::new(layer, Keep::Rounded(ratio)));
+                let stage = |(layer, ratio)| Stage::new(layer, Keep::Rounded(ratio)).by(score);
+                let keep = Keep::Rounded(share * recipe.entering);
                 Ok(Plan {
-                    encoder: Some(before(method(), Keep::Rounded(share * ENTERING))),
-                    schedule: Schedule::new(Action::Reroute, false, stages.collect())?,
+                    encoder: Some(before((recipe.method)(), keep)),
+                    schedule: Schedule::new(recipe.action, false, stages.map(stage).collect())?,
                 })
             }
             Self::Nuwa(form) => form.plan(preset, num_layers, encoder),
@@ -180,7 +198,10 @@ impl DecoderRecipe {
         };
         let stages = layers.into_iter().zip(ratios);
         let stages = stages.map(|(layer, ratio)| Stage::new(layer, (self.keep)(ratio)));
-        let stages = stages.map(|stage| stage.by(self.score)).collect();
+        let mut stages: Vec<Stage> = stages.map(|stage| stage.by(self.score)).collect();
+        if let Some(first) = stages.first_mut() {
+            first.stride = self.stride;
+        }
         Schedule::new(self.action, self.monotonic, stages)?.with_positions(self.positions)
     }
 }

@@ -37,6 +37,8 @@ struct StageFile {
     rounding: Rounding,
     #[serde(default, skip_serializing_if = "is_default")]
     score: Score,
+    #[serde(default, skip_serializing_if = "is_default")]
+    stride: Option<usize>,
 }
 
 pub(crate) fn is_default<T: Default + PartialEq>(value: &T) -> bool {
@@ -79,6 +81,7 @@ impl StageFile {
             layer,
             keep,
             score: self.score,
+            stride: self.stride,
         })
     }
 }
@@ -98,6 +101,7 @@ impl From<Schedule> for ScheduleFile {
             },
             rounding: Rounding::of(stage.keep),
             score: stage.score,
+            stride: stage.stride,
         });
         Self {
             action: schedule.action,

@@ -3,7 +3,7 @@ use burn::tensor::backend::Backend;
 use burn::tensor::{DType, FloatDType, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
-use super::{Scorer, Standing};
+use super::{Embedded, Scorer, Standing, read_back};
 use crate::ReducerError;
 
 /// Attention that a row receives from the prompt's last rows. The default is the score of Reroute
@@ -21,6 +21,8 @@ pub struct Attention {
     pub dtype: ScoreDtype,
     /// Whether queries and keys carry their rotary positions.
     pub rope: bool,
+    /// Over which rows the softmax runs.
+    pub keys: SoftmaxKeys,
 }
 
 impl Default for Attention {
@@ -31,6 +33,7 @@ impl Default for Attention {
             heads: HeadReduce::Mean,
             dtype: ScoreDtype::F32,
             rope: true,
+            keys: SoftmaxKeys::All,
         }
     }
 }
@@ -53,6 +56,19 @@ pub enum Query {
     Last,
     /// The mean over the last rows, as many as said (Nüwa on Qwen2.5-VL: 3).
     LastMean(usize),
+    /// The mean over the text rows behind the picture that are more alike to it than the average of
+    /// them, as embedded (SparseVLM's raters).
+    Raters,
+}
+
+/// The rows that share a head's probability.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SoftmaxKeys {
+    /// All, text included.
+    All,
+    /// The candidates (FEATHER).
+    Candidates,
 }
 
 /// How the heads of a score come together.
@@ -81,14 +97,32 @@ impl<B: Backend> Scorer<B> for Attention {
         let rows = standing.rows();
         let keys = standing.keys(self.layer, self.rope).swap_dims(1, 2);
         let earlier = keys.dims()[1] - rows;
-        let count = match self.query {
-            Query::Last => 1,
-            Query::LastMean(count) => count.min(earlier + rows),
+        let (mut asking, count): (Vec<usize>, usize) = match self.query {
+            Query::Last => (vec![rows - 1], 1),
+            // Rows of earlier turns come before every candidate and attend to none.
+            Query::LastMean(count) => (
+                (rows.saturating_sub(count)..rows).collect(),
+                count.min(earlier + rows),
+            ),
+            Query::Raters => {
+                let raters = raters(standing)?;
+                let count = raters.len();
+                (raters, count)
+            }
         };
-        // Rows of earlier turns come before every candidate and attend to none.
-        let asking: Vec<usize> = (rows.saturating_sub(count)..rows).collect();
+        let candidates = match self.keys {
+            SoftmaxKeys::All => None,
+            SoftmaxKeys::Candidates => Some(standing.candidates()),
+        };
+        if let Some(candidates) = candidates {
+            // A row before all candidates has nothing to share among them.
+            asking.retain(|row| candidates.first().is_some_and(|first| first <= row));
+        }
+        if asking.is_empty() {
+            return Ok(Tensor::zeros([rows], (&keys.device(), DType::F32)));
+        }
         let queries = standing.queries(self.layer, &asking, self.rope);
-        let mask = hidden_keys(&asking, earlier, rows, &keys);
+        let mask = hidden_keys(&asking, earlier, rows, candidates, &keys);
         let scores = self.reduce(queries.swap_dims(1, 2), keys, mask, count);
         Ok(scores.narrow(0, earlier, rows))
     }
@@ -155,24 +189,54 @@ impl Attention {
     }
 }
 
-/// -inf for the keys that an asking row does not see, because they come after it; `None` if the last
-/// row asks alone, from which nothing is hidden.
+/// -inf for the keys that an asking row does not see, because they come after it or are no
+/// candidates where only these count; `None` if it is the last row that asks, and sees all.
 fn hidden_keys<B: Backend>(
     asking: &[usize],
     earlier: usize,
     rows: usize,
+    candidates: Option<&[usize]>,
     like: &Tensor<B, 3>,
 ) -> Option<Tensor<B, 2>> {
-    if asking == [rows - 1] {
+    if asking == [rows - 1] && candidates.is_none() {
         return None;
     }
-    let of_row = |&row: &usize| {
-        let hidden = move |key: usize| key > earlier + row;
-        (0..earlier + rows).map(move |key| if hidden(key) { f32::NEG_INFINITY } else { 0.0 })
+    let counts = |key: usize| {
+        let row = key.checked_sub(earlier);
+        candidates.is_none_or(|all| row.is_some_and(|row| all.binary_search(&row).is_ok()))
     };
-    let mask: Vec<f32> = asking.iter().flat_map(of_row).collect();
+    let counts: Vec<bool> = (0..earlier + rows).map(counts).collect();
+    let mut mask = Vec::with_capacity(asking.len() * (earlier + rows));
+    for &row in asking {
+        let sees = |(key, counts): (usize, &bool)| *counts && key <= earlier + row;
+        let value = |key| if sees(key) { 0.0 } else { f32::NEG_INFINITY };
+        mask.extend(counts.iter().enumerate().map(value));
+    }
     let data = TensorData::new(mask, [asking.len(), earlier + rows]);
     Some(Tensor::from_data(data, (&like.device(), DType::F32)))
+}
+
+/// SparseVLM's raters among the standing rows (arXiv 2410.04417): of the text rows behind the last
+/// visual one, those that get more than an equal share when every visual row spreads a softmax over
+/// them by dot product, all as embedded; all of them if none does.
+fn raters<B: Backend>(standing: &dyn Standing<B>) -> Result<Vec<usize>, ReducerError> {
+    let Embedded { embeddings, visual } = standing.prompt();
+    let first = visual.last().map_or(0, |last| last + 1);
+    let text = embeddings.dims()[1] - first;
+    let of_visual: Vec<i64> = visual.iter().map(|&row| row as i64).collect();
+    let of_visual = Tensor::from_data(of_visual.as_slice(), &embeddings.device());
+    let of_visual = embeddings.clone().select(1, of_visual).transpose();
+    let products = of_visual.matmul(embeddings.narrow(1, first, text));
+    let shares = read_back(softmax(products.cast(FloatDType::F32), 1).mean_dim(0))?;
+    let above = |row: &usize| {
+        shares
+            .get(row - first)
+            .is_some_and(|&s| s > 1.0 / text as f32)
+    };
+    let rows = standing.rows_in_prompt();
+    let all: Vec<usize> = (0..rows.len()).filter(|&at| rows[at] >= first).collect();
+    let raters: Vec<usize> = all.iter().copied().filter(|&at| above(&rows[at])).collect();
+    Ok(if raters.is_empty() { all } else { raters })
 }
 
 /// Attention probabilities of one query row over all rows of one sample, averaged over the query

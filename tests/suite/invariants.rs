@@ -4,6 +4,7 @@ use proptest::prelude::*;
 use reducers::{Action, Cost, Layout, ReducerError, Schedule, Score, Stage, top_k};
 use reroute::{DecoderConfig, DecoderLayer, Prefill, RerouteError, RopeConfig};
 
+use crate::reference::Reference;
 use crate::support::{
     Backend, Case, Sample, VOCAB, any_action, case, cases, columns, decode, decoder, gap, pack,
     prefill_one, selections, unusual, values, zeroed,
@@ -108,6 +109,33 @@ proptest! {
             assert_eq!(same, columns(&active.values));
         }
         assert_identical(&case, stagewise, per_layer);
+    }
+
+    /// What a row that waited has drifted, against the slow reference's rows of both runs.
+    #[test]
+    fn drift_is_the_distance_from_what_a_row_would_have_become(case in case(Just(Action::Reroute))) {
+        let (decoder, mut sample) = (case.decoder::<Backend>(), case.sample());
+        sample.deepstack.clear();
+        let reference = Reference::of(&decoder);
+        let routed = reference.prefill(&sample, &case.schedule);
+        prop_assume!(routed.decisions.iter().all(|decision| decision.margin > 1e-6));
+        let dense = reference.prefill(&sample, &Schedule::dense());
+        let drifts = decoder.drift(&pack(&[sample.clone()]), &case.schedule).unwrap();
+        assert_eq!(drifts.len() + 1, routed.decisions.len());
+        for (drift, before) in drifts.iter().zip(&routed.decisions) {
+            let visual = sample.layout.visual.len();
+            let waited = (0..visual).filter(|token| !before.selected.contains(token));
+            assert!(drift.tokens.iter().copied().eq(waited));
+            for (&token, &distance) in drift.tokens.iter().zip(&drift.distances) {
+                let row = sample.layout.visual[token];
+                let [routed, dense] =
+                    [&routed, &dense].map(|run| &run.hidden_states[drift.layer - 1][row]);
+                let length = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
+                let difference = length(&mut routed.iter().zip(dense).map(|(a, b)| a - b));
+                let expected = difference / length(&mut dense.iter().copied());
+                assert!((f64::from(distance) - expected).abs() < 1e-4 * expected.max(1.0));
+            }
+        }
     }
 
     /// Every layer works on every text row.

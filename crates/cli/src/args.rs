@@ -25,6 +25,8 @@ pub enum Command {
     Ground(GroundArgs),
     /// Draw which visual tokens each stage works on, and count what it costs.
     Explain(ExplainArgs),
+    /// Ask one question under several routings and show answers, costs and selections side by side.
+    Compare(CompareArgs),
     /// Run prepared tensors and write logits, scores and selections, for comparisons.
     Trace(TraceArgs),
     /// List every routing preset with its counts and costs for a model.
@@ -202,6 +204,40 @@ pub struct ExplainArgs {
         default_value = "reroute-pdrop@192"
     )]
     pub routing: String,
+    /// Generation.
+    #[command(flatten)]
+    pub generation: GenerationArgs,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `reroute compare`
+#[derive(Debug, clap::Args)]
+pub struct CompareArgs {
+    /// Model.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// What to look at.
+    #[command(flatten)]
+    pub visual: VisualArgs,
+    /// The question.
+    #[arg(long, value_name = "TEXT")]
+    pub prompt: Option<String>,
+    /// Presets (`reroute presets` lists them) or JSON files, one flag each or several behind one.
+    #[arg(
+        long,
+        value_name = "PRESET|FILE.json",
+        num_args = 1..,
+        default_values = ["dense", "fastv@192", "reroute-fastv@192", "nuwa@192", "reroute-nuwa@192"]
+    )]
+    pub routing: Vec<String>,
+    /// Times each routing is asked; times are medians.
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    pub rounds: usize,
+    /// Where the picture goes: a row per routing, a column per stage.
+    #[arg(long, value_name = "OUT.png", default_value = "reroute-compare.png")]
+    pub out: PathBuf,
     /// Generation.
     #[command(flatten)]
     pub generation: GenerationArgs,

@@ -2,7 +2,7 @@
 
 use anyhow::Context;
 use image::{ExtendedColorType, ImageEncoder, codecs::png::PngEncoder};
-use vision_encoder::RgbImage;
+use vision_encoder::{Canvas, RgbImage, Window, resize_bicubic};
 use zoo::{Answer, View};
 
 /// Colour of a found box.
@@ -98,6 +98,88 @@ pub(crate) fn tokens(
         }
     }
     Ok(picture)
+}
+
+/// Width of a picture on a contact sheet, and the space around it.
+const SHEET_WIDTH: usize = 336;
+const SHEET_GAP: usize = 12;
+
+/// Digits as 3 × 5 pixels, row by row.
+const DIGITS: [u16; 10] = [
+    0b111_101_101_101_111,
+    0b010_110_010_010_111,
+    0b111_001_111_100_111,
+    0b111_001_111_001_111,
+    0b101_101_111_001_001,
+    0b111_100_111_001_111,
+    0b111_100_111_101_111,
+    0b111_001_001_001_001,
+    0b111_101_111_101_111,
+    0b111_101_111_001_111,
+];
+
+/// Rows of pictures, scaled to one width and numbered from 1.
+pub(crate) fn contact_sheet(rows: &[Vec<RgbImage>]) -> anyhow::Result<RgbImage> {
+    let mut scaled = Vec::new();
+    for row in rows {
+        let row = row.iter().map(|picture| to_width(picture, SHEET_WIDTH));
+        scaled.push(row.collect::<anyhow::Result<Vec<RgbImage>>>()?);
+    }
+    let label = 5 * SHEET_GAP;
+    let columns = scaled.iter().map(Vec::len).max().unwrap_or(0);
+    let heights = scaled.iter().map(|row| {
+        let heights = row.iter().map(RgbImage::height);
+        heights.max().unwrap_or(0) + SHEET_GAP
+    });
+    let heights: Vec<usize> = heights.collect();
+    let width = label + columns * (SHEET_WIDTH + SHEET_GAP);
+    let height = SHEET_GAP + heights.iter().sum::<usize>();
+    let mut sheet = RgbImage::new(width, height, vec![255; width * height * 3])?;
+    let mut top = SHEET_GAP;
+    for (index, (row, height)) in scaled.iter().zip(heights).enumerate() {
+        number(&mut sheet, index + 1, [SHEET_GAP, top]);
+        for (column, picture) in row.iter().enumerate() {
+            let left = label + column * (SHEET_WIDTH + SHEET_GAP);
+            paste(&mut sheet, picture, [left, top]);
+        }
+        top += height;
+    }
+    Ok(sheet)
+}
+
+fn to_width(picture: &RgbImage, width: usize) -> anyhow::Result<RgbImage> {
+    let height = (picture.height() * width).div_ceil(picture.width()).max(1);
+    let (x, y) = (0..width, 0..height);
+    Ok(resize_bicubic(
+        &Canvas::of(picture),
+        width,
+        height,
+        &Window { x, y },
+    )?)
+}
+
+fn paste(sheet: &mut RgbImage, picture: &RgbImage, [left, top]: [usize; 2]) {
+    let (wide, width) = (sheet.width(), picture.width());
+    for (y, row) in picture.data().chunks_exact(width * 3).enumerate() {
+        let start = ((top + y) * wide + left) * 3;
+        sheet.data_mut()[start..start + row.len()].copy_from_slice(row);
+    }
+}
+
+/// Writes a number, each pixel of a digit as a square.
+fn number(sheet: &mut RgbImage, number: usize, [left, top]: [usize; 2]) {
+    const SQUARE: usize = 5;
+    for (place, digit) in number.to_string().bytes().enumerate() {
+        let glyph = DIGITS[usize::from(digit - b'0')];
+        for bit in 0..15 {
+            if glyph >> (14 - bit) & 1 == 1 {
+                let x = left + (place * 4 + bit % 3) * SQUARE;
+                let y = top + bit / 3 * SQUARE;
+                let square = [x, y, x + SQUARE, y + SQUARE];
+                fill(sheet, square.map(|at| at as f64), |_| [0; 3]);
+            }
+        }
+    }
 }
 
 /// Grey at a quarter of the brightness.

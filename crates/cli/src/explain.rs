@@ -25,15 +25,23 @@ pub fn run(args: &ExplainArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     output::print_notices(&answer);
     let pictures = pictures(args, &vlm, &plan, &question, &answer)?;
     let layers = layers(&vlm, &plan, &answer);
+    let drifts = vlm.drift(&question, &plan)?;
     if args.json {
         let mut report = output::answer_json(&vlm, &plan, &answer);
         report["pictures"] = json!(pictures);
+        report["drift"] = json!(drifts.iter().map(output::drift_json).collect::<Vec<_>>());
         report["layers"] = json!(layers.iter().map(Layer::json).collect::<Vec<_>>());
         return output::print_json(out, &report);
     }
     writeln!(out, "{}\n  → {}\n", question.text, answer.text)?;
     print_stages(out, &plan, &answer)?;
     print_layers(out, &layers)?;
+    if !drifts.is_empty() {
+        writeln!(out, "\n{}", output::DRIFT)?;
+        drifts
+            .iter()
+            .try_for_each(|drift| writeln!(out, "  {}", output::drift_line(drift)))?;
+    }
     writeln!(out, "\n{}", output::summary(&vlm, &plan, &answer))?;
     if !pictures.is_empty() {
         writeln!(

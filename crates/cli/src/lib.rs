@@ -5,6 +5,7 @@ pub mod args;
 pub mod ask;
 pub mod backend;
 pub mod chat;
+pub mod compare;
 mod draw;
 pub mod embedded;
 pub mod explain;
@@ -25,6 +26,7 @@ pub fn run(command: &Command, out: &mut dyn Write) -> anyhow::Result<()> {
         Command::Chat(args) => chat::run(args, out),
         Command::Ground(args) => ground::run(args, out),
         Command::Explain(args) => explain::run(args, out),
+        Command::Compare(args) => compare::run(args, out),
         Command::Trace(args) => trace::run(args, out),
         Command::Presets(args) => presets::run(args, out),
     }

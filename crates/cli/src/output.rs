@@ -5,6 +5,7 @@ use std::path::Path;
 
 use anyhow::Context;
 use reducers::{Cost, Plan, Schedule};
+use reroute::Drift;
 use serde_json::{Value, json};
 use zoo::{Answer, View, Vlm};
 
@@ -66,6 +67,34 @@ pub(crate) fn summary(vlm: &Vlm<Backend>, plan: &Plan, answer: &Answer) -> Strin
         answer.tokens.len(),
         backend::NAME,
     )
+}
+
+/// What the lines of [`drift_line`] are about.
+pub(crate) const DRIFT: &str = "drift of tokens that waited until a decision, as a share of what \
+                                they would have become (in brackets: of those that did not wait)";
+
+/// One line about a drift.
+pub(crate) fn drift_line(drift: &Drift) -> String {
+    format!(
+        "layer {:>2}: {:>4} waited, mean {:.2}, largest {:.2} ({:.2})",
+        drift.layer,
+        drift.tokens.len(),
+        drift.mean(),
+        drift.largest(),
+        drift.active_mean
+    )
+}
+
+/// A drift as JSON.
+pub(crate) fn drift_json(drift: &Drift) -> Value {
+    json!({
+        "layer": drift.layer,
+        "waited": drift.tokens,
+        "distances": drift.distances,
+        "mean": drift.mean(),
+        "largest": drift.largest(),
+        "active_mean": drift.active_mean,
+    })
 }
 
 /// One line about what a turn of a conversation did, and what it would have cost to read everything

@@ -3,7 +3,7 @@ use burn::tensor::{DType, Tensor};
 use checkpoint::{CONFIG_MAX_BYTES, Folder, LoadProgress, TOKENIZER_MAX_BYTES};
 use qwen_vl::QwenSample;
 use reducers::encoder::Tap;
-use reroute::{DecoderConfig, GenerationOptions, Prompt};
+use reroute::{DecoderConfig, Drift, GenerationOptions, Prompt};
 use serde::Deserialize;
 use vision_encoder::RgbImage;
 
@@ -298,14 +298,11 @@ impl<B: Backend> Vlm<B> {
     ) -> Result<Grounding, ZooError> {
         let question = Question::about(vec![image.clone()], self.grounding.question(expression));
         let answer = self.ask(&question, routing, options, |_| {})?;
-        let (Some(answered), Some(view)) = (parse_box(&answer.text), answer.views.first()) else {
+        let Some(pixels) = self.answered_box(image, &answer) else {
             return Err(ZooError::NoBox {
                 answer: answer.text,
             });
         };
-        let pixels = self
-            .preprocessor
-            .box_to_pixels(image, view, self.grounding.units, answered);
         let (width, height) = (image.width() as f64, image.height() as f64);
         let [x1, y1, x2, y2] = pixels;
         Ok(Grounding {
@@ -313,6 +310,36 @@ impl<B: Backend> Vlm<B> {
             normalized: [x1 / width, y1 / height, x2 / width, y2 / height],
             answer,
         })
+    }
+}
+
+impl<B: Backend> Vlm<B> {
+    /// The box that an answer about an image names, `x1, y1, x2, y2` in pixels of the image as given;
+    /// `None` if it names none.
+    pub fn answered_box(&self, image: &RgbImage, answer: &Answer) -> Option<BoundingBox> {
+        let (answered, view) = (parse_box(&answer.text)?, answer.views.first()?);
+        let units = self.grounding.units;
+        Some(
+            self.preprocessor
+                .box_to_pixels(image, view, units, answered),
+        )
+    }
+
+    /// How far visual tokens that wait drift from what they would have become, see
+    /// [`Decoder::drift`](reroute::Decoder::drift). Runs the question twice.
+    pub fn drift<'a>(
+        &self,
+        question: &Question,
+        routing: impl Into<Routing<'a, B>>,
+    ) -> Result<Vec<Drift>, ZooError> {
+        let routing = routing.into();
+        let (views, pixels): (Vec<View>, Vec<_>) =
+            self.prepare(&question.visuals)?.into_iter().unzip();
+        let ids = self.encode_messages(&[question.message(&views)], &views)?;
+        let texts = vec![question.text.as_str(); views.len()];
+        let tokens = self.see(&views, pixels, &texts, routing.encoder.as_ref())?;
+        let (prompt, _) = self.prompt(&[ids], &[views], &tokens)?;
+        Ok(self.model.decoder().drift(&prompt, routing.schedule)?)
     }
 }
 

@@ -27,6 +27,9 @@ pub struct Nuwa {
     /// Squared distance beyond which tokens do not collect, as a share of the largest of the grid. As
     /// released if absent.
     pub near: Option<f64>,
+    /// Quantile of the benchmark tokens' salience from which they are pillars. As released if absent:
+    /// 0.55 behind CLIP, 0.10 behind Qwen.
+    pub quantile: Option<f64>,
     /// Qwen: takes hidden states in the order of the tower's windows for hidden states in the order
     /// of the grid, as the release does by mistake.
     pub similarity_in_window_order: bool,
@@ -47,8 +50,7 @@ pub enum Salience {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Pillars {
-    /// Salience at or above a quantile of the benchmark tokens': 0.55 behind CLIP, 0.10 behind
-    /// Qwen. The code.
+    /// Salience at or above a quantile of the benchmark tokens' ([`Nuwa::quantile`]): the code.
     #[default]
     Salience,
     /// A key among the longest quarter. The paper.
@@ -154,7 +156,10 @@ impl<B: Backend> EncoderReducer<B> for Nuwa {
         let benchmark = grid.benchmark(&salience, keep, self.candidates, rule.candidates)?;
         let pillars = match (self.pillars, &key_norms) {
             (Pillars::KeyNorm, Some(norms)) => at_least(norms, &grid, &benchmark, 0.75),
-            _ => at_least(&salience, &grid, &benchmark, rule.quantile),
+            _ => {
+                let quantile = self.quantile.unwrap_or(rule.quantile).clamp(0.0, 1.0);
+                at_least(&salience, &grid, &benchmark, quantile)
+            }
         };
         // A place beyond the picture may win its region; only then is it left out.
         let inside: Vec<(usize, bool)> = benchmark

@@ -52,12 +52,9 @@ fn run() -> anyhow::Result<()> {
         true => Model::toy()?,
         false => Model::open(&options.model)?,
     };
-    if options.wants(Section::Peer) {
+    if options.names(Section::Peer) {
         let setup = Setup::new(&model, DISTINCT_LAYERS, &device)?;
-        match options.smoke {
-            true => peer::serve(&setup, &b"\n"[..], io::stdout())?,
-            false => return peer::serve(&setup, io::stdin().lock(), io::stdout()),
-        }
+        return peer::serve(&setup, io::stdin().lock(), io::stdout());
     }
     let report = measure(&model, &device, &options)?;
     if let Some(path) = &options.out {
@@ -104,6 +101,9 @@ fn measure(model: &Model, device: &Device, options: &Options) -> anyhow::Result<
         }
         if options.wants(Section::Ops) {
             ops::run(&setup)?;
+        }
+        if options.wants(Section::Peer) {
+            peer::serve(&setup, &b"\n"[..], io::stdout())?;
         }
     }
     Ok(report)

@@ -90,8 +90,13 @@ impl Options {
     pub fn wants(&self, section: Section) -> bool {
         match self.sections.is_empty() {
             true => self.smoke || !matches!(section, Section::Ops | Section::Peer),
-            false => self.sections.contains(&section),
+            false => self.names(section),
         }
+    }
+
+    /// Whether this is what the command line asks for by name.
+    pub fn names(&self, section: Section) -> bool {
+        self.sections.contains(&section)
     }
 
     /// Rounds that medians are taken of.

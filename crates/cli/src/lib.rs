@@ -5,6 +5,7 @@ pub mod args;
 pub mod ask;
 pub mod backend;
 pub mod chat;
+pub mod doctor;
 mod draw;
 pub mod embedded;
 pub mod explain;
@@ -27,5 +28,6 @@ pub fn run(command: &Command, out: &mut dyn Write) -> anyhow::Result<()> {
         Command::Explain(args) => explain::run(args, out),
         Command::Trace(args) => trace::run(args, out),
         Command::Presets(args) => presets::run(args, out),
+        Command::Doctor(args) => doctor::run(args, out),
     }
 }

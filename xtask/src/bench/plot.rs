@@ -144,6 +144,7 @@ impl Row {
         let mut chart = ChartBuilder::on(area)
             .caption(format!("Prefill speed-up: {}", self.title), CAPTION)
             .margin(12)
+            .margin_right(24)
             .x_label_area_size(44)
             .y_label_area_size(56)
             .build_cartesian_2d(0.0..widest * 1.1, 0.0..highest * 1.1)?;
@@ -152,6 +153,7 @@ impl Row {
             .light_line_style(WHITE)
             .x_desc("visual tokens a layer works on, on average")
             .y_desc("times faster than dense")
+            .x_label_formatter(&|tokens| format!("{tokens:.0}"))
             .label_style(FONT)
             .draw()?;
         for (method, colour) in self.methods.iter().zip(COLOURS.iter().cycle()) {
@@ -222,6 +224,7 @@ impl Row {
         let mut chart = ChartBuilder::on(area)
             .caption(format!("Prefill time: {}", self.title), CAPTION)
             .margin(12)
+            .margin_right(24)
             .x_label_area_size(44)
             .y_label_area_size(56)
             .build_cartesian_2d(

@@ -114,32 +114,13 @@ pub fn run(setup: &Setup, model: &Model, peak: &Peak, options: &Options) -> anyh
     for &budget in &options.budgets {
         for method in METHODS {
             let schedule = setup.schedule(method, budget)?;
-            candidates.push(Candidate {
-                method,
-                budget,
-                cost: cost(&schedule),
-                schedule,
-                prefill: Vec::new(),
-                speedup: Vec::new(),
-                selection: Vec::new(),
-                reference: Vec::new(),
-                kv_bytes: 0,
-                peak_bytes: None,
-            });
+            let cost = cost(&schedule);
+            candidates.push(Candidate::new(method, budget, schedule, cost));
         }
     }
-    let mut dense = Candidate {
-        method: "dense",
-        budget: setup.visual,
-        cost: cost(&Schedule::dense()),
-        schedule: Schedule::dense(),
-        prefill: Vec::new(),
-        speedup: Vec::new(),
-        selection: Vec::new(),
-        reference: Vec::new(),
-        kv_bytes: 0,
-        peak_bytes: None,
-    };
+    let plain = Schedule::dense();
+    let dense_cost = cost(&plain);
+    let mut dense = Candidate::new("dense", setup.visual, plain, dense_cost);
     let first_routed_seconds = seconds(|| {
         for candidate in &mut candidates {
             candidate.first_run(setup)?;
@@ -256,6 +237,22 @@ fn plain_entry(setup: &Setup, layer: &DecoderLayer<Backend>, rows: usize) -> any
 }
 
 impl Candidate {
+    /// Nothing measured yet.
+    fn new(method: &'static str, budget: usize, schedule: Schedule, cost: Cost) -> Self {
+        Self {
+            method,
+            budget,
+            schedule,
+            cost,
+            prefill: Vec::new(),
+            speedup: Vec::new(),
+            selection: Vec::new(),
+            reference: Vec::new(),
+            kv_bytes: 0,
+            peak_bytes: None,
+        }
+    }
+
     /// A run that does not count. The reference design must come to the same selections.
     fn first_run(&mut self, setup: &Setup) -> anyhow::Result<()> {
         let decisions = setup.prefill(&self.schedule)?.trace.decisions;

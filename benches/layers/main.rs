@@ -1,29 +1,33 @@
-//! LLaVA-1.5-7B or Qwen2.5-VL-7B layer shapes with random weights: vision, prefill, selection and
-//! decoding, then a table of measured speed-ups beside their FLOP ceilings.
+//! Measures one backend at the layer shapes of LLaVA-1.5-7B, Qwen2.5-VL-7B or any `config.json`, with
+//! random weights. `cargo xtask bench` runs it for several backends, keeps and draws the results.
 //!
-//! - `cargo bench -p benches`: everything; about 10 minutes on two cores.
-//! - `cargo bench -p benches -- decode`: the criterion benchmarks whose names match.
-//! - `cargo bench -p benches -- table`: the table alone.
-//! - `cargo bench -p benches -- tower`: Qwen2.5-VL-7B's vision tower against the number of patches.
-//! - `cargo bench -p benches -- ops`: the time of every operation at several row counts.
-//! - `cargo bench -p benches -- --test`, `cargo test -p benches --benches`: everything once, at
-//!   toy shapes, in a second or so.
-//!
-//! Environment: see [`options::Options`].
+//! - `cargo bench -p benches`: prefill, decode, vision, sizes; about half an hour on two cores.
+//! - `cargo bench -p benches -- decode --rounds 3`: some of it; `--help` lists the rest.
+//! - `cargo test -p benches`: everything once, at toy shapes, in seconds.
 
+mod decode;
+mod model;
 mod ops;
 mod options;
-mod report;
+mod peak;
+mod peer;
+mod prefill;
+mod reference;
 mod setup;
-mod single;
-mod table;
+mod sizes;
 mod timing;
-mod tower;
+mod vision;
 
 use std::process::ExitCode;
+use std::{fs, io};
 
-use options::Options;
+use anyhow::Context;
+use model::{DISTINCT_LAYERS, Model};
+use options::{Options, Section};
+use peak::Peak;
 use peak_alloc::PeakAlloc;
+use reroute_cli::backend::{self, Device};
+use serde_json::{Value, json};
 use setup::Setup;
 
 #[global_allocator]
@@ -40,40 +44,67 @@ fn main() -> ExitCode {
 }
 
 fn run() -> anyhow::Result<()> {
-    let options = Options::from_environment()?;
-    if options.tower {
-        let report = tower::run(&options)?;
-        if let Some(name) = options.save.as_ref().filter(|_| !options.smoke) {
-            let path = report::save(report, "qwen-tower", name)?;
-            println!("kept in {}", path.display());
-        }
-        if !options.smoke {
-            return Ok(());
-        }
+    let Some(options) = Options::from_command_line()? else {
+        return Ok(());
+    };
+    let device = backend::device()?;
+    let model = match options.smoke {
+        true => Model::toy()?,
+        false => Model::open(&options.model)?,
+    };
+    if options.names(Section::Peer) {
+        let setup = Setup::new(&model, DISTINCT_LAYERS, &device)?;
+        return peer::serve(&setup, io::stdin().lock(), io::stdout());
     }
-    let mut criterion = single::criterion();
-    let setup = Setup::new(&options)?;
-    println!("{}", setup.describe());
+    let report = measure(&model, &device, &options)?;
+    if let Some(path) = &options.out {
+        let cannot = || format!("cannot write {}", path.display());
+        fs::write(path, format!("{report:#}\n")).with_context(cannot)?;
+    }
+    Ok(())
+}
+
+/// Measures what the options ask for.
+fn measure(model: &Model, device: &Device, options: &Options) -> anyhow::Result<Value> {
     if options.smoke {
         println!("smoke test at toy shapes: the numbers below mean nothing");
     }
-    if options.criterion {
-        single::run(&mut criterion, &setup)?;
-        criterion.final_summary();
+    let adapter = backend::adapter();
+    println!("Backend {} on {}", backend::NAME, adapter.name);
+    let peak = Peak::measure(device, options)?;
+    let mut report = json!({
+        "backend": backend::NAME,
+        "device": adapter.name,
+        "threads": std::thread::available_parallelism().map_or(1, usize::from),
+        "model": options.model,
+        "peak": peak,
+    });
+    if options.wants(Section::Vision) {
+        report["vision"] = vision::run(model, &peak, device, options)?;
     }
-    if options.ops {
-        ops::run(&setup)?;
-    }
-    if options.table {
-        let report = table::run(&setup, &options)?;
-        match &options.save {
-            Some(_) if options.smoke => println!("not kept: toy shapes"),
-            Some(name) => {
-                let path = report::save(report.to_json(), options.shapes.name(), name)?;
-                println!("kept in {}", path.display());
-            }
-            None => {}
+    let decodes = [
+        Section::Prefill,
+        Section::Decode,
+        Section::Sizes,
+        Section::Ops,
+    ];
+    if decodes.iter().any(|section| options.wants(*section)) {
+        let setup = Setup::new(model, options.layers, device)?;
+        if options.wants(Section::Prefill) {
+            report["prefill"] = json!(prefill::run(&setup, model, &peak, options)?);
+        }
+        if options.wants(Section::Decode) {
+            report["decode"] = json!(decode::run(&setup, model, &peak, options)?);
+        }
+        if options.wants(Section::Sizes) {
+            report["sizes"] = json!(sizes::run(&setup, model, options)?);
+        }
+        if options.wants(Section::Ops) {
+            ops::run(&setup)?;
+        }
+        if options.wants(Section::Peer) {
+            peer::serve(&setup, &b"\n"[..], io::stdout())?;
         }
     }
-    Ok(())
+    Ok(report)
 }

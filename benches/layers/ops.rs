@@ -4,8 +4,9 @@ use anyhow::Context;
 use burn::tensor::{Int, Tensor};
 use layers::{CausalMask, attention, silu};
 
+use crate::model::TEXT;
 use crate::setup::Setup;
-use crate::timing::{median_seconds, wait_for_one};
+use crate::timing::{median, repeated_seconds, wait_for_one};
 
 /// Text tokens of the prompt plus 576, 192, 64 and 11 visual ones.
 const VISUAL: [usize; 4] = [576, 192, 64, 11];
@@ -17,7 +18,7 @@ const REPEATS: usize = 5;
 pub fn run(setup: &Setup) -> anyhow::Result<()> {
     let mut columns = Vec::new();
     for visual in VISUAL {
-        let rows = (setup.text + visual).min(setup.rows());
+        let rows = (TEXT + visual).min(setup.rows());
         columns.push((rows, measure(setup, rows)?));
     }
     let (all, full) = columns.first().context("no row counts")?;
@@ -44,7 +45,7 @@ fn measure(setup: &Setup, rows: usize) -> anyhow::Result<Vec<(&'static str, f64)
     let config = setup.decoder.config();
     let layer = setup.decoder.layers().first().context("no layers")?;
     let selfattn = &layer.self_attn;
-    let device = setup.device();
+    let device = &setup.device();
     let index = Tensor::<_, 1, Int>::arange(0..rows as i64, device);
     let x = setup.prompt.embeddings.clone().select(1, index.clone());
     let positions = setup.prompt.positions.clone().select(1, index.clone());
@@ -60,7 +61,7 @@ fn measure(setup: &Setup, rows: usize) -> anyhow::Result<Vec<(&'static str, f64)
 
     let mut times = Vec::new();
     let mut time = |name, work: &mut dyn FnMut() -> anyhow::Result<()>| {
-        times.push((name, median_seconds(REPEATS, work)?));
+        times.push((name, median(repeated_seconds(REPEATS, work)?)));
         anyhow::Ok(())
     };
     time("RMS norm", &mut || {

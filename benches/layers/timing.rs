@@ -1,10 +1,52 @@
-//! Clocks and medians.
+//! Clocks, medians and peaks of memory.
 
 use std::time::Instant;
 
 use anyhow::anyhow;
 use burn::tensor::Tensor;
-use reroute_cli::backend::Backend;
+use reroute_cli::backend::{self, Backend};
+use serde::Serialize;
+
+use crate::HEAP;
+
+/// What several runs gave.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Spread {
+    /// The middle run; the mean of the two in the middle if their number is even.
+    pub median: f64,
+    /// The least.
+    pub least: f64,
+    /// The most.
+    pub most: f64,
+    /// How many there were.
+    pub runs: usize,
+}
+
+impl Spread {
+    /// Of at least one value.
+    pub fn of(values: &[f64]) -> Self {
+        Self {
+            median: median(values.to_vec()),
+            least: values.iter().copied().fold(f64::INFINITY, f64::min),
+            most: values.iter().copied().fold(f64::NEG_INFINITY, f64::max),
+            runs: values.len(),
+        }
+    }
+
+    /// Seconds as milliseconds.
+    pub fn milliseconds(seconds: &[f64]) -> Self {
+        let milliseconds: Vec<f64> = seconds.iter().map(|seconds| seconds * 1e3).collect();
+        Self::of(&milliseconds)
+    }
+
+    /// `12.3 (11.9–14.0)`, with so many digits after the point.
+    pub fn show(&self, digits: usize) -> String {
+        format!(
+            "{:.digits$} ({:.digits$}–{:.digits$})",
+            self.median, self.least, self.most
+        )
+    }
+}
 
 /// Seconds that `work` takes, up to and including its wait for the device.
 pub fn seconds(work: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<f64> {
@@ -13,14 +55,25 @@ pub fn seconds(work: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<f64>
     Ok(started.elapsed().as_secs_f64())
 }
 
-/// Median seconds of `repeats` runs after one that does not count.
-pub fn median_seconds(
+/// The seconds of `repeats` runs after one that does not count.
+pub fn repeated_seconds(
     repeats: usize,
     mut work: impl FnMut() -> anyhow::Result<()>,
-) -> anyhow::Result<f64> {
+) -> anyhow::Result<Vec<f64>> {
     work()?;
-    let times: anyhow::Result<Vec<f64>> = (0..repeats).map(|_| seconds(&mut work)).collect();
-    Ok(median(times?))
+    (0..repeats).map(|_| seconds(&mut work)).collect()
+}
+
+/// Seconds, and the bytes by which the heap grew at its peak: what a run needs beyond its input and
+/// the weights. Nothing is known about the memory of a device of its own.
+pub fn seconds_and_peak(
+    work: impl FnOnce() -> anyhow::Result<()>,
+) -> anyhow::Result<(f64, Option<usize>)> {
+    HEAP.reset_peak_usage();
+    let before = HEAP.current_usage();
+    let seconds = seconds(work)?;
+    let grown = HEAP.peak_usage().saturating_sub(before);
+    Ok((seconds, backend::ON_HOST.then_some(grown)))
 }
 
 /// Waits for a small tensor by reading it, and checks that it holds numbers: a benchmark of NaN
@@ -29,7 +82,7 @@ pub fn wait<const D: usize>(tensor: Tensor<Backend, D>) -> anyhow::Result<()> {
     let data = tensor
         .try_into_data()
         .map_err(|error| anyhow!("the device cannot compute: {error:?}"))?;
-    match data.iter::<f32>().all(f32::is_finite) {
+    match data.convert::<f32>().iter::<f32>().all(f32::is_finite) {
         true => Ok(()),
         false => Err(anyhow!("a result is not finite")),
     }
@@ -49,4 +102,11 @@ pub fn median(mut values: Vec<f64>) -> f64 {
         (Some(low), Some(high)) => low.midpoint(*high),
         _ => f64::NAN,
     }
+}
+
+/// Mebibytes, or a dash.
+pub fn mebibytes(bytes: Option<usize>) -> String {
+    bytes.map_or("–".into(), |bytes| {
+        format!("{:.0}", bytes as f64 / f64::from(1 << 20))
+    })
 }

@@ -9,6 +9,7 @@ mod batches;
 mod chat;
 mod command_line;
 mod conversations;
+mod doctor;
 mod golden;
 mod gradients;
 mod invariants;

@@ -22,7 +22,7 @@ enum Command {
     Tidy,
     /// Compare `reroute trace` with a folder of reference outputs.
     Parity(parity::Args),
-    /// Run the benchmarks on one backend.
+    /// Measure backends, and other implementations beside them.
     Bench(bench::Args),
 }
 
@@ -30,7 +30,7 @@ fn main() -> anyhow::Result<()> {
     match Args::parse().command {
         Command::Tidy => tidy::run(&root()),
         Command::Parity(args) => parity::run(&args),
-        Command::Bench(args) => bench::run(&args),
+        Command::Bench(args) => bench::run(&args, &root()),
     }
 }
 

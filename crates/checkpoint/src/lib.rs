@@ -28,7 +28,7 @@ pub use error::CheckpointError;
 pub use folder::{
     CONFIG_MAX_BYTES, Folder, INDEX_MAX_BYTES, TEMPLATE_MAX_BYTES, TOKENIZER_MAX_BYTES,
 };
-pub use load::{LoadOptions, LoadProgress, load_into};
+pub use load::{LoadOptions, LoadProgress, check_fit, load_into};
 pub use mismatch::{Disagreement, Duplicate, IndexMismatch, Misshapen, ModuleMismatch, Unreadable};
 pub use names::{NameTable, Rule};
 pub use safetensors::Dtype;

@@ -57,14 +57,7 @@ pub fn load_into<B: Backend, M: Module<B>>(
     options: &LoadOptions,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<M, CheckpointError> {
-    let mut inventory = Inventory {
-        linear: options.linear,
-        path: Path::default(),
-        expected: BTreeMap::new(),
-    };
-    module.visit(&mut inventory);
-    let plan = plan(&inventory.expected, shards, table, &options.unused)
-        .map_err(|mismatch| CheckpointError::Module(Box::new(mismatch)))?;
+    let plan = assign(&module, shards, table, options)?;
     let mut loader = Loader {
         shards,
         dtype: options.dtype,
@@ -80,6 +73,33 @@ pub fn load_into<B: Backend, M: Module<B>>(
         None => Ok(module),
         Some(error) => Err(error),
     }
+}
+
+/// Compares a module and a checkpoint as [`load_into`] does first, and reads no weight.
+pub fn check_fit<B: Backend, M: Module<B>>(
+    module: &M,
+    shards: &Shards,
+    table: &NameTable,
+    options: &LoadOptions,
+) -> Result<(), CheckpointError> {
+    assign(module, shards, table, options).map(drop)
+}
+
+/// Finds the tensor of every parameter.
+fn assign<B: Backend, M: Module<B>>(
+    module: &M,
+    shards: &Shards,
+    table: &NameTable,
+    options: &LoadOptions,
+) -> Result<BTreeMap<String, Assignment>, CheckpointError> {
+    let mut inventory = Inventory {
+        linear: options.linear,
+        path: Path::default(),
+        expected: BTreeMap::new(),
+    };
+    module.visit(&mut inventory);
+    plan(&inventory.expected, shards, table, &options.unused)
+        .map_err(|mismatch| CheckpointError::Module(Box::new(mismatch)))
 }
 
 /// Lists the parameters of a module without touching them.

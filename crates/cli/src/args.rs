@@ -31,6 +31,8 @@ pub enum Command {
     Trace(TraceArgs),
     /// List every routing preset with its counts and costs for a model.
     Presets(PresetsArgs),
+    /// Say what keeps a checkpoint from running here, and how much memory it needs.
+    Doctor(DoctorArgs),
 }
 
 /// Which model, and how it is loaded.
@@ -304,4 +306,31 @@ pub struct PresetsArgs {
     /// Print one JSON object.
     #[arg(long)]
     pub json: bool,
+}
+
+/// `reroute doctor`
+#[derive(Debug, clap::Args)]
+pub struct DoctorArgs {
+    /// Model.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Picture to reckon with, in pixels.
+    #[arg(long, value_name = "WxH", default_value = "1024x768", value_parser = image_size)]
+    pub image_size: [usize; 2],
+    /// Text tokens to reckon with: those of the prompt and of the answer.
+    #[arg(long, value_name = "N", default_value_t = 320)]
+    pub text_tokens: u32,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `1024x768`
+fn image_size(text: &str) -> Result<[usize; 2], String> {
+    let side = |text: &str| text.parse::<u16>().ok().filter(|&side| side > 0);
+    let sides = text.split_once(['x', '×']);
+    match sides.and_then(|(width, height)| Some([side(width)?, side(height)?])) {
+        Some(sides) => Ok(sides.map(usize::from)),
+        None => Err("give width and height in pixels, 1 to 65535 each, such as 1024x768".into()),
+    }
 }

@@ -6,6 +6,7 @@ pub mod ask;
 pub mod backend;
 pub mod chat;
 pub mod compare;
+pub mod doctor;
 mod draw;
 pub mod embedded;
 pub mod explain;
@@ -29,5 +30,6 @@ pub fn run(command: &Command, out: &mut dyn Write) -> anyhow::Result<()> {
         Command::Compare(args) => compare::run(args, out),
         Command::Trace(args) => trace::run(args, out),
         Command::Presets(args) => presets::run(args, out),
+        Command::Doctor(args) => doctor::run(args, out),
     }
 }

@@ -18,11 +18,13 @@
 //! ```
 
 mod answer;
+mod checkup;
 mod conversation;
 mod dialect;
 mod error;
 mod family;
 pub mod grounding;
+mod memory;
 pub mod messages;
 mod reduction;
 mod routing;
@@ -34,10 +36,12 @@ mod vlm;
 
 pub use answer::{Answer, Question, Timings};
 pub use checkpoint::Folder;
+pub use checkup::{Checkup, Parameters, Problem};
 pub use conversation::Conversation;
 pub use dialect::Dialect;
 pub use error::ZooError;
 pub use family::{Model, ModelConfig};
+pub use memory::{Memory, Picture};
 pub use reduction::Kept;
 pub use routing::{EncoderStep, Routing};
 pub use template::ChatTemplate;

@@ -62,7 +62,7 @@ pub struct Grounding {
 }
 
 #[derive(Default, Deserialize)]
-struct GenerationConfig {
+pub(crate) struct GenerationConfig {
     #[serde(default)]
     eos_token_id: Option<TokenIds>,
     #[serde(default)]
@@ -344,7 +344,7 @@ impl<B: Backend> Vlm<B> {
 }
 
 /// Reads a JSON file, or takes the default if there is none.
-fn optional<T: Default + serde::de::DeserializeOwned>(
+pub(crate) fn optional<T: Default + serde::de::DeserializeOwned>(
     folder: &Folder,
     name: &str,
 ) -> Result<T, ZooError> {
@@ -355,7 +355,10 @@ fn optional<T: Default + serde::de::DeserializeOwned>(
 }
 
 /// Tokenizer and model must belong together.
-fn check_vocabulary(config: &ModelConfig, tokenizer: &Tokenizer) -> Result<(), ZooError> {
+pub(crate) fn check_vocabulary(
+    config: &ModelConfig,
+    tokenizer: &Tokenizer,
+) -> Result<(), ZooError> {
     let vocab_size = config.decoder().vocab_size;
     let slots = config.slot_tokens().into_iter().max();
     let slots = slots.map_or(0, |last| last as usize + 1);

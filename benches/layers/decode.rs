@@ -1,0 +1,125 @@
+//! One more token: bound by reading the weights once, so measured in bytes per second.
+
+use burn::module::Module;
+use burn::tensor::DType;
+use burn::tensor::backend::Backend as _;
+use reducers::Schedule;
+use reroute::KvCache;
+use reroute_cli::backend::Backend;
+use serde::Serialize;
+
+use crate::model::Model;
+use crate::options::Options;
+use crate::peak::Peak;
+use crate::setup::Setup;
+use crate::timing::{Spread, seconds, wait};
+
+/// The method of the routed cache.
+const METHOD: &str = "reroute-pdrop";
+
+/// Tokens of a round.
+const TOKENS: usize = 4;
+
+/// Times of one decoded token.
+#[derive(Serialize)]
+pub struct Row {
+    dtype: String,
+    cache: String,
+    ms: Spread,
+    /// Bytes of the weights, and of the keys and values attended to.
+    bytes: u64,
+    bytes_per_second: f64,
+    /// Of the measured bandwidth.
+    of_peak: f64,
+}
+
+/// Measures every type that the backend computes in, after a dense and a routed prefill in turn.
+pub fn run(
+    setup: &Setup,
+    model: &Model,
+    peak: &Peak,
+    options: &Options,
+) -> anyhow::Result<Vec<Row>> {
+    let budget = options.budgets[0];
+    let schedules = [
+        ("dense".to_string(), Schedule::dense()),
+        (
+            format!("{METHOD}@{budget}"),
+            setup.schedule(METHOD, budget)?,
+        ),
+    ];
+    println!("\nDecoding one token");
+    println!(
+        "{:<6} {:<18} {:>24} {:>9} {:>9} {:>8}",
+        "type", "cache", "ms", "MiB read", "GB/s", "of peak"
+    );
+    let mut rows = Vec::new();
+    for dtype in [DType::F32, DType::F16] {
+        if !Backend::supports_dtype(&setup.device(), dtype) {
+            println!("{dtype:?}: the backend does not compute in it");
+            continue;
+        }
+        let cast;
+        let setup = match dtype {
+            DType::F32 => setup,
+            _ => {
+                cast = setup.cast(model, dtype);
+                &cast
+            }
+        };
+        let mut caches = Vec::new();
+        for (_, schedule) in &schedules {
+            let mut cache = setup.prefill(schedule)?.cache;
+            next_token(setup, &mut cache)?;
+            caches.push((cache, Vec::new()));
+        }
+        for _ in 0..options.rounds() * TOKENS {
+            for (cache, times) in &mut caches {
+                times.push(next_token(setup, cache)?);
+            }
+        }
+        for ((name, _), (cache, times)) in schedules.iter().zip(caches) {
+            let kv: u64 = cache.bytes(0).iter().sum();
+            let ms = Spread::milliseconds(&times);
+            let bytes = weight_bytes(setup, dtype) + kv;
+            let bytes_per_second = bytes as f64 / ms.median * 1e3;
+            rows.push(Row {
+                dtype: format!("{dtype:?}").to_lowercase(),
+                cache: name.clone(),
+                ms,
+                bytes,
+                bytes_per_second,
+                of_peak: bytes_per_second / peak.bytes_per_second(),
+            });
+        }
+    }
+    rows.iter().for_each(Row::print);
+    Ok(rows)
+}
+
+/// Seconds of one more token.
+pub fn next_token(setup: &Setup, cache: &mut KvCache<Backend>) -> anyhow::Result<f64> {
+    seconds(|| wait(setup.decoder.decode(&[(0, 1)], cache)?))
+}
+
+/// Bytes of what a token is multiplied with: all layers, and the head, which is as large as the
+/// embedding table, of which one row is read.
+fn weight_bytes(setup: &Setup, dtype: DType) -> u64 {
+    let config = setup.decoder.config();
+    let layers: usize = setup.decoder.layers().iter().map(Module::num_params).sum();
+    ((layers + config.vocab_size * config.hidden_size) * dtype.size()) as u64
+}
+
+impl Row {
+    fn print(&self) {
+        println!(
+            "{:<6} {:<18} {:>24} {:>9.0} {:>9.1} {:>6.0} %",
+            self.dtype,
+            self.cache,
+            self.ms.show(1),
+            self.bytes as f64 / f64::from(1 << 20),
+            self.bytes_per_second / 1e9,
+            100.0 * self.of_peak,
+        );
+    }
+}

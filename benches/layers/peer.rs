@@ -1,0 +1,43 @@
+//! The same two layers as the programs of `benches/peers` run, by the same protocol: a line of JSON
+//! that says what this is, then one line of measurements for every line of input. Whoever asks
+//! several of them in turn gets measurements of the same minutes.
+
+use std::io::{BufRead, Write};
+
+use reducers::Schedule;
+use reroute_cli::backend;
+use serde_json::json;
+
+use crate::decode::next_token;
+use crate::setup::Setup;
+use crate::timing::{median, seconds};
+
+/// Tokens of a measurement.
+const TOKENS: usize = 4;
+
+/// Answers every line.
+pub fn serve(setup: &Setup, input: impl BufRead, mut out: impl Write) -> anyhow::Result<()> {
+    let name = format!("reroute, {}", backend::NAME);
+    let hello = json!({
+        "peer": name,
+        "rows": setup.rows(),
+        "layers": setup.decoder.layers().len(),
+        "hidden_size": setup.decoder.config().hidden_size,
+        "first_seconds": setup.first_prefill_seconds,
+    });
+    writeln!(out, "{hello}")?;
+    for line in input.lines() {
+        line?;
+        let mut cache = setup.nothing_cached();
+        let prefill = seconds(|| {
+            cache = setup.prefill(&Schedule::dense())?.cache;
+            Ok(())
+        })?;
+        let tokens: anyhow::Result<Vec<f64>> =
+            (0..TOKENS).map(|_| next_token(setup, &mut cache)).collect();
+        let times = json!({"prefill_ms": prefill * 1e3, "decode_ms": median(tokens?) * 1e3});
+        writeln!(out, "{times}")?;
+        out.flush()?;
+    }
+    Ok(())
+}

@@ -1,0 +1,397 @@
+//! Dense and routed prefills side by side: speed-ups beside the ceilings that floating-point operations
+//! set, what decisions take, and what the reference design takes instead.
+
+use anyhow::{Context, ensure};
+use burn::tensor::{Int, Tensor};
+use reducers::{Cost, Schedule};
+use reroute::{DecoderLayer, Prefill};
+use reroute_cli::backend::Backend;
+use serde::Serialize;
+
+use crate::model::{Model, TEXT};
+use crate::options::Options;
+use crate::peak::Peak;
+use crate::reference;
+use crate::setup::{Setup, settle};
+use crate::timing::{Spread, mebibytes, median, seconds, seconds_and_peak, wait_for_one};
+
+const METHODS: [&str; 4] = ["fastv", "pdrop", "reroute-fastv", "reroute-pdrop"];
+
+/// The method that the reference design is measured beside.
+const REFERENCE_METHOD: &str = "reroute-pdrop";
+
+/// Share of the selected tokens on which the reference design may differ: in a model of random
+/// weights scores are close, and a full matrix rounds differently from one row of it.
+const TIES: f64 = 0.02;
+
+/// Bytes of a cached number: f32.
+const CACHE_BYTES: usize = 4;
+
+/// What was measured of prefills.
+#[derive(Serialize)]
+pub struct Report {
+    visual_tokens: usize,
+    text_tokens: usize,
+    layers: usize,
+    full_depth: usize,
+    rounds: usize,
+    head_rows: usize,
+    weights_seconds: f64,
+    first_prefill_seconds: f64,
+    /// First runs of everything routed: beyond the later ones, compiling and tuning kernels.
+    first_routed_seconds: f64,
+    dense_ms: Spread,
+    dense_flops_per_second: f64,
+    /// Of the measured peak.
+    dense_of_peak: f64,
+    dense_kv_bytes: u64,
+    dense_peak_bytes: Option<usize>,
+    presets: Vec<Row>,
+}
+
+/// What was measured of one method at one budget.
+#[derive(Serialize)]
+struct Row {
+    preset: String,
+    method: &'static str,
+    budget: usize,
+    decision_layers: Vec<usize>,
+    keep_counts: Vec<usize>,
+    average_tokens: f64,
+    routed_ms: Spread,
+    /// The dense prefills around it, divided by its own time, round by round.
+    speedup: Spread,
+    /// Ratio of operations, layers and decisions.
+    ceiling: f64,
+    of_ceiling: f64,
+    /// Scores, selection and gathering, of the routed prefill.
+    selection_share: f64,
+    /// The same and the keys of the rows that are not kept.
+    selection_and_keys_share: f64,
+    /// What the ceiling counts for that.
+    selection_and_keys_flop_share: f64,
+    kv_bytes: u64,
+    peak_bytes: Option<usize>,
+    reference: Option<Reference>,
+}
+
+/// The reference design on the same schedule.
+#[derive(Serialize)]
+struct Reference {
+    ms: Spread,
+    /// Its time divided by ours, round by round.
+    speedup_over_it: Spread,
+}
+
+/// A schedule and what was measured of it, in seconds, round by round.
+struct Candidate {
+    method: &'static str,
+    budget: usize,
+    schedule: Schedule,
+    cost: Cost,
+    prefill: Vec<f64>,
+    speedup: Vec<f64>,
+    selection: Vec<Selection>,
+    reference: Vec<f64>,
+    kv_bytes: u64,
+    peak_bytes: Option<usize>,
+}
+
+/// What the decisions of one prefill take, in seconds, beyond an ordinary entry of their layers.
+#[derive(Clone, Copy, Default)]
+struct Selection {
+    /// Beyond entering with all rows that were scored: scores, selection, gathering.
+    beyond_pool: f64,
+    /// Beyond entering with the rows that were kept: also the keys of those that were not.
+    beyond_kept: f64,
+}
+
+/// Measures everything in rounds, prints the table and returns what it says.
+pub fn run(setup: &Setup, model: &Model, peak: &Peak, options: &Options) -> anyhow::Result<Report> {
+    let shape = setup.decoder.config().shape();
+    let cost = |schedule: &Schedule| Cost::of(&shape, schedule, setup.visual, TEXT, CACHE_BYTES);
+    let mut candidates = Vec::new();
+    for &budget in &options.budgets {
+        for method in METHODS {
+            let schedule = setup.schedule(method, budget)?;
+            let cost = cost(&schedule);
+            candidates.push(Candidate::new(method, budget, schedule, cost));
+        }
+    }
+    let plain = Schedule::dense();
+    let dense_cost = cost(&plain);
+    let mut dense = Candidate::new("dense", setup.visual, plain, dense_cost);
+    let first_routed_seconds = seconds(|| {
+        for candidate in &mut candidates {
+            candidate.first_run(setup)?;
+        }
+        Ok(())
+    })?;
+    for _ in 0..options.rounds() {
+        measure_round(setup, &mut candidates, &mut dense)?;
+    }
+
+    let dense_cost = dense.cost;
+    let dense_ms = Spread::milliseconds(&dense.prefill);
+    let dense_flops_per_second = dense_cost.total_flops() / dense_ms.median * 1e3;
+    let report = Report {
+        visual_tokens: setup.visual,
+        text_tokens: TEXT,
+        layers: shape.num_layers,
+        full_depth: model.full_depth,
+        rounds: options.rounds(),
+        head_rows: setup.decoder.config().vocab_size,
+        weights_seconds: setup.weights_seconds,
+        first_prefill_seconds: setup.first_prefill_seconds,
+        first_routed_seconds,
+        dense_ms,
+        dense_flops_per_second,
+        dense_of_peak: dense_flops_per_second / peak.flops_per_second,
+        dense_kv_bytes: dense.kv_bytes,
+        dense_peak_bytes: dense.peak_bytes,
+        presets: candidates
+            .into_iter()
+            .map(|candidate| candidate.into_row(setup, &dense_cost))
+            .collect(),
+    };
+    report.print();
+    Ok(report)
+}
+
+/// One round: clocks drift on a shared machine, so that a routed prefill is compared with the mean
+/// of the dense prefills right before and right after those of its budget.
+fn measure_round(
+    setup: &Setup,
+    candidates: &mut [Candidate],
+    dense: &mut Candidate,
+) -> anyhow::Result<()> {
+    let mut before = dense.measure(setup)?;
+    for budget in candidates.chunks_mut(METHODS.len()) {
+        let mut times = Vec::new();
+        for candidate in budget.iter_mut() {
+            times.push(candidate.measure(setup)?);
+            if candidate.method == REFERENCE_METHOD {
+                let time = seconds(|| reference::prefill(setup, &candidate.schedule).map(drop))?;
+                candidate.reference.push(time);
+            }
+        }
+        let after = dense.measure(setup)?;
+        for (candidate, time) in budget.iter_mut().zip(times) {
+            candidate.speedup.push(before.midpoint(after) / time);
+        }
+        before = after;
+    }
+    for candidate in candidates {
+        candidate
+            .selection
+            .push(selection(setup, &candidate.schedule)?);
+    }
+    Ok(())
+}
+
+/// Times every decision of a schedule. The layers between them are left out: what a decision takes
+/// depends on how many rows come and go, not on their values.
+fn selection(setup: &Setup, schedule: &Schedule) -> anyhow::Result<Selection> {
+    let mut router = setup.router(schedule);
+    let cache = setup.nothing_cached();
+    let mut hidden_states = setup.prompt.embeddings.clone();
+    let mut total = Selection::default();
+    for stage in schedule.stages() {
+        let layer = setup
+            .decoder
+            .layers()
+            .get(stage.layer)
+            .context("a decision below the model")?;
+        let (mut kept, mut pool) = (None, 0);
+        let decision = seconds(|| {
+            let routed = router.enter(stage.layer, layer, hidden_states.clone(), &cache)?;
+            settle(&routed)?;
+            let candidates = routed.decisions.iter().map(|d| d.candidates.len());
+            pool = TEXT + candidates.sum::<usize>();
+            kept = Some(routed.hidden_states);
+            Ok(())
+        })?;
+        hidden_states = kept.context("the decision returned nothing")?;
+        total.beyond_pool += decision - plain_entry(setup, layer, pool)?;
+        total.beyond_kept += decision - plain_entry(setup, layer, hidden_states.dims()[1])?;
+    }
+    Ok(total)
+}
+
+/// Seconds of input norm and keys of a number of rows.
+fn plain_entry(setup: &Setup, layer: &DecoderLayer<Backend>, rows: usize) -> anyhow::Result<f64> {
+    let rows = Tensor::<Backend, 1, Int>::arange(0..rows as i64, &setup.device());
+    let hidden_states = setup.prompt.embeddings.clone().select(1, rows.clone());
+    let positions = setup.prompt.positions.clone().select(1, rows);
+    let rope = setup
+        .decoder
+        .config()
+        .rope
+        .table(positions, hidden_states.dtype());
+    wait_for_one(hidden_states.clone())?;
+    seconds(|| {
+        let normed = layer.input_layernorm.forward(hidden_states.clone());
+        wait_for_one(layer.self_attn.keys(normed, &rope))?;
+        wait_for_one(hidden_states)
+    })
+}
+
+impl Candidate {
+    /// Nothing measured yet.
+    fn new(method: &'static str, budget: usize, schedule: Schedule, cost: Cost) -> Self {
+        Self {
+            method,
+            budget,
+            schedule,
+            cost,
+            prefill: Vec::new(),
+            speedup: Vec::new(),
+            selection: Vec::new(),
+            reference: Vec::new(),
+            kv_bytes: 0,
+            peak_bytes: None,
+        }
+    }
+
+    /// A run that does not count. The reference design must come to the same selections.
+    fn first_run(&mut self, setup: &Setup) -> anyhow::Result<()> {
+        let decisions = setup.prefill(&self.schedule)?.trace.decisions;
+        if self.method != REFERENCE_METHOD {
+            return Ok(());
+        }
+        let expected = reference::prefill(setup, &self.schedule)?;
+        ensure!(expected.len() == decisions.len(), "decisions are missing");
+        for (expected, decision) in expected.iter().zip(&decisions) {
+            let found = |token: &&usize| decision.selected.binary_search(token).is_ok();
+            let different = expected.len() - expected.iter().filter(found).count();
+            ensure!(
+                different as f64 <= TIES * expected.len() as f64,
+                "layer {}: {different} of {} selected tokens are not those of the reference design",
+                decision.layer,
+                expected.len()
+            );
+        }
+        Ok(())
+    }
+
+    /// Times a prefill and checks that its layers work on, and cache, the rows that the ceiling
+    /// assumes.
+    fn measure(&mut self, setup: &Setup) -> anyhow::Result<f64> {
+        let mut prefill = None;
+        let (time, peak_bytes) = seconds_and_peak(|| {
+            prefill = Some(setup.prefill(&self.schedule)?);
+            Ok(())
+        })?;
+        let Prefill { trace, cache, .. } = prefill.context("the prefill returned nothing")?;
+        let rows: Vec<usize> = trace.rows.iter().flatten().copied().collect();
+        ensure!(
+            rows == self.cost.rows && cache.lengths(0) == self.cost.rows,
+            "{} works on {rows:?} rows, its cost assumes {:?}",
+            self.method,
+            self.cost.rows
+        );
+        self.kv_bytes = cache.bytes(0).iter().sum();
+        self.peak_bytes = peak_bytes;
+        self.prefill.push(time);
+        Ok(time)
+    }
+
+    fn into_row(self, setup: &Setup, dense_cost: &Cost) -> Row {
+        let time = median(self.prefill.clone());
+        let share =
+            |part: fn(&Selection) -> f64| median(self.selection.iter().map(part).collect()) / time;
+        let ratios = self.reference.iter().zip(&self.prefill);
+        let ratios: Vec<f64> = ratios.map(|(reference, ours)| reference / ours).collect();
+        let stages = self.schedule.stages().iter();
+        let speedup = Spread::of(&self.speedup);
+        let ceiling = self.cost.speedup_ceiling(dense_cost);
+        Row {
+            preset: format!("{}@{}", self.method, self.budget),
+            method: self.method,
+            budget: self.budget,
+            decision_layers: stages.map(|stage| stage.layer).collect(),
+            keep_counts: self.schedule.keep_counts(setup.visual),
+            average_tokens: self.cost.average_tokens(),
+            routed_ms: Spread::milliseconds(&self.prefill),
+            speedup,
+            ceiling,
+            of_ceiling: speedup.median / ceiling,
+            selection_share: share(|selection| selection.beyond_pool),
+            selection_and_keys_share: share(|selection| selection.beyond_kept),
+            selection_and_keys_flop_share: self.cost.total_scorer_flops() / self.cost.total_flops(),
+            kv_bytes: self.kv_bytes,
+            peak_bytes: self.peak_bytes,
+            reference: (!ratios.is_empty()).then(|| Reference {
+                ms: Spread::milliseconds(&self.reference),
+                speedup_over_it: Spread::of(&ratios),
+            }),
+        }
+    }
+}
+
+impl Report {
+    fn print(&self) {
+        println!(
+            "\nPrefill of {} visual + {} text tokens, {} layers, f32; medians of {} rounds (fastest–slowest).\n\
+             Weights made in {:.1} s, first dense prefill {:.1} s, first routed ones {:.1} s.\n\
+             Dense: {} ms, {:.0} GFLOP/s, {:.0} % of the peak; KV {:.1} MiB, peak memory {} MiB.\n\
+             Ceiling: ratio of FLOPs of the layers (a head of {} rows is timed, not counted). Selection: of the \
+             routed prefill; `+ keys` with the keys of rows not kept.\n",
+            self.visual_tokens,
+            self.text_tokens,
+            self.layers,
+            self.rounds,
+            self.weights_seconds,
+            self.first_prefill_seconds,
+            self.first_routed_seconds,
+            self.dense_ms.show(0),
+            self.dense_flops_per_second / 1e9,
+            100.0 * self.dense_of_peak,
+            self.dense_kv_bytes as f64 / f64::from(1 << 20),
+            mebibytes(self.dense_peak_bytes),
+            self.head_rows,
+        );
+        println!(
+            "{:<18} {:<11} {:>8} {:>20} {:>18} {:>8} {:>10} {:>9} {:>8} {:>8} {:>8} {:>21}",
+            "preset",
+            "decides at",
+            "average",
+            "routed ms",
+            "speed-up",
+            "ceiling",
+            "of ceiling",
+            "selection",
+            "+ keys",
+            "KV MiB",
+            "peak MiB",
+            "over reference design"
+        );
+        for row in &self.presets {
+            let layers: Vec<String> = row.decision_layers.iter().map(usize::to_string).collect();
+            let reference = row.reference.as_ref();
+            println!(
+                "{:<18} {:<11} {:>8.1} {:>20} {:>18} {:>7.2}x {:>10.2} {:>7.1} % {:>6.1} % {:>8.1} {:>8} {:>21}",
+                row.preset,
+                layers.join(" "),
+                row.average_tokens,
+                row.routed_ms.show(0),
+                row.speedup.show(2),
+                row.ceiling,
+                row.of_ceiling,
+                100.0 * row.selection_share,
+                100.0 * row.selection_and_keys_share,
+                row.kv_bytes as f64 / f64::from(1 << 20),
+                mebibytes(row.peak_bytes),
+                reference.map_or("–".into(), |it| it.speedup_over_it.show(2)),
+            );
+        }
+        if self.layers < self.full_depth {
+            println!(
+                "The full model takes as many decisions in {} layers: there they weigh {:.1} times less \
+                 than here, in the measurements and in the ceiling.",
+                self.full_depth,
+                self.full_depth as f64 / self.layers as f64
+            );
+        }
+    }
+}

@@ -1,0 +1,143 @@
+//! What is wrong with a checkpoint folder, all of it, before a weight is read.
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::tensor::backend::Backend;
+use burn::tensor::{DType, Tensor};
+use checkpoint::{CONFIG_MAX_BYTES, Folder, LoadOptions, Shards, TOKENIZER_MAX_BYTES, check_fit};
+use llava::Llava;
+use qwen_vl::QwenVl;
+
+use crate::grounding::GroundingFormat;
+use crate::vlm::{GenerationConfig, check_vocabulary, optional};
+use crate::{ChatTemplate, Model, ModelConfig, OpenOptions, Preprocessor, Tokenizer, ZooError};
+
+/// What could be read of a folder, and what could not. [`Vlm::open`](crate::Vlm::open) succeeds on a
+/// folder without problems, if its weights can be read and fit into memory.
+#[derive(Debug, Default)]
+pub struct Checkup {
+    /// The resolved configuration.
+    pub config: Option<ModelConfig>,
+    /// Preprocessing of images and videos.
+    pub preprocessor: Option<Preprocessor>,
+    /// Parameters of the model that the configuration describes.
+    pub parameters: Option<Parameters>,
+    /// Everything found, in the order in which files are opened.
+    pub problems: Vec<Problem>,
+}
+
+/// Something that keeps a folder from being opened.
+#[derive(Debug)]
+pub struct Problem {
+    /// The file or files that it is about.
+    pub part: &'static str,
+    /// What is wrong; its message says what to do.
+    pub error: ZooError,
+}
+
+/// Numbers in the parameters of a model.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Parameters {
+    /// In all of them.
+    pub elements: u64,
+    /// In the largest tensor that is kept in one piece.
+    pub largest_elements: u64,
+}
+
+impl Checkup {
+    /// Looks at every file that opening the folder would need, whatever is wrong with the others.
+    pub fn of<B: Backend>(folder: &Folder, options: &OpenOptions, device: &B::Device) -> Self {
+        let mut found = Self::default();
+        found.config = found.note("config.json", ModelConfig::open(folder));
+        found.note("tokenizer.json", tokenizer(folder, found.config.as_ref()));
+        let generation = optional::<GenerationConfig>(folder, "generation_config.json");
+        found.note("generation_config.json", generation);
+        if folder.has("grounding.json") {
+            let format = folder.read_json::<GroundingFormat>("grounding.json", CONFIG_MAX_BYTES);
+            found.note("grounding.json", format.map_err(ZooError::from));
+        }
+        let shards = Shards::open(folder).map_err(ZooError::from);
+        let shards = found.note("weights", shards);
+        if let Some(config) = found.config.clone() {
+            found.preprocessor = found.note(
+                "preprocessor_config.json",
+                Preprocessor::open(folder, &config, options),
+            );
+            found.note(
+                "chat template",
+                ChatTemplate::open(folder, config.dialect()),
+            );
+            let model = unloaded::<B>(&config, device);
+            if let Some(model) = found.note("config.json", model) {
+                found.parameters = Some(parameters(&model));
+                if let Some(shards) = shards {
+                    found.note("weights", check_weights(&model, &config, &shards));
+                }
+            }
+        }
+        found
+    }
+
+    fn note<T>(&mut self, part: &'static str, result: Result<T, ZooError>) -> Option<T> {
+        match result {
+            Ok(value) => Some(value),
+            Err(error) => {
+                self.problems.push(Problem { part, error });
+                None
+            }
+        }
+    }
+}
+
+/// Whether the tokenizer can be read, and belongs to the model as far as that is known.
+fn tokenizer(folder: &Folder, config: Option<&ModelConfig>) -> Result<(), ZooError> {
+    let json = folder.read("tokenizer.json", TOKENIZER_MAX_BYTES)?;
+    let slots = config.map_or_else(Vec::new, ModelConfig::slot_tokens);
+    let tokenizer = Tokenizer::from_json(&json, &slots)?;
+    config.map_or(Ok(()), |config| check_vocabulary(config, &tokenizer))
+}
+
+/// The model without its weights: parameters are not made before they are used.
+fn unloaded<B: Backend>(config: &ModelConfig, device: &B::Device) -> Result<Model<B>, ZooError> {
+    Ok(match config {
+        ModelConfig::Llava(config) => Model::Llava(Box::new(Llava::new(config, device)?)),
+        ModelConfig::Qwen(config) => Model::Qwen(Box::new(QwenVl::new(config, device)?)),
+    })
+}
+
+fn parameters<B: Backend>(model: &Model<B>) -> Parameters {
+    let mut parameters = Parameters::default();
+    match model {
+        Model::Llava(model) => model.visit(&mut parameters),
+        Model::Qwen(model) => model.visit(&mut parameters),
+    }
+    parameters
+}
+
+/// Whether every parameter has its tensor.
+fn check_weights<B: Backend>(
+    model: &Model<B>,
+    config: &ModelConfig,
+    shards: &Shards,
+) -> Result<(), ZooError> {
+    let mut options = LoadOptions::new(DType::F32);
+    let (names, tied_head) = match model {
+        Model::Llava(_) => (&llava::NAMES, llava::TIED_HEAD),
+        Model::Qwen(_) => (&qwen_vl::NAMES, qwen_vl::TIED_HEAD),
+    };
+    if config.decoder().tie_word_embeddings {
+        options.unused.push(tied_head.into());
+    }
+    match model {
+        Model::Llava(model) => check_fit(&**model, shards, names, &options)?,
+        Model::Qwen(model) => check_fit(&**model, shards, names, &options)?,
+    }
+    Ok(())
+}
+
+impl<B: Backend> ModuleVisitor<B> for Parameters {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+        let elements = param.lazy_shape().iter().map(|&size| size as u64).product();
+        self.elements = self.elements.saturating_add(elements);
+        self.largest_elements = self.largest_elements.max(elements);
+    }
+}

@@ -1,0 +1,175 @@
+//! `reroute doctor`: what it predicts is what happens, and what it finds is all there is.
+
+use std::path::Path;
+
+use clap::Parser;
+use reroute_cli::args::Args;
+use reroute_cli::backend;
+use safetensors::tensor::SafeTensors;
+use serde_json::{Value, json};
+
+use crate::program::{Scratch, fixture, refuses, report, scene};
+
+/// What the doctor says as JSON, and whether it found the patient well.
+fn doctor(flags: &[&str]) -> (Value, bool) {
+    let line = [&["reroute", "doctor", "--json"], flags].concat();
+    let args = Args::try_parse_from(line).expect("good flags");
+    let mut out = Vec::new();
+    let result = reroute_cli::run(&args.command, &mut out);
+    let report = serde_json::from_slice(&out).expect("one JSON object");
+    (report, result.is_ok())
+}
+
+/// All problems as text.
+fn problems(report: &Value) -> Vec<String> {
+    let problems = report["problems"].as_array().expect("a list");
+    let text = |problem: &Value| {
+        let remedy = problem["remedy"].as_str().expect("a text");
+        assert!(!remedy.is_empty());
+        problem["problem"].as_str().expect("a text").to_string()
+    };
+    problems.iter().map(text).collect()
+}
+
+fn need<'a>(report: &'a Value, routing: &str) -> &'a Value {
+    let needs = report["needs"].as_array().expect("a list");
+    let found = needs.iter().find(|need| need["routing"] == routing);
+    found.expect("a known routing")
+}
+
+#[test]
+fn a_good_checkpoint_needs_the_memory_that_an_answer_takes() {
+    let asked = report(&["ask", "--routing", "reroute-pdrop@192"]);
+    let text = asked["prompt_rows"].as_u64().unwrap() - asked["visual_tokens"].as_u64().unwrap();
+    let (report, well) = doctor(&["--text-tokens", &text.to_string()]);
+    assert!(well, "{report}");
+    assert_eq!(report["problems"], json!([]));
+    assert_eq!(report["backend"], backend::NAME);
+    assert_eq!(report["dtypes"][0], "f32");
+    assert_eq!(report["visual_tokens"], asked["visual_tokens"]);
+    let dense = need(&report, "dense");
+    assert_eq!(dense["kv_bytes"], asked["dense_kv_bytes"]);
+    assert_eq!(
+        need(&report, "reroute-pdrop@192")["kv_bytes"],
+        asked["kv_bytes"]
+    );
+    let parts = ["weights_bytes", "kv_bytes", "activation_bytes"].map(|part| &dense[part]);
+    let parts = parts.map(|bytes| bytes.as_u64().expect("bytes"));
+    assert!(parts.iter().all(|&bytes| bytes > 0));
+    assert_eq!(dense["total_bytes"], parts.iter().sum::<u64>());
+}
+
+#[test]
+fn parameters_are_those_in_the_file() {
+    let folder = fixture();
+    let bytes = std::fs::read(folder.join("model.safetensors")).expect("the fixture is complete");
+    let tensors = SafeTensors::deserialize(&bytes).expect("a safetensors file");
+    // The tower's features are taken before its last norm.
+    let used = |name: &str| !name.contains("post_layernorm");
+    let sizes = tensors.tensors().into_iter().filter(|(name, _)| used(name));
+    let sizes = sizes.map(|(_, view)| view.shape().iter().product::<usize>());
+    let (report, well) = doctor(&["--model", folder.to_str().expect("UTF-8")]);
+    assert!(well, "{report}");
+    assert_eq!(report["parameters"], sizes.sum::<usize>());
+}
+
+#[test]
+fn a_picture_becomes_as_many_visual_tokens_as_it_will() {
+    let image = scene("063");
+    for family in ["qwen2vl", "qwen25vl", "qwen3vl"] {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures");
+        let folder = folder.join(family).join("ckpt");
+        let folder = folder.to_str().expect("UTF-8");
+        let model = ["--model", folder];
+        let short = ["--prompt", "What?", "--max-new-tokens", "1"];
+        let ask = [&["ask", "--image", &image][..], &model, &short].concat();
+        let (found, _) = doctor(&[&model[..], &["--image-size", "112x112"]].concat());
+        assert_eq!(
+            found["visual_tokens"],
+            report(&ask)["visual_tokens"],
+            "{family}"
+        );
+    }
+}
+
+#[test]
+fn everything_that_is_wrong_is_found_at_once() {
+    let folder = Scratch::checkpoint();
+    folder.write("tokenizer.json", "{");
+    folder.write("preprocessor_config.json", "[]");
+    folder.write("generation_config.json", "nothing");
+    folder.write("chat_template.jinja", "{% if %}");
+    folder.set("config.json", "/text_config/intermediate_size", json!(48));
+    let (report, well) = doctor(&["--model", &folder.path()]);
+    assert!(!well);
+    let problems = problems(&report);
+    let parts = [
+        "tokenizer.json",
+        "generation_config.json",
+        "weights",
+        "preprocessor_config.json",
+        "chat template",
+    ];
+    for part in parts {
+        let about = problems.iter().filter(|problem| problem.starts_with(part));
+        assert_eq!(about.count(), 1, "{part}: {problems:?}");
+    }
+    assert_eq!(problems.len(), parts.len(), "{problems:?}");
+    let weights = problems
+        .iter()
+        .find(|problem| problem.starts_with("weights"));
+    assert!(weights.expect("found above").contains("gate_proj"));
+}
+
+#[test]
+fn without_a_configuration_the_other_files_are_still_examined() {
+    let folder = Scratch::checkpoint();
+    folder.write("config.json", "{}");
+    folder.remove("model.safetensors");
+    let (report, well) = doctor(&["--model", &folder.path()]);
+    assert!(!well);
+    let problems = problems(&report);
+    assert_eq!(problems.len(), 2, "{problems:?}");
+    assert!(problems[0].starts_with("config.json"), "{problems:?}");
+    assert!(problems[1].starts_with("weights"), "{problems:?}");
+    let (report, well) = doctor(&["--model", &folder.at("nowhere")]);
+    assert!(!well);
+    assert_eq!(report["problems"].as_array().map(Vec::len), Some(1));
+}
+
+#[test]
+fn a_model_that_no_machine_holds_is_known_before_it_is_loaded() {
+    let folder = Scratch::checkpoint();
+    folder.set("config.json", "/text_config/num_hidden_layers", json!(1000));
+    folder.set(
+        "config.json",
+        "/text_config/intermediate_size",
+        json!(1 << 23),
+    );
+    let (report, well) = doctor(&["--model", &folder.path()]);
+    assert!(!well);
+    // A graphics card does not say how much memory it has.
+    let known = !report["available_bytes"].is_null() || !report["memory_bytes"].is_null();
+    let problems = problems(&report);
+    let told = problems
+        .iter()
+        .any(|problem| problem.contains("dense answer needs"));
+    assert_eq!(told, known, "{problems:?}");
+    let weights = &need(&report, "dense")["weights_bytes"];
+    assert!(weights.as_u64().expect("bytes") > 1 << 40);
+}
+
+#[test]
+fn more_tokens_than_positions_are_a_problem() {
+    let (report, well) = doctor(&["--text-tokens", "4000000000"]);
+    assert!(!well);
+    let problems = problems(&report);
+    assert!(problems[0].contains("positions"), "{problems:?}");
+}
+
+#[test]
+fn a_size_that_is_none_is_refused() {
+    for size in ["0x100", "100", "100x", "axb", "100000x1"] {
+        refuses(&["doctor", "--image-size", size], &["1024x768"]);
+    }
+}

@@ -54,7 +54,7 @@ fn files_that_are_missing() {
         ),
         (
             "model.safetensors",
-            "neither model.safetensors nor model.safetensors.index.json",
+            "none of model.bpk, model.safetensors and model.safetensors.index.json",
         ),
     ] {
         let folder = Scratch::checkpoint();

@@ -1,12 +1,14 @@
 //! `cargo xtask convert`: a checkpoint in another form.
 
-use std::io::{IsTerminal, Write, stderr};
+use std::fmt::{self, Write as _};
+use std::io::{IsTerminal, Write, stderr, stdout};
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use checkpoint::Dtype;
 use clap::{Parser, ValueEnum};
-use convert::{Form, Job, Phase, Plan, Progress, Report};
+use convert::{ConvertError, Form, Job, Phase, Plan, Progress, Report};
 
 /// How often progress is shown.
 const INTERVAL: Duration = Duration::from_millis(500);
@@ -37,6 +39,9 @@ struct Args {
     /// Read PyTorch's `.bin` files. Their code is never run, but their makers must be trusted.
     #[arg(long)]
     allow_pickle: bool,
+    /// Largest shard of --format hf, in bytes.
+    #[arg(long, default_value_t = 5_000_000_000)]
+    max_shard_bytes: u64,
     /// List what would be written, and write nothing.
     #[arg(long)]
     dry_run: bool,
@@ -59,8 +64,17 @@ enum FormatFlag {
     Hf,
 }
 
-fn main() -> anyhow::Result<()> {
-    let args = Args::parse();
+fn main() -> ExitCode {
+    match run(Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(args: Args) -> Result<(), ConvertError> {
     let plan = Plan::new(&Job {
         from: args.from,
         to: args.to,
@@ -77,61 +91,75 @@ fn main() -> anyhow::Result<()> {
         vision_tower: args.vision_tower,
         tokenizer: args.tokenizer,
         allow_pickle: args.allow_pickle,
+        max_shard_bytes: args.max_shard_bytes,
     })?;
-    if args.dry_run {
-        list(&plan);
-        return Ok(());
-    }
-    let mut meter = Meter::new();
-    let report = plan.write(&mut |progress| meter.show(progress))?;
-    meter.finish();
-    tell(&plan, &report);
+    let mut text = String::new();
+    let _ = match args.dry_run {
+        true => list(&mut text, &plan),
+        false => {
+            let mut meter = Meter::new();
+            let report = plan.write(&mut |progress| meter.show(progress))?;
+            meter.finish();
+            tell(&mut text, &plan, &report)
+        }
+    };
+    // A reader that has seen enough (`| head`) is no failure.
+    let _ = stdout().write_all(text.as_bytes());
     Ok(())
 }
 
 /// What would be written.
-fn list(plan: &Plan) {
+fn list(out: &mut String, plan: &Plan) -> fmt::Result {
     for file in plan.files() {
         for (tensor, offset) in file.tensors.iter().zip(&file.layout.offsets) {
             let (dtype, shape) = (tensor.dtype, &tensor.shape);
-            println!("{offset:>14} {dtype:>5} {} {shape:?}", tensor.name);
+            writeln!(out, "{offset:>14} {dtype:>5} {} {shape:?}", tensor.name)?;
         }
         let (bytes, tensors) = (file.layout.bytes, file.tensors.len());
-        println!("{}: {bytes} bytes, {tensors} tensors", file.path.display());
+        writeln!(
+            out,
+            "{}: {bytes} bytes, {tensors} tensors",
+            file.path.display()
+        )?;
     }
-    plan.companions()
-        .for_each(|name| println!("beside it: {name}"));
-    println!("{} bytes to be written", plan.missing_bytes());
+    for name in plan.companions() {
+        writeln!(out, "beside it: {name}")?;
+    }
+    writeln!(out, "{} bytes to be written", plan.missing_bytes())
 }
 
-fn tell(plan: &Plan, report: &Report) {
+fn tell(out: &mut String, plan: &Plan, report: &Report) -> fmt::Result {
     for file in plan.files() {
         let (mib, tensors) = (file.layout.bytes as f64 / MIB, file.tensors.len());
-        println!(
+        writeln!(
+            out,
             "{}: {mib:.1} MiB, {tensors} tensors, verified",
             file.path.display()
-        );
+        )?;
     }
     if report.resumed > 0 {
-        println!(
+        writeln!(
+            out,
             "{} tensors were there from an interrupted run",
             report.resumed
-        );
+        )?;
     }
     let lost: u64 = report.overflows.iter().map(|(_, values)| values).sum();
     if lost > 0 {
-        println!(
+        writeln!(
+            out,
             "{lost} values in {} tensors were beyond the range of the type and became its largest value; \
              --dtype bf16 or f32 keeps them:",
             report.overflows.len()
-        );
+        )?;
         for (name, values) in &report.overflows {
-            println!("  {values:>8} {name}");
+            writeln!(out, "  {values:>8} {name}")?;
         }
     }
     if let Some(kib) = peak_memory_kib() {
-        println!("peak memory: {:.1} MiB", kib as f64 / 1024.0);
+        writeln!(out, "peak memory: {:.1} MiB", kib as f64 / 1024.0)?;
     }
+    Ok(())
 }
 
 /// Progress with bytes and the time that is left, on a terminal; from time to time elsewhere.

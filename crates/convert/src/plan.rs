@@ -13,8 +13,7 @@ use crate::elements::is_weight;
 use crate::original::{OriginalConfig, TOWER_PREFIX, is_original};
 use crate::source::{SourceTensor, Weights};
 
-/// Largest shard of a Hugging Face folder, in bytes of data, as transformers has long written them.
-const SHARD_MAX_BYTES: u64 = 5_000_000_000;
+const INDEX: &str = "model.safetensors.index.json";
 
 /// What a checkpoint is converted to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,6 +43,24 @@ pub struct Job {
     pub tokenizer: Option<PathBuf>,
     /// Whether PyTorch's own files may be read.
     pub allow_pickle: bool,
+    /// Largest shard of a Hugging Face folder, in bytes of data; one larger tensor is a shard, too.
+    pub max_shard_bytes: u64,
+}
+
+impl Job {
+    /// As it is, to Burnpack; shards are as large as transformers has long written them.
+    pub fn new(from: impl Into<PathBuf>, to: impl Into<PathBuf>) -> Self {
+        Self {
+            from: from.into(),
+            to: to.into(),
+            dtype: None,
+            form: None,
+            vision_tower: None,
+            tokenizer: None,
+            allow_pickle: false,
+            max_shard_bytes: 5_000_000_000,
+        }
+    }
 }
 
 /// A conversion that can be written.
@@ -72,10 +89,10 @@ pub struct PlannedFile {
 impl Plan {
     /// Opens the source and lays out the target. Reads headers only, but for pickles.
     pub fn new(job: &Job) -> Result<Self, ConvertError> {
-        let form = form(job)?;
+        let form = job.form.or(named_form(&job.to)).unwrap_or(Form::Burnpack);
+        let target = Target::new(job, form)?;
         let (weights, mut tensors, mut config) = open(job)?;
         let mut companions = Companions::default();
-        let target = Target::new(job, form)?;
         if target.is_folder {
             companions.add(&job.from)?;
             let others = [&job.tokenizer, &job.vision_tower];
@@ -102,7 +119,7 @@ impl Plan {
             Form::Safetensors | Form::HuggingFace => Format::Safetensors,
         };
         let shards = match form {
-            Form::HuggingFace => split(tensors, job.dtype)?,
+            Form::HuggingFace => split(tensors, job)?,
             Form::Burnpack | Form::Safetensors => vec![tensors],
         };
         let mut files = Vec::with_capacity(shards.len());
@@ -120,8 +137,7 @@ impl Plan {
             });
         }
         if count > 1 {
-            let index = (INDEX.to_owned(), index(&files));
-            companions.made.extend([index]);
+            companions.made.insert(INDEX.to_owned(), index(&files));
         }
         Ok(Self {
             weights,
@@ -154,8 +170,6 @@ impl PlannedFile {
         self.layout.offsets[at] + self.tensors[at].bytes().unwrap_or(0)
     }
 }
-
-const INDEX: &str = "model.safetensors.index.json";
 
 /// Opens everything that tensors come from; they have their new names then.
 fn open(job: &Job) -> Result<(Vec<Weights>, Vec<SourceTensor>, serde_json::Value), ConvertError> {
@@ -233,15 +247,12 @@ fn target_tensor(source: &SourceTensor, dtype: Option<Dtype>) -> NewTensor {
 }
 
 /// Shards of bounded size, or of one larger tensor.
-fn split(
-    tensors: Vec<SourceTensor>,
-    dtype: Option<Dtype>,
-) -> Result<Vec<Vec<SourceTensor>>, ConvertError> {
+fn split(tensors: Vec<SourceTensor>, job: &Job) -> Result<Vec<Vec<SourceTensor>>, ConvertError> {
     let mut shards = vec![Vec::new()];
     let mut shard_bytes = 0;
     for source in tensors {
-        let bytes = target_tensor(&source, dtype).bytes()?;
-        if shard_bytes > 0 && shard_bytes + bytes > SHARD_MAX_BYTES {
+        let bytes = target_tensor(&source, job.dtype).bytes()?;
+        if shard_bytes > 0 && shard_bytes + bytes > job.max_shard_bytes {
             shards.push(Vec::new());
             shard_bytes = 0;
         }
@@ -273,19 +284,12 @@ fn json_bytes(value: &serde_json::Value) -> Vec<u8> {
     text
 }
 
-/// What to write, from the flag or from the name of the target.
-fn form(job: &Job) -> Result<Form, ConvertError> {
-    let named = match job.to.extension().and_then(|end| end.to_str()) {
-        Some("bpk") => Some(Form::Burnpack),
-        Some("safetensors") => Some(Form::Safetensors),
+/// What the name of a target says: a file of weights, or (`None`) a folder.
+fn named_form(to: &Path) -> Option<Form> {
+    match to.extension()?.to_str()? {
+        "bpk" => Some(Form::Burnpack),
+        "safetensors" => Some(Form::Safetensors),
         _ => None,
-    };
-    match (named, job.form) {
-        (Some(named), Some(form)) if named != form => Err(ConvertError::Target {
-            path: job.to.clone(),
-            problem: "its name and --format disagree",
-        }),
-        (named, form) => Ok(form.or(named).unwrap_or(Form::Burnpack)),
     }
 }
 
@@ -301,10 +305,14 @@ struct Target {
 impl Target {
     /// Nothing that is there is overwritten or put in the shade.
     fn new(job: &Job, form: Form) -> Result<Self, ConvertError> {
-        let is_folder = !matches!(
-            job.to.extension().and_then(|end| end.to_str()),
-            Some("bpk" | "safetensors")
-        );
+        let named = named_form(&job.to);
+        if named.is_some_and(|named| named != form) {
+            return Err(ConvertError::Target {
+                path: job.to.clone(),
+                problem: "its name and --format disagree",
+            });
+        }
+        let is_folder = named.is_none();
         let single = match (is_folder, form) {
             (false, _) => job.to.clone(),
             (true, Form::Burnpack) => job.to.join("model.bpk"),

@@ -258,8 +258,10 @@ fn an_interrupted_run_is_taken_up_and_ends_the_same() {
             let report = Plan::new(&job).unwrap().write(&mut |progress| {
                 written += usize::from(progress.phase == Phase::Write);
             });
-            resumed += report.unwrap().resumed;
-            assert!(resumed > 0 && written <= 150 - resumed as u64 + 4, "{name}");
+            let resumed = report.unwrap().resumed;
+            assert!(resumed > 0, "{name}");
+            // One call for each tensor, which are smaller than a MiB, and one for each header.
+            assert!(written <= 150 - resumed + 4, "{name}");
             for entry in whole.to.read_dir().unwrap() {
                 let entry = entry.unwrap();
                 let twin = fs::read(job.to.join(entry.file_name())).unwrap();

@@ -274,6 +274,19 @@ fn an_interrupted_run_is_taken_up_and_ends_the_same() {
 }
 
 #[test]
+fn two_conversions_do_not_write_to_one_place() {
+    let (from, to) = (source("llava"), Scratch::new());
+    let job = Job::new(&from, to.at("model.bpk"));
+    let (first, second) = (Plan::new(&job).unwrap(), Plan::new(&job).unwrap());
+    let mut refused = false;
+    let written = first.write(&mut |_| {
+        refused |= matches!(second.write(&mut |_| ()), Err(ConvertError::Busy { .. }));
+    });
+    assert_eq!(written.unwrap(), Report::default());
+    assert!(refused);
+}
+
+#[test]
 fn a_change_of_the_source_begins_anew() {
     let (from, to) = (small(&[("a", &[1.0]), ("b", &[2.0])]), Scratch::new());
     let job = Job::new(from.path(), to.at("model.safetensors"));

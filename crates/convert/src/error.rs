@@ -77,6 +77,13 @@ pub enum ConvertError {
         problem: &'static str,
     },
 
+    /// Another program holds the journal.
+    #[error("{} is in use: another conversion writes there; wait for it", path.display())]
+    Busy {
+        /// The journal.
+        path: PathBuf,
+    },
+
     /// The disk is too full.
     #[error(
         "{} has {available} bytes free, {needed} are needed; free some, or choose another --to",

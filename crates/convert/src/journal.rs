@@ -1,8 +1,8 @@
 //! What an interrupted run has already written, so that the next one goes on from there.
 
-use std::fs::{File, OpenOptions, remove_file};
+use std::fs::{File, OpenOptions, TryLockError, remove_file};
 use std::hash::{Hash, Hasher};
-use std::io::{ErrorKind, Read, Write};
+use std::io::{Read, Seek, Write};
 use std::path::{Path, PathBuf};
 
 use xxhash_rust::xxh3::Xxh3;
@@ -36,15 +36,17 @@ impl Journal {
         let path = plan.journal.clone();
         let failed = ConvertError::io(&path);
         let title = format!("convert {:016x}", fingerprint(plan)?);
-        let mut text = String::new();
-        match File::open(&path) {
-            Ok(file) => {
-                // What is no text is no journal of ours.
-                let _ = file.take(MAX_BYTES).read_to_string(&mut text);
-            }
-            Err(error) if error.kind() == ErrorKind::NotFound => {}
-            Err(error) => return Err(failed(error)),
+        let mut options = OpenOptions::new();
+        let options = options.create(true).read(true).write(true).truncate(false);
+        let mut file = options.open(&path).map_err(&failed)?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(ConvertError::Busy { path: path.clone() }),
+            Err(TryLockError::Error(error)) => return Err(failed(error)),
         }
+        let mut text = String::new();
+        // What is no text is no journal of ours.
+        let _ = (&file).take(MAX_BYTES).read_to_string(&mut text);
         // The last line may have been cut off.
         let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
         let mut lines = whole.lines();
@@ -55,9 +57,8 @@ impl Journal {
         done.truncate(present(plan, done.len()));
         let mut text = format!("{title}\n");
         done.iter().for_each(|done| text.push_str(&done.line()));
-        let mut options = OpenOptions::new();
-        let file = options.create(true).write(true).truncate(true).open(&path);
-        let mut file = file.map_err(&failed)?;
+        file.set_len(0).map_err(&failed)?;
+        file.rewind().map_err(&failed)?;
         file.write_all(text.as_bytes()).map_err(&failed)?;
         drop(failed);
         Ok(Self { path, file, done })

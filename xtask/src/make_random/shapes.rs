@@ -314,3 +314,37 @@ fn size(config: &Value, key: &str) -> anyhow::Result<usize> {
         .and_then(|size| usize::try_from(size).ok());
     size.with_context(|| format!("config.json has no {key}"))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::fs;
+    use std::path::Path;
+
+    use safetensors::SafeTensors;
+
+    use super::*;
+
+    #[test]
+    fn every_family_has_the_tensors_that_transformers_wrote() {
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures");
+        let families: [(&str, fn(&Value) -> anyhow::Result<Vec<Tensor>>); 4] = [
+            ("llava", llava),
+            ("qwen2vl", qwen2_vl),
+            ("qwen25vl", qwen2_5_vl),
+            ("qwen3vl", qwen3_vl),
+        ];
+        for (family, shapes) in families {
+            let folder = fixtures.join(family).join("ckpt");
+            let config = fs::read_to_string(folder.join("config.json")).unwrap();
+            let made = shapes(&serde_json::from_str(&config).unwrap()).unwrap();
+            let made: BTreeMap<_, _> = made.into_iter().map(|t| (t.name, t.shape)).collect();
+            let weights = fs::read(folder.join("model.safetensors")).unwrap();
+            let weights = SafeTensors::deserialize(&weights).unwrap();
+            let stored = weights
+                .iter()
+                .map(|(name, t)| (name.to_owned(), t.shape().to_vec()));
+            assert_eq!(made, stored.collect(), "{family}");
+        }
+    }
+}

@@ -325,10 +325,12 @@ mod tests {
 
     use super::*;
 
+    type Shapes = fn(&Value) -> anyhow::Result<Vec<Tensor>>;
+
     #[test]
     fn every_family_has_the_tensors_that_transformers_wrote() {
         let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures");
-        let families: [(&str, fn(&Value) -> anyhow::Result<Vec<Tensor>>); 4] = [
+        let families: [(&str, Shapes); 4] = [
             ("llava", llava),
             ("qwen2vl", qwen2_vl),
             ("qwen25vl", qwen2_5_vl),

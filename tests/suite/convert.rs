@@ -7,7 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use burn::tensor::DType;
-use checkpoint::{Dtype, Folder, LoadOptions, Shards, load_into};
+use checkpoint::{Dtype, Folder, Layout, LoadOptions, Shards, load_into};
 use convert::{ConvertError, Form, Job, Phase, Plan, Report};
 use half::f16;
 use llava::Llava;
@@ -17,7 +17,7 @@ use serde_json::Value;
 use zoo::ModelConfig;
 
 use crate::golden::fixture;
-use crate::program::{Scratch, f32s, refuses, report, safetensors};
+use crate::program::{Scratch, f32s, i64s, refuses, report, safetensors};
 
 const FAMILIES: [&str; 4] = ["llava", "qwen2vl", "qwen25vl", "qwen3vl"];
 
@@ -29,14 +29,18 @@ fn convert(job: &Job) -> Result<Report, ConvertError> {
     Plan::new(job)?.write(&mut |_| ())
 }
 
-fn answer(model: &str, flags: &[&str]) -> Value {
+fn answer(model: &str) -> Value {
     let picture = fixture("qwen_cases/pictures/small.png")
         .display()
         .to_string();
-    let mut all = vec!["ask", "--model", model, "--image", &picture];
-    all.extend(["--prompt", "What is this?", "--max-new-tokens", "3"]);
-    all.extend(flags);
-    report(&all)
+    let question = ["--image", &picture, "--prompt", "What is this?"];
+    report(
+        &[
+            &["ask", "--model", model, "--max-new-tokens", "3"][..],
+            &question,
+        ]
+        .concat(),
+    )
 }
 
 /// Name → type, shape and bytes.
@@ -56,7 +60,7 @@ fn contents(path: impl AsRef<Path>) -> Contents {
 fn every_family_answers_the_same_from_every_form() {
     for family in FAMILIES {
         let (from, to) = (source(family), Scratch::new());
-        let expected = answer(&from, &[]);
+        let expected = answer(&from);
         for (form, name) in [
             (Form::Burnpack, "burnpack"),
             (Form::Safetensors, "safetensors"),
@@ -66,24 +70,24 @@ fn every_family_answers_the_same_from_every_form() {
             job.form = Some(form);
             job.max_shard_bytes = 1_000_000;
             convert(&job).unwrap();
-            assert_eq!(answer(&to.at(name), &[]), expected, "{family} as {name}");
+            assert_eq!(answer(&to.at(name)), expected, "{family} as {name}");
         }
     }
 }
 
 #[test]
-fn half_precision_files_answer_as_weights_that_were_narrowed_while_loading() {
+fn half_precision_files_hold_what_loading_would_have_narrowed() {
     for family in ["llava", "qwen3vl"] {
         let (from, to) = (source(family), Scratch::new());
         let mut job = Job::new(&from, to.at("half"));
         job.dtype = Some(Dtype::F16);
         assert_eq!(convert(&job).unwrap(), Report::default());
-        let flags = ["--dtype", "f16"];
-        assert_eq!(
-            answer(&to.at("half"), &flags),
-            answer(&from, &flags),
-            "{family}"
-        );
+        let open = |path: &str| Shards::open(&Folder::open(path).unwrap()).unwrap();
+        let (wide, half) = (open(&from), open(&to.at("half")));
+        for name in wide.names() {
+            let read = |shards: &Shards| shards.read(name, DType::F16, Layout::AsStored).unwrap();
+            assert_eq!(read(&half), read(&wide), "{family}: {name}");
+        }
         let config = fs::read_to_string(to.at("half/config.json")).unwrap();
         assert!(config.contains("\"float16\"") && !config.contains("\"float32\""));
     }
@@ -224,6 +228,27 @@ fn values_beyond_the_range_of_f16_are_counted_and_become_the_largest() {
     job = Job::new(from.path(), from.at("brain.safetensors"));
     job.dtype = Some(Dtype::BF16);
     assert_eq!(convert(&job).unwrap().overflows, []);
+}
+
+#[test]
+fn integers_stay_as_they_are() {
+    let (from, to) = (small(&[]), Scratch::new());
+    let tensors = [
+        f32s("a", [3], [1.0, 2.0, 3.0]),
+        i64s("b", [1, 2], [-7, 1 << 40]),
+    ];
+    from.write("model.safetensors", safetensors(&tensors));
+    let mut job = Job::new(from.path(), to.at("model.bpk"));
+    job.dtype = Some(Dtype::F16);
+    convert(&job).unwrap();
+    to.write("config.json", "{}");
+    convert(&Job::new(to.path(), to.at("back.safetensors"))).unwrap();
+    let (found, stored) = (
+        contents(to.at("back.safetensors")),
+        contents(from.at("model.safetensors")),
+    );
+    assert!(found["b"] == stored["b"]);
+    assert_eq!((found["a"].0, &found["a"].1[..]), (Dtype::F16, &[3][..]));
 }
 
 /// Runs a conversion that dies when so many bytes have been written and verified.

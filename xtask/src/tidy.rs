@@ -79,7 +79,9 @@ fn check(name: &str, text: &str, problems: &mut Vec<String>) {
     if name == "xtask/src/tidy.rs" {
         return;
     }
-    let library = !LEAVES.iter().any(|leaf| name.starts_with(leaf)) && !name.contains("/tests/");
+    let is_program = |folder| name.contains(folder);
+    let library = !LEAVES.iter().any(|leaf| name.starts_with(leaf))
+        && !["/tests/", "/examples/"].into_iter().any(is_program);
     let mut in_tests = false;
     for (number, line) in text.lines().enumerate() {
         let code = line.trim_start();

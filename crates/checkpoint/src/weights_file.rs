@@ -78,17 +78,14 @@ pub enum LayoutError {
 impl NewTensor {
     /// Size of the data, in bytes.
     pub fn bytes(&self) -> Result<u64, LayoutError> {
-        let element = self.dtype.bitsize() / 8;
-        let bytes = self
-            .shape
-            .iter()
-            .try_fold(element, |bytes, &axis| bytes.checked_mul(axis));
-        bytes
-            .map(|bytes| bytes as u64)
-            .ok_or_else(|| LayoutError::Size {
-                name: self.name.clone(),
-                shape: self.shape.clone(),
-            })
+        let mut axes = self.shape.iter();
+        // In bits, because some types have less than a byte.
+        let bits = axes.try_fold(self.dtype.bitsize(), |bits, &axis| bits.checked_mul(axis));
+        let too_large = || LayoutError::Size {
+            name: self.name.clone(),
+            shape: self.shape.clone(),
+        };
+        bits.map(|bits| bits as u64 / 8).ok_or_else(too_large)
     }
 }
 

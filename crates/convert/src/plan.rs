@@ -95,24 +95,19 @@ impl Plan {
         let mut companions = Companions::default();
         if target.is_folder {
             companions.add(&job.from)?;
-            let others = [&job.tokenizer, &job.vision_tower];
-            others
-                .into_iter()
-                .flatten()
-                .try_for_each(|path| companions.add(path))?;
+            for path in [&job.tokenizer, &job.vision_tower].into_iter().flatten() {
+                companions.add(path)?;
+            }
             if let Some(dtype) = job.dtype {
                 set_dtype(&mut config, dtype);
             }
-            companions
-                .made
-                .insert(CONFIG.to_owned(), json_bytes(&config));
+            let config = json_bytes(&config);
+            companions.made.insert(CONFIG.to_owned(), config);
         }
         // Wide elements first, so that all are aligned; then by name.
-        tensors.sort_by(|a, b| {
-            let key = |source: &SourceTensor| Reverse(source.tensor.dtype.bitsize());
-            key(a)
-                .cmp(&key(b))
-                .then_with(|| a.tensor.name.cmp(&b.tensor.name))
+        tensors.sort_by_cached_key(|source| {
+            let tensor = target_tensor(source, job.dtype);
+            (Reverse(tensor.dtype.bitsize()), tensor.name)
         });
         let format = match form {
             Form::Burnpack => Format::Burnpack,

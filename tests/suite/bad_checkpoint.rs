@@ -54,7 +54,7 @@ fn files_that_are_missing() {
         ),
         (
             "model.safetensors",
-            "neither model.safetensors nor model.safetensors.index.json",
+            "none of model.bpk, model.safetensors and model.safetensors.index.json",
         ),
     ] {
         let folder = Scratch::checkpoint();
@@ -69,7 +69,10 @@ fn files_that_are_missing() {
     folder.write("pytorch_model.bin", "pickle");
     refuses(
         &ask(&folder),
-        &["\"pytorch_model.bin\", a pickle", "safe_serialization=True"],
+        &[
+            "\"pytorch_model.bin\", a pickle",
+            "cargo xtask convert --allow-pickle",
+        ],
     );
 }
 

@@ -9,6 +9,7 @@ mod batches;
 mod chat;
 mod command_line;
 mod conversations;
+mod convert;
 mod doctor;
 mod golden;
 mod gradients;

@@ -3,12 +3,15 @@
 use std::ops::ControlFlow;
 use std::sync::LazyLock;
 
+use burn::tensor::backend::Backend as AnyBackend;
+use burn::tensor::{Int, Tensor};
+use reducers::encoder::{EncoderReducer, EncoderShape, Reduced, Seen, Tap};
 use reducers::presets::{self, Preset};
-use reducers::{Action, Keep, Plan, Schedule, Score, Stage};
+use reducers::{Action, Keep, Plan, ReducerError, Schedule, Score, Scorer, Stage, Standing};
 use reroute::GenerationOptions;
 use reroute_cli::backend::Backend;
 use vision_encoder::RgbImage;
-use zoo::{Answer, Question, Vlm};
+use zoo::{Answer, Conversation, EncoderStep, Question, Routing, Vlm};
 
 use crate::golden::{open, picture};
 use crate::support::gap;
@@ -267,6 +270,149 @@ fn recoverable_twins_hold_what_they_replace() {
             }
         }
     }
+}
+
+/// The table is printed from the registry (`reroute presets --support`).
+#[test]
+fn the_support_table_of_the_documentation_is_the_registry() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/methods.md");
+    let page = std::fs::read_to_string(path).expect("docs/methods.md");
+    let table = reroute_cli::presets::support_table();
+    assert!(page.contains(&table), "print it anew: reroute presets --support");
+}
+
+/// A plan survives its JSON form; what is wrong with one is said.
+#[test]
+fn plans_are_data() {
+    for preset in presets::presets() {
+        for (_, vlm) in FAMILIES.iter() {
+            let Some(plan) = plan(vlm, &preset) else {
+                continue;
+            };
+            let text = plan.to_json().to_string();
+            assert_eq!(Plan::from_json(&text).unwrap(), plan, "{text}");
+        }
+    }
+    let stages = r#""action": "remove", "stages": []"#;
+    for (encoder, expected) in [
+        (r#"{"method": "nuwa"}"#, "JSON"),
+        (r#"{"method": {"nuwa": {}}}"#, "exactly one of"),
+        (r#"{"method": {"nuwa": {}}, "keep_ratio": 0}"#, "exactly one of"),
+        (r#"{"method": {"nuwa": {"typo": 1}}, "keep_ratio": 0.5}"#, "typo"),
+        (r#"{"method": {"magic": {}}, "keep_ratio": 0.5}"#, "magic"),
+    ] {
+        let error = Plan::from_json(&format!(r#"{{"encoder": {encoder}, {stages}}}"#));
+        let mut error: &dyn std::error::Error = &error.unwrap_err();
+        let mut said = error.to_string();
+        while let Some(source) = error.source() {
+            said.push_str(&format!(": {source}"));
+            error = source;
+        }
+        assert!(said.contains(expected), "{said}");
+    }
+}
+
+/// What the positions of a plan say: those of the full picture, or none left out.
+#[test]
+fn tokens_keep_the_positions_of_the_picture_unless_told_otherwise() {
+    let vlm = &FAMILIES[0].1;
+    let plan = |positions: &str| {
+        let text = format!(
+            r#"{{"encoder": {{"method": {{"uniform-grid": {{}}}}, "keep_count": 16,
+                "positions": "{positions}"}}, "action": "remove", "stages": []}}"#
+        );
+        Plan::from_json(&text).unwrap()
+    };
+    let [gap, renumber] = ["gap", "renumber"].map(|positions| {
+        ask(vlm, &questions()[..1], &plan(positions)).remove(0)
+    });
+    assert_eq!(gap.visual_tokens, 16);
+    assert_eq!(gap.cells, renumber.cells);
+    let logits = |answer: &Answer| answer.prompt_rows;
+    assert_eq!(logits(&gap), logits(&renumber));
+    // Positions with several axes have no numbers to give away.
+    let qwen = &FAMILIES[1].1;
+    let options = GenerationOptions::default();
+    let refused = qwen.ask(&questions()[0], &plan("renumber"), &options, |_| {});
+    assert!(refused.unwrap_err().to_string().contains("several axes"));
+}
+
+/// A conversation reduces every picture once, and goes on as a single prompt would.
+#[test]
+fn conversations_go_on_with_what_a_reduction_left() {
+    for (family, vlm) in FAMILIES.iter() {
+        for name in ["reroute-visionzip@192", "reroute-average-pooling@192", "reroute-nuwa@192"] {
+            let preset = presets::find(name).unwrap();
+            let Some(plan) = plan(vlm, &preset) else {
+                continue;
+            };
+            let options = GenerationOptions {
+                max_new_tokens: 3,
+                ..GenerationOptions::default()
+            };
+            let mut conversation = Conversation::new(vlm, plan.clone(), options.clone());
+            let [first, second] = questions();
+            let one = conversation.ask(&first, |_| {}).unwrap();
+            let alone = vlm.ask(&first, &plan, &options, |_| {}).unwrap();
+            assert_eq!(one.tokens, alone.tokens, "{name} on {family}");
+            let two = conversation.ask(&second, |_| {}).unwrap();
+            let both = two.views.len();
+            assert_eq!(both, 2, "{name} on {family}");
+            let of_view = |view| two.cells.iter().filter(|cell| cell.0 == view).count();
+            assert_eq!(of_view(0), one.visual_tokens, "{name} on {family}");
+            let per_layer = plan.schedule.keep_counts(two.visual_tokens);
+            let selected = two.trace.decisions.iter().map(|d| d.selected.len());
+            assert!(selected.eq(per_layer), "{name} on {family}");
+        }
+    }
+}
+
+/// Rules of one's own stand where a plan's stand.
+#[test]
+fn a_method_of_ones_own_is_checked_like_any_other() {
+    struct Corner;
+    impl<B: AnyBackend> EncoderReducer<B> for Corner {
+        fn needs(&self, _: &EncoderShape) -> Result<Vec<Tap>, ReducerError> {
+            Ok(Vec::new())
+        }
+        fn reduce(&self, _: &Seen<B>, keep: usize) -> Result<Reduced<B>, ReducerError> {
+            Ok(Reduced::selection((0..keep).collect()))
+        }
+    }
+    struct Twice;
+    impl<B: AnyBackend> EncoderReducer<B> for Twice {
+        fn needs(&self, _: &EncoderShape) -> Result<Vec<Tap>, ReducerError> {
+            Ok(Vec::new())
+        }
+        fn reduce(&self, _: &Seen<B>, _: usize) -> Result<Reduced<B>, ReducerError> {
+            Ok(Reduced::selection(vec![1, 1]))
+        }
+    }
+    struct LastFirst;
+    impl<B: AnyBackend> Scorer<B> for LastFirst {
+        fn score(&self, standing: &dyn Standing<B>) -> Result<Tensor<B, 1>, ReducerError> {
+            let device = standing.hidden_states().device();
+            Ok(Tensor::<B, 1, Int>::arange(0..standing.rows() as i64, &device).float())
+        }
+    }
+    let schedule = Schedule::new(Action::Reroute, false, vec![Stage::count(1, 3)]).unwrap();
+    let routing = |reducer: &'static dyn EncoderReducer<Backend>| Routing {
+        encoder: Some(EncoderStep {
+            reducer,
+            keep: Keep::Count(8),
+            rest: Default::default(),
+            positions: Default::default(),
+        }),
+        schedule: &schedule,
+        scorer: Some(&LastFirst),
+    };
+    let (vlm, options) = (&FAMILIES[2].1, GenerationOptions::default());
+    let answer = vlm.ask(&questions()[0], routing(&Corner), &options, |_| {}).unwrap();
+    let cells: Vec<usize> = answer.cells.iter().filter_map(|cell| cell.1).collect();
+    assert_eq!(cells, (0..8).collect::<Vec<_>>());
+    assert_eq!(answer.trace.decisions[0].selected, [5, 6, 7]);
+    let refused = vlm.ask(&questions()[0], routing(&Twice), &options, |_| {});
+    assert!(refused.unwrap_err().to_string().contains("two tokens at place 1"));
 }
 
 const LLAVA_7B: reducers::DecoderShape = reducers::DecoderShape {

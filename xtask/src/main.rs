@@ -2,6 +2,8 @@
 //! a task spawns.
 
 mod bench;
+mod convert;
+mod make_random;
 mod parity;
 mod tidy;
 
@@ -22,6 +24,10 @@ enum Command {
     Tidy,
     /// Compare `reroute trace` with a folder of reference outputs.
     Parity(parity::Args),
+    /// Convert a checkpoint into a form that loads fast, or back.
+    Convert(convert::Args),
+    /// Make a checkpoint of random weights.
+    MakeRandom(make_random::Args),
     /// Measure backends, and other implementations beside them.
     Bench(bench::Args),
 }
@@ -30,6 +36,8 @@ fn main() -> anyhow::Result<()> {
     match Args::parse().command {
         Command::Tidy => tidy::run(&root()),
         Command::Parity(args) => parity::run(&args),
+        Command::Convert(args) => convert::run(&args),
+        Command::MakeRandom(args) => make_random::run(&args, &root()),
         Command::Bench(args) => bench::run(&args, &root()),
     }
 }

@@ -31,7 +31,13 @@ const LIBRARY_BANS: &[&str] = &[
 const BANS: &[&str] = &["#[ignore", "todo!(", "unimplemented!("];
 
 /// Packages that may name a backend and print.
-const LEAVES: &[&str] = &["crates/cli/", "xtask/", "tests/", "benches/"];
+const LEAVES: &[&str] = &[
+    "crates/cli/",
+    "crates/convert/src/main.rs",
+    "xtask/",
+    "tests/",
+    "benches/",
+];
 
 pub fn run(root: &Path) -> anyhow::Result<()> {
     let listed = Command::new("git")
@@ -73,7 +79,9 @@ fn check(name: &str, text: &str, problems: &mut Vec<String>) {
     if name == "xtask/src/tidy.rs" {
         return;
     }
-    let library = !LEAVES.iter().any(|leaf| name.starts_with(leaf)) && !name.contains("/tests/");
+    let is_program = |folder| name.contains(folder);
+    let library = !LEAVES.iter().any(|leaf| name.starts_with(leaf))
+        && !["/tests/", "/examples/"].into_iter().any(is_program);
     let mut in_tests = false;
     for (number, line) in text.lines().enumerate() {
         let code = line.trim_start();

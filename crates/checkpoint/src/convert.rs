@@ -9,8 +9,8 @@ use safetensors::Dtype;
 
 use crate::TensorInfo;
 
-/// Bytes that are read from a file at once.
-const BLOCK_BYTES: usize = 1 << 20;
+/// Bytes that are read from a file at once; whole elements of every type.
+pub(crate) const BLOCK_BYTES: usize = 1 << 20;
 /// Columns that a transposition writes side by side, so that both sides stay in the cache.
 const TILE: usize = 8;
 

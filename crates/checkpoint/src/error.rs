@@ -105,7 +105,8 @@ pub enum CheckpointError {
 
     /// The folder holds no weights.
     #[error(
-        "{folder} has neither model.safetensors nor model.safetensors.index.json; is the download complete?"
+        "{folder} has none of model.bpk, model.safetensors and model.safetensors.index.json; \
+         is the download complete?"
     )]
     NoWeights {
         /// The folder.
@@ -115,7 +116,7 @@ pub enum CheckpointError {
     /// The folder holds weights only as pickle, which runs code when it is opened.
     #[error(
         "{folder} has its weights in {}, a pickle, which can run any code when opened and is never read; \
-         convert it with transformers: from_pretrained(..), then save_pretrained(.., safe_serialization=True)",
+         if you trust its author: cargo xtask convert --allow-pickle",
         quoted(file)
     )]
     Pickle {
@@ -181,6 +182,49 @@ pub enum CheckpointError {
         file: String,
         /// The contradiction.
         source: SafeTensorError,
+    },
+
+    /// The file does not begin as a Burnpack file does.
+    #[error(
+        "{file} is not a Burnpack file of version 1, or it is cut off; convert the checkpoint again"
+    )]
+    NotBurnpack {
+        /// The file.
+        file: String,
+    },
+
+    /// The header is not that of a Burnpack file.
+    #[error("{file} has a broken header: {source}; convert the checkpoint again")]
+    BurnpackHeader {
+        /// The file.
+        file: String,
+        /// Where and why the parser stopped.
+        source: ciborium::de::Error<io::Error>,
+    },
+
+    /// What the header says about one tensor is impossible.
+    #[error(
+        "{file} has a contradictory header: tensor {} {problem}; convert the checkpoint again",
+        quoted(name)
+    )]
+    BurnpackTensor {
+        /// The file.
+        file: String,
+        /// Name of the tensor.
+        name: String,
+        /// The contradiction.
+        problem: String,
+    },
+
+    /// A Burnpack file cannot be mapped into memory.
+    #[error(
+        "{file} cannot be mapped into memory: {problem}; convert the checkpoint again, or to safetensors"
+    )]
+    Map {
+        /// The file.
+        file: String,
+        /// What `burn-store` says.
+        problem: String,
     },
 
     /// A name stands twice in a header or an index.

@@ -5,46 +5,60 @@ use std::fmt;
 use std::io::Read;
 use std::marker::PhantomData;
 
-use safetensors::tensor::{Metadata, TensorInfo};
+use safetensors::tensor::{self, Metadata};
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
-use crate::CheckpointError;
 use crate::folder::Source;
+use crate::{CheckpointError, TensorInfo};
 
 /// Limit of the format itself, in bytes.
-const HEADER_MAX_BYTES: u64 = 100_000_000;
+pub(crate) const HEADER_MAX_BYTES: u64 = 100_000_000;
 /// The header follows its own length, a little-endian u64.
 const PREFIX_BYTES: u64 = 8;
 
-/// A checked header: tensors lie back to back from `data_start` to the end of the file, each as
-/// long as its shape and dtype say.
-#[derive(Debug)]
-pub(crate) struct Header {
-    /// Offset of the first tensor from the start of the file, in bytes.
-    pub(crate) data_start: u64,
-    pub(crate) metadata: Metadata,
+/// Reads and checks a header: tensors lie back to back behind it to the end of the file, each as
+/// long as its shape and dtype say. `file` is the file's path, for messages.
+pub(crate) fn read(
+    source: &Source,
+    file: &str,
+) -> Result<Vec<(String, TensorInfo)>, CheckpointError> {
+    let (json, file_bytes) = read_json(source, file)?;
+    let metadata = parse(&json, file)?;
+    let data_start = PREFIX_BYTES + json.len() as u64;
+    check_length(
+        file,
+        data_start.saturating_add(metadata.data_len() as u64),
+        file_bytes,
+    )?;
+    let tensors = metadata.tensors().into_iter().map(|(name, info)| {
+        let (start, end) = info.data_offsets;
+        let info = TensorInfo {
+            dtype: info.dtype,
+            shape: info.shape.clone(),
+            bytes: (end - start) as u64,
+            shard: 0,
+            offset: data_start + start as u64,
+        };
+        (name, info)
+    });
+    Ok(tensors.collect())
 }
 
-impl Header {
-    /// Reads and checks a header. `file` is the file's path, for messages.
-    pub(crate) fn read(source: &Source, file: &str) -> Result<Self, CheckpointError> {
-        let (json, file_bytes) = read_json(source, file)?;
-        let metadata = parse(&json, file)?;
-        let data_start = PREFIX_BYTES + json.len() as u64;
-        let expected_bytes = data_start.saturating_add(metadata.data_len() as u64);
-        if expected_bytes != file_bytes {
-            return Err(CheckpointError::FileLength {
-                file: file.to_owned(),
-                expected_bytes,
-                file_bytes,
-            });
-        }
-        Ok(Self {
-            data_start,
-            metadata,
-        })
+/// A file must be exactly as long as its header says.
+pub(crate) fn check_length(
+    file: &str,
+    expected_bytes: u64,
+    file_bytes: u64,
+) -> Result<(), CheckpointError> {
+    if expected_bytes == file_bytes {
+        return Ok(());
     }
+    Err(CheckpointError::FileLength {
+        file: file.to_owned(),
+        expected_bytes,
+        file_bytes,
+    })
 }
 
 /// The header's JSON text, and the length of the file in bytes.
@@ -93,7 +107,7 @@ fn parse(json: &[u8], file: &str) -> Result<Metadata, CheckpointError> {
         if name == "__metadata__" {
             notes = Some(serde_json::from_str(value.get()).map_err(not_json)?);
         } else {
-            let info: TensorInfo = serde_json::from_str(value.get()).map_err(not_json)?;
+            let info: tensor::TensorInfo = serde_json::from_str(value.get()).map_err(not_json)?;
             tensors.push((name, info));
         }
     }

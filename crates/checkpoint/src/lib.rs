@@ -9,19 +9,27 @@
 //! 4. [`load_into`]: compares names and shapes, reports *everything* that does not fit at once,
 //!    then streams tensor after tensor into the module.
 //!
-//! Nothing here knows the maths of a model, and nothing here panics on a file. Files are read, not
-//! memory-mapped: a file that changes underneath is an error, never undefined behaviour. While
-//! loading, memory holds the parameters loaded so far plus one block of file bytes.
+//! Weights lie in safetensors files, or in one Burnpack file. safetensors are read: a file that
+//! changes underneath is an error, and while loading, memory holds the parameters loaded so far plus
+//! one block of file bytes. A Burnpack file is mapped by `burn-store`: parameters that it has in the
+//! wanted type are not copied at all, the system reads them when they are used and may drop them when
+//! memory is short. Nobody may cut such a file off while a program uses it, so [`WeightsFile`] writers
+//! put a finished file in place by renaming it.
+//!
+//! Nothing here knows the maths of a model, and nothing here panics on a file.
 
+mod burnpack;
 mod convert;
 mod error;
 mod folder;
 mod header;
 mod load;
+mod mapped;
 mod mismatch;
 mod names;
 mod plan;
 mod shards;
+mod weights_file;
 
 pub use convert::{Layout, TensorError};
 pub use error::CheckpointError;
@@ -33,3 +41,4 @@ pub use mismatch::{Disagreement, Duplicate, IndexMismatch, Misshapen, ModuleMism
 pub use names::{NameTable, Rule};
 pub use safetensors::Dtype;
 pub use shards::{Shards, TensorInfo};
+pub use weights_file::{Format, LayoutError, NewTensor, WeightsFile};

@@ -1,19 +1,22 @@
-//! Which tensor lies where: one `model.safetensors`, or the shards that an index lists.
+//! Which tensor lies where: one `model.bpk` or `model.safetensors`, or the shards that an index
+//! lists.
 
 use std::collections::BTreeMap;
-use std::io::{Seek, SeekFrom};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::ops::Range;
 
 use burn::tensor::{DType, TensorData};
 use safetensors::Dtype;
 use serde::Deserialize;
 
-use crate::convert::{self, Layout};
+use crate::convert::{self, BLOCK_BYTES, Layout};
 use crate::folder::{Source, is_plain_name};
-use crate::header::{Entries, Header};
+use crate::header::{self, Entries};
+use crate::mapped::Mapped;
 use crate::mismatch::{Disagreement, IndexMismatch};
-use crate::{CheckpointError, Folder, INDEX_MAX_BYTES};
+use crate::{CheckpointError, Folder, INDEX_MAX_BYTES, TensorError, burnpack};
 
+const BURNPACK: &str = "model.bpk";
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
@@ -24,12 +27,14 @@ pub struct Shards {
     tensors: BTreeMap<String, TensorInfo>,
 }
 
-/// One safetensors file.
+/// One file of weights.
 #[derive(Debug)]
 struct Shard {
     /// For messages.
     file: String,
     source: Source,
+    /// A Burnpack file on disk is mapped.
+    mapped: Option<Mapped>,
 }
 
 /// What a header says about one tensor.
@@ -41,9 +46,10 @@ pub struct TensorInfo {
     pub shape: Vec<usize>,
     /// Size in the file, in bytes; always what `shape` and `dtype` need.
     pub bytes: u64,
-    shard: usize,
+    /// Position in the list of files.
+    pub(crate) shard: usize,
     /// From the start of the file, in bytes.
-    offset: u64,
+    pub(crate) offset: u64,
 }
 
 impl TensorInfo {
@@ -72,20 +78,26 @@ struct Index {
 impl Shards {
     /// Finds the weights of a folder and checks all their headers.
     ///
-    /// An index is believed to the letter, and the files must agree with it; no other file of the
-    /// folder is looked at.
+    /// A Burnpack file goes before what it may have been converted from. An index is believed to
+    /// the letter, and the files must agree with it; no other file of the folder is looked at.
     pub fn open(folder: &Folder) -> Result<Self, CheckpointError> {
-        if folder.has(INDEX) {
+        if folder.has(BURNPACK) {
+            Self::open_file(folder, BURNPACK)
+        } else if folder.has(INDEX) {
             Self::open_index(folder)
         } else if folder.has(SINGLE) {
-            let mut shards = Self::empty();
-            for (name, info) in shards.add(folder, SINGLE)? {
-                shards.tensors.insert(name, info);
-            }
-            Ok(shards)
+            Self::open_file(folder, SINGLE)
         } else {
             Err(no_weights(folder))
         }
+    }
+
+    /// Opens one file of weights, Burnpack if its name ends in `.bpk`, safetensors otherwise.
+    fn open_file(folder: &Folder, name: &str) -> Result<Self, CheckpointError> {
+        let mut shards = Self::empty();
+        let tensors = shards.add(folder, name)?;
+        shards.tensors.extend(tensors);
+        Ok(shards)
     }
 
     /// Names of all tensors, sorted.
@@ -103,7 +115,33 @@ impl Shards {
         self.tensors.values().map(|info| info.bytes).sum()
     }
 
-    /// Reads one tensor and converts it to `dtype` (F32 or F16), block by block.
+    /// Paths of the files, as messages have them.
+    pub fn files(&self) -> impl Iterator<Item = &str> {
+        self.shards.iter().map(|shard| shard.file.as_str())
+    }
+
+    /// Hands on the bytes of one tensor as they lie in the file, in blocks of whole elements.
+    pub fn for_each_block<E: From<CheckpointError>>(
+        &self,
+        name: &str,
+        each: &mut dyn FnMut(&[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let (info, shard) = self.find(name)?;
+        let failed = |source: io::Error| shard.error(name, source.into());
+        let mut reader = shard.reader(info).map_err(failed)?;
+        let mut left = info.bytes;
+        let mut block = Vec::new();
+        while left > 0 {
+            block.resize(left.min(BLOCK_BYTES as u64) as usize, 0);
+            reader.read_exact(&mut block).map_err(failed)?;
+            left -= block.len() as u64;
+            each(&block)?;
+        }
+        Ok(())
+    }
+
+    /// Reads one tensor and converts it to `dtype` (F32 or F16), block by block. Nothing is read or
+    /// copied if the file is mapped and has the tensor as it is wanted.
     ///
     /// # Shapes
     /// - returns the shape in the file; reversed for [`Layout::Transposed`], which takes only
@@ -136,23 +174,22 @@ impl Shards {
         layout: Layout,
         part: impl FnOnce(&TensorInfo) -> TensorInfo,
     ) -> Result<TensorData, CheckpointError> {
-        let found = self.tensors.get(name);
-        let shard = found.and_then(|info| self.shards.get(info.shard));
-        let (Some(info), Some(shard)) = (found, shard) else {
-            return Err(CheckpointError::NoSuchTensor {
-                name: name.to_owned(),
-            });
-        };
-        let info = part(info);
-        let read = || {
-            let (mut reader, _) = shard.source.open()?;
-            reader.seek(SeekFrom::Start(info.offset))?;
-            convert::read(&mut reader, &info, dtype, layout)
-        };
-        read().map_err(|source| CheckpointError::Tensor {
+        let (whole, shard) = self.find(name)?;
+        let part = part(whole);
+        if let (Some(mapped), Layout::AsStored) = (&shard.mapped, layout)
+            && let Some(data) = mapped.tensor(name, whole, &part, dtype)
+        {
+            return Ok(data);
+        }
+        let read = || convert::read(&mut shard.reader(&part)?, &part, dtype, layout);
+        read().map_err(|source| shard.error(name, source))
+    }
+
+    fn find(&self, name: &str) -> Result<(&TensorInfo, &Shard), CheckpointError> {
+        let info = self.tensors.get(name);
+        let found = info.and_then(|info| Some((info, self.shards.get(info.shard)?)));
+        found.ok_or_else(|| CheckpointError::NoSuchTensor {
             name: name.to_owned(),
-            file: shard.file.clone(),
-            source,
         })
     }
 
@@ -171,22 +208,21 @@ impl Shards {
     ) -> Result<Vec<(String, TensorInfo)>, CheckpointError> {
         let source = folder.locate(name)?;
         let file = folder.path_of(name);
-        let header = Header::read(&source, &file)?;
-        let shard = self.shards.len();
-        self.shards.push(Shard { file, source });
-        let tensors = header.metadata.tensors().into_iter().map(|(name, info)| {
-            let (start, end) = info.data_offsets;
-            let info = TensorInfo {
-                dtype: info.dtype,
-                shape: info.shape.clone(),
-                bytes: (end - start) as u64,
-                shard,
-                offset: header.data_start + start as u64,
-            };
-            (name, info)
-        });
-        let mut tensors: Vec<_> = tensors.collect();
+        let (mut tensors, mapped) = if name.ends_with(".bpk") {
+            let tensors = burnpack::read(&source, &file)?;
+            (tensors, Mapped::open(&source, &file)?)
+        } else {
+            (header::read(&source, &file)?, None)
+        };
+        for (_, info) in &mut tensors {
+            info.shard = self.shards.len();
+        }
         tensors.sort_by(|(a, _), (b, _)| a.cmp(b));
+        self.shards.push(Shard {
+            file,
+            source,
+            mapped,
+        });
         Ok(tensors)
     }
 
@@ -228,6 +264,23 @@ impl Shards {
             return Err(CheckpointError::Index(Box::new(mismatch)));
         }
         Ok(shards)
+    }
+}
+
+impl Shard {
+    /// Delivers the bytes of a tensor.
+    fn reader(&self, info: &TensorInfo) -> io::Result<impl Read + use<>> {
+        let (mut reader, _) = self.source.open()?;
+        reader.seek(SeekFrom::Start(info.offset))?;
+        Ok(reader.take(info.bytes))
+    }
+
+    fn error(&self, name: &str, source: TensorError) -> CheckpointError {
+        CheckpointError::Tensor {
+            name: name.to_owned(),
+            file: self.file.clone(),
+            source,
+        }
     }
 }
 

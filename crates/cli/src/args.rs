@@ -303,6 +303,9 @@ pub struct PresetsArgs {
     /// Type of keys and values.
     #[arg(long, value_enum, default_value = "f16")]
     pub dtype: Dtype,
+    /// Print which method works with which family, and how close to its source, as a Markdown table.
+    #[arg(long)]
+    pub support: bool,
     /// Print one JSON object.
     #[arg(long)]
     pub json: bool,

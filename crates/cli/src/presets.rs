@@ -2,7 +2,7 @@
 
 use std::io::Write;
 
-use reducers::{Plan, Schedule, presets};
+use reducers::{Plan, Schedule, Support, presets};
 use serde_json::json;
 use zoo::ModelConfig;
 
@@ -11,6 +11,9 @@ use crate::{open, output};
 
 /// Runs the command.
 pub fn run(args: &PresetsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
+    if args.support {
+        return Ok(write!(out, "{}", support_table())?);
+    }
     let config = ModelConfig::open(&open::folder(args.model.as_deref())?)?;
     let shape = config.decoder().shape();
     let typical = config.typical_visual_tokens();
@@ -95,6 +98,32 @@ pub fn run(args: &PresetsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
         ),
         false => Ok(()),
     }
+}
+
+/// What works with what, and how close to its source, as Markdown.
+pub fn support_table() -> String {
+    let mut table = String::from(
+        "| method | does | source | exact | interpretation | LLaVA-1.5 | Qwen-VL |\n\
+         |---|---|---|---|---|---|---|\n",
+    );
+    for method in presets::methods() {
+        let about = method.about;
+        let support = |support| match support {
+            Support::Yes => "yes".to_string(),
+            Support::No(reason) => format!("no: {reason}"),
+        };
+        table.push_str(&format!(
+            "| `{}` | {} | {} | {} | {} | {} | {} |\n",
+            method.name,
+            about.description,
+            about.source,
+            about.exact,
+            about.interpretation,
+            support(about.llava),
+            support(about.qwen),
+        ));
+    }
+    table
 }
 
 fn joined(numbers: &[usize]) -> String {

@@ -1,30 +1,25 @@
 //! Which visual tokens matter.
 //!
 //! A vision-language model turns one photo into hundreds of *visual tokens*, and every decoder
-//! layer works on all of them although the answer hangs on a few. A **reducer** decides, at a few
-//! *decision layers*, which visual tokens the layers from there on work on. It is made of four
-//! small parts, and each is a file here:
+//! layer works on all of them although the answer hangs on a few. A **reducer** decides which
+//! tokens the layers work on. It can do so in two places:
 //!
-//! 1. a **score** for every candidate: how much the last prompt row attends to it
-//!    ([`last_row_scores`]);
-//! 2. a **keep count** for every decision: a share of the original visual tokens, or a number
-//!    ([`Keep`]);
-//! 3. a **selection**: the highest scores, lower index first among equals ([`top_k`]);
-//! 4. a **schedule**: at which layers to decide, how many to keep, and what becomes of the rest
-//!    ([`Schedule`]).
+//! - *before the decoder*: [`encoder`], an [`encoder::EncoderReducer`] makes fewer tokens of a picture;
+//! - *in the decoder*: a [`Schedule`] of decisions, each at a *decision layer*, whose [`Scorer`] ranks
+//!   the candidates, whose [`Keep`] says how many go on ([`top_k`]: the highest scores, lower index
+//!   first among equals), and whose [`Action`] says what becomes of the rest.
 //!
-//! What becomes of the rest is the [`Action`], and it is the difference between the families.
-//! *Remove* forgets the losers: FastV (arXiv 2403.06764) decides once, PyramidDrop (arXiv
-//! 2410.17247) several times, each time among the survivors. *Reroute* (arXiv 2606.12412) lets the
-//! losers bypass the layers of one stage with their hidden states frozen and asks again at the next
-//! decision, so that a token dismissed early can come back; SwiftVLM (arXiv 2602.03134) proposed
-//! the same bypass before it, and Mixture-of-Depths (arXiv 2404.02258) is the trained ancestor of
-//! both.
+//! A [`Plan`] is either or both, and [`presets`] is the registry of published ones and of their
+//! budget-matched corrections. *Remove* forgets the losers: FastV (arXiv 2403.06764) decides once,
+//! PyramidDrop (arXiv 2410.17247) several times, each time among the survivors. *Reroute* (arXiv
+//! 2606.12412) lets the losers bypass the layers of one stage with their hidden states frozen and asks
+//! again at the next decision, so that a token dismissed early can come back; SwiftVLM (arXiv
+//! 2602.03134) proposed the same bypass before it, and Mixture-of-Depths (arXiv 2404.02258) is the
+//! trained ancestor of both.
 //!
-//! Around these parts: [`presets`] names the published schedules and their budget-matched
-//! corrections, [`budget`] solves for keep ratios that hit a budget at any depth, and [`cost`]
-//! counts what a schedule costs in floating-point operations and cache bytes. Nothing in this crate
-//! knows a decoder or a file, and nothing in it prints.
+//! [`budget`] solves for keep ratios that hit a budget at any depth, and [`cost`] counts what a
+//! schedule costs in floating-point operations and cache bytes. Nothing in this crate knows a decoder
+//! or a file, and nothing in it prints.
 //!
 //! ```
 //! use reducers::presets;
@@ -34,6 +29,45 @@
 //! assert_eq!(format!("{:.2}", schedule.average_tokens(32, 576)), "191.47");
 //! # Ok::<(), reducers::ReducerError>(())
 //! ```
+//!
+//! # A method of one's own
+//!
+//! A rule is one function. Counts, positions, batches, compaction and the budget are not its
+//! business: what it returns is checked. This one keeps, before the decoder, the tokens with the
+//! longest features; in the decoder it ranks candidates by how far they are from the mean of all.
+//!
+//! ```
+//! use burn::tensor::{Tensor, backend::Backend};
+//! use reducers::encoder::{EncoderReducer, EncoderShape, Reduced, Seen, Tap};
+//! use reducers::{ReducerError, Scorer, Standing, top_k};
+//!
+//! struct Longest;
+//!
+//! impl<B: Backend> EncoderReducer<B> for Longest {
+//!     fn needs(&self, _: &EncoderShape) -> Result<Vec<Tap>, ReducerError> {
+//!         Ok(vec![Tap::Features])
+//!     }
+//!
+//!     fn reduce(&self, seen: &Seen<B>, keep: usize) -> Result<Reduced<B>, ReducerError> {
+//!         let features = seen.get(Tap::Features)?;
+//!         let lengths = (features.clone() * features).sum_dim(0).into_data();
+//!         let lengths: Vec<f32> = lengths.iter().collect();
+//!         Ok(Reduced::selection(top_k(&lengths, keep)?))
+//!     }
+//! }
+//!
+//! struct Unusual;
+//!
+//! impl<B: Backend> Scorer<B> for Unusual {
+//!     fn score(&self, standing: &dyn Standing<B>) -> Result<Tensor<B, 1>, ReducerError> {
+//!         let rows = standing.hidden_states();
+//!         let from_mean = rows.clone() - rows.mean_dim(1);
+//!         Ok((from_mean.clone() * from_mean).sum_dim(0).squeeze_dim(0))
+//!     }
+//! }
+//! ```
+//!
+//! They are used through `zoo::Routing { encoder, schedule, scorer }`, where a plan's own would stand.
 
 mod about;
 pub mod budget;

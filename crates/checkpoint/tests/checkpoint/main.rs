@@ -1,5 +1,6 @@
 //! What a checkpoint folder may hold, and what it must never do to us.
 
+mod burnpack;
 mod fixture;
 mod folder;
 mod header;

@@ -4,6 +4,7 @@ use burn::tensor::DType;
 use checkpoint::{Layout, LoadOptions, Shards};
 use proptest::prelude::*;
 
+use crate::burnpack::burnpack;
 use crate::fixture::{TABLE, counting_file, entry, file, folder, load, options, tiny_names};
 
 /// Opens, reads everything that can be read, loads.
@@ -54,6 +55,7 @@ proptest! {
     fn arbitrary_bytes(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
         exercise(&[("model.safetensors", &bytes)]);
         exercise(&[("model.safetensors.index.json", &bytes)]);
+        exercise(&[("model.bpk", &bytes)]);
         exercise(&[("model.safetensors", &file(&String::from_utf8_lossy(&bytes), &[0; 8]))]);
     }
 
@@ -68,15 +70,32 @@ proptest! {
         changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..4),
         cut in prop::option::of(any::<prop::sample::Index>()),
     ) {
-        let mut content = counting_file(&tiny_names("old"));
+        let files = [
+            ("model.safetensors", counting_file(&tiny_names("old"))),
+            ("model.bpk", burnpack(&tiny_names("old"))),
+        ];
+        for (name, mut content) in files {
+            for (at, byte) in &changes {
+                let at = at.index(content.len());
+                content[at] = *byte;
+            }
+            if let Some(cut) = cut {
+                content.truncate(cut.index(content.len()));
+            }
+            exercise(&[(name, &content)]);
+        }
+    }
+
+    /// Most of a Burnpack file is padding: these changes hit its header.
+    #[test]
+    fn mutated_burnpack_headers(
+        changes in prop::collection::vec((0..400usize, any::<u8>()), 1..4),
+    ) {
+        let mut content = burnpack(&tiny_names("old"));
         for (at, byte) in changes {
-            let at = at.index(content.len());
             content[at] = byte;
         }
-        if let Some(cut) = cut {
-            content.truncate(cut.index(content.len()));
-        }
-        exercise(&[("model.safetensors", &content)]);
+        exercise(&[("model.bpk", &content)]);
     }
 
     #[test]

@@ -1,0 +1,122 @@
+//! Everything that can stop a conversion.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use checkpoint::{CheckpointError, LayoutError};
+
+/// What went wrong, and what to do about it.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConvertError {
+    /// The source is no checkpoint that can be read.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+
+    /// The files cannot be laid out.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+
+    /// A file or folder cannot be read or written.
+    #[error("{}: {source}; check the permissions and the disk", path.display())]
+    Io {
+        /// Where.
+        path: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
+
+    /// Reading a pickle was not allowed.
+    #[error(
+        "{} has its weights in pickles; if you trust their author, add --allow-pickle",
+        folder.display()
+    )]
+    PickleNotAllowed {
+        /// The folder.
+        folder: PathBuf,
+    },
+
+    /// A pickle cannot be read.
+    #[error("{}: {problem}", path.display())]
+    Pickle {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+
+    /// An original LLaVA checkpoint cannot be understood.
+    #[error("{}: {problem}", path.display())]
+    Original {
+        /// The file or folder.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+
+    /// Two tensors would get the same name.
+    #[error("tensor {name:?} is there twice; is the vision tower already in the checkpoint?")]
+    Duplicate {
+        /// Its name.
+        name: String,
+    },
+
+    /// The target is the source, or it holds other weights.
+    #[error("{} already holds weights; choose another --to, or remove them", path.display())]
+    Occupied {
+        /// The file that is there.
+        path: PathBuf,
+    },
+
+    /// `--to` and `--format` do not fit together.
+    #[error("{}: {problem}", path.display())]
+    Target {
+        /// As given.
+        path: PathBuf,
+        /// The contradiction.
+        problem: &'static str,
+    },
+
+    /// Another program holds the journal.
+    #[error("{} is in use: another conversion writes there; wait for it", path.display())]
+    Busy {
+        /// The journal.
+        path: PathBuf,
+    },
+
+    /// The disk is too full.
+    #[error(
+        "{} has {available} bytes free, {needed} are needed; free some, or choose another --to",
+        path.display()
+    )]
+    DiskFull {
+        /// The folder.
+        path: PathBuf,
+        /// Bytes to be written.
+        needed: u64,
+        /// Bytes that are free.
+        available: u64,
+    },
+
+    /// A file does not hold what was written to it.
+    #[error(
+        "{} does not hold what was written ({what}), and has been removed; check the disk, then convert again",
+        path.display()
+    )]
+    Damaged {
+        /// The temporary file.
+        path: PathBuf,
+        /// The header, or the first tensor that differs.
+        what: String,
+    },
+}
+
+impl ConvertError {
+    /// Adds the path to what the system says.
+    pub(crate) fn io(path: &Path) -> impl Fn(io::Error) -> Self + '_ {
+        |source| Self::Io {
+            path: path.to_path_buf(),
+            source,
+        }
+    }
+}

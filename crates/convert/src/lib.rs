@@ -1,0 +1,25 @@
+//! Checkpoints in another form: what `cargo xtask convert` runs.
+//!
+//! Top-down:
+//!
+//! 1. [`Plan::new`] opens the source, names every tensor as it will be called, and lays out every
+//!    file to the byte. Nothing has been written then: this is `--dry-run`.
+//! 2. [`Plan::write`] streams tensor after tensor into files of a temporary name, reads them again,
+//!    compares checksums and renames them. A run that was interrupted is taken up where it stopped.
+//!
+//! safetensors and Burnpack are read and written in blocks of 1 MiB, so memory does not grow with
+//! the model. Pickles are read by `burn-store`, which holds one tensor twice.
+
+mod companions;
+mod elements;
+mod error;
+mod journal;
+mod original;
+mod pickle;
+mod plan;
+mod source;
+mod write;
+
+pub use error::ConvertError;
+pub use plan::{Form, Job, Plan, PlannedFile};
+pub use write::{Phase, Progress, Report};

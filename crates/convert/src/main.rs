@@ -1,0 +1,226 @@
+//! `cargo xtask convert`: a checkpoint in another form.
+
+use std::fmt::{self, Write as _};
+use std::io::{IsTerminal, Write, stderr, stdout};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use checkpoint::Dtype;
+use clap::{Parser, ValueEnum};
+use convert::{ConvertError, Form, Job, Phase, Plan, Progress, Report};
+
+/// How often progress is shown.
+const INTERVAL: Duration = Duration::from_millis(500);
+const MIB: f64 = (1 << 20) as f64;
+
+/// Convert a checkpoint into a form that loads fast, or back into one that transformers loads.
+#[derive(Parser)]
+#[command(name = "cargo xtask convert")]
+struct Args {
+    /// Folder of the checkpoint: Hugging Face safetensors, Burnpack, or PyTorch `.bin` files.
+    #[arg(long)]
+    from: PathBuf,
+    /// Folder to make, or a file of weights that ends in .bpk or .safetensors.
+    #[arg(long)]
+    to: PathBuf,
+    /// Type of the weights; as they are without it.
+    #[arg(long)]
+    dtype: Option<DtypeFlag>,
+    /// What to write; Burnpack, unless --to names a .safetensors file.
+    #[arg(long)]
+    format: Option<FormatFlag>,
+    /// Folder of the CLIP model, for LLaVA as its authors published it.
+    #[arg(long)]
+    vision_tower: Option<PathBuf>,
+    /// Folder whose tokenizer and chat template are used where --from has none.
+    #[arg(long)]
+    tokenizer: Option<PathBuf>,
+    /// Read PyTorch's `.bin` files. Their code is never run, but their makers must be trusted.
+    #[arg(long)]
+    allow_pickle: bool,
+    /// Largest shard of --format hf, in bytes.
+    #[arg(long, default_value_t = 5_000_000_000)]
+    max_shard_bytes: u64,
+    /// List what would be written, and write nothing.
+    #[arg(long)]
+    dry_run: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum DtypeFlag {
+    F32,
+    F16,
+    Bf16,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum FormatFlag {
+    /// model.bpk, which is mapped into memory
+    Burnpack,
+    /// model.safetensors
+    Safetensors,
+    /// Shards and an index, as transformers saves them
+    Hf,
+}
+
+fn main() -> ExitCode {
+    match run(Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(args: Args) -> Result<(), ConvertError> {
+    let plan = Plan::new(&Job {
+        from: args.from,
+        to: args.to,
+        dtype: args.dtype.map(|dtype| match dtype {
+            DtypeFlag::F32 => Dtype::F32,
+            DtypeFlag::F16 => Dtype::F16,
+            DtypeFlag::Bf16 => Dtype::BF16,
+        }),
+        form: args.format.map(|format| match format {
+            FormatFlag::Burnpack => Form::Burnpack,
+            FormatFlag::Safetensors => Form::Safetensors,
+            FormatFlag::Hf => Form::HuggingFace,
+        }),
+        vision_tower: args.vision_tower,
+        tokenizer: args.tokenizer,
+        allow_pickle: args.allow_pickle,
+        max_shard_bytes: args.max_shard_bytes,
+    })?;
+    let mut text = String::new();
+    let _ = match args.dry_run {
+        true => list(&mut text, &plan),
+        false => {
+            let mut meter = Meter::new();
+            let report = plan.write(&mut |progress| meter.show(progress))?;
+            meter.finish();
+            tell(&mut text, &plan, &report)
+        }
+    };
+    // A reader that has seen enough (`| head`) is no failure.
+    let _ = stdout().write_all(text.as_bytes());
+    Ok(())
+}
+
+/// What would be written.
+fn list(out: &mut String, plan: &Plan) -> fmt::Result {
+    for file in plan.files() {
+        for (tensor, offset) in file.tensors.iter().zip(&file.layout.offsets) {
+            let (dtype, shape) = (tensor.dtype, &tensor.shape);
+            writeln!(out, "{offset:>14} {dtype:>5} {} {shape:?}", tensor.name)?;
+        }
+        let (bytes, tensors) = (file.layout.bytes, file.tensors.len());
+        writeln!(
+            out,
+            "{}: {bytes} bytes, {tensors} tensors",
+            file.path.display()
+        )?;
+    }
+    for name in plan.companions() {
+        writeln!(out, "beside it: {name}")?;
+    }
+    writeln!(out, "{} bytes to be written", plan.missing_bytes())
+}
+
+fn tell(out: &mut String, plan: &Plan, report: &Report) -> fmt::Result {
+    for file in plan.files() {
+        let (mib, tensors) = (file.layout.bytes as f64 / MIB, file.tensors.len());
+        writeln!(
+            out,
+            "{}: {mib:.1} MiB, {tensors} tensors, verified",
+            file.path.display()
+        )?;
+    }
+    if report.resumed > 0 {
+        writeln!(
+            out,
+            "{} tensors were there from an interrupted run",
+            report.resumed
+        )?;
+    }
+    let lost: u64 = report.overflows.iter().map(|(_, values)| values).sum();
+    if lost > 0 {
+        writeln!(
+            out,
+            "{lost} values in {} tensors were beyond the range of the type and became its largest value; \
+             --dtype bf16 or f32 keeps them:",
+            report.overflows.len()
+        )?;
+        for (name, values) in &report.overflows {
+            writeln!(out, "  {values:>8} {name}")?;
+        }
+    }
+    if let Some(kib) = peak_memory_kib() {
+        writeln!(out, "peak memory: {:.1} MiB", kib as f64 / 1024.0)?;
+    }
+    Ok(())
+}
+
+/// Progress with bytes and the time that is left, on a terminal; from time to time elsewhere.
+struct Meter {
+    start: Instant,
+    shown: Option<Instant>,
+    /// Bytes that an earlier run had written do not tell the speed.
+    first_bytes: Option<u64>,
+    interval: Duration,
+}
+
+impl Meter {
+    fn new() -> Self {
+        Self {
+            start: Instant::now(),
+            shown: None,
+            first_bytes: None,
+            interval: match stderr().is_terminal() {
+                true => INTERVAL,
+                false => 20 * INTERVAL,
+            },
+        }
+    }
+
+    fn show(&mut self, progress: Progress) {
+        let first_bytes = *self.first_bytes.get_or_insert(progress.done_bytes);
+        if self.shown.unwrap_or(self.start).elapsed() < self.interval {
+            return;
+        }
+        self.shown = Some(Instant::now());
+        let seconds = self.start.elapsed().as_secs_f64();
+        let rate = (progress.done_bytes - first_bytes) as f64 / seconds;
+        let left = (progress.total_bytes - progress.done_bytes) as f64 / rate.max(1.0);
+        let what = match progress.phase {
+            Phase::Write => "writing",
+            Phase::Verify => "verifying",
+        };
+        let (done, total) = (
+            progress.done_bytes as f64 / MIB,
+            progress.total_bytes as f64 / MIB,
+        );
+        let line =
+            format!("{what}: {done:.0} of {total:.0} MiB written and verified, {left:.0} s left");
+        let _ = match stderr().is_terminal() {
+            true => write!(stderr(), "\r{line:<78}"),
+            false => writeln!(stderr(), "{line}"),
+        };
+    }
+
+    fn finish(&self) {
+        if stderr().is_terminal() && self.shown.is_some() {
+            let _ = writeln!(stderr());
+        }
+    }
+}
+
+/// The most memory that this process has held, where the system tells.
+fn peak_memory_kib() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))?;
+    line.split_whitespace().next()?.parse().ok()
+}

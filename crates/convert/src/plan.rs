@@ -1,0 +1,352 @@
+//! What will be written, to the byte, before anything is.
+
+use std::cmp::Reverse;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use checkpoint::{Dtype, Folder, Format, NewTensor, WeightsFile};
+use serde_json::json;
+
+use crate::ConvertError;
+use crate::companions::{CONFIG, Companions, read_config, set_dtype};
+use crate::elements::is_weight;
+use crate::original::{OriginalConfig, TOWER_PREFIX, is_original};
+use crate::source::{SourceTensor, Weights};
+
+const INDEX: &str = "model.safetensors.index.json";
+
+/// What a checkpoint is converted to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// One Burnpack file, `model.bpk`.
+    Burnpack,
+    /// One safetensors file, `model.safetensors`.
+    Safetensors,
+    /// A folder that transformers loads: shards and their index.
+    HuggingFace,
+}
+
+/// What is asked for.
+#[derive(Debug, Clone)]
+pub struct Job {
+    /// Folder of the checkpoint.
+    pub from: PathBuf,
+    /// Folder, or file of weights that ends in `.bpk` or `.safetensors`.
+    pub to: PathBuf,
+    /// Type of the weights, F32, F16 or BF16; as it is if `None`.
+    pub dtype: Option<Dtype>,
+    /// What to write; `None` means what the name of `to` says, or Burnpack.
+    pub form: Option<Form>,
+    /// Folder of the CLIP model, for LLaVA as its authors published it.
+    pub vision_tower: Option<PathBuf>,
+    /// Folder whose tokenizer and templates are used where `from` has none.
+    pub tokenizer: Option<PathBuf>,
+    /// Whether PyTorch's own files may be read.
+    pub allow_pickle: bool,
+    /// Largest shard of a Hugging Face folder, in bytes of data; one larger tensor is a shard, too.
+    pub max_shard_bytes: u64,
+}
+
+impl Job {
+    /// As it is, to Burnpack; shards are as large as transformers has long written them.
+    pub fn new(from: impl Into<PathBuf>, to: impl Into<PathBuf>) -> Self {
+        Self {
+            from: from.into(),
+            to: to.into(),
+            dtype: None,
+            form: None,
+            vision_tower: None,
+            tokenizer: None,
+            allow_pickle: false,
+            max_shard_bytes: 5_000_000_000,
+        }
+    }
+}
+
+/// A conversion that can be written.
+pub struct Plan {
+    pub(crate) weights: Vec<Weights>,
+    pub(crate) files: Vec<PlannedFile>,
+    pub(crate) companions: Companions,
+    /// Folder that everything goes to.
+    pub(crate) folder: PathBuf,
+    /// Where a run that is interrupted leaves off.
+    pub(crate) journal: PathBuf,
+}
+
+/// One file of weights.
+#[derive(Debug)]
+pub struct PlannedFile {
+    /// Where it will be.
+    pub path: PathBuf,
+    /// What it will hold, in order.
+    pub tensors: Vec<NewTensor>,
+    /// Where every byte of it will be.
+    pub layout: WeightsFile,
+    pub(crate) sources: Vec<SourceTensor>,
+}
+
+impl Plan {
+    /// Opens the source and lays out the target. Reads headers only, but for pickles.
+    pub fn new(job: &Job) -> Result<Self, ConvertError> {
+        let form = job.form.or(named_form(&job.to)).unwrap_or(Form::Burnpack);
+        let target = Target::new(job, form)?;
+        let (weights, mut tensors, mut config) = open(job)?;
+        let mut companions = Companions::default();
+        if target.is_folder {
+            companions.add(&job.from)?;
+            for path in [&job.tokenizer, &job.vision_tower].into_iter().flatten() {
+                companions.add(path)?;
+            }
+            if let Some(dtype) = job.dtype {
+                set_dtype(&mut config, dtype);
+            }
+            let config = json_bytes(&config);
+            companions.made.insert(CONFIG.to_owned(), config);
+        }
+        // Wide elements first, so that all are aligned; then by name.
+        tensors.sort_by_cached_key(|source| {
+            let tensor = target_tensor(source, job.dtype);
+            (Reverse(tensor.dtype.bitsize()), tensor.name)
+        });
+        let format = match form {
+            Form::Burnpack => Format::Burnpack,
+            Form::Safetensors | Form::HuggingFace => Format::Safetensors,
+        };
+        let shards = match form {
+            Form::HuggingFace => split(tensors, job)?,
+            Form::Burnpack | Form::Safetensors => vec![tensors],
+        };
+        let mut files = Vec::with_capacity(shards.len());
+        let count = shards.len();
+        for (at, sources) in shards.into_iter().enumerate() {
+            let tensors: Vec<_> = sources
+                .iter()
+                .map(|source| target_tensor(source, job.dtype))
+                .collect();
+            files.push(PlannedFile {
+                path: target.file(at, count),
+                layout: WeightsFile::new(format, &tensors)?,
+                tensors,
+                sources,
+            });
+        }
+        if count > 1 {
+            companions.made.insert(INDEX.to_owned(), index(&files));
+        }
+        Ok(Self {
+            weights,
+            files,
+            companions,
+            folder: target.folder,
+            journal: target.journal,
+        })
+    }
+
+    /// Files of weights.
+    pub fn files(&self) -> &[PlannedFile] {
+        &self.files
+    }
+
+    /// Names of the small files that go beside them.
+    pub fn companions(&self) -> impl Iterator<Item = &str> {
+        self.companions.names()
+    }
+
+    /// Length of all files of weights, in bytes.
+    pub fn total_bytes(&self) -> u64 {
+        self.files.iter().map(|file| file.layout.bytes).sum()
+    }
+}
+
+impl PlannedFile {
+    /// Where the tensor `at` ends, in bytes from the start of the file.
+    pub(crate) fn end(&self, at: usize) -> u64 {
+        self.layout.offsets[at] + self.tensors[at].bytes().unwrap_or(0)
+    }
+}
+
+/// Opens everything that tensors come from; they have their new names then.
+fn open(job: &Job) -> Result<(Vec<Weights>, Vec<SourceTensor>, serde_json::Value), ConvertError> {
+    let folder = Folder::open(&job.from)?;
+    let mut config = read_config(&folder)?;
+    let path = job.from.join(CONFIG);
+    let mut weights = vec![Weights::open(&job.from, job.allow_pickle)?];
+    let mut original = None;
+    if is_original(&config) {
+        let parsed = OriginalConfig::parse(&config, &path)?;
+        let tower = job
+            .vision_tower
+            .as_ref()
+            .ok_or_else(|| ConvertError::Original {
+                path: path.clone(),
+                problem: "it names a CLIP tower; download that, too, and add --vision-tower DIR"
+                    .into(),
+            })?;
+        let tower_config = read_config(&Folder::open(tower)?)?;
+        config = parsed.to_hub(&tower_config, &tower.join(CONFIG))?;
+        weights.push(Weights::open(tower, job.allow_pickle)?);
+        original = Some(parsed);
+    } else if job.vision_tower.is_some() {
+        return Err(ConvertError::Original {
+            path,
+            problem: "it is not of LLaVA as its authors published it; leave out --vision-tower"
+                .into(),
+        });
+    }
+    let mut tensors = Vec::new();
+    for (at, part) in weights.iter().enumerate() {
+        let is_tower = |source: &SourceTensor| source.tensor.name.starts_with(TOWER_PREFIX);
+        if at > 0 && tensors.iter().any(is_tower) {
+            break; // A tower that was trained on; only the config of the other is needed.
+        }
+        for mut tensor in part.tensors() {
+            let stored_name = tensor.name.clone();
+            let added_rows = match &original {
+                Some(original) => original.rename(&mut tensor, at > 0, &path)?,
+                None => Some(0),
+            };
+            if let Some(added_rows) = added_rows {
+                tensors.push(SourceTensor {
+                    tensor,
+                    weights: at,
+                    stored_name,
+                    added_rows,
+                });
+            }
+        }
+    }
+    check_names(&tensors)?;
+    Ok((weights, tensors, config))
+}
+
+fn check_names(tensors: &[SourceTensor]) -> Result<(), ConvertError> {
+    let mut names = BTreeSet::new();
+    for source in tensors {
+        if !names.insert(&source.tensor.name) {
+            return Err(ConvertError::Duplicate {
+                name: source.tensor.name.clone(),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// A tensor as it will be written.
+fn target_tensor(source: &SourceTensor, dtype: Option<Dtype>) -> NewTensor {
+    let mut tensor = source.tensor.clone();
+    if let Some(dtype) = dtype.filter(|_| is_weight(tensor.dtype)) {
+        tensor.dtype = dtype;
+    }
+    tensor
+}
+
+/// Shards of bounded size, or of one larger tensor.
+fn split(tensors: Vec<SourceTensor>, job: &Job) -> Result<Vec<Vec<SourceTensor>>, ConvertError> {
+    let mut shards = vec![Vec::new()];
+    let mut shard_bytes = 0;
+    for source in tensors {
+        let bytes = target_tensor(&source, job.dtype).bytes()?;
+        if shard_bytes > 0 && shard_bytes + bytes > job.max_shard_bytes {
+            shards.push(Vec::new());
+            shard_bytes = 0;
+        }
+        shard_bytes += bytes;
+        if let Some(shard) = shards.last_mut() {
+            shard.push(source);
+        }
+    }
+    Ok(shards)
+}
+
+/// Which tensor lies in which shard.
+fn index(files: &[PlannedFile]) -> Vec<u8> {
+    let mut weight_map = serde_json::Map::new();
+    let mut total_size = 0;
+    for file in files {
+        let name = file.path.file_name().unwrap_or_default().to_string_lossy();
+        for tensor in &file.tensors {
+            weight_map.insert(tensor.name.clone(), name.clone().into());
+            total_size += tensor.bytes().unwrap_or(0);
+        }
+    }
+    json_bytes(&json!({"metadata": {"total_size": total_size}, "weight_map": weight_map}))
+}
+
+fn json_bytes(value: &serde_json::Value) -> Vec<u8> {
+    let mut text = format!("{value:#}").into_bytes();
+    text.push(b'\n');
+    text
+}
+
+/// What the name of a target says: a file of weights, or (`None`) a folder.
+fn named_form(to: &Path) -> Option<Form> {
+    match to.extension()?.to_str()? {
+        "bpk" => Some(Form::Burnpack),
+        "safetensors" => Some(Form::Safetensors),
+        _ => None,
+    }
+}
+
+/// Where files go.
+struct Target {
+    folder: PathBuf,
+    is_folder: bool,
+    /// Name of the only file of weights.
+    single: PathBuf,
+    journal: PathBuf,
+}
+
+impl Target {
+    /// Nothing that is there is overwritten or put in the shade.
+    fn new(job: &Job, form: Form) -> Result<Self, ConvertError> {
+        let named = named_form(&job.to);
+        if named.is_some_and(|named| named != form) {
+            return Err(ConvertError::Target {
+                path: job.to.clone(),
+                problem: "its name and --format disagree",
+            });
+        }
+        let is_folder = named.is_none();
+        let single = match (is_folder, form) {
+            (false, _) => job.to.clone(),
+            (true, Form::Burnpack) => job.to.join("model.bpk"),
+            (true, Form::Safetensors | Form::HuggingFace) => job.to.join("model.safetensors"),
+        };
+        let folder = match job.to.parent() {
+            _ if is_folder => job.to.clone(),
+            Some(parent) if parent != Path::new("") => parent.to_path_buf(),
+            _ => PathBuf::from("."),
+        };
+        if is_folder && job.to.is_file() {
+            return Err(ConvertError::Target {
+                path: job.to.clone(),
+                problem: "it is a file; give a folder, or a name that ends in .bpk or .safetensors",
+            });
+        }
+        let journal = single.with_extension("journal");
+        let weights = ["model.bpk", "model.safetensors", INDEX].map(|name| folder.join(name));
+        let others = weights.iter().filter(|_| is_folder).chain([&single]);
+        // The journal of an interrupted run says which files are its own.
+        let occupied = others.into_iter().find(|path| path.exists());
+        match occupied.filter(|_| !journal.exists()) {
+            Some(path) => Err(ConvertError::Occupied { path: path.clone() }),
+            None => Ok(Self {
+                folder,
+                is_folder,
+                single,
+                journal,
+            }),
+        }
+    }
+
+    /// One of `count` files.
+    fn file(&self, at: usize, count: usize) -> PathBuf {
+        match count {
+            1 => self.single.clone(),
+            _ => self
+                .folder
+                .join(format!("model-{:05}-of-{count:05}.safetensors", at + 1)),
+        }
+    }
+}

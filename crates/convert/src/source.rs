@@ -1,0 +1,112 @@
+//! Where tensors come from.
+
+use std::path::{Path, PathBuf};
+
+use checkpoint::{CheckpointError, Folder, NewTensor, Shards};
+
+use crate::ConvertError;
+use crate::elements::MeanRow;
+use crate::pickle::{Pickles, has_pickles};
+
+/// Bytes that are handed on at once; whole elements of every type.
+pub(crate) const BLOCK_BYTES: usize = 1 << 20;
+
+/// The weights of one folder.
+pub(crate) enum Weights {
+    Shards(Shards),
+    Pickles(Pickles),
+}
+
+/// A tensor of a source.
+#[derive(Debug)]
+pub(crate) struct SourceTensor {
+    /// As it will be called, in the type that it is stored in.
+    pub(crate) tensor: NewTensor,
+    /// Position in the list of weights that it is from.
+    pub(crate) weights: usize,
+    /// As it is called there.
+    pub(crate) stored_name: String,
+    /// How many of its last rows are not stored: they are the mean of the others.
+    pub(crate) added_rows: usize,
+}
+
+impl Weights {
+    /// Opens the weights of a folder; pickles only if they are allowed and there is nothing else.
+    pub(crate) fn open(path: &Path, allow_pickle: bool) -> Result<Self, ConvertError> {
+        let folder = Folder::open(path)?;
+        match Shards::open(&folder) {
+            Ok(shards) => Ok(Self::Shards(shards)),
+            Err(CheckpointError::Pickle { .. }) if has_pickles(&folder) => match allow_pickle {
+                true => Ok(Self::Pickles(Pickles::open(path, &folder)?)),
+                false => Err(ConvertError::PickleNotAllowed {
+                    folder: path.to_path_buf(),
+                }),
+            },
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Every tensor, by name.
+    pub(crate) fn tensors(&self) -> Vec<NewTensor> {
+        match self {
+            Self::Shards(shards) => {
+                let tensors = shards.names().filter_map(|name| {
+                    let info = shards.info(name)?;
+                    Some(NewTensor {
+                        name: name.to_owned(),
+                        dtype: info.dtype,
+                        shape: info.shape.clone(),
+                    })
+                });
+                tensors.collect()
+            }
+            Self::Pickles(pickles) => pickles.tensors().collect(),
+        }
+    }
+
+    pub(crate) fn files(&self) -> Vec<PathBuf> {
+        match self {
+            Self::Shards(shards) => shards.files().map(PathBuf::from).collect(),
+            Self::Pickles(pickles) => pickles.files.clone(),
+        }
+    }
+
+    /// Hands on the bytes of a tensor, rows that are not stored included, in blocks of whole
+    /// elements.
+    pub(crate) fn stream(
+        &self,
+        tensor: &SourceTensor,
+        sink: &mut dyn FnMut(&[u8]) -> Result<(), ConvertError>,
+    ) -> Result<(), ConvertError> {
+        let columns = tensor.tensor.shape.last().copied().unwrap_or(1);
+        let mut mean = (tensor.added_rows > 0 && columns > 0)
+            .then(|| MeanRow::new(tensor.tensor.dtype, columns));
+        self.stream_stored(&tensor.stored_name, &mut |block| {
+            if let Some(mean) = &mut mean {
+                mean.add(block);
+            }
+            sink(block)
+        })?;
+        if let Some(mean) = mean {
+            let row = mean.bytes();
+            for _ in 0..tensor.added_rows {
+                sink(&row)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn stream_stored(
+        &self,
+        name: &str,
+        sink: &mut dyn FnMut(&[u8]) -> Result<(), ConvertError>,
+    ) -> Result<(), ConvertError> {
+        match self {
+            Self::Shards(shards) => shards.for_each_block(name, sink),
+            Self::Pickles(pickles) => {
+                let data = pickles.read(name)?;
+                data.bytes.chunks(BLOCK_BYTES).try_for_each(sink)
+            }
+        }
+    }
+}

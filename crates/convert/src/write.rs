@@ -1,0 +1,266 @@
+//! Writing a plan: stream, read again, compare, rename.
+
+use std::ffi::OsString;
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use xxhash_rust::xxh3::{Xxh3, xxh3_64};
+
+use crate::elements::Narrow;
+use crate::journal::{Done, Journal};
+use crate::plan::PlannedFile;
+use crate::source::{BLOCK_BYTES, Weights};
+use crate::{ConvertError, Plan};
+
+/// What is going on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Tensors are written.
+    Write,
+    /// A file is read again.
+    Verify,
+}
+
+/// How far a conversion has come, in bytes of all files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Progress {
+    /// What is going on.
+    pub phase: Phase,
+    /// Written and verified so far; every byte counts twice.
+    pub done_bytes: u64,
+    /// To be written and verified in all.
+    pub total_bytes: u64,
+}
+
+/// What a conversion has come to.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Tensors that an interrupted run had written before.
+    pub resumed: usize,
+    /// Tensors with finite values beyond the range of their new type, and how many. They became the
+    /// largest value of that type.
+    pub overflows: Vec<(String, u64)>,
+}
+
+impl Plan {
+    /// Bytes that are still to be written: an interrupted run has left some.
+    pub fn missing_bytes(&self) -> u64 {
+        let written = self.files.iter().map(|file| {
+            let length = |path: &Path| path.metadata().map_or(0, |metadata| metadata.len());
+            length(&file.path)
+                .max(length(&partial(&file.path)))
+                .min(file.layout.bytes)
+        });
+        self.total_bytes() - written.sum::<u64>()
+    }
+
+    /// Writes everything. Files have their names only when they are whole and verified.
+    pub fn write(&self, progress: &mut dyn FnMut(Progress)) -> Result<Report, ConvertError> {
+        fs::create_dir_all(&self.folder).map_err(ConvertError::io(&self.folder))?;
+        self.check_space()?;
+        let mut run = Run {
+            weights: &self.weights,
+            journal: Journal::open(self)?,
+            done_bytes: 0,
+            total_bytes: 2 * self.total_bytes(),
+            progress,
+        };
+        let resumed = run.journal.done.len();
+        let mut first = 0;
+        for file in &self.files {
+            if let Err(error) = run.write(file, first) {
+                if let ConvertError::Damaged { path, .. } = &error {
+                    fs::remove_file(path).map_err(ConvertError::io(path))?;
+                    run.journal.remove()?;
+                }
+                return Err(error);
+            }
+            first += file.tensors.len();
+        }
+        for companion in self.companions.contents() {
+            let (name, content) = companion?;
+            put(&self.folder.join(name), &content)?;
+        }
+        let names = self.files.iter().flat_map(|file| &file.tensors);
+        let lost = names
+            .zip(&run.journal.done)
+            .filter(|(_, done)| done.overflows > 0);
+        let overflows = lost
+            .map(|(tensor, done)| (tensor.name.clone(), done.overflows))
+            .collect();
+        run.journal.remove()?;
+        Ok(Report { resumed, overflows })
+    }
+
+    fn check_space(&self) -> Result<(), ConvertError> {
+        let needed = self.missing_bytes();
+        let available = fs4::available_space(&self.folder);
+        let available = available.map_err(ConvertError::io(&self.folder))?;
+        if needed <= available {
+            return Ok(());
+        }
+        Err(ConvertError::DiskFull {
+            path: self.folder.clone(),
+            needed,
+            available,
+        })
+    }
+}
+
+/// A plan that is being written.
+struct Run<'a> {
+    weights: &'a [Weights],
+    journal: Journal,
+    done_bytes: u64,
+    total_bytes: u64,
+    progress: &'a mut dyn FnMut(Progress),
+}
+
+impl Run<'_> {
+    /// Writes one file, of which the first tensor is the `first` of all.
+    fn write(&mut self, planned: &PlannedFile, first: usize) -> Result<(), ConvertError> {
+        let count = planned.tensors.len();
+        let path = partial(&planned.path);
+        if self.journal.done.len() >= first + count && planned.path.exists() {
+            self.advance(2 * planned.layout.bytes, Phase::Verify);
+            return Ok(()); // It was verified before it was renamed.
+        }
+        let mut file = open(&path)?;
+        let failed = ConvertError::io(&path);
+        let written = self.journal.done.len().saturating_sub(first).min(count);
+        let start = match written.checked_sub(1) {
+            Some(last) => planned.end(last),
+            None => {
+                file.set_len(0).map_err(&failed)?;
+                file.write_all(&planned.layout.header).map_err(&failed)?;
+                planned.layout.header.len() as u64
+            }
+        };
+        file.set_len(start).map_err(&failed)?;
+        self.advance(start, Phase::Write);
+        for at in written..count {
+            file.set_len(planned.layout.offsets[at]).map_err(&failed)?;
+            file.seek(SeekFrom::End(0)).map_err(&failed)?;
+            let done = self.write_tensor(&mut file, planned, at)?;
+            self.journal.add(done)?;
+        }
+        file.sync_all().map_err(&failed)?;
+        self.verify(&path, planned, first)?;
+        fs::rename(&path, &planned.path).map_err(&failed)
+    }
+
+    fn write_tensor(
+        &mut self,
+        file: &mut File,
+        planned: &PlannedFile,
+        at: usize,
+    ) -> Result<Done, ConvertError> {
+        let source = &planned.sources[at];
+        let mut narrow = Narrow::new(source.tensor.dtype, planned.tensors[at].dtype);
+        let mut hasher = Xxh3::new();
+        let mut buffer = Vec::new();
+        let weights: &Weights = &self.weights[source.weights];
+        weights.stream(source, &mut |block| {
+            let block = narrow.block(block, &mut buffer);
+            hasher.update(block);
+            self.done_bytes += block.len() as u64;
+            report(
+                &mut *self.progress,
+                self.done_bytes,
+                self.total_bytes,
+                Phase::Write,
+            );
+            file.write_all(block)
+                .map_err(ConvertError::io(&planned.path))
+        })?;
+        Ok(Done {
+            checksum: hasher.digest(),
+            overflows: narrow.overflows,
+        })
+    }
+
+    /// Reads a file again and compares it with what was written.
+    fn verify(
+        &mut self,
+        path: &Path,
+        planned: &PlannedFile,
+        first: usize,
+    ) -> Result<(), ConvertError> {
+        let failed = ConvertError::io(path);
+        let mut file = File::open(path).map_err(&failed)?;
+        let mut block = Vec::new();
+        let mut checksum = |start: u64, end: u64| {
+            let mut hasher = Xxh3::new();
+            let mut left = end.saturating_sub(start);
+            file.seek(SeekFrom::Start(start)).map_err(&failed)?;
+            while left > 0 {
+                block.resize(left.min(BLOCK_BYTES as u64) as usize, 0);
+                file.read_exact(&mut block).map_err(&failed)?;
+                hasher.update(&block);
+                left -= block.len() as u64;
+                self.done_bytes += block.len() as u64;
+                report(
+                    &mut *self.progress,
+                    self.done_bytes,
+                    self.total_bytes,
+                    Phase::Verify,
+                );
+            }
+            Ok::<_, ConvertError>(hasher.digest())
+        };
+        let damaged = |what: &str| ConvertError::Damaged {
+            path: path.to_path_buf(),
+            what: what.to_owned(),
+        };
+        let header = &planned.layout.header;
+        if checksum(0, header.len() as u64)? != xxh3_64(header) {
+            return Err(damaged("the header"));
+        }
+        for (at, tensor) in planned.tensors.iter().enumerate() {
+            let found = checksum(planned.layout.offsets[at], planned.end(at))?;
+            if self.journal.done[first + at].checksum != found {
+                return Err(damaged(&tensor.name));
+            }
+        }
+        Ok(())
+    }
+
+    fn advance(&mut self, bytes: u64, phase: Phase) {
+        self.done_bytes += bytes;
+        report(
+            &mut *self.progress,
+            self.done_bytes,
+            self.total_bytes,
+            phase,
+        );
+    }
+}
+
+fn report(progress: &mut dyn FnMut(Progress), done_bytes: u64, total_bytes: u64, phase: Phase) {
+    progress(Progress {
+        phase,
+        done_bytes,
+        total_bytes,
+    });
+}
+
+fn open(path: &Path) -> Result<File, ConvertError> {
+    let mut options = OpenOptions::new();
+    let file = options.create(true).truncate(false).write(true).open(path);
+    file.map_err(ConvertError::io(path))
+}
+
+/// Writes a small file under a temporary name and renames it.
+fn put(path: &Path, content: &[u8]) -> Result<(), ConvertError> {
+    let temporary = partial(path);
+    fs::write(&temporary, content).map_err(ConvertError::io(&temporary))?;
+    fs::rename(&temporary, path).map_err(ConvertError::io(path))
+}
+
+/// The name of a file that is not finished.
+pub(crate) fn partial(path: &Path) -> PathBuf {
+    let mut name: OsString = path.as_os_str().to_owned();
+    name.push(".partial");
+    name.into()
+}

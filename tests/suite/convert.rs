@@ -1,0 +1,423 @@
+//! Converted checkpoints: they load, they answer the same, and nothing that went wrong on the way is
+//! kept.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+
+use burn::tensor::DType;
+use checkpoint::{Dtype, Folder, Layout, LoadOptions, Shards, load_into};
+use convert::{ConvertError, Form, Job, Phase, Plan, Report};
+use half::f16;
+use llava::Llava;
+use reroute_cli::backend::{Backend, Device};
+use safetensors::SafeTensors;
+use serde_json::Value;
+use zoo::ModelConfig;
+
+use crate::golden::fixture;
+use crate::program::{Scratch, f32s, i64s, refuses, report, safetensors};
+
+const FAMILIES: [&str; 4] = ["llava", "qwen2vl", "qwen25vl", "qwen3vl"];
+
+fn source(family: &str) -> String {
+    fixture(family).join("ckpt").display().to_string()
+}
+
+fn convert(job: &Job) -> Result<Report, ConvertError> {
+    Plan::new(job)?.write(&mut |_| ())
+}
+
+fn answer(model: &str) -> Value {
+    let picture = fixture("qwen_cases/pictures/small.png")
+        .display()
+        .to_string();
+    let question = ["--image", &picture, "--prompt", "What is this?"];
+    report(
+        &[
+            &["ask", "--model", model, "--max-new-tokens", "3"][..],
+            &question,
+        ]
+        .concat(),
+    )
+}
+
+/// Name → type, shape and bytes.
+type Contents = BTreeMap<String, (safetensors::Dtype, Vec<usize>, Vec<u8>)>;
+
+fn contents(path: impl AsRef<Path>) -> Contents {
+    let bytes = fs::read(path).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let tensors = tensors.iter().map(|(name, tensor)| {
+        let (shape, data) = (tensor.shape().to_vec(), tensor.data().to_vec());
+        (name.to_owned(), (tensor.dtype(), shape, data))
+    });
+    tensors.collect()
+}
+
+#[test]
+fn every_family_answers_the_same_from_every_form() {
+    for family in FAMILIES {
+        let (from, to) = (source(family), Scratch::new());
+        let expected = answer(&from);
+        for (form, name) in [
+            (Form::Burnpack, "burnpack"),
+            (Form::Safetensors, "safetensors"),
+            (Form::HuggingFace, "hf"),
+        ] {
+            let mut job = Job::new(&from, to.at(name));
+            job.form = Some(form);
+            job.max_shard_bytes = 1_000_000;
+            convert(&job).unwrap();
+            assert_eq!(answer(&to.at(name)), expected, "{family} as {name}");
+        }
+    }
+}
+
+#[test]
+fn half_precision_files_hold_what_loading_would_have_narrowed() {
+    for family in ["llava", "qwen3vl"] {
+        let (from, to) = (source(family), Scratch::new());
+        let mut job = Job::new(&from, to.at("half"));
+        job.dtype = Some(Dtype::F16);
+        assert_eq!(convert(&job).unwrap(), Report::default());
+        let open = |path: &str| Shards::open(&Folder::open(path).unwrap()).unwrap();
+        let (wide, half) = (open(&from), open(&to.at("half")));
+        for name in wide.names() {
+            let read = |shards: &Shards| shards.read(name, DType::F16, Layout::AsStored).unwrap();
+            assert_eq!(read(&half), read(&wide), "{family}: {name}");
+        }
+        let config = fs::read_to_string(to.at("half/config.json")).unwrap();
+        assert!(config.contains("\"float16\"") && !config.contains("\"float32\""));
+    }
+}
+
+/// There and back again: what transformers wrote is what transformers gets.
+#[test]
+fn a_hugging_face_folder_has_the_names_shapes_and_values_of_the_source() {
+    for family in FAMILIES {
+        let (from, to) = (source(family), Scratch::new());
+        convert(&Job::new(&from, to.at("burnpack"))).unwrap();
+        let mut job = Job::new(to.at("burnpack"), to.at("hf"));
+        job.form = Some(Form::HuggingFace);
+        job.max_shard_bytes = 1_000_000;
+        convert(&job).unwrap();
+
+        let index = fs::read(to.at("hf/model.safetensors.index.json")).unwrap();
+        let index: Value = serde_json::from_slice(&index).unwrap();
+        let weight_map = index["weight_map"].as_object().unwrap();
+        let mut found = Contents::new();
+        for shard in weight_map.values().map(|shard| shard.as_str().unwrap()) {
+            let path = to.at(&format!("hf/{shard}"));
+            let tensors = contents(&path);
+            assert!(tensors.keys().all(|name| weight_map[name] == shard));
+            found.extend(tensors);
+        }
+        let total_size = found.values().map(|(_, _, data)| data.len()).sum::<usize>();
+        assert!(weight_map.len() == found.len() && total_size > 3_000_000);
+        assert_eq!(index["metadata"]["total_size"], total_size);
+        let expected = contents(Path::new(&from).join("model.safetensors"));
+        assert!(found == expected, "{family}");
+        for entry in Path::new(&from).read_dir().unwrap() {
+            let name = entry.unwrap().file_name().into_string().unwrap();
+            let there = Path::new(&to.at("hf")).join(&name).is_file();
+            assert!(there || name == "model.safetensors", "{family}: {name}");
+        }
+    }
+}
+
+fn original(to: &Scratch) -> Job {
+    let mut job = Job::new(fixture("convert/original"), to.at("hub"));
+    job.vision_tower = Some(fixture("convert/clip"));
+    job.tokenizer = Some(source("llava").into());
+    job.form = Some(Form::Safetensors);
+    job.allow_pickle = true;
+    job
+}
+
+#[test]
+fn llava_as_its_authors_published_it_becomes_that_of_the_hub() {
+    let to = Scratch::new();
+    convert(&original(&to)).unwrap();
+    let found = contents(to.at("hub/model.safetensors"));
+    let expected = contents(fixture("convert/expected.safetensors"));
+    let names = |contents: &Contents| contents.keys().cloned().collect::<Vec<_>>();
+    assert_eq!(names(&found), names(&expected));
+    for (name, tensor) in &expected {
+        assert!(found[name] == *tensor, "{name}");
+    }
+    assert!(Path::new(&to.at("hub/tokenizer.json")).is_file());
+
+    let folder = Folder::open(to.at("hub")).unwrap();
+    let ModelConfig::Llava(config) = ModelConfig::open(&folder).unwrap() else {
+        panic!("another family");
+    };
+    assert_eq!((config.image_token, config.text.vocab_size), (70, 128));
+    let shards = Shards::open(&folder).unwrap();
+    let model = Llava::<Backend>::new(&config, &Device::default()).unwrap();
+    let options = LoadOptions::new(DType::F32);
+    load_into(model, &shards, &llava::NAMES, &options, &mut |_| ()).unwrap();
+}
+
+#[test]
+fn pickles_are_read_only_when_allowed_and_whole() {
+    let to = Scratch::new();
+    let mut job = original(&to);
+    job.allow_pickle = false;
+    let error = convert(&job).unwrap_err();
+    assert!(error.to_string().contains("--allow-pickle"), "{error}");
+
+    // `burn-store` alone would put zeros where bytes are wrong or missing.
+    let shard = "pytorch_model-00001-of-00002.bin";
+    let intact = fs::read(fixture("convert/original").join(shard)).unwrap();
+    let from = Scratch::new();
+    for entry in fixture("convert/original").read_dir().unwrap() {
+        let entry = entry.unwrap();
+        from.write(
+            entry.file_name().to_str().unwrap(),
+            fs::read(entry.path()).unwrap(),
+        );
+    }
+    job = original(&to);
+    job.from = from.path().into();
+    let mut flipped = intact.clone();
+    flipped[intact.len() / 2] ^= 1;
+    let cut = intact[..intact.len() - 100].to_vec();
+    for damaged in [flipped, cut, b"\x80\x02}q\x00.".to_vec(), Vec::new()] {
+        from.write(shard, damaged);
+        let error = convert(&job).unwrap_err();
+        assert!(matches!(error, ConvertError::Pickle { .. }), "{error}");
+        assert!(error.to_string().contains(shard), "{error}");
+    }
+    from.remove(shard);
+    assert!(convert(&job).unwrap_err().to_string().contains("not there"));
+    from.write(shard, intact);
+    convert(&job).unwrap();
+}
+
+/// A checkpoint of these f32 tensors.
+fn small(tensors: &[(&str, &[f32])]) -> Scratch {
+    let folder = Scratch::new();
+    let tensors: Vec<_> = (tensors.iter())
+        .map(|(name, values)| f32s(name, [values.len()], values))
+        .collect();
+    folder.write("model.safetensors", safetensors(&tensors));
+    folder.write("config.json", "{}");
+    folder
+}
+
+#[test]
+fn values_beyond_the_range_of_f16_are_counted_and_become_the_largest() {
+    let values = [1.0, 65519.0, 65520.0, -1e6, f32::INFINITY, 1e-9];
+    let from = small(&[("fits", &[0.5, -65504.0]), ("wide", &values)]);
+    let mut job = Job::new(from.path(), from.at("half.safetensors"));
+    job.dtype = Some(Dtype::F16);
+    let report = convert(&job).unwrap();
+    assert_eq!(report.overflows, [("wide".to_owned(), 2)]);
+    let found = contents(from.at("half.safetensors"));
+    let halves = found["wide"]
+        .2
+        .as_chunks()
+        .0
+        .iter()
+        .map(|raw| f16::from_le_bytes(*raw).to_f32());
+    let expected = [1.0, 65504.0, 65504.0, -65504.0, f32::INFINITY, 0.0];
+    assert_eq!(halves.collect::<Vec<_>>(), expected);
+
+    job = Job::new(from.path(), from.at("brain.safetensors"));
+    job.dtype = Some(Dtype::BF16);
+    assert_eq!(convert(&job).unwrap().overflows, []);
+}
+
+#[test]
+fn integers_stay_as_they_are() {
+    let (from, to) = (small(&[]), Scratch::new());
+    let tensors = [
+        f32s("a", [3], [1.0, 2.0, 3.0]),
+        i64s("b", [1, 2], [-7, 1 << 40]),
+    ];
+    from.write("model.safetensors", safetensors(&tensors));
+    let mut job = Job::new(from.path(), to.at("model.bpk"));
+    job.dtype = Some(Dtype::F16);
+    convert(&job).unwrap();
+    to.write("config.json", "{}");
+    convert(&Job::new(to.path(), to.at("back.safetensors"))).unwrap();
+    let (found, stored) = (
+        contents(to.at("back.safetensors")),
+        contents(from.at("model.safetensors")),
+    );
+    assert!(found["b"] == stored["b"]);
+    assert_eq!((found["a"].0, &found["a"].1[..]), (Dtype::F16, &[3][..]));
+}
+
+/// Runs a conversion that dies when so many bytes have been written and verified.
+fn interrupted(job: &Job, at: u64) {
+    let plan = Plan::new(job).unwrap();
+    let run = catch_unwind(AssertUnwindSafe(|| {
+        plan.write(&mut |progress| assert!(progress.done_bytes < at, "interrupted"))
+    }));
+    assert!(run.is_err(), "it was not interrupted");
+}
+
+#[test]
+fn an_interrupted_run_is_taken_up_and_ends_the_same() {
+    let (from, to) = (source("llava"), Scratch::new());
+    let job_to = |name: &str, form: Form| {
+        let mut job = Job::new(&from, to.at(name));
+        job.form = Some(form);
+        job.max_shard_bytes = 1_000_000;
+        job
+    };
+    for form in [Form::Burnpack, Form::HuggingFace] {
+        let whole = job_to(&format!("whole {form:?}"), form);
+        convert(&whole).unwrap();
+        let total_bytes = 2 * Plan::new(&Job::new(&from, to.at("any")))
+            .unwrap()
+            .total_bytes();
+        for tenth in [1, 4, 6, 9] {
+            let name = format!("{form:?} {tenth}");
+            let job = job_to(&name, form);
+            interrupted(&job, total_bytes * tenth / 10);
+            let mut written = 0;
+            let report = Plan::new(&job).unwrap().write(&mut |progress| {
+                written += usize::from(progress.phase == Phase::Write);
+            });
+            let resumed = report.unwrap().resumed;
+            assert!(resumed > 0, "{name}");
+            // One call for each tensor, which are smaller than a MiB, and one for each header.
+            assert!(written <= 150 - resumed + 4, "{name}");
+            for entry in whole.to.read_dir().unwrap() {
+                let entry = entry.unwrap();
+                let twin = fs::read(job.to.join(entry.file_name())).unwrap();
+                assert!(twin == fs::read(entry.path()).unwrap(), "{name}: {entry:?}");
+            }
+            let left = job.to.read_dir().unwrap().count();
+            assert_eq!(left, whole.to.read_dir().unwrap().count(), "{name}");
+        }
+    }
+}
+
+#[test]
+fn two_conversions_do_not_write_to_one_place() {
+    let (from, to) = (source("llava"), Scratch::new());
+    let job = Job::new(&from, to.at("model.bpk"));
+    let (first, second) = (Plan::new(&job).unwrap(), Plan::new(&job).unwrap());
+    let mut refused = false;
+    let written = first.write(&mut |_| {
+        refused |= matches!(second.write(&mut |_| ()), Err(ConvertError::Busy { .. }));
+    });
+    assert_eq!(written.unwrap(), Report::default());
+    assert!(refused);
+}
+
+#[test]
+fn a_change_of_the_source_begins_anew() {
+    let (from, to) = (small(&[("a", &[1.0]), ("b", &[2.0])]), Scratch::new());
+    let job = Job::new(from.path(), to.at("model.safetensors"));
+    interrupted(&job, Plan::new(&job).unwrap().total_bytes());
+    from.write(
+        "model.safetensors",
+        safetensors(&[
+            f32s("a", [1], [3.0]),
+            f32s("b", [1], [4.0]),
+            f32s("c", [1], [5.0]),
+        ]),
+    );
+    assert_eq!(convert(&job).unwrap().resumed, 0);
+    let expected = contents(from.at("model.safetensors"));
+    assert!(contents(to.at("model.safetensors")) == expected);
+}
+
+#[test]
+fn a_file_that_does_not_hold_what_was_written_is_not_kept() {
+    let (from, to) = (source("llava"), Scratch::new());
+    let job = Job::new(&from, to.at("model.bpk"));
+    let bytes = Plan::new(&job).unwrap().total_bytes();
+    interrupted(&job, bytes);
+    let partial = to.at("model.bpk.partial");
+    let mut content = fs::read(&partial).unwrap();
+    let middle = content.len() / 2;
+    content[middle] ^= 1;
+    fs::write(&partial, content).unwrap();
+    let error = convert(&job).unwrap_err();
+    assert!(matches!(error, ConvertError::Damaged { .. }), "{error}");
+    assert_eq!(to.entries(), [""; 0]);
+    assert_eq!(convert(&job).unwrap().resumed, 0);
+    assert_eq!(to.entries(), ["model.bpk"]);
+}
+
+#[test]
+fn nothing_is_overwritten_and_a_plan_writes_nothing() {
+    let (from, to) = (source("llava"), Scratch::new());
+    let folder = Job::new(&from, to.at("new"));
+    let plan = Plan::new(&folder).unwrap();
+    assert!(plan.companions().any(|name| name == "tokenizer.json"));
+    assert_eq!(plan.missing_bytes(), plan.total_bytes());
+    assert_eq!(to.entries(), [""; 0]);
+    plan.write(&mut |_| ()).unwrap();
+    for form in [Form::Burnpack, Form::Safetensors, Form::HuggingFace] {
+        let mut again = folder.clone();
+        again.form = Some(form);
+        let error = convert(&again).unwrap_err();
+        assert!(matches!(error, ConvertError::Occupied { .. }), "{error}");
+    }
+    let error = convert(&Job::new(&from, &from)).unwrap_err();
+    assert!(matches!(error, ConvertError::Occupied { .. }), "{error}");
+    let mut job = Job::new(&from, to.at("model.bpk"));
+    job.form = Some(Form::HuggingFace);
+    let error = convert(&job).unwrap_err();
+    assert!(matches!(error, ConvertError::Target { .. }), "{error}");
+    // Beside its source, a file is no second checkpoint.
+    let from = Scratch::checkpoint();
+    convert(&Job::new(from.path(), from.at("model.bpk"))).unwrap();
+    from.remove("model.safetensors");
+    report(&[
+        "ask",
+        "--model",
+        &from.path(),
+        "--prompt",
+        "Hi",
+        "--max-new-tokens",
+        "1",
+    ]);
+}
+
+#[test]
+fn a_disk_that_is_too_full_is_noticed_before_anything_is_written() {
+    let (from, to) = (small(&[]), Scratch::new());
+    let bytes = 8_u64 << 40;
+    let header = format!(
+        r#"{{"a":{{"dtype":"F32","shape":[{}],"data_offsets":[0,{bytes}]}}}}"#,
+        bytes / 4
+    );
+    let mut content = (header.len() as u64).to_le_bytes().to_vec();
+    content.extend(header.as_bytes());
+    let path = from.write("model.safetensors", &content);
+    let file = File::options().write(true).open(path).unwrap();
+    file.set_len(content.len() as u64 + bytes).unwrap(); // Takes no place on the disk.
+    let error = convert(&Job::new(from.path(), to.at("model.bpk"))).unwrap_err();
+    assert!(matches!(error, ConvertError::DiskFull { .. }), "{error}");
+    assert_eq!(to.entries(), [""; 0]);
+}
+
+#[test]
+fn damaged_burnpack_files_are_refused_with_advice() {
+    let (from, to) = (source("llava"), Scratch::new());
+    convert(&Job::new(&from, to.at("model.bpk"))).unwrap();
+    for entry in Path::new(&from).read_dir().unwrap() {
+        let entry = entry.unwrap();
+        let name = entry.file_name().into_string().unwrap();
+        if !name.starts_with("model.") {
+            to.write(&name, fs::read(entry.path()).unwrap());
+        }
+    }
+    let flags = ["ask", "--model", &to.path(), "--prompt", "Hi"];
+    let whole = to.read("model.bpk");
+    to.write("model.bpk", &whole[..whole.len() / 2]);
+    refuses(&flags, &["model.bpk", "bytes where its header needs"]);
+    to.write("model.bpk", b"version https://git-lfs.github.com/spec/v1");
+    refuses(&flags, &["model.bpk", "not a Burnpack file", "convert"]);
+    to.remove("model.bpk");
+    refuses(&flags, &["none of model.bpk"]);
+}

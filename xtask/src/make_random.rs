@@ -1,0 +1,270 @@
+//! `cargo xtask make-random`: a checkpoint with the structure of a family and random weights, for
+//! tests and benchmarks.
+//!
+//! Everything but the weights and the sizes is that of the family's fixture.
+
+mod shapes;
+
+use std::fs::{self, File};
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use clap::ValueEnum;
+use half::f16;
+use serde_json::{Map, Value, json};
+
+use shapes::{Fill, Tensor};
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// Family of the model.
+    #[arg(long)]
+    family: Family,
+    /// Sizes of its layers: the fixture's, or those of the published 7B model (Qwen3-VL: 8B).
+    #[arg(long, default_value = "tiny")]
+    size: Size,
+    /// Layers of the decoder; the fixture's 8 without it, or 4 of 7B.
+    #[arg(long)]
+    layers: Option<usize>,
+    /// Type of the weights.
+    #[arg(long, default_value = "f32")]
+    dtype: Dtype,
+    /// Equal seeds make equal files.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Folder to make.
+    #[arg(long)]
+    to: PathBuf,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Family {
+    Llava,
+    Qwen2Vl,
+    #[value(name = "qwen2.5-vl")]
+    Qwen25Vl,
+    Qwen3Vl,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Size {
+    Tiny,
+    #[value(name = "7b-layers")]
+    Layers7b,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Dtype {
+    F32,
+    F16,
+}
+
+pub fn run(args: &Args, root: &Path) -> anyhow::Result<()> {
+    let fixture = root
+        .join("tests/fixtures")
+        .join(args.family.fixture())
+        .join("ckpt");
+    let mut config = read_json(&fixture.join("config.json"))?;
+    let mut preprocessor = read_json(&fixture.join("preprocessor_config.json"))?;
+    if args.size == Size::Layers7b {
+        let (model, pixels) = args.family.published();
+        merge(&mut config, model);
+        merge(&mut preprocessor, pixels);
+    }
+    let text = match config.get_mut("text_config") {
+        Some(text) => text,
+        None => &mut config,
+    };
+    if let Some(layers) = args.layers {
+        text["num_hidden_layers"] = layers.into();
+    }
+    merge(&mut config, json!({"torch_dtype": args.dtype.name()}));
+
+    let tensors = match args.family {
+        Family::Llava => shapes::llava(&config)?,
+        Family::Qwen2Vl => shapes::qwen2_vl(&config)?,
+        Family::Qwen25Vl => shapes::qwen2_5_vl(&config)?,
+        Family::Qwen3Vl => shapes::qwen3_vl(&config)?,
+    };
+    fs::create_dir_all(&args.to)?;
+    let weights = args.to.join("model.safetensors");
+    if weights.exists() {
+        bail!(
+            "{} is already there; remove it, or choose another --to",
+            weights.display()
+        );
+    }
+    write(&weights, &tensors, args.dtype, args.seed)?;
+    for entry in fixture.read_dir()? {
+        let name = entry?.file_name();
+        if !name.to_string_lossy().starts_with("model.") && name != "config.v5.json" {
+            fs::copy(fixture.join(&name), args.to.join(&name))?;
+        }
+    }
+    fs::write(
+        args.to.join("preprocessor_config.json"),
+        format!("{preprocessor:#}\n"),
+    )?;
+    fs::write(args.to.join("config.json"), format!("{config:#}\n"))?;
+    let mib = weights.metadata()?.len() >> 20;
+    println!(
+        "{}: {} tensors, {mib} MiB",
+        args.to.display(),
+        tensors.len()
+    );
+    Ok(())
+}
+
+impl Family {
+    fn fixture(self) -> &'static str {
+        match self {
+            Self::Llava => "llava",
+            Self::Qwen2Vl => "qwen2vl",
+            Self::Qwen25Vl => "qwen25vl",
+            Self::Qwen3Vl => "qwen3vl",
+        }
+    }
+
+    /// How `config.json` and `preprocessor_config.json` of the published model differ from the
+    /// fixture's, but for the vocabulary's special tokens and the number of decoder layers: the files
+    /// of llava-hf/llava-1.5-7b-hf, Qwen/Qwen2-VL-7B-Instruct, Qwen/Qwen2.5-VL-7B-Instruct and
+    /// Qwen/Qwen3-VL-8B-Instruct.
+    fn published(self) -> (Value, Value) {
+        let qwen2 = json!({
+            "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 4,
+            "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064,
+            "tie_word_embeddings": false, "rope_scaling": {"mrope_section": [16, 24, 24]},
+        });
+        let pixels = json!({"max_pixels": 12_845_056});
+        let with_vision = |vision: Value| {
+            let mut config = qwen2.clone();
+            config["vision_config"] = vision;
+            config
+        };
+        match self {
+            Self::Llava => (
+                json!({
+                    "image_seq_length": 576, "vocab_size": 32064,
+                    "text_config": {
+                        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 4,
+                        "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32064,
+                    },
+                    "vision_config": {
+                        "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096,
+                        "num_attention_heads": 16, "num_hidden_layers": 24, "projection_dim": 768,
+                    },
+                }),
+                json!({"crop_size": {"height": 336, "width": 336}, "size": {"shortest_edge": 336}}),
+            ),
+            Self::Qwen2Vl => (
+                with_vision(json!({
+                    "depth": 32, "embed_dim": 1280, "hidden_size": 3584, "mlp_ratio": 4, "num_heads": 16,
+                })),
+                pixels,
+            ),
+            Self::Qwen25Vl => (
+                with_vision(json!({
+                    "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
+                    "out_hidden_size": 3584, "fullatt_block_indexes": [7, 15, 23, 31],
+                })),
+                pixels,
+            ),
+            Self::Qwen3Vl => (
+                json!({
+                    "tie_word_embeddings": false,
+                    "text_config": {
+                        "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 4,
+                        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+                        "vocab_size": 151936, "tie_word_embeddings": false,
+                        "rope_scaling": {"mrope_section": [24, 20, 20]},
+                    },
+                    "vision_config": {
+                        "depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16,
+                        "out_hidden_size": 4096, "num_position_embeddings": 2304,
+                        "deepstack_visual_indexes": [8, 16, 24],
+                    },
+                }),
+                json!({}),
+            ),
+        }
+    }
+}
+
+impl Dtype {
+    fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "float32",
+            Self::F16 => "float16",
+        }
+    }
+}
+
+/// Puts the values of `changes` into `config`, object by object.
+fn merge(config: &mut Value, changes: Value) {
+    match (config, changes) {
+        (Value::Object(config), Value::Object(changes)) => {
+            for (key, value) in changes {
+                merge(config.entry(key).or_insert(Value::Null), value);
+            }
+        }
+        (config, value) => *config = value,
+    }
+}
+
+fn read_json(path: &Path) -> anyhow::Result<Value> {
+    let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    Ok(serde_json::from_str(&text)?)
+}
+
+/// Writes a safetensors file value by value.
+fn write(path: &Path, tensors: &[Tensor], dtype: Dtype, seed: u64) -> anyhow::Result<()> {
+    let (name, element_bytes) = match dtype {
+        Dtype::F32 => ("F32", 4),
+        Dtype::F16 => ("F16", 2),
+    };
+    let mut header = Map::new();
+    header.insert("__metadata__".into(), json!({"format": "pt"}));
+    let mut end = 0;
+    for tensor in tensors {
+        let start = end;
+        end += tensor.elements() * element_bytes;
+        let info = json!({"dtype": name, "shape": tensor.shape, "data_offsets": [start, end]});
+        header.insert(tensor.name.clone(), info);
+    }
+    let mut header = Value::Object(header).to_string();
+    let padding = header.len().next_multiple_of(8) - header.len();
+    header.extend(std::iter::repeat_n(' ', padding));
+    let mut file = BufWriter::with_capacity(1 << 20, File::create(path)?);
+    file.write_all(&(header.len() as u64).to_le_bytes())?;
+    file.write_all(header.as_bytes())?;
+    let mut random = Random(seed);
+    for tensor in tensors {
+        for _ in 0..tensor.elements() {
+            let value = match tensor.fill {
+                Fill::Ones => 1.0,
+                Fill::Uniform(bound) => bound * random.next(),
+            };
+            match dtype {
+                Dtype::F32 => file.write_all(&value.to_le_bytes())?,
+                Dtype::F16 => file.write_all(&f16::from_f32(value).to_le_bytes())?,
+            }
+        }
+    }
+    file.flush()?;
+    Ok(())
+}
+
+/// Random numbers that are the same on every machine (SplitMix64).
+struct Random(u64);
+
+impl Random {
+    /// Uniform in [-1, 1).
+    fn next(&mut self) -> f32 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (((z ^ (z >> 31)) >> 40) as f32) / (1u64 << 23) as f32 - 1.0
+    }
+}

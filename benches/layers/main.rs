@@ -2,6 +2,7 @@
 //! random weights. `cargo xtask bench` runs it for several backends, keeps and draws the results.
 //!
 //! - `cargo bench -p benches`: prefill, decode, vision, sizes; about half an hour on two cores.
+//! - `cargo bench -p benches -- scenes`: accuracy, drift and times of every method on the built-in model.
 //! - `cargo bench -p benches -- decode --rounds 3`: some of it; `--help` lists the rest.
 //! - `cargo test -p benches`: everything once, at toy shapes, in seconds.
 
@@ -13,6 +14,7 @@ mod peak;
 mod peer;
 mod prefill;
 mod reference;
+mod scenes;
 mod setup;
 mod sizes;
 mod timing;
@@ -79,6 +81,9 @@ fn measure(model: &Model, device: &Device, options: &Options) -> anyhow::Result<
         "model": options.model,
         "peak": peak,
     });
+    if options.wants(Section::Scenes) {
+        report["scenes"] = json!(scenes::run(device, options)?);
+    }
     if options.wants(Section::Vision) {
         report["vision"] = vision::run(model, &peak, device, options)?;
     }

@@ -13,7 +13,7 @@ const MIN_LAYERS: usize = 7;
 #[derive(Debug, Parser)]
 #[command(name = "cargo bench -p benches --")]
 pub struct Options {
-    /// What to measure; all but `ops` and `peer` if nothing is said.
+    /// What to measure; all but `scenes`, `ops` and `peer` if nothing is said.
     #[arg(value_enum)]
     sections: Vec<Section>,
     /// Layer shapes: `llava` (LLaVA-1.5-7B), `qwen` (Qwen2.5-VL-7B), or a folder with a config.json.
@@ -50,6 +50,8 @@ pub enum Section {
     Vision,
     /// Prefill against the number of visual tokens.
     Sizes,
+    /// Accuracy, drift and times of every method on the scenes of the built-in model.
+    Scenes,
     /// Every operation of a layer at several row counts.
     Ops,
     /// One line of measurements for every line of input, beside other implementations.
@@ -89,7 +91,9 @@ impl Options {
     /// Whether to measure this.
     pub fn wants(&self, section: Section) -> bool {
         match self.sections.is_empty() {
-            true => self.smoke || !matches!(section, Section::Ops | Section::Peer),
+            true => {
+                self.smoke || !matches!(section, Section::Scenes | Section::Ops | Section::Peer)
+            }
             false => self.names(section),
         }
     }

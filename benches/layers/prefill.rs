@@ -15,7 +15,16 @@ use crate::reference;
 use crate::setup::{Setup, settle};
 use crate::timing::{Spread, mebibytes, median, seconds, seconds_and_peak, wait_for_one};
 
-const METHODS: [&str; 4] = ["fastv", "pdrop", "reroute-fastv", "reroute-pdrop"];
+const METHODS: [&str; 8] = [
+    "fastv",
+    "pdrop",
+    "sparsevlm",
+    "dart",
+    "reroute-fastv",
+    "reroute-pdrop",
+    "reroute-sparsevlm",
+    "reroute-dart",
+];
 
 /// The method that the reference design is measured beside.
 const REFERENCE_METHOD: &str = "reroute-pdrop";

@@ -8,6 +8,7 @@ mod bad_text;
 mod batches;
 mod chat;
 mod command_line;
+mod compare;
 mod conversations;
 mod convert;
 mod doctor;

@@ -278,7 +278,10 @@ fn the_support_table_of_the_documentation_is_the_registry() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/methods.md");
     let page = std::fs::read_to_string(path).expect("docs/methods.md");
     let table = reroute_cli::presets::support_table();
-    assert!(page.contains(&table), "print it anew: reroute presets --support");
+    assert!(
+        page.contains(&table),
+        "print it anew: reroute presets --support"
+    );
 }
 
 /// A plan survives its JSON form; what is wrong with one is said.
@@ -297,8 +300,14 @@ fn plans_are_data() {
     for (encoder, expected) in [
         (r#"{"method": "nuwa"}"#, "JSON"),
         (r#"{"method": {"nuwa": {}}}"#, "exactly one of"),
-        (r#"{"method": {"nuwa": {}}, "keep_ratio": 0}"#, "exactly one of"),
-        (r#"{"method": {"nuwa": {"typo": 1}}, "keep_ratio": 0.5}"#, "typo"),
+        (
+            r#"{"method": {"nuwa": {}}, "keep_ratio": 0}"#,
+            "exactly one of",
+        ),
+        (
+            r#"{"method": {"nuwa": {"typo": 1}}, "keep_ratio": 0.5}"#,
+            "typo",
+        ),
         (r#"{"method": {"magic": {}}, "keep_ratio": 0.5}"#, "magic"),
     ] {
         let error = Plan::from_json(&format!(r#"{{"encoder": {encoder}, {stages}}}"#));
@@ -323,9 +332,8 @@ fn tokens_keep_the_positions_of_the_picture_unless_told_otherwise() {
         );
         Plan::from_json(&text).unwrap()
     };
-    let [gap, renumber] = ["gap", "renumber"].map(|positions| {
-        ask(vlm, &questions()[..1], &plan(positions)).remove(0)
-    });
+    let [gap, renumber] = ["gap", "renumber"]
+        .map(|positions| ask(vlm, &questions()[..1], &plan(positions)).remove(0));
     assert_eq!(gap.visual_tokens, 16);
     assert_eq!(gap.cells, renumber.cells);
     let logits = |answer: &Answer| answer.prompt_rows;
@@ -341,7 +349,11 @@ fn tokens_keep_the_positions_of_the_picture_unless_told_otherwise() {
 #[test]
 fn conversations_go_on_with_what_a_reduction_left() {
     for (family, vlm) in FAMILIES.iter() {
-        for name in ["reroute-visionzip@192", "reroute-average-pooling@192", "reroute-nuwa@192"] {
+        for name in [
+            "reroute-visionzip@192",
+            "reroute-average-pooling@192",
+            "reroute-nuwa@192",
+        ] {
             let preset = presets::find(name).unwrap();
             let Some(plan) = plan(vlm, &preset) else {
                 continue;
@@ -407,12 +419,19 @@ fn a_method_of_ones_own_is_checked_like_any_other() {
         scorer: Some(&LastFirst),
     };
     let (vlm, options) = (&FAMILIES[2].1, GenerationOptions::default());
-    let answer = vlm.ask(&questions()[0], routing(&Corner), &options, |_| {}).unwrap();
+    let answer = vlm
+        .ask(&questions()[0], routing(&Corner), &options, |_| {})
+        .unwrap();
     let cells: Vec<usize> = answer.cells.iter().filter_map(|cell| cell.1).collect();
     assert_eq!(cells, (0..8).collect::<Vec<_>>());
     assert_eq!(answer.trace.decisions[0].selected, [5, 6, 7]);
     let refused = vlm.ask(&questions()[0], routing(&Twice), &options, |_| {});
-    assert!(refused.unwrap_err().to_string().contains("two tokens at place 1"));
+    assert!(
+        refused
+            .unwrap_err()
+            .to_string()
+            .contains("two tokens at place 1")
+    );
 }
 
 const LLAVA_7B: reducers::DecoderShape = reducers::DecoderShape {

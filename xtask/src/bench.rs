@@ -44,7 +44,7 @@ pub struct Args {
     /// Toy shapes, one round; nothing is kept.
     #[arg(long = "test")]
     smoke: bool,
-    /// What to measure: prefill, decode, vision, sizes (together the default), ops; `peer` for
+    /// What to measure: prefill, decode, vision, sizes (together the default), scenes, ops; `peer` for
     /// `--compare` alone.
     sections: Vec<String>,
 }
@@ -83,7 +83,11 @@ pub fn run(args: &Args, root: &Path) -> anyhow::Result<()> {
         true => scratch.path().to_path_buf(),
         false => root.join("benches/results"),
     };
-    let path = results::save(&report, &args.model, &folder)?;
+    let what = match &args.sections[..] {
+        [only] if only == "scenes" => "scenes",
+        _ => &args.model,
+    };
+    let path = results::save(&report, what, &folder)?;
     let picture = path.with_extension("svg");
     let drawn = plot::draw(&report, &picture)?;
     if args.smoke {

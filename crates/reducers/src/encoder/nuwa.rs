@@ -97,7 +97,8 @@ impl Nuwa {
                 75 % (Qwen2.5-VL), the positions of the full prompt; the paper's salience and \
                 pillars, and the release's window-order mistake, are settings",
         interpretation: "other budgets keep 7/4 of the budget in stage 1 and solve stage 2 for it; \
-                         other depths and grids scale layers and distances",
+                         other depths and grids scale layers and distances; behind Qwen the \
+                         release's decoder lets a row see later ones, ours does not",
         llava: Support::Yes,
         qwen: Support::Yes,
     };

@@ -146,6 +146,26 @@ mod tests {
     }
 
     #[test]
+    fn other_roundings_are_those_of_their_sources() {
+        for (keep, visual_tokens, expected) in [
+            (Keep::Rounded(0.5), 576, 288),
+            (Keep::Rounded(0.5), 7, 4),  // 3.5
+            (Keep::Rounded(0.5), 9, 4),  // 4.5
+            (Keep::Rounded(0.01), 9, 1), // never none
+            (Keep::Truncated(0.5), 7, 3),
+            (Keep::Truncated(0.125), 7, 0), // possibly none
+            (Keep::Raised(0.35), 63, 23),   // 22.05
+            (Keep::Raised(1.0), 63, 63),
+        ] {
+            assert_eq!(
+                keep.count(visual_tokens),
+                expected,
+                "{keep:?} of {visual_tokens}"
+            );
+        }
+    }
+
+    #[test]
     fn unvalidated_ratios_stay_in_range_too() {
         for ratio in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, -1.0, 0.0, 2.0] {
             assert!((1..=576).contains(&Keep::Ratio(ratio).count(576)));

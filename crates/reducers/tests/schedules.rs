@@ -1,6 +1,8 @@
 //! The released schedules and their budget-matched corrections: keep counts and true averages at
 //! 576 visual tokens.
 
+use reducers::ReducerError;
+use reducers::encoder::EncoderShape;
 use reducers::presets::find;
 
 /// A preset at a depth, the counts it keeps of 576 tokens, and the average it truly has, as
@@ -143,4 +145,59 @@ fn original_papers() {
     assert_eq!(pdrop.average_tokens(LLAVA, 576), 270.0);
     let fastv = Schedule::new(Action::Remove, false, vec![Stage::ratio(2, 0.5)]).unwrap();
     assert_eq!(fastv.average_tokens(LLAVA, 576), 306.0);
+}
+
+/// The presets of the original papers, at the depth and tokens that they were published for.
+#[test]
+fn original_presets() {
+    check(&[
+        ("fastv-original@306", LLAVA, &[288], 306.0),
+        ("pdrop-original@270", LLAVA, &[288, 144, 72], 270.0),
+    ]);
+    let encoder = |class_token| EncoderShape {
+        num_layers: 24,
+        feature_layer: 23,
+        num_heads: 16,
+        class_token,
+    };
+    let plan = |name: &str, num_layers, class_token| {
+        let preset = find(name).unwrap();
+        preset.plan(num_layers, &encoder(class_token)).unwrap()
+    };
+    // Nüwa's tables: tokens of stage 1 and 2, and their average.
+    for (name, entering, selected, average) in [
+        ("nuwa@64", 112, 16, 64.0),
+        ("nuwa@128", 224, 32, 128.0),
+        ("nuwa@192", 336, 48, 192.0),
+    ] {
+        let plan = plan(name, LLAVA, true);
+        assert_eq!(plan.entering(576), entering);
+        assert_eq!(plan.schedule.stages()[0].layer, 16);
+        assert_eq!(plan.schedule.keep_counts(entering), [selected]);
+        assert_eq!(plan.average_tokens(LLAVA, 576), average);
+    }
+    for (name, entering, selected, average) in [
+        ("nuwa@144", 202, 84, 147.2),
+        ("nuwa@288", 346, 228, 291.2),
+        ("nuwa@432", 490, 343, 421.8),
+    ] {
+        let plan = plan(name, QWEN, false);
+        assert_eq!(plan.entering(576), entering);
+        assert_eq!(plan.schedule.stages()[0].layer, 15);
+        assert_eq!(plan.schedule.keep_counts(entering), [selected]);
+        assert!((plan.average_tokens(QWEN, 576) - average).abs() < 0.06);
+    }
+    // The others' tables.
+    let vscan = plan("vscan@64", LLAVA, true);
+    assert_eq!(vscan.entering(576), 96);
+    assert_eq!(vscan.schedule.keep_counts(96), [32]);
+    assert_eq!(plan("visionzip@128", LLAVA, true).entering(576), 128);
+    let sparse = plan("sparsevlm@192", LLAVA, true);
+    assert_eq!(sparse.schedule.keep_counts(576), [300, 200, 110]);
+    assert_eq!(
+        plan("dart@128", LLAVA, true).schedule.keep_counts(576),
+        [132]
+    );
+    let refused = find("fastervlm@64").unwrap().plan(QWEN, &encoder(false));
+    assert!(matches!(refused, Err(ReducerError::Unsupported { .. })));
 }

@@ -2,8 +2,11 @@
 
 use burn::tensor::{FloatDType, Tensor, TensorData, Tolerance};
 use burn_flex::Flex;
+use half::f16;
 use proptest::prelude::*;
-use reducers::{last_row_scores, top_k};
+use reducers::{
+    Attention, Embedded, Query, ScoreDtype, ScoreLayer, Scorer, Standing, last_row_scores, top_k,
+};
 
 fn scores(query: TensorData, keys: TensorData) -> Vec<f32> {
     let device = Default::default();
@@ -43,6 +46,98 @@ fn half_precision_inputs_are_scored_in_f32() {
     // These numbers are the same in half precision, so the scores must be too.
     let half = last_row_scores(query.cast(FloatDType::F16), keys.cast(FloatDType::F16));
     assert_eq!(half.into_data(), exact);
+}
+
+/// Rows that stand at a decision, with queries and keys of one head in f16.
+struct Half {
+    queries: Tensor<Flex, 2>,
+    keys: Tensor<Flex, 2>,
+}
+
+impl Standing<Flex> for Half {
+    fn rows(&self) -> usize {
+        self.keys.dims()[1]
+    }
+    fn candidates(&self) -> &[usize] {
+        &[1, 2, 3]
+    }
+    fn layer(&self) -> usize {
+        1
+    }
+    fn salience(&self) -> Option<Vec<f32>> {
+        None
+    }
+    fn hidden_states(&self) -> Tensor<Flex, 2> {
+        self.keys.clone()
+    }
+    fn output_normed(&self) -> Tensor<Flex, 2> {
+        self.keys.clone()
+    }
+    fn prompt(&self) -> Embedded<Flex> {
+        Embedded {
+            embeddings: self.keys.clone(),
+            visual: vec![1, 2, 3],
+        }
+    }
+    fn rows_in_prompt(&self) -> Vec<usize> {
+        (0..self.rows()).collect()
+    }
+    fn keep_count(&self) -> usize {
+        1
+    }
+    fn queries(&self, _: ScoreLayer, rows: &[usize], _: bool) -> Tensor<Flex, 3> {
+        let first = self.rows() - self.queries.dims()[1];
+        let columns: Vec<i64> = rows.iter().map(|&row| (row - first) as i64).collect();
+        let columns = Tensor::from_data(columns.as_slice(), &Default::default());
+        self.queries.clone().select(1, columns).unsqueeze_dim(0)
+    }
+    fn keys(&self, _: ScoreLayer, _: bool) -> Tensor<Flex, 3> {
+        self.keys.clone().unsqueeze_dim(0)
+    }
+}
+
+/// In the model's type probabilities are rounded after the softmax, and their mean again: ties that
+/// f32 would tell apart.
+#[test]
+fn the_models_type_rounds_probabilities_and_their_mean() {
+    let half = |rows: [[f32; 5]; 2]| {
+        Tensor::<Flex, 2>::from_data(rows, &Default::default()).cast(FloatDType::F16)
+    };
+    let standing = Half {
+        queries: half([[0.0, 0.0, 0.0, 1.0, 0.5], [0.0, 0.0, 0.0, 0.25, 1.0]]),
+        keys: half([[0.5, 1.0, 1.0, 0.75, 0.2], [0.5, 0.0, 0.0001, 0.75, 0.2]]),
+    };
+    let score = |dtype| {
+        let attention = Attention {
+            query: Query::LastMean(2),
+            dtype,
+            ..Attention::default()
+        };
+        let scores: Tensor<Flex, 1> = attention.score(&standing).unwrap();
+        let scores: Vec<f32> = scores.into_data().to_vec().unwrap();
+        scores
+    };
+    let (exact, rounded) = (score(ScoreDtype::F32), score(ScoreDtype::Model));
+    // What each of the two rows gives, rounded, then the mean, rounded.
+    let round = |x: f32| f16::from_f32(x).to_f32();
+    let of_row = |query: [f32; 2], seen: usize| {
+        let keys = standing.keys.clone().cast(FloatDType::F32).into_data();
+        let keys: Vec<f32> = keys.to_vec().unwrap();
+        let logit =
+            |key: usize| (query[0] * keys[key] + query[1] * keys[5 + key]) * 2f32.powf(-0.5);
+        let exponentials: Vec<f32> = (0..seen).map(|key| logit(key).exp()).collect();
+        let sum: f32 = exponentials.iter().sum();
+        let mut row: Vec<f32> = exponentials.iter().map(|e| round(e / sum)).collect();
+        row.resize(5, 0.0);
+        row
+    };
+    let (first, last) = (of_row([1.0, 0.25], 4), of_row([0.5, 1.0], 5));
+    for (row, (rounded, exact)) in rounded.iter().zip(&exact).enumerate() {
+        assert_eq!(*rounded, round((first[row] + last[row]) / 2.0));
+        assert!((rounded - exact).abs() < 1e-3);
+    }
+    assert_ne!(exact[1], exact[2]);
+    assert_eq!(rounded[1], rounded[2]);
 }
 
 /// Scores as nested loops in f64: query head `j` reads key head `j / group`.

@@ -172,6 +172,77 @@ mod tests {
     }
 
     #[test]
+    fn every_setting_survives_its_json_form() {
+        let text = concat!(
+            r#"{"action":"remove","monotonic":false,"positions":"renumber","layout":"per-layer","#,
+            r#""stages":[{"layer":2,"keep_ratio":0.5,"rounding":"half-even","#,
+            r#""score":{"attention":{"layer":"previous","query":{"last-mean":3},"heads":"max","#,
+            r#""dtype":"model","rope":false,"keys":"candidates"}},"stride":3},"#,
+            r#"{"layer":4,"keep_count":9,"score":{"duplication":{"layer":"this","#,
+            r#""visual_pivots":2,"text_pivots":1}}},"#,
+            r#"{"layer":5,"keep_count":8,"score":{"random":{"seed":7}}},"#,
+            r#"{"layer":6,"keep_ratio":0.1,"rounding":"truncate","score":"encoder"}]}"#
+        );
+        let schedule = Schedule::from_json(text).unwrap();
+        assert_eq!(serde_json::to_string(&schedule).unwrap(), text);
+    }
+
+    #[test]
+    fn settings_that_exclude_each_other_are_refused() {
+        let attention = |settings: &str| format!(r#""score": {{"attention": {{{settings}}}}}"#);
+        for (action, more, layers, score, expected) in [
+            (
+                "reroute",
+                "",
+                [1, 2],
+                attention(r#""layer": "previous""#),
+                "stage 1: deferred tokens took no part",
+            ),
+            (
+                "remove",
+                "",
+                [0, 2],
+                attention(r#""layer": "previous""#),
+                "stage 0: layer 0 has no layer before it",
+            ),
+            (
+                "remove",
+                "",
+                [1, 2],
+                attention(r#""query": {"last-mean": 0}"#),
+                "stage 0: the mean of the last 0 rows",
+            ),
+            (
+                "remove",
+                "",
+                [1, 2],
+                r#""score": {"duplication": {"visual_pivots": 0, "text_pivots": 0}}"#.into(),
+                "stage 0: without a pivot",
+            ),
+            (
+                "remove",
+                "",
+                [1, 2],
+                r#""stride": 0"#.into(),
+                "stage 0: a stride of 0",
+            ),
+            (
+                "reroute",
+                r#""positions": "renumber","#,
+                [1, 2],
+                attention(""),
+                "needs its place",
+            ),
+        ] {
+            let [first, second] =
+                layers.map(|layer| format!(r#"{{"layer": {layer}, "keep_count": 2, {score}}}"#));
+            let text = format!(r#"{{"action": "{action}", {more} "stages": [{first}, {second}]}}"#);
+            let message = Schedule::from_json(&text).unwrap_err().to_string();
+            assert!(message.contains(expected), "{message}");
+        }
+    }
+
+    #[test]
     fn what_is_not_a_schedule_is_refused_as_json() {
         for text in [
             "",

@@ -163,10 +163,31 @@ impl<B: Backend> Decoder<B> {
     pub fn resume_by(
         &self,
         scorer: Option<&dyn Scorer<B>>,
-        mut cache: KvCache<B>,
+        cache: KvCache<B>,
         prompt: &Prompt<B>,
         schedule: &Schedule,
         options: PrefillOptions,
+    ) -> Result<Prefill<B>, RerouteError> {
+        let observed = |_| options.hidden_states;
+        self.run(
+            scorer,
+            cache,
+            prompt,
+            schedule,
+            options.keep_pool,
+            &observed,
+        )
+    }
+
+    /// Runs a turn, and returns the output of the layers that are observed.
+    pub(crate) fn run(
+        &self,
+        scorer: Option<&dyn Scorer<B>>,
+        mut cache: KvCache<B>,
+        prompt: &Prompt<B>,
+        schedule: &Schedule,
+        keep_pool: bool,
+        observed: &dyn Fn(usize) -> bool,
     ) -> Result<Prefill<B>, RerouteError> {
         self.check(prompt, schedule)?;
         if (cache.layers(), cache.samples()) != (self.layers.len(), prompt.samples.len()) {
@@ -184,7 +205,7 @@ impl<B: Backend> Decoder<B> {
         let past = Past::take(&mut cache, &prompt.samples, schedule);
         let mut router = Router::resume(self, prompt, schedule, past)
             .ranking_by(scorer)
-            .keeping_pool(options.keep_pool);
+            .keeping_pool(keep_pool);
         let mut hidden_states = router.rows_of(prompt.embeddings.clone());
         let mut trace = RoutingTrace::default();
         let mut captured = Vec::new();
@@ -215,7 +236,7 @@ impl<B: Backend> Decoder<B> {
                 cache.lower(index, sample, by);
             }
             hidden_states = layer.finish(input.hidden_states, contexts);
-            if options.hidden_states {
+            if observed(index) {
                 captured.push(router.observe(hidden_states.clone()));
             }
             hidden_states = router.leave(index, hidden_states);

@@ -5,7 +5,7 @@ use burn::tensor::backend::Backend;
 use reducers::{Action, Layout, Schedule};
 
 use crate::router::{indices, read_back};
-use crate::{Decoder, HiddenStates, PrefillOptions, Prompt, RerouteError};
+use crate::{Decoder, HiddenStates, KvCache, Prompt, RerouteError};
 
 /// The rows that waited until a decision, beside the same rows of the plain model.
 #[derive(Debug, Clone, PartialEq)]
@@ -38,7 +38,7 @@ impl Drift {
 impl<B: Backend> Decoder<B> {
     /// The drift at every decision but the first, under [`Action::Reroute`]; nothing under
     /// [`Action::Remove`], where nothing waits. Runs the prompt twice, under the schedule and
-    /// without, and keeps the hidden states of all layers: for inspection only.
+    /// without: for inspection only.
     pub fn drift(
         &self,
         prompt: &Prompt<B>,
@@ -47,22 +47,24 @@ impl<B: Backend> Decoder<B> {
         if schedule.action() == Action::Remove {
             return Ok(Vec::new());
         }
-        let options = PrefillOptions {
-            hidden_states: true,
-            keep_pool: false,
+        // The layers before all decisions but the first.
+        let later = schedule.stages().iter().skip(1);
+        let inputs: Vec<usize> = later.map(|stage| stage.layer - 1).collect();
+        let run = |schedule: &Schedule| {
+            let cache = KvCache::new(self.layers().len(), prompt.samples.len());
+            let observed = |layer| inputs.contains(&layer);
+            self.run(None, cache, prompt, schedule, false, &observed)
         };
-        let all_rows = schedule.clone().with_layout(Layout::PerLayer);
-        let routed = self.prefill(prompt, &all_rows, options)?;
-        let dense = self.prefill(prompt, &Schedule::dense(), options)?;
+        let routed = run(&schedule.clone().with_layout(Layout::PerLayer))?;
+        let dense = run(&Schedule::dense())?;
 
         let mut drifts = Vec::new();
         for (sample, range) in prompt.ranges().into_iter().enumerate() {
             let decisions: Vec<_> = routed.trace.of_sample(sample).collect();
-            for pair in decisions.windows(2) {
+            for (input, pair) in decisions.windows(2).enumerate() {
                 let (before, layer) = (pair[0], pair[1].layer);
                 let visual = &prompt.samples[sample].visual;
                 let rows: Vec<usize> = visual.iter().map(|v| range.start + v).collect();
-                let input = layer - 1;
                 let distances = distances(
                     &routed.hidden_states[input],
                     &dense.hidden_states[input],

@@ -198,15 +198,16 @@ fn host_sample(prompt: &Prompt<Backend>) -> Sample {
 #[test]
 fn stage_1_alone_equals_the_official_code() {
     let reference = Reference::open("nuwa/stage1");
-    // Rows, columns, kept, squared distance as a share of the largest, candidates of a region.
+    // Rows, columns, kept, squared distance as a share of the largest, quantile of pillars.
     let cases = [
-        (8, 8, 10, 31.0 / 98.0, 1),
-        (8, 8, 24, 31.0 / 98.0, 2),
-        (24, 24, 112, 280.0 / 1058.0, 1),
-        (24, 24, 224, 280.0 / 1058.0, 2),
-        (24, 24, 336, 280.0 / 1058.0, 3),
+        (8, 8, 10, 31.0 / 98.0, None),
+        (8, 8, 24, 31.0 / 98.0, None),
+        (24, 24, 112, 280.0 / 1058.0, None),
+        (24, 24, 224, 280.0 / 1058.0, None),
+        (24, 24, 336, 280.0 / 1058.0, None),
+        (12, 10, 60, 36.0 / 202.0, Some(0.1)),
     ];
-    for (index, (height, width, keep, near, candidates)) in cases.into_iter().enumerate() {
+    for (index, (height, width, keep, near, quantile)) in cases.into_iter().enumerate() {
         let name = |part: &str| format!("case{index}.{part}");
         let columns = |part: &str| {
             let shape = reference.shape(&name(part));
@@ -239,7 +240,7 @@ fn stage_1_alone_equals_the_official_code() {
         };
         let nuwa = Nuwa {
             near: Some(near),
-            candidates: Some(candidates),
+            quantile,
             ..Nuwa::default()
         };
         let reduced = reduce::<Backend>(&nuwa, &seen, keep).unwrap();

@@ -15,11 +15,9 @@ use crate::reference;
 use crate::setup::{Setup, settle};
 use crate::timing::{Spread, mebibytes, median, seconds, seconds_and_peak, wait_for_one};
 
-const METHODS: [&str; 8] = [
+const METHODS: [&str; 6] = [
     "fastv",
     "pdrop",
-    "sparsevlm",
-    "dart",
     "reroute-fastv",
     "reroute-pdrop",
     "reroute-sparsevlm",

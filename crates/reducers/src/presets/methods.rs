@@ -36,6 +36,13 @@ const ATTENTION: Attention = Attention {
     keys: SoftmaxKeys::All,
 };
 
+/// PyramidDrop's keep ratios as released with Reroute.
+const PDROP: &[(usize, &[f64])] = &[
+    (192, &[0.5965, 0.3558, 0.2123, 0.1266]),
+    (128, &[0.4570, 0.2088, 0.0954, 0.0436]),
+    (64, &[0.2789, 0.0937, 0.0315, 0.0106]),
+];
+
 /// SparseVLM's counts (version 1.5) as shares of 576.
 const SPARSE_VLM: &[(usize, &[f64])] = &[
     (192, &[300.0 / 576.0, 200.0 / 576.0, 110.0 / 576.0]),
@@ -159,11 +166,7 @@ pub(super) static METHODS: &[Method] = &[
             monotonic: true,
             layers: &[2, 7, 15, 23],
             profile: Profile::Geometric,
-            released: &[
-                (192, &[0.5965, 0.3558, 0.2123, 0.1266]),
-                (128, &[0.4570, 0.2088, 0.0954, 0.0436]),
-                (64, &[0.2789, 0.0937, 0.0315, 0.0106]),
-            ],
+            released: PDROP,
             ..DECODER
         }),
     },
@@ -369,11 +372,7 @@ pub(super) static METHODS: &[Method] = &[
             action: Action::Reroute,
             layers: &[2, 7, 15, 23],
             profile: Profile::Geometric,
-            released: &[
-                (192, &[0.5965, 0.3558, 0.2123, 0.1266]),
-                (128, &[0.4570, 0.2088, 0.0954, 0.0436]),
-                (64, &[0.2789, 0.0937, 0.0315, 0.0106]),
-            ],
+            released: PDROP,
             ..DECODER
         }),
     },

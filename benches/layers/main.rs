@@ -24,16 +24,17 @@ use std::process::ExitCode;
 use std::{fs, io};
 
 use anyhow::Context;
+use mimalloc::MiMalloc;
 use model::{DISTINCT_LAYERS, Model};
 use options::{Options, Section};
 use peak::Peak;
-use peak_alloc::PeakAlloc;
+use peakmem_alloc::PeakMemAlloc;
 use reroute_cli::backend::{self, Device};
 use serde_json::{Value, json};
 use setup::Setup;
 
 #[global_allocator]
-static HEAP: PeakAlloc = PeakAlloc;
+static HEAP: PeakMemAlloc<MiMalloc> = PeakMemAlloc::new(MiMalloc);
 
 fn main() -> ExitCode {
     match run() {

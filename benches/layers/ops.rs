@@ -2,7 +2,7 @@
 
 use anyhow::Context;
 use burn::tensor::{Int, Tensor};
-use layers::{CausalMask, attention, silu};
+use layers::{CausalMask, attention, silu_product};
 
 use crate::model::TEXT;
 use crate::setup::Setup;
@@ -87,7 +87,7 @@ fn measure(setup: &Setup, rows: usize) -> anyhow::Result<Vec<(&'static str, f64)
     })?;
     time("MLP", &mut || wait_for_one(layer.mlp.forward(x.clone())))?;
     time("SiLU and product", &mut || {
-        wait_for_one(silu(wide.clone()) * wide.clone())
+        wait_for_one(silu_product(wide.clone(), wide.clone()))
     })?;
     time("select rows", &mut || {
         wait_for_one(x.clone().select(1, index.clone()))

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use anyhow::anyhow;
 use burn::tensor::Tensor;
+use peakmem_alloc::PeakMemAllocTrait;
 use reroute_cli::backend::{self, Backend};
 use serde::Serialize;
 
@@ -69,10 +70,9 @@ pub fn repeated_seconds(
 pub fn seconds_and_peak(
     work: impl FnOnce() -> anyhow::Result<()>,
 ) -> anyhow::Result<(f64, Option<usize>)> {
-    HEAP.reset_peak_usage();
-    let before = HEAP.current_usage();
+    HEAP.reset_peak_memory();
     let seconds = seconds(work)?;
-    let grown = HEAP.peak_usage().saturating_sub(before);
+    let grown = HEAP.get_peak_memory();
     Ok((seconds, backend::ON_HOST.then_some(grown)))
 }
 

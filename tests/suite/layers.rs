@@ -1,9 +1,11 @@
 //! The shared building blocks against their formulas, in f64.
 
+use burn::module::Param;
 use burn::tensor::{DType, Int, Tensor, TensorData};
+use burn_autodiff::Autodiff;
 use layers::{
-    CausalMask, EmbeddingConfig, LayerNormConfig, LinearConfig, RmsNormConfig, Rotary,
-    VocabularyConfig, attention, quick_gelu, silu,
+    CausalMask, EmbeddingConfig, LayerNormConfig, Linear, LinearConfig, RmsNormConfig, Rotary,
+    VocabularyConfig, attention, gelu_tanh, quick_gelu, silu, silu_product, write_rows,
 };
 use proptest::prelude::*;
 
@@ -279,6 +281,91 @@ fn activations_are_their_formulas() {
     let input = tensor(&x, [5, x.len() / 5]);
     close(values(silu(input.clone())), expected(1.0));
     close(values(quick_gelu(input)), expected(1.702));
+}
+
+/// What a backend may run as a loop of its own is what it is as operations, which is how it runs under
+/// autodiff: with few rows and many, in parts of larger tensors, in half precision.
+#[test]
+fn loops_are_the_operations_that_they_stand_for() {
+    for rows in [1, 2, 15, 16, 40] {
+        let (loops, operations) = (
+            every_block::<Backend>(rows),
+            every_block::<Autodiff<Backend>>(rows),
+        );
+        for ((name, x), (_, expected)) in loops.into_iter().zip(operations) {
+            let tolerance = if name == "half" { 2e-3 } else { 2e-6 };
+            let difference = distance(
+                &x,
+                &expected.iter().map(|&x| f64::from(x)).collect::<Vec<_>>(),
+            );
+            assert!(difference <= tolerance, "{name}, {rows} rows: {difference}");
+        }
+    }
+}
+
+/// The outputs of the building blocks that have loops, by name.
+fn every_block<B: burn::tensor::backend::Backend<Device = Device>>(
+    rows: usize,
+) -> Vec<(&'static str, Vec<f32>)> {
+    let device = Device::default();
+    let mut random = Random::new(rows as u64);
+    let mut matrix = |features: usize, rows: usize| {
+        let data = TensorData::new(random.vector(features * rows), [features, rows]);
+        Tensor::<B, 2>::from_data(data, &device)
+    };
+    let (x, wide) = (matrix(24, rows), matrix(24, rows + 3));
+    let part = wide.clone().narrow(1, 2, rows);
+    let mut rms = RmsNormConfig {
+        features: 24,
+        epsilon: 1e-5,
+    }
+    .init::<B>(&device);
+    rms.weight = rms.weight.map(|_| matrix(24, 1).reshape([24]));
+    let mut layer = LayerNormConfig {
+        features: 24,
+        epsilon: 1e-5,
+    }
+    .init::<B>(&device);
+    layer.weight = layer.weight.map(|_| matrix(24, 1).reshape([24]));
+    layer.bias = layer.bias.map(|_| matrix(24, 1).reshape([24]));
+    let linear = Linear {
+        weight: Param::from_tensor(matrix(70, 24)),
+        bias: None,
+    };
+    let half = Linear {
+        weight: Param::from_tensor(matrix(70, 24).cast(DType::F16)),
+        bias: None,
+    };
+    let rotary = Rotary::from_angles(matrix(6, rows), DType::F32);
+    let heads = |x: &Tensor<B, 2>| x.clone().reshape([2, 12, rows]);
+    let cache = wide.clone().reshape([2, 12, rows + 3]);
+    let halves = |x: Tensor<B, 3>| x.cast(DType::F16);
+    let float = |x: Tensor<B, 2>| x.cast(DType::F32).into_data().to_vec().expect("f32");
+    let flat = |x: Tensor<B, 3>| float(x.reshape([24, rows + 3]));
+    vec![
+        ("silu", float(silu(part.clone()))),
+        ("silu product", float(silu_product(x.clone(), part.clone()))),
+        ("quick gelu", float(quick_gelu(x.clone()))),
+        ("gelu", float(gelu_tanh(x.clone()))),
+        ("rms", float(rms.forward(part.clone()))),
+        ("layer", float(layer.forward(x.clone()))),
+        ("linear", float(linear.forward(part.clone()))),
+        ("half", float(half.forward(x.clone().cast(DType::F16)))),
+        ("rotary", float(rotary.apply(part.clone()))),
+        ("attention", {
+            let mask = CausalMask::new(rows, &device);
+            let query = heads(&x).reshape([2, 1, 12, rows]);
+            float(attention(query, heads(&x), heads(&part), Some(&mask)))
+        }),
+        ("write", flat(write_rows(cache.clone(), 1, heads(&x)))),
+        ("write a part", {
+            let part = cache.clone().narrow(2, 0, rows);
+            flat(write_rows(cache.clone(), 3, part))
+        }),
+        ("write halves", {
+            flat(write_rows(halves(cache), 2, halves(heads(&x))))
+        }),
+    ]
 }
 
 /// A column per id, in the order of the ids.

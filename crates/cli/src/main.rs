@@ -4,7 +4,11 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
+use mimalloc::MiMalloc;
 use reroute_cli::args::Args;
+
+#[global_allocator]
+static ALLOCATOR: MiMalloc = MiMalloc;
 
 /// Exit code for everything that is wrong with the input, the same that wrong flags have.
 const BAD_INPUT: u8 = 2;

@@ -2,6 +2,8 @@ use burn::tensor::activation::softmax;
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Int, Tensor};
 
+use crate::host;
+
 /// Most queries handled at a time: bounds the score matrix to `heads × BLOCK × keys` and lets causal
 /// attention skip the keys that no query of the block may see, about half of the work.
 const BLOCK: usize = 128;
@@ -13,11 +15,11 @@ const BLOCK_SCORES: usize = 4 << 20;
 
 /// Makes attention causal: the last query sees every key, the one before it all but the last, …
 ///
-/// One band of `BLOCK` query rows serves every block of every layer, because it is aligned to the
-/// *last* key: a block that sees fewer keys takes the right end of the band.
+/// One band of `BLOCK` queries serves every block of every layer, because it is aligned to the
+/// *last* key: a block that sees fewer keys takes the lower end of the band.
 #[derive(Debug, Clone)]
 pub struct CausalMask<B: Backend> {
-    /// `[BLOCK, keys]`, f32: 0 where the key is visible, a large negative number where it is not.
+    /// `[keys, BLOCK]`, f32: 0 where the key is visible, a large negative number where it is not.
     band: Tensor<B, 2>,
 }
 
@@ -25,21 +27,21 @@ impl<B: Backend> CausalMask<B> {
     /// A mask for up to `keys` keys.
     pub fn new(keys: usize, device: &B::Device) -> Self {
         let keys = keys.max(BLOCK);
-        let column = Tensor::<B, 1, Int>::arange(0..keys as i64, device).unsqueeze_dim::<2>(0);
-        let row = Tensor::<B, 1, Int>::arange(0..BLOCK as i64, device).unsqueeze_dim::<2>(1);
-        let last_visible = row.add_scalar((keys - BLOCK) as i64);
-        let future = column.greater(last_visible);
+        let key = Tensor::<B, 1, Int>::arange(0..keys as i64, device).unsqueeze_dim::<2>(1);
+        let query = Tensor::<B, 1, Int>::arange(0..BLOCK as i64, device).unsqueeze_dim::<2>(0);
+        let last_visible = query.add_scalar((keys - BLOCK) as i64);
+        let future = key.greater(last_visible);
         let band = future.float().cast(DType::F32).mul_scalar(-1e30);
         Self { band }
     }
 
     /// The mask of a block of `queries` queries that sees `keys` keys, flattened.
-    fn block(&self, queries: usize, keys: usize) -> Tensor<B, 2> {
+    fn block(&self, keys: usize, queries: usize) -> Tensor<B, 2> {
         let [rows, columns] = self.band.dims();
         let block = self.band.clone();
         block
-            .slice([rows - queries..rows, columns - keys..columns])
-            .reshape([1, queries * keys])
+            .slice([rows - keys..rows, columns - queries..columns])
+            .reshape([1, keys * queries])
     }
 }
 
@@ -63,8 +65,10 @@ pub fn attention<B: Backend>(
     let keys = key.dims()[2];
     let dtype = query.dtype();
     let query = query.mul_scalar((head_dim as f64).powf(-0.5));
-    let key = key.unsqueeze_dim::<4>(1);
-    let value = value.unsqueeze_dim::<4>(1);
+    // Not by a reshape, for which CPU backends copy a cache that has room for more keys.
+    let per_group = |x: Tensor<B, 3>| x.expand([1, kv_heads, head_dim, keys]).swap_dims(0, 1);
+    let key = per_group(key).swap_dims(2, 3);
+    let value = per_group(value);
 
     let most = BLOCK_SCORES / (kv_heads * group * keys).max(1);
     // Whole vectors of processors with wide registers.
@@ -75,19 +79,43 @@ pub fn attention<B: Backend>(
             Some(_) => keys - (queries - start - size),
             None => keys,
         };
-        let block = query.clone().narrow(3, start, size).swap_dims(2, 3);
-        let mut scores = block
-            .matmul(key.clone().narrow(3, 0, visible))
-            .cast(DType::F32);
-        if let (Some(mask), true) = (causal, size > 1) {
-            let flat = scores.reshape([kv_heads * group, size * visible]);
-            scores = (flat + mask.block(size, visible)).reshape([kv_heads, group, size, visible]);
-        }
-        let weights = softmax(scores, 3).cast(dtype);
-        value
-            .clone()
-            .narrow(3, 0, visible)
-            .matmul(weights.swap_dims(2, 3))
+        let block = query.clone().narrow(3, start, size);
+        let (key, value) = (
+            key.clone().narrow(2, 0, visible),
+            value.clone().narrow(3, 0, visible),
+        );
+        let scores = product(key, block);
+        let weights = softmax_over_keys(scores.cast(DType::F32), causal).cast(dtype);
+        product(value, weights)
     });
     Tensor::cat(blocks.collect(), 3).reshape([kv_heads * group * head_dim, queries])
+}
+
+/// `a · b`; for a single column as `bᵀ · aᵀ`, of which CPU backends read `a` at full speed.
+fn product<B: Backend>(a: Tensor<B, 4>, b: Tensor<B, 4>) -> Tensor<B, 4> {
+    match b.dims()[3] {
+        1 => b.swap_dims(2, 3).matmul(a.swap_dims(2, 3)).swap_dims(2, 3),
+        _ => a.matmul(b),
+    }
+}
+
+/// # Shapes
+/// - `scores`: `[kv_heads, group, keys, queries]`, f32
+/// - returns the same shape
+fn softmax_over_keys<B: Backend>(
+    scores: Tensor<B, 4>,
+    causal: Option<&CausalMask<B>>,
+) -> Tensor<B, 4> {
+    let [kv_heads, group, keys, queries] = scores.dims();
+    let earlier = causal.map(|_| keys - queries);
+    let weights = host::in_place(scores, |scores| {
+        kernels::softmax_columns(scores, [keys, queries], earlier);
+    });
+    weights.unwrap_or_else(|mut scores| {
+        if let (Some(mask), true) = (causal, queries > 1) {
+            let flat = scores.reshape([kv_heads * group, keys * queries]);
+            scores = (flat + mask.block(keys, queries)).reshape([kv_heads, group, keys, queries]);
+        }
+        softmax(scores, 2)
+    })
 }

@@ -14,17 +14,20 @@
 mod activation;
 mod attention;
 mod embedding;
+mod host;
 mod linear;
 mod norm;
 mod received;
 mod rotary;
+mod rows;
 mod vocabulary;
 
-pub use activation::{gelu_tanh, quick_gelu, silu};
+pub use activation::{gelu_tanh, quick_gelu, silu, silu_product};
 pub use attention::{CausalMask, attention};
 pub use embedding::{Embedding, EmbeddingConfig};
 pub use linear::{Linear, LinearConfig};
 pub use norm::{LayerNorm, LayerNormConfig, RmsNorm, RmsNormConfig};
 pub use received::received_attention;
 pub use rotary::Rotary;
+pub use rows::write_rows;
 pub use vocabulary::{Vocabulary, VocabularyConfig};

@@ -1,6 +1,9 @@
 use burn::module::{Initializer, Module, Param};
-use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
+use burn::tensor::{DType, Tensor};
+use kernels::Weight;
+
+use crate::host::{self, HostTensor};
 
 /// An affine map with the weight laid out as checkpoints store it.
 #[derive(Module, Debug)]
@@ -62,12 +65,7 @@ impl<B: Backend> Linear<B> {
     pub fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
         let weight = self.weight.val();
         let y = match x.dims() {
-            // One row: a product of a row with Wᵀ streams the weight once; W · column does not.
-            [input, 1] => {
-                let output = weight.dims()[0];
-                let row = x.reshape([1, input]).matmul(weight.transpose());
-                row.reshape([output, 1])
-            }
+            [_, 1] => matrix_vector(weight, x),
             _ => weight.matmul(x),
         };
         match &self.bias {
@@ -75,4 +73,27 @@ impl<B: Backend> Linear<B> {
             None => y,
         }
     }
+}
+
+/// The product with a single column.
+///
+/// # Shapes
+/// - `weight`: `[out, in]`
+/// - `x`: `[in, 1]`
+/// - returns `[out, 1]`
+fn matrix_vector<B: Backend>(weight: Tensor<B, 2>, x: Tensor<B, 2>) -> Tensor<B, 2> {
+    let [output, input] = weight.dims();
+    let (matrix, column) = (
+        HostTensor::of(&weight),
+        HostTensor::of(&x.clone().cast(DType::F32)),
+    );
+    let single = matrix.f32s().map(Weight::F32);
+    let known = single.or_else(|| matrix.f16s().map(Weight::F16));
+    if let (Some(matrix), Some(column)) = (known, column.f32s()) {
+        let y = kernels::matrix_vector(matrix, column, output);
+        return host::tensor(y, [output, 1], &x.device()).cast(x.dtype());
+    }
+    // A product of a row with Wᵀ streams the weight once; W · column does not.
+    let row = x.reshape([1, input]).matmul(weight.transpose());
+    row.reshape([output, 1])
 }

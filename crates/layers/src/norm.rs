@@ -2,6 +2,8 @@ use burn::module::{Initializer, Module, Param};
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
 
+use crate::host::{self, HostTensor};
+
 /// Root-mean-square normalisation (arXiv 1910.07467): `x / √(mean(x²) + ε) · weight`.
 #[derive(Module, Debug)]
 pub struct RmsNorm<B: Backend> {
@@ -37,6 +39,13 @@ impl<B: Backend> RmsNorm<B> {
     /// - `x`: `[.., features, rows]`; the second-to-last axis is normalised
     /// - returns the shape of `x`
     pub fn forward<const D: usize>(&self, x: Tensor<B, D>) -> Tensor<B, D> {
+        if is_wide_matrix(x.dims()) {
+            let (input, weight) = (HostTensor::of(&x), HostTensor::of(&self.weight.val()));
+            if let (Some(input), Some(weight)) = (input.f32s(), weight.f32s()) {
+                let normed = kernels::rms_norm(input, weight, self.epsilon as f32);
+                return host::tensor(normed, x.dims(), &x.device());
+            }
+        }
         let dtype = x.dtype();
         let x = x.cast(DType::F32);
         let mean_square = (x.clone() * x.clone()).mean_dim(D - 2);
@@ -83,6 +92,16 @@ impl<B: Backend> LayerNorm<B> {
     /// - `x`: `[features, rows]`
     /// - returns `[features, rows]`
     pub fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        if is_wide_matrix(x.dims()) {
+            let (input, weight) = (HostTensor::of(&x), HostTensor::of(&self.weight.val()));
+            let bias = HostTensor::of(&self.bias.val());
+            if let (Some(input), Some(weight), Some(bias)) =
+                (input.f32s(), weight.f32s(), bias.f32s())
+            {
+                let normed = kernels::layer_norm(input, weight, bias, self.epsilon as f32);
+                return host::tensor(normed, x.dims(), &x.device());
+            }
+        }
         let dtype = x.dtype();
         let x = x.cast(DType::F32);
         let centred = x.clone() - x.mean_dim(0);
@@ -90,6 +109,11 @@ impl<B: Backend> LayerNorm<B> {
         let normed = centred / variance.add_scalar(self.epsilon).sqrt();
         normed.cast(dtype) * per_feature(self.weight.val()) + per_feature(self.bias.val())
     }
+}
+
+/// Whether the loops that work on many columns side by side pay off.
+fn is_wide_matrix<const D: usize>(dims: [usize; D]) -> bool {
+    D == 2 && dims[1] >= 16
 }
 
 /// `[features]` → `[1, .., features, 1]`, to broadcast over rows.

@@ -1,6 +1,8 @@
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Int, Tensor};
 
+use crate::host::{self, HostTensor};
+
 /// Rotary position table (RoFormer, arXiv 2104.09864), in the "rotate half" convention of Hugging
 /// Face checkpoints: channel `i` is paired with channel `i + head_dim / 2`.
 ///
@@ -45,7 +47,12 @@ impl<B: Backend> Rotary<B> {
     /// - `x`: `[heads · head_dim, rows]`
     /// - returns `[heads · head_dim, rows]`
     pub fn apply(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        self.turn(x, false)
+        let (cos, sin) = (HostTensor::of(&self.cos), HostTensor::of(&self.sin));
+        let rotated = match (cos.f32s(), sin.f32s()) {
+            (Some(cos), Some(sin)) => host::in_place(x, |x| kernels::rotate(x, cos, sin)),
+            _ => Err(x),
+        };
+        rotated.unwrap_or_else(|x| self.turn(x, false))
     }
 
     /// Rotates back: the inverse of [`apply`](Self::apply), but for rounding.

@@ -1,7 +1,7 @@
 use burn::module::Module;
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
-use layers::{Linear, LinearConfig, RmsNorm, RmsNormConfig, silu};
+use layers::{Linear, LinearConfig, RmsNorm, RmsNormConfig, silu_product};
 
 use crate::{DecoderConfig, SelfAttention};
 
@@ -73,7 +73,8 @@ impl<B: Backend> Mlp<B> {
     /// - `x`: `[hidden_size, rows]`
     /// - returns `[hidden_size, rows]`
     pub fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        let gate = silu(self.gate_proj.forward(x.clone()));
-        self.down_proj.forward(gate * self.up_proj.forward(x))
+        let gate = self.gate_proj.forward(x.clone());
+        let inner = silu_product(gate, self.up_proj.forward(x));
+        self.down_proj.forward(inner)
     }
 }

@@ -1,5 +1,6 @@
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
+use layers::write_rows;
 
 use crate::pool::Pool;
 
@@ -181,5 +182,5 @@ fn write<B: Backend>(all: Tensor<B, 3>, start: usize, new: Tensor<B, 3>) -> Tens
     } else {
         all
     };
-    all.slice_assign([0..kv_heads, 0..head_dim, start..end], new)
+    write_rows(all, start, new)
 }

@@ -1,0 +1,107 @@
+use std::f32::consts::PI;
+
+use crate::exp::exp;
+use crate::split::{PIECE, pieces};
+
+/// `x ← x · σ(βx)`; SiLU for `beta` 1 (arXiv 1702.03118).
+pub fn swish(x: &mut [f32], beta: f32) {
+    pieces(
+        x,
+        PIECE,
+        #[inline(always)]
+        |_, x| {
+            x.iter_mut()
+                .for_each(|x| *x = sigmoid_weighted(*x, -beta * *x))
+        },
+    );
+}
+
+/// `x ← x · σ(βx) · y`, the gate of SwiGLU (arXiv 2002.05202).
+///
+/// Works on as many numbers as the shorter of both has.
+pub fn swish_product(x: &mut [f32], beta: f32, y: &[f32]) {
+    pieces(
+        x,
+        PIECE,
+        #[inline(always)]
+        |index, x| {
+            let y = y.get(index * PIECE..).unwrap_or_default();
+            for (x, y) in x.iter_mut().zip(y) {
+                *x = sigmoid_weighted(*x, -beta * *x) * y;
+            }
+        },
+    );
+}
+
+/// GELU with `tanh` for the error function (arXiv 1606.08415, §2):
+/// `x · (1 + tanh u) / 2 = x · σ(2u)`, `u = √(2/π) · (x + 0.044715 x³)`.
+pub fn gelu_tanh(x: &mut [f32]) {
+    let scale = -(8.0 / PI).sqrt();
+    pieces(
+        x,
+        PIECE,
+        #[inline(always)]
+        |_, x| {
+            for x in x {
+                let exponent = *x * (*x * *x * (0.044715 * scale) + scale);
+                *x = sigmoid_weighted(*x, exponent);
+            }
+        },
+    );
+}
+
+/// `x / (1 + e^exponent)`, which is `x · σ(−exponent)`.
+#[inline(always)]
+fn sigmoid_weighted(x: f32, exponent: f32) -> f32 {
+    x / (1.0 + exp(exponent))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn samples(count: usize) -> Vec<f32> {
+        (0..count).map(|i| (i as f32 * 0.37).sin() * 20.0).collect()
+    }
+
+    fn assert_close(actual: &[f32], inputs: &[f32], exact: impl Fn(f64) -> f64) {
+        for (actual, &x) in actual.iter().zip(inputs) {
+            let exact = exact(f64::from(x));
+            let error = (f64::from(*actual) - exact).abs();
+            assert!(error <= 1e-6 * exact.abs() + 1e-7, "{x}: {actual}, {exact}");
+        }
+    }
+
+    #[test]
+    fn follow_their_formulas_across_pieces() {
+        for count in [0, 1, 17, PIECE, PIECE + 1, 2 * PIECE + 33] {
+            let inputs = samples(count);
+            let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
+
+            let mut x = inputs.clone();
+            swish(&mut x, 1.702);
+            assert_close(&x, &inputs, |x| x * sigmoid(1.702 * x));
+
+            let mut x = inputs.clone();
+            swish_product(&mut x, 1.0, &inputs);
+            assert_close(&x, &inputs, |x| x * x * sigmoid(x));
+
+            let mut x = inputs.clone();
+            gelu_tanh(&mut x);
+            assert_close(&x, &inputs, |x| {
+                let u = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3));
+                0.5 * x * (1.0 + u.tanh())
+            });
+        }
+    }
+
+    #[test]
+    fn large_and_undefined_inputs() {
+        let mut x = [f32::NAN, f32::INFINITY, -1e30, 1e30];
+        swish(&mut x, 1.0);
+        assert!(x[0].is_nan());
+        assert_eq!(x[1], f32::INFINITY);
+        assert!(x[2].abs() < 1e-6, "{}", x[2]);
+        assert_eq!(x[3], 1e30);
+    }
+}

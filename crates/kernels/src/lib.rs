@@ -1,0 +1,21 @@
+//! The loops that a CPU backend runs one number at a time, written over plain slices: compiled once
+//! per instruction set, chosen at run time, spread over threads.
+//!
+//! Every result depends on its own inputs alone, never on how the work was cut into threads or on
+//! what else is in the slice: a batch equals its samples, bit for bit. Nothing here knows of tensors.
+
+mod activation;
+mod columns;
+mod exp;
+mod norm;
+mod product;
+mod rotary;
+mod softmax;
+mod split;
+
+pub use activation::{gelu_tanh, swish, swish_product};
+pub use columns::write_columns;
+pub use norm::{layer_norm, rms_norm};
+pub use product::{Weight, matrix_vector};
+pub use rotary::rotate;
+pub use softmax::softmax_columns;

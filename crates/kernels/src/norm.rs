@@ -1,0 +1,164 @@
+use crate::split::pieces;
+
+/// Features whose columns are summed together before the sums are added: bounds both the length of a
+/// sum and the work of a thread.
+const FEATURES: usize = 128;
+
+/// `x / √(mean(x²) + ε) · weight`, column by column (arXiv 1910.07467).
+///
+/// # Shapes
+/// - `x`: `[features, rows]`
+/// - `weight`: `[features]`
+/// - returns `[features, rows]`
+pub fn rms_norm(x: &[f32], weight: &[f32], epsilon: f32) -> Vec<f32> {
+    let features = weight.len();
+    let rows = x.len() / features.max(1);
+    let squares = column_sums(
+        x,
+        features,
+        #[inline(always)]
+        |_, x| x * x,
+    );
+    let scale = inverse_roots(squares, features, epsilon);
+    let mut normed = vec![0.0; features * rows];
+    pieces(
+        &mut normed,
+        FEATURES * rows,
+        #[inline(always)]
+        |block, normed| {
+            let start = block * FEATURES;
+            let inputs = x[start * rows..].chunks_exact(rows);
+            let features = normed.chunks_exact_mut(rows).zip(inputs);
+            for ((normed, x), weight) in features.zip(&weight[start..]) {
+                for ((normed, x), scale) in normed.iter_mut().zip(x).zip(&scale) {
+                    *normed = x * scale * weight;
+                }
+            }
+        },
+    );
+    normed
+}
+
+/// `(x − mean) / √(var + ε) · weight + bias`, column by column (arXiv 1607.06450).
+///
+/// # Shapes
+/// - `x`: `[features, rows]`
+/// - `weight`, `bias`: `[features]`
+/// - returns `[features, rows]`
+pub fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], epsilon: f32) -> Vec<f32> {
+    let features = weight.len();
+    let rows = x.len() / features.max(1);
+    let mut means = column_sums(
+        x,
+        features,
+        #[inline(always)]
+        |_, x| x,
+    );
+    means.iter_mut().for_each(|mean| *mean /= features as f64);
+    let means: Vec<f32> = means.into_iter().map(|mean| mean as f32).collect();
+    let squares = column_sums(
+        x,
+        features,
+        #[inline(always)]
+        |row, x| (x - means[row]) * (x - means[row]),
+    );
+    let scale = inverse_roots(squares, features, epsilon);
+    let mut normed = vec![0.0; features * rows];
+    pieces(
+        &mut normed,
+        FEATURES * rows,
+        #[inline(always)]
+        |block, normed| {
+            let start = block * FEATURES;
+            let inputs = x[start * rows..].chunks_exact(rows);
+            let affine = weight[start..].iter().zip(&bias[start..]);
+            let features = normed.chunks_exact_mut(rows).zip(inputs);
+            for ((normed, x), (weight, bias)) in features.zip(affine) {
+                let statistics = means.iter().zip(&scale);
+                for ((normed, x), (mean, scale)) in normed.iter_mut().zip(x).zip(statistics) {
+                    *normed = (x - mean) * scale * weight + bias;
+                }
+            }
+        },
+    );
+    normed
+}
+
+/// The sum of `term(row, x)` over the features of every row.
+///
+/// In f64: whatever a sum is off by, all features of the row are off by.
+fn column_sums(x: &[f32], features: usize, term: impl Fn(usize, f32) -> f32 + Sync) -> Vec<f64> {
+    let rows = x.len() / features.max(1);
+    let mut partial = vec![0.0; features.div_ceil(FEATURES) * rows];
+    pieces(
+        &mut partial,
+        rows,
+        #[inline(always)]
+        |block, sums| {
+            let block = x[block * FEATURES * rows..]
+                .chunks_exact(rows)
+                .take(FEATURES);
+            for x in block {
+                for (row, (sum, &x)) in sums.iter_mut().zip(x).enumerate() {
+                    *sum += f64::from(term(row, x));
+                }
+            }
+        },
+    );
+    let mut total = vec![0.0; rows];
+    for partial in partial.chunks_exact(rows.max(1)) {
+        for (total, partial) in total.iter_mut().zip(partial) {
+            *total += partial;
+        }
+    }
+    total
+}
+
+/// `1 / √(sum / features + ε)`
+fn inverse_roots(sums: Vec<f64>, features: usize, epsilon: f32) -> Vec<f32> {
+    let root = |sum: f64| (sum / features as f64 + f64::from(epsilon)).sqrt();
+    sums.into_iter()
+        .map(|sum| root(sum).recip() as f32)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn are_the_formulas_across_blocks() {
+        for [features, rows] in [
+            [1, 1],
+            [5, 3],
+            [FEATURES, 17],
+            [2 * FEATURES + 3, 33],
+            [4, 0],
+        ] {
+            let value = |i: usize| (i as f32 * 0.77).sin() * 3.0 + 1.0;
+            let x: Vec<f32> = (0..features * rows).map(value).collect();
+            let weight: Vec<f32> = (0..features).map(|i| value(i + 3)).collect();
+            let bias: Vec<f32> = (0..features).map(|i| value(i + 8)).collect();
+            let rms = rms_norm(&x, &weight, 1e-5);
+            let layer = layer_norm(&x, &weight, &bias, 1e-5);
+            assert_eq!((rms.len(), layer.len()), (x.len(), x.len()));
+            for row in 0..rows {
+                let column = |feature: usize| f64::from(x[feature * rows + row]);
+                let mean_of = |term: &dyn Fn(f64) -> f64| {
+                    (0..features).map(|f| term(column(f))).sum::<f64>() / features as f64
+                };
+                let mean = mean_of(&|x| x);
+                let variance = mean_of(&|x| (x - mean).powi(2));
+                let square = mean_of(&|x| x * x);
+                for feature in 0..features {
+                    let (w, b) = (f64::from(weight[feature]), f64::from(bias[feature]));
+                    let at = feature * rows + row;
+                    let exact = column(feature) / (square + 1e-5).sqrt() * w;
+                    assert!((f64::from(rms[at]) - exact).abs() < 1e-5);
+                    let exact = (column(feature) - mean) / (variance + 1e-5).sqrt() * w + b;
+                    assert!((f64::from(layer[at]) - exact).abs() < 2e-5);
+                }
+            }
+        }
+    }
+}

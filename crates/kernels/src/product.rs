@@ -1,0 +1,197 @@
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+
+use crate::split::pieces;
+
+/// A matrix, row by row.
+#[derive(Debug, Clone, Copy)]
+pub enum Weight<'a> {
+    /// Single precision.
+    F32(&'a [f32]),
+    /// Half precision; widened on the way into the product.
+    F16(&'a [f16]),
+}
+
+/// Rows in a piece: with 4096 columns of f32, 512 KiB.
+const ROWS: usize = 32;
+
+/// Rows that are read at the same time: a single stream does not saturate memory.
+const STREAMS: usize = 4;
+
+/// Independent sums of a row. Several registers: a loop of one or two is unrolled before it is vectorised.
+const LANES: usize = 64;
+
+/// `W · x`, which reads `W` once at the speed of memory.
+///
+/// # Shapes
+/// - `weight`: `[output, x.len()]`
+/// - returns `[output]`
+pub fn matrix_vector(weight: Weight, x: &[f32], output: usize) -> Vec<f32> {
+    match weight {
+        Weight::F32(weight) => product(weight, x, output),
+        Weight::F16(weight) => product(weight, x, output),
+    }
+}
+
+fn product<T: Widen>(weight: &[T], x: &[f32], output: usize) -> Vec<f32> {
+    let processor = processor();
+    let mut y = vec![0.0; output];
+    pieces(
+        &mut y,
+        ROWS,
+        #[inline(always)]
+        |index, y| {
+            let row = |row: usize| {
+                let start = (index * ROWS + row) * x.len();
+                &weight[start..start + x.len()]
+            };
+            let whole = y.len() - y.len() % STREAMS;
+            let (blocks, rest) = y.as_chunks_mut::<STREAMS>();
+            for (block, y) in blocks.iter_mut().enumerate() {
+                *y = dots(
+                    std::array::from_fn(|at| row(block * STREAMS + at)),
+                    x,
+                    processor,
+                );
+            }
+            for (at, y) in rest.iter_mut().enumerate() {
+                [*y] = dots([row(whole + at)], x, processor);
+            }
+        },
+    );
+    y
+}
+
+/// The products of rows with `x`. The sum of a row does not depend on how many are read at a time.
+#[inline(always)]
+fn dots<T: Widen, const N: usize>(rows: [&[T]; N], x: &[f32], processor: Processor) -> [f32; N] {
+    let (chunks, x_rest) = x.as_chunks::<LANES>();
+    let row_chunks = rows.map(|row| &row.as_chunks::<LANES>().0[..chunks.len()]);
+    let mut lanes = [[0.0; LANES]; N];
+    for (at, x) in chunks.iter().enumerate() {
+        for (lanes, row) in lanes.iter_mut().zip(row_chunks) {
+            let w = T::widen_chunk(&row[at], processor);
+            for lane in 0..LANES {
+                lanes[lane] += w[lane] * x[lane];
+            }
+        }
+    }
+    for (lanes, row) in lanes.iter_mut().zip(rows) {
+        let row_rest = &row[chunks.len() * LANES..];
+        for (lane, (w, x)) in lanes.iter_mut().zip(row_rest.iter().zip(x_rest)) {
+            *lane += w.widen() * x;
+        }
+    }
+    lanes.map(|lanes| lanes.iter().sum())
+}
+
+/// A number that becomes an f32.
+trait Widen: Copy + Sync {
+    fn widen(self) -> f32;
+
+    /// All numbers of a chunk.
+    #[inline(always)]
+    fn widen_chunk(chunk: &[Self; LANES], _: Processor) -> [f32; LANES] {
+        chunk.map(Self::widen)
+    }
+}
+
+impl Widen for f32 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self
+    }
+}
+
+impl Widen for f16 {
+    /// In steps that compilers vectorise; `f16::to_f32` asks for the processor at every number.
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        /// What the exponents differ by, in place.
+        const BIAS: u32 = (127 - 15) << 23;
+        const INFINITE: u32 = 0x7c00 << 13;
+        /// The smallest normal f16.
+        const NORMAL: u32 = 0x0400 << 13;
+        let bits = u32::from(self.to_bits());
+        let magnitude = (bits & 0x7fff) << 13;
+        let wide = match magnitude {
+            // Digits below a leading one that is then taken away.
+            0..NORMAL => {
+                let one = BIAS + NORMAL;
+                (f32::from_bits(magnitude + one) - f32::from_bits(one)).to_bits()
+            }
+            NORMAL..INFINITE => magnitude + BIAS,
+            _ => magnitude + 2 * BIAS,
+        };
+        f32::from_bits(wide | (bits & 0x8000) << 16)
+    }
+
+    /// With AVX-512, by its instruction: the steps above are slower than memory.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn widen_chunk(chunk: &[Self; LANES], processor: Processor) -> [f32; LANES] {
+        let Some(v4) = processor else {
+            return chunk.map(Self::widen);
+        };
+        let mut wide = [0.0; LANES];
+        let (registers, _) = chunk.reinterpret_cast().as_chunks::<16>();
+        for (wide, &halves) in wide.as_chunks_mut::<16>().0.iter_mut().zip(registers) {
+            *wide = pulp::cast(v4.avx512f._mm512_cvtph_ps(pulp::cast(halves)));
+        }
+        wide
+    }
+}
+
+/// Proof that the processor has AVX-512.
+#[cfg(target_arch = "x86_64")]
+type Processor = Option<pulp::x86::V4>;
+#[cfg(not(target_arch = "x86_64"))]
+type Processor = ();
+
+#[cfg(target_arch = "x86_64")]
+fn processor() -> Processor {
+    pulp::x86::V4::try_new()
+}
+#[cfg(not(target_arch = "x86_64"))]
+fn processor() -> Processor {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_half_widens_exactly() {
+        for bits in 0..=u16::MAX {
+            let half = f16::from_bits(bits);
+            let wide = half.widen();
+            assert!(wide.is_nan() == half.is_nan(), "{bits:#x}");
+            assert!(
+                half.is_nan() || wide.to_bits() == half.to_f32().to_bits(),
+                "{bits:#x}"
+            );
+        }
+    }
+
+    #[test]
+    fn is_the_formula_in_both_precisions() {
+        for [output, columns] in [[0, 5], [3, 0], [1, 1], [33, 70], [64, 2100], [7, 1024]] {
+            let value = |i: usize| (i as f32 * 0.61).sin() / 32.0;
+            let weight: Vec<f32> = (0..output * columns).map(value).collect();
+            let half: Vec<f16> = weight.iter().map(|&x| f16::from_f32(x)).collect();
+            let x: Vec<f32> = (0..columns).map(|i| value(i + 17)).collect();
+            let exact = |weight: &dyn Fn(usize) -> f64, row: usize| -> f64 {
+                let product = |column| weight(row * columns + column) * f64::from(x[column]);
+                (0..columns).map(product).sum()
+            };
+            let single = matrix_vector(Weight::F32(&weight), &x, output);
+            let halved = matrix_vector(Weight::F16(&half), &x, output);
+            assert_eq!((single.len(), halved.len()), (output, output));
+            for row in 0..output {
+                let expected = exact(&|at| f64::from(weight[at]), row);
+                assert!((f64::from(single[row]) - expected).abs() < 1e-6);
+                let expected = exact(&|at| f64::from(half[at].to_f32()), row);
+                assert!((f64::from(halved[row]) - expected).abs() < 1e-6);
+            }
+        }
+    }
+}

@@ -1,0 +1,44 @@
+//! How work is cut into pieces for threads.
+
+use pulp::{Arch, Simd, WithSimd};
+use rayon::prelude::*;
+
+/// Numbers in a piece (64 KiB in f32): large enough to outweigh handing it to a thread, small enough
+/// for a first-level or second-level cache.
+pub(crate) const PIECE: usize = 16 << 10;
+
+/// Runs `work` on every `size` numbers of `values`, on all threads, compiled for this processor.
+///
+/// `work` receives the number of the piece; it should be `#[inline(always)]` down to its loops, or
+/// they are compiled for the oldest processor.
+pub(crate) fn pieces<T: Send>(
+    values: &mut [T],
+    size: usize,
+    work: impl Fn(usize, &mut [T]) + Sync,
+) {
+    let arch = Arch::new();
+    let work = &work;
+    let run = |(index, piece)| arch.dispatch(Piece { work, index, piece });
+    let size = size.max(1);
+    if values.len() <= size {
+        values.chunks_mut(size).enumerate().for_each(run);
+    } else {
+        values.par_chunks_mut(size).enumerate().for_each(run);
+    }
+}
+
+/// A call of `work`. Not a closure: those are called through a function that is not always inlined.
+struct Piece<'a, T, W> {
+    work: &'a W,
+    index: usize,
+    piece: &'a mut [T],
+}
+
+impl<T, W: Fn(usize, &mut [T])> WithSimd for Piece<'_, T, W> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        (self.work)(self.index, self.piece);
+    }
+}

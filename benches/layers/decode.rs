@@ -29,7 +29,7 @@ pub struct Row {
     /// Bytes of the weights, and of the keys and values attended to.
     bytes: u64,
     bytes_per_second: f64,
-    /// Of the measured bandwidth.
+    /// Of the bandwidth of a large read: a token writes next to nothing.
     of_peak: f64,
 }
 
@@ -89,7 +89,7 @@ pub fn run(
                 ms,
                 bytes,
                 bytes_per_second,
-                of_peak: bytes_per_second / peak.bytes_per_second(),
+                of_peak: bytes_per_second / peak.read_bytes_per_second,
             });
         }
     }

@@ -47,11 +47,6 @@ impl Peak {
         );
         Ok(peak)
     }
-
-    /// The most bytes per second that anything gets from memory.
-    pub fn bytes_per_second(&self) -> f64 {
-        self.read_bytes_per_second.max(self.copied_bytes_per_second)
-    }
 }
 
 fn fastest(work: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<f64> {

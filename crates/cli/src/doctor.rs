@@ -4,9 +4,10 @@ use std::io::Write;
 
 use anyhow::bail;
 use burn::tensor::DType;
+use checkpoint::CheckpointError;
 use reducers::{Schedule, presets};
 use serde_json::{Value, json};
-use zoo::{Checkup, ModelConfig, OpenOptions, Parameters, Picture};
+use zoo::{Checkup, ModelConfig, OpenOptions, Parameters, Picture, ZooError};
 
 use crate::args::DoctorArgs;
 use crate::backend::{self, Adapter, Backend};
@@ -103,18 +104,29 @@ fn examine(args: &DoctorArgs) -> Report {
     let checkup = Checkup::of::<Backend>(&folder, &options, &device);
     for problem in &checkup.problems {
         let what = format!("{}: {}", problem.part, problem.error);
-        report.problem(what, remedy(problem.part));
+        report.problem(what, remedy(problem));
     }
     report.check_memory(&checkup, args);
     report
 }
 
-/// What to do about a part of a checkpoint folder that is broken.
-fn remedy(part: &str) -> &'static str {
-    match part {
-        "config.json" => {
-            "download it again; LLaVA-1.5, Qwen2-VL, Qwen2.5-VL and Qwen3-VL can be opened"
+/// What to do about a part of a checkpoint folder that cannot be used.
+fn remedy(problem: &zoo::Problem) -> &'static str {
+    match &problem.error {
+        ZooError::UnknownFamily { .. } => {
+            return "give a checkpoint of LLaVA-1.5, Qwen2-VL, Qwen2.5-VL or Qwen3-VL to --model";
         }
+        ZooError::Checkpoint(CheckpointError::Pickle { .. }) => {
+            return "cargo xtask convert --from DIR --to NEW --allow-pickle; LLaVA as its authors published it also \
+                    takes --vision-tower and --tokenizer (README, \"Checkpoints that load at once\")";
+        }
+        ZooError::Checkpoint(CheckpointError::Module(_)) => {
+            return "give config.json and weights of the same model and revision, not quantised";
+        }
+        _ => {}
+    }
+    match problem.part {
+        "config.json" => "download it again, from the same revision as the weights",
         "weights" => "download all weight files again, from the same revision as config.json",
         "chat template" => "remove the template to use the family's own, or download it again",
         _ => "download this file again, from the same revision as the weights",

@@ -430,9 +430,13 @@ fn nothing_is_overwritten_and_a_plan_writes_nothing() {
     }
     let error = convert(&Job::new(&from, &from)).unwrap_err();
     assert!(matches!(error, ConvertError::Occupied { .. }), "{error}");
-    for name in ["config.json", "model-00002-of-00004.safetensors"] {
+    for name in [
+        "config.json",
+        "model-00002-of-00004.safetensors",
+        "model.journal",
+    ] {
         let of_others = Scratch::new();
-        of_others.write(name, "precious");
+        of_others.write(name, "precious\n");
         let mut job = Job::new(&from, of_others.path());
         job.form = Some(Form::HuggingFace);
         job.max_shard_bytes = 1_000_000;

@@ -187,6 +187,16 @@ fn a_model_that_no_machine_holds_is_known_before_it_is_loaded() {
 }
 
 #[test]
+fn a_type_that_the_backend_does_not_compute_in_is_a_problem() {
+    let (report, well) = doctor(&["--dtype", "f16"]);
+    let computes = report["dtypes"].as_array().expect("a list");
+    assert_eq!(well, computes.contains(&json!("f16")), "{report}");
+    if !well {
+        assert!(problems(&report)[0].contains("f16"), "{report}");
+    }
+}
+
+#[test]
 fn more_tokens_than_positions_are_a_problem() {
     let (report, well) = doctor(&["--text-tokens", "4000000000"]);
     assert!(!well);

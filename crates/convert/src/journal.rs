@@ -14,6 +14,8 @@ use crate::{ConvertError, Plan};
 /// Longest journal that is read: far more lines than there are tensors.
 const MAX_BYTES: u64 = 64 << 20;
 
+/// What the line of the plan begins with.
+const TITLE: &str = "convert ";
 /// What the line of a file of the target begins with.
 const FILE: &str = "file ";
 
@@ -43,7 +45,7 @@ impl Journal {
     pub(crate) fn open(plan: &Plan) -> Result<Self, ConvertError> {
         let path = plan.journal.clone();
         let failed = ConvertError::io(&path);
-        let title = format!("convert {:016x}", fingerprint(plan)?);
+        let title = format!("{TITLE}{:016x}", fingerprint(plan)?);
         let mut options = OpenOptions::new();
         let options = options.create(true).read(true).write(true).truncate(false);
         let mut file = options.open(&path).map_err(&failed)?;
@@ -53,25 +55,16 @@ impl Journal {
             Err(TryLockError::Error(error)) => return Err(failed(error)),
         }
         let text = read(&mut file);
+        if !text.is_empty() && !text.starts_with(TITLE) {
+            return Err(ConvertError::Occupied { path: path.clone() });
+        }
+        let mut lines = text.lines();
         let mut done = Vec::new();
-        if text.lines().next() == Some(&title) {
-            let lines = text
-                .lines()
-                .skip(1)
-                .skip_while(|line| line.starts_with(FILE));
+        if lines.next() == Some(&title) {
+            let lines = lines.skip_while(|line| line.starts_with(FILE));
             done.extend(lines.map_while(Done::parse));
         } else {
-            for name in names(&text) {
-                let left = plan.folder.join(name);
-                for path in [partial(&left), left] {
-                    match remove_file(&path) {
-                        Err(error) if error.kind() != ErrorKind::NotFound => {
-                            return Err(ConvertError::io(&path)(error));
-                        }
-                        _ => {}
-                    }
-                }
-            }
+            names(&text).try_for_each(|name| remove_left(&plan.folder.join(name)))?;
         }
         let mut head = format!("{title}\n");
         for name in plan.names() {
@@ -134,10 +127,24 @@ fn read(file: &mut File) -> String {
     text
 }
 
+/// Names of the files that the lines of a journal list.
 fn names(text: &str) -> impl Iterator<Item = &str> {
     let lines = text.lines().skip(1);
     let names = lines.map_while(|line| line.strip_prefix(FILE));
     names.filter(|name| Path::new(name).file_name() == Some(OsStr::new(name)))
+}
+
+/// Removes a file that an interrupted run has left, finished or not.
+fn remove_left(path: &Path) -> Result<(), ConvertError> {
+    for path in [partial(path), path.to_path_buf()] {
+        match remove_file(&path) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                return Err(ConvertError::io(&path)(error));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// How many of the first `done` tensors are in files, as far as the lengths of these say.

@@ -214,7 +214,13 @@ impl Report {
                 self.adapter.name,
                 mebibytes(most)
             );
-            self.problem(what, "use --dtype f16, another driver, or the flex backend");
+            let half = parameters.largest_elements.saturating_mul(2) <= most;
+            let remedy = match half && self.dtype == DType::F32 && self.dtypes.contains(&DType::F16)
+            {
+                true => "use --dtype f16",
+                false => "use another driver, or the flex backend",
+            };
+            self.problem(what, remedy);
         }
     }
 
@@ -359,4 +365,43 @@ fn name(dtype: DType) -> String {
 /// Rounded up: what is needed must fit.
 fn mebibytes(bytes: u64) -> u64 {
     bytes.div_ceil(1 << 20)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_weight_that_no_operation_takes_is_a_problem_with_a_remedy_that_works() {
+        for (most, dtype, remedy) in [
+            (4 << 20, DType::F32, None),
+            (3 << 20, DType::F32, Some("--dtype f16")),
+            (1 << 20, DType::F32, Some("another driver")),
+            (1 << 20, DType::F16, Some("another driver")),
+        ] {
+            let mut report = Report {
+                adapter: Adapter {
+                    name: "a card".into(),
+                    memory_bytes: None,
+                    available_bytes: None,
+                    largest_binding_bytes: Some(most),
+                },
+                dtypes: vec![DType::F32, DType::F16],
+                dtype,
+                parameters: None,
+                picture: None,
+                needs: Vec::new(),
+                problems: Vec::new(),
+            };
+            report.check_binding(Parameters {
+                elements: 1 << 30,
+                largest_elements: 1 << 20,
+            });
+            let found = report.problems.first();
+            assert_eq!(found.is_some(), remedy.is_some(), "{most} {dtype:?}");
+            if let (Some(found), Some(remedy)) = (found, remedy) {
+                assert!(found.remedy.contains(remedy), "{}", found.remedy);
+            }
+        }
+    }
 }

@@ -5,6 +5,9 @@ use std::path::PathBuf;
 use anyhow::bail;
 use clap::{Parser, ValueEnum};
 
+/// Those that every method has a preset for.
+const BUDGETS: [usize; 3] = [192, 128, 64];
+
 /// Four decisions at the published relative depths need as many layers to stay apart.
 const MIN_LAYERS: usize = 7;
 
@@ -84,6 +87,9 @@ impl Options {
         }
         if self.rounds == 0 || self.budgets.is_empty() {
             bail!("--rounds and --budgets must leave something to measure");
+        }
+        if let Some(budget) = self.budgets.iter().find(|at| !BUDGETS.contains(at)) {
+            bail!("--budgets has {budget}; there are presets for {BUDGETS:?}");
         }
         Ok(())
     }

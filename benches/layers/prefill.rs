@@ -359,7 +359,7 @@ impl Report {
             self.head_rows,
         );
         println!(
-            "{:<18} {:<11} {:>8} {:>20} {:>18} {:>8} {:>10} {:>9} {:>8} {:>8} {:>8} {:>21}",
+            "{:<22} {:<11} {:>8} {:>20} {:>18} {:>8} {:>10} {:>9} {:>8} {:>8} {:>8} {:>21}",
             "preset",
             "decides at",
             "average",
@@ -377,7 +377,7 @@ impl Report {
             let layers: Vec<String> = row.decision_layers.iter().map(usize::to_string).collect();
             let reference = row.reference.as_ref();
             println!(
-                "{:<18} {:<11} {:>8.1} {:>20} {:>18} {:>7.2}x {:>10.2} {:>7.1} % {:>6.1} % {:>8.1} {:>8} {:>21}",
+                "{:<22} {:<11} {:>8.1} {:>20} {:>18} {:>7.2}x {:>10.2} {:>7.1} % {:>6.1} % {:>8.1} {:>8} {:>21}",
                 row.preset,
                 layers.join(" "),
                 row.average_tokens,

@@ -1,7 +1,7 @@
 //! Converted checkpoints: they load, they answer the same, and nothing that went wrong on the way is
 //! kept.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -196,6 +196,49 @@ fn pickles_are_read_only_when_allowed_and_whole() {
     convert(&job).unwrap();
 }
 
+#[test]
+fn pickled_tensors_are_what_pytorch_would_have_loaded() {
+    let to = Scratch::new();
+    let mut job = Job::new(fixture("convert/unusual"), to.at("model.safetensors"));
+    job.allow_pickle = true;
+    convert(&job).unwrap();
+    let found = contents(to.at("model.safetensors"));
+    assert!(found == contents(fixture("convert/unusual/expected.safetensors")));
+    job.from = fixture("convert/transposed");
+    job.to = to.at("transposed.safetensors").into();
+    let error = convert(&job).unwrap_err();
+    assert!(error.to_string().contains("row by row"), "{error}");
+}
+
+#[test]
+fn small_files_are_those_of_the_language_model_and_readable() {
+    let (from, tower, to) = (Scratch::new(), Scratch::new(), Scratch::new());
+    for (folder, name) in [(&from, "convert/original"), (&tower, "convert/clip")] {
+        for entry in fixture(name).read_dir().unwrap() {
+            let entry = entry.unwrap();
+            let name = entry.file_name().into_string().unwrap();
+            folder.write(&name, fs::read(entry.path()).unwrap());
+        }
+    }
+    tower.write("tokenizer.json", "CLIP's own");
+    let mut job = original(&to);
+    job.from = from.path().into();
+    job.vision_tower = Some(tower.path().into());
+    job.tokenizer = None;
+    let names = |job: &Job| {
+        let plan = Plan::new(job)?;
+        Ok::<_, ConvertError>(plan.companions().map(str::to_owned).collect::<Vec<_>>())
+    };
+    assert_eq!(
+        names(&job).unwrap(),
+        ["preprocessor_config.json", "config.json"]
+    );
+    let notes = from.write("notes.txt", "");
+    let notes = File::options().write(true).open(notes).unwrap();
+    notes.set_len(checkpoint::TOKENIZER_MAX_BYTES + 1).unwrap();
+    assert!(names(&job).unwrap_err().to_string().contains("notes.txt"));
+}
+
 /// A checkpoint of these f32 tensors.
 fn small(tensors: &[(&str, &[f32])]) -> Scratch {
     let folder = Scratch::new();
@@ -330,6 +373,29 @@ fn a_change_of_the_source_begins_anew() {
 }
 
 #[test]
+fn what_an_interrupted_run_has_left_is_removed_by_one_of_another_form() {
+    let (from, to) = (source("llava"), Scratch::new());
+    let mut job = Job::new(&from, to.at("new"));
+    job.form = Some(Form::HuggingFace);
+    job.max_shard_bytes = 1_000_000;
+    interrupted(&job, Plan::new(&job).unwrap().total_bytes());
+    assert!(Path::new(&to.at("new/model-00001-of-00004.safetensors")).exists());
+    job.form = Some(Form::Burnpack);
+    interrupted(&job, 1_000_000);
+    job.form = Some(Form::Safetensors);
+    assert_eq!(convert(&job).unwrap().resumed, 0);
+    job.to = to.at("clean").into();
+    convert(&job).unwrap();
+    let names = |folder: &str| {
+        let entries = Path::new(&to.at(folder)).read_dir().unwrap();
+        entries
+            .map(|entry| entry.unwrap().file_name())
+            .collect::<BTreeSet<_>>()
+    };
+    assert_eq!(names("new"), names("clean"));
+}
+
+#[test]
 fn a_file_that_does_not_hold_what_was_written_is_not_kept() {
     let (from, to) = (source("llava"), Scratch::new());
     let job = Job::new(&from, to.at("model.bpk"));
@@ -342,7 +408,7 @@ fn a_file_that_does_not_hold_what_was_written_is_not_kept() {
     fs::write(&partial, content).unwrap();
     let error = convert(&job).unwrap_err();
     assert!(matches!(error, ConvertError::Damaged { .. }), "{error}");
-    assert_eq!(to.entries(), [""; 0]);
+    assert_eq!(to.entries(), ["model.journal"]);
     assert_eq!(convert(&job).unwrap().resumed, 0);
     assert_eq!(to.entries(), ["model.bpk"]);
 }
@@ -364,6 +430,20 @@ fn nothing_is_overwritten_and_a_plan_writes_nothing() {
     }
     let error = convert(&Job::new(&from, &from)).unwrap_err();
     assert!(matches!(error, ConvertError::Occupied { .. }), "{error}");
+    for name in [
+        "config.json",
+        "model-00002-of-00004.safetensors",
+        "model.journal",
+    ] {
+        let of_others = Scratch::new();
+        of_others.write(name, "precious\n");
+        let mut job = Job::new(&from, of_others.path());
+        job.form = Some(Form::HuggingFace);
+        job.max_shard_bytes = 1_000_000;
+        let error = convert(&job).unwrap_err();
+        assert!(matches!(error, ConvertError::Occupied { .. }), "{error}");
+        assert_eq!(of_others.entries(), [name]);
+    }
     let mut job = Job::new(&from, to.at("model.bpk"));
     job.form = Some(Form::HuggingFace);
     let error = convert(&job).unwrap_err();

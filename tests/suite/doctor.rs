@@ -121,6 +121,33 @@ fn everything_that_is_wrong_is_found_at_once() {
     assert!(weights.expect("found above").contains("gate_proj"));
 }
 
+/// Downloading again would help with none of these.
+#[test]
+fn a_remedy_is_for_what_is_wrong() {
+    let fixture = |name: &str| {
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures");
+        fixtures.join(name).display().to_string()
+    };
+    let of_another = Scratch::checkpoint();
+    of_another.set("config.json", "/text_config/intermediate_size", json!(48));
+    for (model, part, words) in [
+        (fixture("convert/original"), "weights", "--allow-pickle"),
+        (fixture("convert/clip"), "config.json", "LLaVA-1.5"),
+        (of_another.path(), "weights", "same model"),
+    ] {
+        let (report, well) = doctor(&["--model", &model]);
+        assert!(!well);
+        let problems = report["problems"].as_array().expect("a list");
+        let is_meant = |problem: &&Value| {
+            let text = problem["problem"].as_str().expect("a text");
+            text.starts_with(part)
+        };
+        let problem = problems.iter().find(is_meant).expect("a known part");
+        let remedy = problem["remedy"].as_str().expect("a text");
+        assert!(remedy.contains(words), "{remedy}");
+    }
+}
+
 #[test]
 fn without_a_configuration_the_other_files_are_still_examined() {
     let folder = Scratch::checkpoint();
@@ -157,6 +184,16 @@ fn a_model_that_no_machine_holds_is_known_before_it_is_loaded() {
     assert_eq!(told, known, "{problems:?}");
     let weights = &need(&report, "dense")["weights_bytes"];
     assert!(weights.as_u64().expect("bytes") > 1 << 40);
+}
+
+#[test]
+fn a_type_that_the_backend_does_not_compute_in_is_a_problem() {
+    let (report, well) = doctor(&["--dtype", "f16"]);
+    let computes = report["dtypes"].as_array().expect("a list");
+    assert_eq!(well, computes.contains(&json!("f16")), "{report}");
+    if !well {
+        assert!(problems(&report)[0].contains("f16"), "{report}");
+    }
 }
 
 #[test]

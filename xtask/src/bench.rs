@@ -22,8 +22,8 @@ pub struct Args {
     #[arg(long, default_value = "llava", value_name = "NAME|DIR")]
     model: String,
     /// Budgets of the routed prefills: visual tokens of 576 that a layer works on, on average.
-    #[arg(long, value_delimiter = ',', default_value = "192,128,64")]
-    budgets: Vec<usize>,
+    #[arg(long, value_delimiter = ',', default_value = "192,128,64", value_parser = ["192", "128", "64"])]
+    budgets: Vec<String>,
     /// Decoder layers.
     #[arg(long, default_value_t = 8)]
     layers: usize,
@@ -64,8 +64,13 @@ pub fn run(args: &Args, root: &Path) -> anyhow::Result<()> {
     }
     let mut peers = Vec::new();
     if !args.compare.is_empty() {
-        peers = peers::compare(args, &mut notes)?;
-        peers::print(&peers);
+        match peers::compare(args, &mut notes) {
+            Ok(compared) => {
+                peers::print(&compared);
+                peers = compared;
+            }
+            Err(error) => notes.push(format!("nobody was compared: {error:#}")),
+        }
     }
     for note in &notes {
         println!("note: {note}");
@@ -110,17 +115,24 @@ fn measure(args: &Args, backend: &str, out: &Path) -> anyhow::Result<Value> {
         bail!("the benchmark ended with {status}");
     }
     let text = fs::read(out).with_context(|| out.display().to_string())?;
-    Ok(serde_json::from_slice(&text)?)
+    let mut report: Value = serde_json::from_slice(&text)?;
+    report["model"] = json!(args.model);
+    Ok(report)
 }
 
 /// The bench binary of a backend, with the flags that all its sections share.
 fn program(args: &Args, backend: &str) -> Command {
-    let budgets: Vec<String> = args.budgets.iter().map(usize::to_string).collect();
+    // Cargo runs the program in the folder of its package.
+    let model = match args.model.as_str() {
+        name @ ("llava" | "qwen") => name.into(),
+        folder => Path::new(folder).canonicalize().unwrap_or(folder.into()),
+    };
     let mut command = Command::new(env!("CARGO"));
     command
         .args(["bench", "--quiet", "-p", "benches", "--no-default-features"])
-        .args(["--features", backend, "--", "--model", &args.model])
-        .args(["--budgets", &budgets.join(",")])
+        .args(["--features", backend, "--", "--model"])
+        .arg(model)
+        .args(["--budgets", &args.budgets.join(",")])
         .args(["--layers", &args.layers.to_string()])
         .args(["--rounds", &args.rounds.to_string()])
         .args(args.smoke.then_some("--test"));

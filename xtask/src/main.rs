@@ -8,6 +8,7 @@ mod parity;
 mod tidy;
 
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
@@ -32,13 +33,23 @@ enum Command {
     Bench(bench::Args),
 }
 
-fn main() -> anyhow::Result<()> {
-    match Args::parse().command {
+fn main() -> ExitCode {
+    match run(&Args::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: &Command) -> anyhow::Result<()> {
+    match command {
         Command::Tidy => tidy::run(&root()),
-        Command::Parity(args) => parity::run(&args),
-        Command::Convert(args) => convert::run(&args),
-        Command::MakeRandom(args) => make_random::run(&args, &root()),
-        Command::Bench(args) => bench::run(&args, &root()),
+        Command::Parity(args) => parity::run(args),
+        Command::Convert(args) => convert::run(args),
+        Command::MakeRandom(args) => make_random::run(args, &root()),
+        Command::Bench(args) => bench::run(args, &root()),
     }
 }
 

@@ -79,6 +79,11 @@ pub fn run(args: &Args, root: &Path) -> anyhow::Result<()> {
     if let Some(layers) = args.layers {
         text["num_hidden_layers"] = layers.into();
     }
+    let taps = &config["vision_config"]["deepstack_visual_indexes"];
+    let least = taps.as_array().map_or(1, Vec::len).max(1);
+    if args.layers.is_some_and(|layers| layers < least) {
+        bail!("this family needs --layers {least} or more");
+    }
     merge(&mut config, json!({"torch_dtype": args.dtype.name()}));
 
     let tensors = match args.family {

@@ -4,9 +4,10 @@ use std::io::Write;
 
 use anyhow::bail;
 use burn::tensor::DType;
+use checkpoint::CheckpointError;
 use reducers::{Schedule, presets};
 use serde_json::{Value, json};
-use zoo::{Checkup, ModelConfig, OpenOptions, Parameters, Picture};
+use zoo::{Checkup, ModelConfig, OpenOptions, Parameters, Picture, ZooError};
 
 use crate::args::DoctorArgs;
 use crate::backend::{self, Adapter, Backend};
@@ -103,18 +104,29 @@ fn examine(args: &DoctorArgs) -> Report {
     let checkup = Checkup::of::<Backend>(&folder, &options, &device);
     for problem in &checkup.problems {
         let what = format!("{}: {}", problem.part, problem.error);
-        report.problem(what, remedy(problem.part));
+        report.problem(what, remedy(problem));
     }
     report.check_memory(&checkup, args);
     report
 }
 
-/// What to do about a part of a checkpoint folder that is broken.
-fn remedy(part: &str) -> &'static str {
-    match part {
-        "config.json" => {
-            "download it again; LLaVA-1.5, Qwen2-VL, Qwen2.5-VL and Qwen3-VL can be opened"
+/// What to do about a part of a checkpoint folder that cannot be used.
+fn remedy(problem: &zoo::Problem) -> &'static str {
+    match &problem.error {
+        ZooError::UnknownFamily { .. } => {
+            return "give a checkpoint of LLaVA-1.5, Qwen2-VL, Qwen2.5-VL or Qwen3-VL to --model";
         }
+        ZooError::Checkpoint(CheckpointError::Pickle { .. }) => {
+            return "cargo xtask convert --from DIR --to NEW --allow-pickle; LLaVA as its authors published it also \
+                    takes --vision-tower and --tokenizer (README, \"Checkpoints that load at once\")";
+        }
+        ZooError::Checkpoint(CheckpointError::Module(_)) => {
+            return "give config.json and weights of the same model and revision, not quantised";
+        }
+        _ => {}
+    }
+    match problem.part {
+        "config.json" => "download it again, from the same revision as the weights",
         "weights" => "download all weight files again, from the same revision as config.json",
         "chat template" => "remove the template to use the family's own, or download it again",
         _ => "download this file again, from the same revision as the weights",
@@ -202,7 +214,13 @@ impl Report {
                 self.adapter.name,
                 mebibytes(most)
             );
-            self.problem(what, "use --dtype f16, another driver, or the flex backend");
+            let half = parameters.largest_elements.saturating_mul(2) <= most;
+            let remedy = match half && self.dtype == DType::F32 && self.dtypes.contains(&DType::F16)
+            {
+                true => "use --dtype f16",
+                false => "use another driver, or the flex backend",
+            };
+            self.problem(what, remedy);
         }
     }
 
@@ -347,4 +365,43 @@ fn name(dtype: DType) -> String {
 /// Rounded up: what is needed must fit.
 fn mebibytes(bytes: u64) -> u64 {
     bytes.div_ceil(1 << 20)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_weight_that_no_operation_takes_is_a_problem_with_a_remedy_that_works() {
+        for (most, dtype, remedy) in [
+            (4 << 20, DType::F32, None),
+            (3 << 20, DType::F32, Some("--dtype f16")),
+            (1 << 20, DType::F32, Some("another driver")),
+            (1 << 20, DType::F16, Some("another driver")),
+        ] {
+            let mut report = Report {
+                adapter: Adapter {
+                    name: "a card".into(),
+                    memory_bytes: None,
+                    available_bytes: None,
+                    largest_binding_bytes: Some(most),
+                },
+                dtypes: vec![DType::F32, DType::F16],
+                dtype,
+                parameters: None,
+                picture: None,
+                needs: Vec::new(),
+                problems: Vec::new(),
+            };
+            report.check_binding(Parameters {
+                elements: 1 << 30,
+                largest_elements: 1 << 20,
+            });
+            let found = report.problems.first();
+            assert_eq!(found.is_some(), remedy.is_some(), "{most} {dtype:?}");
+            if let (Some(found), Some(remedy)) = (found, remedy) {
+                assert!(found.remedy.contains(remedy), "{}", found.remedy);
+            }
+        }
+    }
 }

@@ -24,8 +24,13 @@ pub(crate) struct Companions {
 }
 
 impl Companions {
-    /// Takes over the small files of a folder, but not its config; files of earlier folders stay.
-    pub(crate) fn add(&mut self, path: &Path) -> Result<(), ConvertError> {
+    /// Takes over the small files of a folder that are wanted, but not its config; files of earlier
+    /// folders stay.
+    pub(crate) fn add(
+        &mut self,
+        path: &Path,
+        wanted: impl Fn(&str) -> bool,
+    ) -> Result<(), ConvertError> {
         let entries = path.read_dir().map_err(ConvertError::io(path))?;
         for entry in entries {
             let entry = entry.map_err(ConvertError::io(path))?;
@@ -36,6 +41,7 @@ impl Companions {
             let is_companion = extension.is_some_and(|end| EXTENSIONS.contains(&end))
                 && name != CONFIG
                 && !name.ends_with(".index.json")
+                && wanted(&name)
                 && entry.path().is_file();
             if is_companion {
                 self.copied

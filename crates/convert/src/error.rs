@@ -61,8 +61,8 @@ pub enum ConvertError {
         name: String,
     },
 
-    /// The target is the source, or it holds other weights.
-    #[error("{} already holds weights; choose another --to, or remove them", path.display())]
+    /// The target is the source, or it holds something else.
+    #[error("{} is already there; choose another --to, or remove it", path.display())]
     Occupied {
         /// The file that is there.
         path: PathBuf,

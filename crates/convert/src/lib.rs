@@ -7,8 +7,7 @@
 //! 2. [`Plan::write`] streams tensor after tensor into files of a temporary name, reads them again,
 //!    compares checksums and renames them. A run that was interrupted is taken up where it stopped.
 //!
-//! safetensors and Burnpack are read and written in blocks of 1 MiB, so memory does not grow with
-//! the model. Pickles are read by `burn-store`, which holds one tensor twice.
+//! Everything is read and written in blocks of 1 MiB, so memory does not grow with the model.
 
 mod companions;
 mod elements;

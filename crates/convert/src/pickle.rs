@@ -1,32 +1,36 @@
-//! Weights in PyTorch's files, through `burn-store`, which interprets the pickle's data and runs none
-//! of its code.
+//! Weights in PyTorch's files. `burn-store` interprets the pickle's data and runs none of its code.
 //!
-//! `burn-store` puts zeros where a file lacks bytes, and takes every tensor for contiguous, as those
-//! of a saved model are. So the archive is checked first.
+//! Its own tensors are read twice into memory, forget strides, and have zeros where bytes are
+//! missing. So it is only asked where every tensor lies; the bytes are read block by block from the
+//! archive, whose checksums have been compared.
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, BufReader};
+use std::io::{self, BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
-use burn::tensor::{DType, TensorData};
-use burn_store::TensorSnapshot;
-use burn_store::pytorch::PytorchReader;
-use checkpoint::{Dtype, Folder, INDEX_MAX_BYTES, NewTensor};
+use burn_store::pytorch::pickle_reader::read_pickle;
+use checkpoint::{Folder, INDEX_MAX_BYTES, NewTensor};
 use serde::Deserialize;
 use zip::{CompressionMethod, ZipArchive};
 
 use crate::ConvertError;
+use crate::source::BLOCK_BYTES;
+
+mod tensor;
+
+use tensor::{Stored, note_calls};
 
 const SINGLE: &str = "pytorch_model.bin";
 const INDEX: &str = "pytorch_model.bin.index.json";
-/// No tensor that a model needs is larger; `burn-store` would believe a pickle that says so.
-const TENSOR_MAX_BYTES: u64 = 16 << 30;
+/// Longest pickle that is read, in bytes: it holds names and shapes, data lies beside it.
+const PICKLE_MAX_BYTES: u64 = 64 << 20;
 
 /// The pickles of one folder. Their data is read on demand.
 pub(crate) struct Pickles {
     pub(crate) files: Vec<PathBuf>,
-    tensors: BTreeMap<String, (PathBuf, TensorSnapshot)>,
+    /// By name, with the position of the file.
+    tensors: BTreeMap<String, (usize, Stored)>,
 }
 
 #[derive(Deserialize)]
@@ -64,33 +68,19 @@ impl Pickles {
     }
 
     fn add(&mut self, file: PathBuf) -> Result<(), ConvertError> {
-        let stored_bytes = check_archive(&file)?;
-        let reader =
-            PytorchReader::new(&file).map_err(|error| refuse(&file, &error.to_string()))?;
-        let mut needed_bytes = 0_u64;
-        for (name, snapshot) in reader.into_tensors() {
-            let tensor = new_tensor(&name, &snapshot);
-            let bytes = tensor.and_then(|tensor| tensor.bytes().ok());
-            let Some(bytes) = bytes.filter(|&bytes| bytes <= TENSOR_MAX_BYTES) else {
-                let problem =
-                    format!("tensor {name:?} is too large, or of a type that is not read");
-                return Err(refuse(&file, &problem));
-            };
-            needed_bytes = needed_bytes.saturating_add(bytes);
-            if self
-                .tensors
-                .insert(name.clone(), (file.clone(), snapshot))
-                .is_some()
-            {
+        let refused = |problem: String| refuse(&file, &problem);
+        let archive = Archive::open(&file)?;
+        let mut pickle = archive.pickle;
+        note_calls(&mut pickle).map_err(refused)?;
+        let root = read_pickle(&mut pickle.as_slice());
+        let root = root.map_err(|error| refused(error.to_string()))?;
+        let mut found = Vec::new();
+        tensor::find(&root, "", &archive.storages, &mut found).map_err(refused)?;
+        for (name, stored) in found {
+            let at = self.files.len();
+            if self.tensors.insert(name.clone(), (at, stored)).is_some() {
                 return Err(ConvertError::Duplicate { name });
             }
-        }
-        if needed_bytes > stored_bytes {
-            let problem = format!(
-                "its tensors need {needed_bytes} bytes, it has {stored_bytes}: it lacks some, or \
-                 tensors share them; save it as safetensors instead"
-            );
-            return Err(refuse(&file, &problem));
         }
         self.files.push(file);
         Ok(())
@@ -98,55 +88,90 @@ impl Pickles {
 
     pub(crate) fn tensors(&self) -> impl Iterator<Item = NewTensor> {
         let tensors = self.tensors.iter();
-        tensors.filter_map(|(name, (_, snapshot))| new_tensor(name, snapshot))
+        tensors.map(|(name, (_, stored))| NewTensor {
+            name: name.clone(),
+            dtype: stored.dtype,
+            shape: stored.shape.clone(),
+        })
     }
 
-    /// Reads one tensor.
-    pub(crate) fn read(&self, name: &str) -> Result<TensorData, ConvertError> {
+    /// Hands on the bytes of a tensor in blocks of whole elements.
+    pub(crate) fn for_each_block(
+        &self,
+        name: &str,
+        each: &mut dyn FnMut(&[u8]) -> Result<(), ConvertError>,
+    ) -> Result<(), ConvertError> {
         let found = self.tensors.get(name);
-        let (file, snapshot) = found.ok_or_else(|| refuse(Path::new(name), "no such tensor"))?;
-        let data = snapshot.to_data();
-        data.map_err(|error| refuse(file, &format!("tensor {name:?}: {error:?}")))
+        let (file, stored) = found.ok_or_else(|| refuse(Path::new(name), "no such tensor"))?;
+        let path = &self.files[*file];
+        let failed = ConvertError::io(path);
+        let mut file = File::open(path).map_err(&failed)?;
+        file.seek(SeekFrom::Start(stored.start)).map_err(&failed)?;
+        let mut left = stored.bytes;
+        let mut block = Vec::new();
+        while left > 0 {
+            block.resize(left.min(BLOCK_BYTES as u64) as usize, 0);
+            file.read_exact(&mut block).map_err(&failed)?;
+            left -= block.len() as u64;
+            each(&block)?;
+        }
+        Ok(())
     }
 }
 
-fn new_tensor(name: &str, snapshot: &TensorSnapshot) -> Option<NewTensor> {
-    let dtype = match snapshot.dtype {
-        DType::F32 => Dtype::F32,
-        DType::F16 => Dtype::F16,
-        DType::BF16 => Dtype::BF16,
-        DType::I64 => Dtype::I64,
-        DType::I32 => Dtype::I32,
-        _ => return None,
-    };
-    Some(NewTensor {
-        name: name.to_owned(),
-        dtype,
-        shape: snapshot.shape.to_vec(),
-    })
+/// One file, all checksums of which are right.
+struct Archive {
+    /// What says which tensors there are.
+    pickle: Vec<u8>,
+    storages: Storages,
 }
 
-/// Reads a whole archive and compares its checksums; returns the size of the tensors in it, in bytes.
-fn check_archive(path: &Path) -> Result<u64, ConvertError> {
-    let file = File::open(path).map_err(ConvertError::io(path))?;
-    let damaged = "it is no archive of PyTorch 1.6 or later, or it is cut off; download it again, or \
-                   save it with a current PyTorch";
-    let archive = ZipArchive::new(BufReader::new(file));
-    let mut archive = archive.map_err(|_| refuse(path, damaged))?;
-    let mut stored_bytes = 0_u64;
-    for at in 0..archive.len() {
-        let entry = archive.by_index(at);
-        let mut entry = entry.map_err(|error| refuse(path, &error.to_string()))?;
-        if entry.compression() != CompressionMethod::Stored {
-            return Err(refuse(path, "it is compressed, which PyTorch never does"));
+/// Key of a storage → first byte in the file, and length.
+type Storages = BTreeMap<String, (u64, u64)>;
+
+impl Archive {
+    fn open(path: &Path) -> Result<Self, ConvertError> {
+        let refused = |problem: &str| refuse(path, problem);
+        let file = File::open(path).map_err(ConvertError::io(path))?;
+        let archive = ZipArchive::new(BufReader::new(file));
+        let mut archive = archive.map_err(|_| {
+            refused(
+                "it is no archive of PyTorch 1.6 or later, or it is cut off; download it again, or \
+                 save it with a current PyTorch",
+            )
+        })?;
+        let (mut pickle, mut storages) = (None, Storages::new());
+        for at in 0..archive.len() {
+            let entry = archive.by_index(at);
+            let mut entry = entry.map_err(|error| refused(&error.to_string()))?;
+            if entry.compression() != CompressionMethod::Stored {
+                return Err(refused("it is compressed, which PyTorch never does"));
+            }
+            // All entries lie in one folder.
+            let name = entry.name().split_once('/').map_or("", |(_, name)| name);
+            let name = name.to_owned();
+            let damaged = |error: io::Error| refused(&format!("{error}; download it again"));
+            if name == "data.pkl" || name == "byteorder" {
+                let mut content = Vec::new();
+                let mut limited = (&mut entry).take(PICKLE_MAX_BYTES);
+                limited.read_to_end(&mut content).map_err(damaged)?;
+                match name.as_str() {
+                    "data.pkl" => pickle = Some(content),
+                    _ if content.starts_with(b"big") => {
+                        return Err(refused("it was saved on a big-endian machine"));
+                    }
+                    _ => {}
+                }
+            }
+            // The checksum is compared at the end.
+            io::copy(&mut entry, &mut io::sink()).map_err(damaged)?;
+            if let (Some(key), Some(start)) = (name.strip_prefix("data/"), entry.data_start()) {
+                storages.insert(key.to_owned(), (start, entry.size()));
+            }
         }
-        let read = io::copy(&mut entry, &mut io::sink());
-        let bytes = read.map_err(|error| refuse(path, &format!("{error}; download it again")))?;
-        if entry.name().contains("/data/") {
-            stored_bytes += bytes;
-        }
+        let pickle = pickle.ok_or_else(|| refused("it has no data.pkl; download it again"))?;
+        Ok(Self { pickle, storages })
     }
-    Ok(stored_bytes)
 }
 
 fn refuse(path: &Path, problem: &str) -> ConvertError {

@@ -10,10 +10,15 @@ use serde_json::json;
 use crate::ConvertError;
 use crate::companions::{CONFIG, Companions, read_config, set_dtype};
 use crate::elements::is_weight;
+use crate::journal;
 use crate::original::{OriginalConfig, TOWER_PREFIX, is_original};
 use crate::source::{SourceTensor, Weights};
 
 const INDEX: &str = "model.safetensors.index.json";
+/// What a folder is opened by; one of them would hide another.
+const WEIGHTS: [&str; 3] = ["model.bpk", "model.safetensors", INDEX];
+/// What a vision tower brings along.
+const PREPROCESSOR: &str = "preprocessor_config.json";
 
 /// What a checkpoint is converted to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -94,9 +99,13 @@ impl Plan {
         let (weights, mut tensors, mut config) = open(job)?;
         let mut companions = Companions::default();
         if target.is_folder {
-            companions.add(&job.from)?;
-            for path in [&job.tokenizer, &job.vision_tower].into_iter().flatten() {
-                companions.add(path)?;
+            companions.add(&job.from, |_| true)?;
+            if let Some(path) = &job.tokenizer {
+                companions.add(path, |_| true)?;
+            }
+            if let Some(path) = &job.vision_tower {
+                // Its tokenizer is that of CLIP's own text model.
+                companions.add(path, |name| name == PREPROCESSOR)?;
             }
             if let Some(dtype) = job.dtype {
                 set_dtype(&mut config, dtype);
@@ -134,18 +143,32 @@ impl Plan {
         if count > 1 {
             companions.made.insert(INDEX.to_owned(), index(&files));
         }
-        Ok(Self {
+        let plan = Self {
             weights,
             files,
             companions,
             folder: target.folder,
             journal: target.journal,
-        })
+        };
+        check_free(&plan.folder, &plan.journal, plan.names())?;
+        // What cannot be read is noticed now, and not after the weights.
+        plan.companions
+            .contents()
+            .try_for_each(|file| file.map(drop))?;
+        Ok(plan)
     }
 
     /// Files of weights.
     pub fn files(&self) -> &[PlannedFile] {
         &self.files
+    }
+
+    /// Names of everything that will be in the folder.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        let names = self.files.iter().filter_map(|file| file.path.file_name());
+        names
+            .filter_map(|name| name.to_str())
+            .chain(self.companions())
     }
 
     /// Names of the small files that go beside them.
@@ -297,8 +320,23 @@ struct Target {
     journal: PathBuf,
 }
 
+/// Nothing that is there is overwritten or put in the shade, unless the journal of an interrupted run
+/// says that it is its own.
+fn check_free<'a>(
+    folder: &Path,
+    journal: &Path,
+    mut names: impl Iterator<Item = &'a str>,
+) -> Result<(), ConvertError> {
+    let own = journal::files(journal);
+    let is_taken = |name: &&str| folder.join(name).exists() && !own.iter().any(|own| own == name);
+    names.find(is_taken).map_or(Ok(()), |name| {
+        Err(ConvertError::Occupied {
+            path: folder.join(name),
+        })
+    })
+}
+
 impl Target {
-    /// Nothing that is there is overwritten or put in the shade.
     fn new(job: &Job, form: Form) -> Result<Self, ConvertError> {
         let named = named_form(&job.to);
         if named.is_some_and(|named| named != form) {
@@ -325,19 +363,15 @@ impl Target {
             });
         }
         let journal = single.with_extension("journal");
-        let weights = ["model.bpk", "model.safetensors", INDEX].map(|name| folder.join(name));
-        let others = weights.iter().filter(|_| is_folder).chain([&single]);
-        // The journal of an interrupted run says which files are its own.
-        let occupied = others.into_iter().find(|path| path.exists());
-        match occupied.filter(|_| !journal.exists()) {
-            Some(path) => Err(ConvertError::Occupied { path: path.clone() }),
-            None => Ok(Self {
-                folder,
-                is_folder,
-                single,
-                journal,
-            }),
+        if is_folder {
+            check_free(&folder, &journal, WEIGHTS.into_iter())?;
         }
+        Ok(Self {
+            folder,
+            is_folder,
+            single,
+            journal,
+        })
     }
 
     /// One of `count` files.

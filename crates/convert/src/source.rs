@@ -103,10 +103,7 @@ impl Weights {
     ) -> Result<(), ConvertError> {
         match self {
             Self::Shards(shards) => shards.for_each_block(name, sink),
-            Self::Pickles(pickles) => {
-                let data = pickles.read(name)?;
-                data.bytes.chunks(BLOCK_BYTES).try_for_each(sink)
-            }
+            Self::Pickles(pickles) => pickles.for_each_block(name, sink),
         }
     }
 }

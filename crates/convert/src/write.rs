@@ -72,7 +72,7 @@ impl Plan {
             if let Err(error) = run.write(file, first) {
                 if let ConvertError::Damaged { path, .. } = &error {
                     fs::remove_file(path).map_err(ConvertError::io(path))?;
-                    run.journal.remove()?;
+                    run.journal.forget(first)?;
                 }
                 return Err(error);
             }

@@ -3,10 +3,13 @@
 #![cfg(target_os = "linux")] // Other systems do not tell the peak.
 
 use std::fs::{self, File};
+use std::io::{self, Read, Write};
 use std::path::Path;
 use std::process::Command;
 
 use tempfile::TempDir;
+use zip::CompressionMethod;
+use zip::write::{SimpleFileOptions, ZipWriter};
 
 const MIB: u64 = 1 << 20;
 
@@ -31,11 +34,47 @@ fn checkpoint(folder: &Path, tensors: u64, bytes: u64) {
         .unwrap();
 }
 
+/// The same with one tensor, saved by PyTorch.
+fn pickle(folder: &Path, bytes: u64) {
+    let length = i32::try_from(bytes / 4).unwrap().to_le_bytes();
+    let text = |text: &[u8]| {
+        let length = u32::try_from(text.len()).unwrap().to_le_bytes();
+        [b"X", &length[..], text].concat()
+    };
+    let pickle = [
+        b"\x80\x02}",
+        &text(b"weight")[..],
+        b"ctorch._utils\n_rebuild_tensor_v2\n((",
+        &text(b"storage"),
+        b"ctorch\nFloatStorage\n",
+        &text(b"0"),
+        &text(b"cpu"),
+        &[
+            b"J",
+            &length[..],
+            b"tQK\x00J",
+            &length,
+            b"\x85K\x01\x85\x89",
+        ]
+        .concat(),
+        b"ccollections\nOrderedDict\n)RtRs.",
+    ];
+    fs::create_dir(folder).unwrap();
+    fs::write(folder.join("config.json"), "{}").unwrap();
+    let mut archive = ZipWriter::new(File::create(folder.join("pytorch_model.bin")).unwrap());
+    let options = SimpleFileOptions::default().compression_method(CompressionMethod::Stored);
+    archive.start_file("archive/data.pkl", options).unwrap();
+    archive.write_all(&pickle.concat()).unwrap();
+    archive.start_file("archive/data/0", options).unwrap();
+    io::copy(&mut io::repeat(0).take(bytes), &mut archive).unwrap();
+    archive.finish().unwrap();
+}
+
 /// The most memory that the program says it has held, in MiB.
-fn peak(tensors: u64, bytes: u64, flags: &[&str]) -> f64 {
+fn peak(make: impl Fn(&Path), flags: &[&str]) -> f64 {
     let scratch = TempDir::new().unwrap();
     let (from, to) = (scratch.path().join("from"), scratch.path().join("to"));
-    checkpoint(&from, tensors, bytes);
+    make(&from);
     let output = Command::new(env!("CARGO_BIN_EXE_convert"))
         .arg("--from")
         .arg(from)
@@ -57,9 +96,8 @@ fn peak(tensors: u64, bytes: u64, flags: &[&str]) -> f64 {
 fn the_peak_is_that_of_one_tensor_whatever_the_size_of_the_model() {
     let tensor = 8 * MIB;
     for flags in [&[][..], &["--dtype", "f16"], &["--format", "hf"]] {
-        let nothing = peak(1, 4, flags);
-        let few = peak(2, tensor, flags);
-        let many = peak(32, tensor, flags);
+        let peak = |tensors, bytes| peak(|from| checkpoint(from, tensors, bytes), flags);
+        let (nothing, few, many) = (peak(1, 4), peak(2, tensor), peak(32, tensor));
         let group = (tensor / MIB) as f64;
         assert!(
             many - nothing <= 1.2 * group,
@@ -67,4 +105,13 @@ fn the_peak_is_that_of_one_tensor_whatever_the_size_of_the_model() {
         );
         assert!(many - few <= 0.1 * group, "{few} → {many} MiB: {flags:?}");
     }
+}
+
+#[test]
+fn a_pickle_is_not_read_into_memory_either() {
+    let tensor = 64 * MIB;
+    let peak = |bytes| peak(|from| pickle(from, bytes), &["--allow-pickle"]);
+    let (nothing, large) = (peak(4), peak(tensor));
+    let group = (tensor / MIB) as f64;
+    assert!(large - nothing <= 0.1 * group, "{nothing} → {large} MiB");
 }

@@ -17,38 +17,41 @@ use super::{Args, program};
 const QUANTITIES: [&str; 2] = ["prefill_ms", "decode_ms"];
 
 /// Asks everybody in turn, round by round. The first results are ours, the others are compared with
-/// them. Who is not there is left out with a note.
+/// them. Who is not there, or stops answering, is left out with a note.
 pub fn compare(args: &Args, notes: &mut Vec<String>) -> anyhow::Result<Vec<Value>> {
     let scratch = tempfile::tempdir()?;
     let mut ours = program(args, &args.backend[0]);
     ours.arg("peer");
-    let mut commands = vec![("reroute".to_string(), ours)];
+    let log = scratch.path().join("ours.log");
+    let mut ours = Peer::start("reroute".into(), ours, &log).context("our own program")?;
+    let mut others = Vec::new();
     for given in &args.compare {
-        commands.extend(find(given, args)?);
-    }
-    let mut peers = Vec::new();
-    for (at, (name, command)) in commands.into_iter().enumerate() {
-        let log = scratch.path().join(format!("{at}.log"));
-        match Peer::start(command, &log) {
-            Ok(peer) => peers.push(peer),
-            Err(error) if at == 0 => return Err(error.context("our own program")),
-            Err(error) => notes.push(format!("peer {name} is left out: {error:#}")),
-        }
-    }
-    let rounds = if args.smoke { 1 } else { args.rounds };
-    // The first round warms caches up.
-    for round in 0..=rounds {
-        for peer in &mut peers {
-            let times = peer.ask()?;
-            if round > 0 {
-                peer.rounds.push(times);
+        for (name, command) in find(given, args)? {
+            let log = scratch.path().join(format!("{}.log", others.len()));
+            match Peer::start(name.clone(), command, &log) {
+                Ok(peer) => others.push(peer),
+                Err(error) => notes.push(left_out(&name, &error)),
             }
         }
     }
-    let Some(ours) = peers.first().map(|peer| peer.rounds.clone()) else {
-        return Ok(Vec::new());
-    };
-    Ok(peers.into_iter().map(|peer| peer.report(&ours)).collect())
+    let rounds = if args.smoke { 1 } else { args.rounds };
+    for _ in 0..=rounds {
+        ours.ask()?;
+        others.retain_mut(|peer| match peer.ask() {
+            Ok(()) => true,
+            Err(error) => {
+                notes.push(left_out(&peer.name, &error));
+                false
+            }
+        });
+    }
+    let times = ours.rounds.clone();
+    let everybody = std::iter::once(ours).chain(others);
+    Ok(everybody.map(|peer| peer.report(&times)).collect())
+}
+
+fn left_out(name: &str, error: &anyhow::Error) -> String {
+    format!("peer {name} is left out: {error:#}")
 }
 
 /// The peers of a folder, by name, or the one that a command starts.
@@ -89,18 +92,20 @@ fn find(given: &str, args: &Args) -> anyhow::Result<Vec<(String, Command)>> {
 
 /// A running peer.
 struct Peer {
+    /// Where it was found.
+    name: String,
     /// What it said about itself.
     hello: Value,
     process: Child,
     questions: ChildStdin,
     answers: BufReader<ChildStdout>,
-    /// Its measurements.
+    /// Its measurements. The first warms caches up and does not count.
     rounds: Vec<Value>,
 }
 
 impl Peer {
     /// Starts a program and waits until it is ready; what it complains of goes to `log`.
-    fn start(mut command: Command, log: &Path) -> anyhow::Result<Self> {
+    fn start(name: String, mut command: Command, log: &Path) -> anyhow::Result<Self> {
         let mut process = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -109,6 +114,7 @@ impl Peer {
             .with_context(|| format!("cannot start {:?}", command.get_program()))?;
         let (questions, answers) = (process.stdin.take(), process.stdout.take());
         let mut peer = Self {
+            name,
             hello: Value::Null,
             process,
             questions: questions.context("no input")?,
@@ -125,12 +131,16 @@ impl Peer {
         Ok(peer)
     }
 
-    fn ask(&mut self) -> anyhow::Result<Value> {
-        writeln!(self.questions)?;
-        self.questions.flush()?;
-        let name = self.hello["peer"].clone();
-        self.line()
-            .with_context(|| format!("peer {name} stopped answering"))
+    /// Lets it measure once more.
+    fn ask(&mut self) -> anyhow::Result<()> {
+        let mut ask = || {
+            writeln!(self.questions)?;
+            self.questions.flush()?;
+            self.line()
+        };
+        let times = ask().context("it stopped answering")?;
+        self.rounds.push(times);
+        Ok(())
     }
 
     /// The next line of JSON.
@@ -148,7 +158,7 @@ impl Peer {
         for quantity in QUANTITIES {
             let times = |rounds: &[Value]| -> Vec<f64> {
                 let time = |round: &Value| round[quantity].as_f64().unwrap_or(f64::NAN);
-                rounds.iter().map(time).collect()
+                rounds.iter().skip(1).map(time).collect()
             };
             let (theirs, ours) = (times(&self.rounds), times(ours));
             let ratios = ours.iter().zip(&theirs).map(|(ours, theirs)| ours / theirs);
@@ -217,14 +227,15 @@ mod tests {
     #[test]
     fn a_peer_answers_line_by_line_and_is_compared_round_by_round() {
         let folder = tempfile::tempdir().unwrap();
-        let script = r#"echo '{"peer": "shell"}'; t=10; while read _; do
-            echo "{\"prefill_ms\": $t, \"decode_ms\": 4}"; t=$((t * 2)); done"#;
-        let mut peer = Peer::start(shell(script), &folder.path().join("log")).unwrap();
-        for _ in 0..3 {
-            let times = peer.ask().unwrap();
-            peer.rounds.push(times);
+        let script = r#"echo '{"peer": "shell"}'; for t in 70 10 20 40; do read _
+            echo "{\"prefill_ms\": $t, \"decode_ms\": 4}"; done"#;
+        let log = folder.path().join("log");
+        let mut peer = Peer::start("shell".into(), shell(script), &log).unwrap();
+        for _ in 0..4 {
+            peer.ask().unwrap();
         }
-        let ours: Vec<_> = [5.0, 5.0, 20.0]
+        assert!(peer.ask().is_err(), "it has ended");
+        let ours: Vec<_> = [90.0, 5.0, 5.0, 20.0]
             .map(|time| serde_json::json!({"prefill_ms": time, "decode_ms": 2.0}))
             .to_vec();
         let report = peer.report(&ours);
@@ -241,6 +252,7 @@ mod tests {
     fn an_absent_peer_says_why() {
         let folder = tempfile::tempdir().unwrap();
         let started = Peer::start(
+            "shell".into(),
             shell("echo no torch here >&2; exit 1"),
             &folder.path().join("log"),
         );

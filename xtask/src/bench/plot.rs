@@ -13,11 +13,14 @@ const WIDTH: u32 = 640;
 const HEIGHT: u32 = 460;
 
 /// Told apart by people who see colours differently, too (Okabe and Ito 2008).
-const COLOURS: [RGBColor; 4] = [
+const COLOURS: [RGBColor; 7] = [
     RGBColor(213, 94, 0),
     RGBColor(230, 159, 0),
     RGBColor(0, 114, 178),
     RGBColor(0, 158, 115),
+    RGBColor(204, 121, 167),
+    RGBColor(86, 180, 233),
+    RGBColor(0, 0, 0),
 ];
 
 const FONT: (&str, i32) = ("sans-serif", 14);
@@ -191,7 +194,8 @@ impl Row {
             .legend(|(x, y)| PathElement::new([(x, y), (x + 8, y)], BLACK.stroke_width(1)));
         chart
             .configure_series_labels()
-            .position(SeriesLabelPosition::UpperRight)
+            // Speed-ups fall as the budget grows.
+            .position(SeriesLabelPosition::LowerLeft)
             .background_style(WHITE.mix(0.85))
             .border_style(BLACK.mix(0.3))
             .label_font(FONT)

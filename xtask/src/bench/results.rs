@@ -21,7 +21,8 @@ pub fn describe(mut report: Value) -> Value {
     report
 }
 
-/// Writes `DATE-DEVICE.json`, or `DATE-DEVICE-MODEL.json` for other models than the default one.
+/// Writes `DATE-DEVICE.json`, or `DATE-DEVICE-MODEL.json` for other models than the default one; with a
+/// number if there is one of that name.
 pub fn save(report: &Value, model: &str, folder: &Path) -> anyhow::Result<PathBuf> {
     let date = report["date"].as_str().unwrap_or("undated");
     let device = report["device"].as_str().unwrap_or("peers");
@@ -35,8 +36,15 @@ pub fn save(report: &Value, model: &str, folder: &Path) -> anyhow::Result<PathBu
     let words = [date, device, model].map(slug);
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let words: Vec<&str> = words.into_iter().filter(|word| !word.is_empty()).collect();
-    let path = folder.join(format!("{}.json", words.join("-")));
+    let name = words.join("-");
     fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    let mut path = folder.join(format!("{name}.json"));
+    for number in 2.. {
+        if !path.exists() {
+            break;
+        }
+        path = folder.join(format!("{name}-{number}.json"));
+    }
     fs::write(&path, format!("{report:#}\n"))
         .with_context(|| format!("cannot write {}", path.display()))?;
     Ok(path)
@@ -62,11 +70,12 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn a_result_is_named_after_day_device_and_other_models() {
+    fn a_result_is_named_after_day_device_and_other_models_and_replaces_none() {
         let folder = tempfile::tempdir().unwrap();
         let report = json!({"date": "2026-01-02", "device": "Fast(R) Processor @ 2 GHz"});
         for (model, name) in [
             ("llava", "2026-01-02-fast-r-processor-2-ghz.json"),
+            ("llava", "2026-01-02-fast-r-processor-2-ghz-2.json"),
             ("qwen", "2026-01-02-fast-r-processor-2-ghz-qwen.json"),
             (
                 "../a/My_Model",

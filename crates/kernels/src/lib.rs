@@ -5,6 +5,7 @@
 //! what else is in the slice: a batch equals its samples, bit for bit. Nothing here knows of tensors.
 
 mod activation;
+mod attention;
 mod columns;
 mod exp;
 mod norm;
@@ -14,6 +15,7 @@ mod softmax;
 mod split;
 
 pub use activation::{gelu_tanh, swish, swish_product};
+pub use attention::{AttentionSizes, attention};
 pub use columns::write_columns;
 pub use norm::{layer_norm, rms_norm};
 pub use product::{Weight, matrix_vector};

@@ -1,8 +1,9 @@
 use burn::tensor::activation::softmax;
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Int, Tensor};
+use kernels::AttentionSizes;
 
-use crate::host;
+use crate::host::{self, HostTensor};
 
 /// Most queries handled at a time: bounds the score matrix to `heads × BLOCK × keys` and lets causal
 /// attention skip the keys that no query of the block may see, about half of the work.
@@ -63,6 +64,9 @@ pub fn attention<B: Backend>(
 ) -> Tensor<B, 2> {
     let [kv_heads, group, head_dim, queries] = query.dims();
     let keys = key.dims()[2];
+    if let Some(context) = on_host(&query, &key, &value, causal.is_some()) {
+        return context;
+    }
     let dtype = query.dtype();
     let query = query.mul_scalar((head_dim as f64).powf(-0.5));
     // Not by a reshape, for which CPU backends copy a cache that has room for more keys.
@@ -89,6 +93,39 @@ pub fn attention<B: Backend>(
         product(value, weights)
     });
     Tensor::cat(blocks.collect(), 3).reshape([kv_heads * group * head_dim, queries])
+}
+
+/// Fewer queries leave most of the kernel's registers empty.
+const QUERIES_ON_HOST: usize = 8;
+
+/// The same by a kernel, if the tensors are within its reach; shapes as [`attention`].
+fn on_host<B: Backend>(
+    query: &Tensor<B, 4>,
+    key: &Tensor<B, 3>,
+    value: &Tensor<B, 3>,
+    causal: bool,
+) -> Option<Tensor<B, 2>> {
+    let [kv_heads, group, head_dim, queries] = query.dims();
+    if queries < QUERIES_ON_HOST {
+        return None;
+    }
+    let sizes = AttentionSizes {
+        heads: kv_heads * group,
+        kv_heads,
+        head_dim,
+        queries,
+        keys: key.dims()[2],
+    };
+    let device = query.device();
+    let query = HostTensor::of(query);
+    // Parts of a cache that has room for more, or of a tower's segments.
+    let [key, value] = [key, value].map(|x| HostTensor::of(x).packed());
+    let context = kernels::attention(query.f32s()?, key.f32s()?, value.f32s()?, sizes, causal);
+    Some(host::tensor(
+        context,
+        [sizes.heads * head_dim, queries],
+        &device,
+    ))
 }
 
 /// `a · b`; for a single column as `bᵀ · aᵀ`, of which CPU backends read `a` at full speed.

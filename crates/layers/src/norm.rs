@@ -39,7 +39,7 @@ impl<B: Backend> RmsNorm<B> {
     /// - `x`: `[.., features, rows]`; the second-to-last axis is normalised
     /// - returns the shape of `x`
     pub fn forward<const D: usize>(&self, x: Tensor<B, D>) -> Tensor<B, D> {
-        if is_wide_matrix(x.dims()) {
+        if D == 2 {
             let (input, weight) = (HostTensor::of(&x), HostTensor::of(&self.weight.val()));
             if let (Some(input), Some(weight)) = (input.f32s(), weight.f32s()) {
                 let normed = kernels::rms_norm(input, weight, self.epsilon as f32);
@@ -92,15 +92,12 @@ impl<B: Backend> LayerNorm<B> {
     /// - `x`: `[features, rows]`
     /// - returns `[features, rows]`
     pub fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        if is_wide_matrix(x.dims()) {
-            let (input, weight) = (HostTensor::of(&x), HostTensor::of(&self.weight.val()));
-            let bias = HostTensor::of(&self.bias.val());
-            if let (Some(input), Some(weight), Some(bias)) =
-                (input.f32s(), weight.f32s(), bias.f32s())
-            {
-                let normed = kernels::layer_norm(input, weight, bias, self.epsilon as f32);
-                return host::tensor(normed, x.dims(), &x.device());
-            }
+        let (input, weight) = (HostTensor::of(&x), HostTensor::of(&self.weight.val()));
+        let bias = HostTensor::of(&self.bias.val());
+        if let (Some(input), Some(weight), Some(bias)) = (input.f32s(), weight.f32s(), bias.f32s())
+        {
+            let normed = kernels::layer_norm(input, weight, bias, self.epsilon as f32);
+            return host::tensor(normed, x.dims(), &x.device());
         }
         let dtype = x.dtype();
         let x = x.cast(DType::F32);
@@ -109,11 +106,6 @@ impl<B: Backend> LayerNorm<B> {
         let normed = centred / variance.add_scalar(self.epsilon).sqrt();
         normed.cast(dtype) * per_feature(self.weight.val()) + per_feature(self.bias.val())
     }
-}
-
-/// Whether the loops that work on many columns side by side pay off.
-fn is_wide_matrix<const D: usize>(dims: [usize; D]) -> bool {
-    D == 2 && dims[1] >= 16
 }
 
 /// `[features]` → `[1, .., features, 1]`, to broadcast over rows.

@@ -3,13 +3,14 @@
 
 use std::sync::LazyLock;
 
+use burn::tensor::DType;
 use reducers::Schedule;
-use reroute_cli::backend::Backend;
+use reroute_cli::backend::{self, Backend, Device};
 use zoo::{PixelTensors, Question, TensorInputs, TensorOutputs, Visual, Vlm};
 
 use crate::golden::{
-    HIDDEN, Reference, assert_close, assert_positions, assert_routed, fixture, open, picture, rows,
-    values,
+    HIDDEN, Reference, assert_close, assert_positions, assert_routed, fixture, open, open_as,
+    picture, rows, values,
 };
 
 struct Family {
@@ -192,16 +193,53 @@ fn reroute_pyramid_equals_the_reference() {
     routed_equals_the_reference("reroute_reroute_pyramid");
 }
 
+fn schedule(path: &str) -> Schedule {
+    let json = std::fs::read_to_string(fixture(path).with_extension("json"));
+    Schedule::from_json(&json.expect("the fixture is complete")).expect("valid")
+}
+
 fn routed_equals_the_reference(variant: &str) {
     for family in FAMILIES.iter() {
         let path = format!("{}/{variant}", family.name);
         let reference = Reference::open(&path);
-        let json = std::fs::read_to_string(fixture(&path).with_extension("json"));
-        let schedule = Schedule::from_json(&json.expect("the fixture is complete")).expect("valid");
+        let schedule = schedule(&path);
         let out = family.run(&schedule);
         assert_eq!(out.trace.decisions.len(), schedule.stages().len());
         family.assert_hidden(&reference, &out);
         assert_eq!(out.kv_lengths, [reference.indices("kv_lengths")], "{path}");
         assert_routed(&path, &out, &reference);
+    }
+}
+
+/// In every other type that the backend has, the same pictures and schedules lead to nearly the same
+/// logits, and to the same selections but where scores are as good as equal.
+#[test]
+fn half_precision_stays_near_the_reference() {
+    let types = backend::dtypes(&Device::default());
+    for dtype in types.into_iter().filter(|dtype| *dtype != DType::F32) {
+        for family in FAMILIES.iter() {
+            let vlm = open_as(family.name, dtype);
+            for variant in ["reroute_fastv", "reroute_reroute_pyramid"] {
+                let schedule = schedule(&format!("{}/{variant}", family.name));
+                let full = family.run(&schedule);
+                let half = vlm.run_tensors(family.inputs(), &schedule, 0, false);
+                let half = half.expect("the golden inputs are good");
+                let (a, b) = (values(full.logits), values(half.logits));
+                let spread = (a.iter().map(|x| x * x).sum::<f32>() / a.len() as f32).sqrt();
+                let worst = a
+                    .iter()
+                    .zip(&b)
+                    .map(|(a, b)| (a - b).abs())
+                    .fold(0.0, f32::max);
+                println!(
+                    "HALF {dtype:?} {} {variant} worst {worst} of {spread}",
+                    family.name
+                );
+                for (f, h) in full.trace.decisions.iter().zip(&half.trace.decisions) {
+                    let same = f.selected.iter().filter(|t| h.selected.contains(t)).count();
+                    println!("HALF   layer {} {same} of {}", f.layer, f.selected.len());
+                }
+            }
+        }
     }
 }

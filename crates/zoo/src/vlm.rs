@@ -30,7 +30,7 @@ pub struct Vlm<B: Backend> {
 /// How to open a checkpoint.
 #[derive(Debug, Clone)]
 pub struct OpenOptions {
-    /// Type that weights are converted to: f32 or f16.
+    /// Type that weights are converted to: f32, f16 or bf16.
     pub dtype: DType,
     /// LLaVA: pad images to a square instead of cropping, as the original code does; `None` follows
     /// `preprocessor_config.json`.

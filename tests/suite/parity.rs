@@ -261,19 +261,12 @@ fn half_precision_is_near_single_precision() {
             };
             assert_eq!(selected(&half), selected(&full), "{path}");
 
-            let error = relative(&values(half.logits), &values(full.logits)) / rounding;
-            assert!(
-                error < 64.0,
-                "{path} in {dtype:?}: logits are {error} roundings off"
-            );
+            let error = relative(&values(half.logits.clone()), &values(full.logits)) / rounding;
+            assert!(error < 64.0, "{path}, {dtype:?}: logits, {error} roundings");
+            let scores = |out: &TensorOutputs<Backend>| out.trace.decisions[0].scores.clone();
             let full = run(&family.vlm, Routing::from(&schedule));
-            let [half, full] =
-                [half.trace, full.trace].map(|trace| trace.decisions[0].scores.clone());
-            let error = relative(&half, &full) / rounding;
-            assert!(
-                error < 64.0,
-                "{path} in {dtype:?}: scores are {error} roundings off"
-            );
+            let error = relative(&scores(&half), &scores(&full)) / rounding;
+            assert!(error < 64.0, "{path}, {dtype:?}: scores, {error} roundings");
         }
     }
 }

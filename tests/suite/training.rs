@@ -11,7 +11,7 @@ use burn::tensor::{DType, Int, Tensor};
 use burn_autodiff::Autodiff;
 use qwen_vl::QwenSample;
 use reducers::{Action, Schedule, Stage};
-use reroute::{GenerationOptions, Prompt, RoutingTrace};
+use reroute::{GenerationOptions, Prefill, Prompt};
 use reroute_cli::backend::{Backend, Device};
 use zoo::{PixelTensors, Question, Visual, Vlm};
 
@@ -168,8 +168,8 @@ fn gradients_of_the_whole_path_equal_finite_differences() {
     }
 }
 
-/// The goldens' prompt, about a picture that the tower has seen, and the routing it gets.
-fn prompt(vlm: &Vlm<Ad>, schedule: &Schedule) -> (Prompt<Ad>, RoutingTrace) {
+/// The prompt of the question, about a picture that the tower has seen.
+fn prompt(vlm: &Vlm<Ad>) -> Prompt<Ad> {
     let (model, device) = (vlm.model(), vlm.device());
     let image = Visual::Image(picture("llava/input.png"));
     let (view, prepared) = vlm.preprocessor().prepare(&image).expect("a good picture");
@@ -181,30 +181,30 @@ fn prompt(vlm: &Vlm<Ad>, schedule: &Schedule) -> (Prompt<Ad>, RoutingTrace) {
         ..Default::default()
     };
     let prompt = model.prompt(&[sample], &tokens, device);
-    let prompt = prompt.expect("the picture fills the slots");
-    let prefill = model
-        .decoder()
-        .prefill(&prompt, schedule, Default::default());
-    (prompt, prefill.expect("a good prompt").trace)
+    prompt.expect("the picture fills the slots")
+}
+
+fn prefill(vlm: &Vlm<Ad>, prompt: &Prompt<Ad>, schedule: &Schedule) -> Prefill<Ad> {
+    let decoder = vlm.model().decoder();
+    let prefill = decoder.prefill(prompt, schedule, Default::default());
+    prefill.expect("a good prompt")
 }
 
 /// The prompt with the same numbers, but only these visual tokens still known to come from the tower.
 fn through(prompt: &Prompt<Ad>, tokens: &[usize]) -> Prompt<Ad> {
     let sample = &prompt.samples[0];
-    let only = |all: &Tensor<Ad, 2>, column: &dyn Fn(usize) -> usize| {
+    let only = |all: &Tensor<Ad, 2>, columns: &[usize]| {
         let mut mask = vec![0.0f32; all.dims()[1]];
-        tokens.iter().for_each(|&token| mask[column(token)] = 1.0);
+        columns.iter().for_each(|&column| mask[column] = 1.0);
         let mask = Tensor::<Ad, 1>::from_data(&mask[..], &all.device()).unsqueeze_dim(0);
         let constant = all.clone().detach();
         constant.clone() + (all.clone() - constant) * mask
     };
+    let rows: Vec<usize> = tokens.iter().map(|&token| sample.visual[token]).collect();
+    let deepstack = prompt.deepstack.iter().map(|all| only(all, tokens));
     Prompt {
-        embeddings: only(&prompt.embeddings, &|token| sample.visual[token]),
-        deepstack: prompt
-            .deepstack
-            .iter()
-            .map(|all| only(all, &|token| token))
-            .collect(),
+        embeddings: only(&prompt.embeddings, &rows),
+        deepstack: deepstack.collect(),
         ..prompt.clone()
     }
 }
@@ -212,15 +212,8 @@ fn through(prompt: &Prompt<Ad>, tokens: &[usize]) -> Prompt<Ad> {
 /// Whether a weight of the vision tower gets a gradient if only these visual tokens come from it.
 fn reaches_the_tower(vlm: &Vlm<Ad>, schedule: &Schedule, tokens: &[usize]) -> bool {
     assert!(!tokens.is_empty(), "nothing is tested");
-    let (prompt, _) = prompt(vlm, schedule);
-    let prompt = through(&prompt, tokens);
-    let prefill = vlm
-        .model()
-        .decoder()
-        .prefill(&prompt, schedule, Default::default());
-    let loss = log_softmax(prefill.expect("a good prompt").logits, 1)
-        .narrow(1, 0, 1)
-        .sum();
+    let logits = prefill(vlm, &through(&prompt(vlm), tokens), schedule).logits;
+    let loss = log_softmax(logits, 1).narrow(1, 0, 1).sum();
     let gradients = gradients(vlm, &loss.backward());
     let mut tower = gradients.iter().filter(|(path, _)| path.contains(".vis"));
     tower.any(|(_, gradient)| gradient.as_ref().is_some_and(|g| length(g) > 0.0))
@@ -233,28 +226,22 @@ fn the_tower_learns_through_what_was_selected_and_nothing_else() {
     for family in FAMILIES {
         let vlm = open_as::<Ad>(family, DType::F32);
         for action in [Action::Reroute, Action::Remove] {
+            let what = format!("{family}, {action:?}");
             let schedule = schedule(action, [0, 2, 5]);
-            let (prompt, trace) = prompt(&vlm, &schedule);
-            let chosen: BTreeSet<usize> = trace
-                .decisions
-                .iter()
-                .flat_map(|d| d.selected.clone())
-                .collect();
+            let prompt = prompt(&vlm);
+            let trace = prefill(&vlm, &prompt, &schedule).trace;
+            let selected = trace.decisions.iter().flat_map(|d| d.selected.iter());
+            let chosen: BTreeSet<usize> = selected.copied().collect();
             let all = 0..prompt.samples[0].visual.len();
             let never: Vec<usize> = all.filter(|token| !chosen.contains(token)).collect();
-            assert!(
-                !reaches_the_tower(&vlm, &schedule, &never),
-                "{family}, {action:?}"
-            );
+            assert!(!reaches_the_tower(&vlm, &schedule, &never), "{what}");
+
             let first = &trace.decisions[0].selected;
-            assert!(
-                reaches_the_tower(&vlm, &schedule, first),
-                "{family}, {action:?}"
-            );
+            assert!(reaches_the_tower(&vlm, &schedule, first), "{what}");
             if action == Action::Reroute {
                 let waited = |token: &usize| !first.contains(token);
                 let returned: Vec<usize> = chosen.into_iter().filter(waited).collect();
-                assert!(reaches_the_tower(&vlm, &schedule, &returned), "{family}");
+                assert!(reaches_the_tower(&vlm, &schedule, &returned), "{what}");
             }
         }
     }

@@ -153,6 +153,7 @@ impl ModelConfig {
 
 /// A model of one of the families.
 #[derive(Module, Debug)]
+#[expect(clippy::large_enum_variant, reason = "a Box is no Module")]
 pub enum Model<B: Backend> {
     /// LLaVA-1.5.
     Llava(Llava<B>),
@@ -191,10 +192,11 @@ impl<B: Backend> Model<B> {
     /// Whether every parameter has its tensor.
     pub(crate) fn check_fit(&self, config: &ModelConfig, shards: &Shards) -> Result<(), ZooError> {
         let (names, options) = config.weights(DType::F32);
-        Ok(match self {
-            Self::Llava(model) => check_fit(model, shards, names, &options)?,
-            Self::Qwen(model) => check_fit(model, shards, names, &options)?,
-        })
+        let fit = match self {
+            Self::Llava(model) => check_fit(model, shards, names, &options),
+            Self::Qwen(model) => check_fit(model, shards, names, &options),
+        };
+        Ok(fit?)
     }
 
     /// The decoder.

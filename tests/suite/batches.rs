@@ -77,6 +77,32 @@ proptest! {
         assert!(difference < TOLERANCE, "{difference}");
     }
 
+    /// A known answer fed at once is the answer fed token by token.
+    #[test]
+    fn tokens_fed_at_once_follow_each_other(
+        case in batch(any_action(), samples()),
+        tokens in prop::collection::vec(0..VOCAB as u32, 2..5),
+    ) {
+        let (decoder, samples) = (case.decoder::<Backend>(), case.samples());
+        let mut at_once = prefill(&decoder, &samples, &case.schedule);
+        let mut one_by_one = prefill(&decoder, &samples, &case.schedule);
+        let fed = |sample: usize| tokens.iter().map(move |&token| (sample, token));
+        let all: Vec<(usize, u32)> = (0..samples.len()).flat_map(fed).collect();
+        let logits = values(decoder.decode(&all, &mut at_once.cache).unwrap());
+        let expected = decode(&decoder, &mut one_by_one, &tokens);
+        for (row, logits) in logits.chunks(VOCAB).enumerate() {
+            let (sample, step) = (row / tokens.len(), row % tokens.len());
+            let expected = &expected[step][sample * VOCAB..][..VOCAB];
+            let difference = gap(logits, expected);
+            assert!(difference < TOLERANCE, "sample {sample}, token {step}: {difference}");
+        }
+        for sample in 0..samples.len() {
+            let [a, b] = [&at_once.cache, &one_by_one.cache];
+            assert_eq!(a.lengths(sample), b.lengths(sample));
+            assert_eq!(a.next_position(sample), b.next_position(sample));
+        }
+    }
+
     /// The same prompt twice in a batch is answered twice the same.
     #[test]
     fn a_batch_of_equal_samples_has_equal_answers(case in batch(any_action(), samples())) {

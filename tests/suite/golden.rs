@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use burn::tensor::backend::Backend as AnyBackend;
 use burn::tensor::{DType, Tensor, TensorData};
 use reroute_cli::backend::{Backend, Device};
 use safetensors::SafeTensors;
@@ -23,8 +24,16 @@ pub fn fixture(path: &str) -> PathBuf {
 
 /// Opens `tests/fixtures/FAMILY/ckpt`.
 pub fn open(family: &str) -> Vlm<Backend> {
+    open_as(family, DType::F32)
+}
+
+/// The same on another backend, or with weights of another type.
+pub fn open_as<B: AnyBackend<Device = Device>>(family: &str, dtype: DType) -> Vlm<B> {
     let folder = Folder::open(fixture(family).join("ckpt")).expect("the fixture is complete");
-    let options = OpenOptions::default();
+    let options = OpenOptions {
+        dtype,
+        ..OpenOptions::default()
+    };
     Vlm::open(&folder, &options, &Device::default()).expect("the fixture loads")
 }
 

@@ -12,8 +12,8 @@ use reroute::Decoder;
 
 use crate::reference::Reference;
 use crate::support::{
-    Backend, Case, Device, Random, Sample, VOCAB, case, cases, columns, decoder, layout, model,
-    pack, values,
+    Backend, Case, Device, Random, Sample, VOCAB, any_action, case, cases, columns, decoder,
+    layout, model, pack, values,
 };
 
 type Ad = Autodiff<Backend>;
@@ -24,6 +24,8 @@ struct Traced {
     gradients: <Ad as AutodiffBackend>::Gradients,
     /// Of the embeddings, `[rows][hidden_size]`.
     rows: Vec<Vec<f32>>,
+    /// Of the DeepStack features, `[layers][visual rows][hidden_size]`.
+    deepstack: Vec<Vec<Vec<f32>>>,
     selected: Vec<Vec<usize>>,
 }
 
@@ -44,13 +46,17 @@ impl Traced {
         let text = Tensor::<Ad, 1>::from_data(&text[..], &device).unsqueeze_dim(0);
         let table = decoder.embed(&ids) * text;
         prompt.embeddings = leaf.clone() + (table.clone() - table.detach());
+        let deepstack = prompt.deepstack.into_iter().map(Tensor::require_grad);
+        prompt.deepstack = deepstack.collect();
         let routed = decoder
             .prefill(&prompt, &case.schedule, Default::default())
             .unwrap();
         let weights = Tensor::<Ad, 1>::from_data(weights, &device).unsqueeze_dim(0);
         let gradients = (routed.logits * weights).sum().backward();
+        let of = |leaf: &Tensor<Ad, 2>| columns(&leaf.grad(&gradients).expect("it takes part"));
         Self {
-            rows: columns(&leaf.grad(&gradients).expect("the embeddings take part")),
+            rows: of(&leaf),
+            deepstack: prompt.deepstack.iter().map(of).collect(),
             selected: routed
                 .trace
                 .decisions
@@ -73,19 +79,25 @@ proptest! {
     #![proptest_config(cases(24))]
 
     /// With a decision at layer 0, a visual row takes part exactly if some decision selected it:
-    /// rows deferred first and returned later do, and get gradients; rows never selected do not,
-    /// and get none at all. Every parameter of the decoder gets gradients.
+    /// rows deferred first and returned later do, and get gradients; rows never selected, or removed,
+    /// do not, and get none at all. DeepStack features take part exactly if the row is active in a
+    /// later layer, wherever it was when it got them. Every parameter of the decoder gets gradients.
     #[test]
     fn gradients_reach_everything_that_was_selected(
         config in model(),
         layout in layout(),
-        ratios in prop::collection::vec(0.1..0.6f64, 3),
+        mut ratios in prop::collection::vec(0.1..0.6f64, 3),
+        action in any_action(),
         seed in any::<u64>(),
     ) {
+        if action == Action::Remove {
+            ratios.sort_by(|a, b| b.total_cmp(a));
+        }
         let layers = [0, 1, config.num_layers - 1];
         let stage = |(layer, ratio)| Stage::ratio(layer, ratio);
         let stages = layers.into_iter().zip(ratios).map(stage).collect();
-        let schedule = Schedule::new(Action::Reroute, false, stages).unwrap();
+        let schedule = Schedule::new(action, false, stages).unwrap();
+        let depth = config.num_layers;
         let case = Case { config, layouts: vec![layout], schedule, deepstack: 2, seed };
         let sample = case.sample();
         let traced = Traced::new(&case, &Random::new(seed).vector(VOCAB));
@@ -94,6 +106,15 @@ proptest! {
         for (token, &row) in sample.layout.visual.iter().enumerate() {
             let reached = magnitude(&traced.rows[row]) > 0.0;
             assert_eq!(reached, chosen.contains(&token), "visual token {token}");
+        }
+        let ends = layers.into_iter().skip(1).chain([depth]);
+        for (layer, features) in traced.deepstack.iter().enumerate() {
+            let later = traced.selected.iter().zip(ends.clone()).filter(|(_, end)| *end > layer + 1);
+            let chosen: BTreeSet<usize> = later.flat_map(|(s, _)| s.iter().copied()).collect();
+            for (token, gradient) in features.iter().enumerate() {
+                let reached = magnitude(gradient) > 0.0;
+                assert_eq!(reached, chosen.contains(&token), "layer {layer}, visual token {token}");
+            }
         }
         assert!(sample.text().iter().all(|&row| magnitude(&traced.rows[row]) > 0.0));
 

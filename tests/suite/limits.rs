@@ -87,6 +87,28 @@ fn generation_ends_with_the_context() {
     }
 }
 
+/// A step that is refused takes nothing.
+#[test]
+fn tokens_that_cannot_be_fed_leave_the_cache_as_it_was() {
+    let decoder = decoder::<Backend>(&config(), 0);
+    let prompt = pack(&[sample(CONTEXT - 2), sample(6)]);
+    let prefill = decoder.prefill(&prompt, &routed(), Default::default());
+    let mut cache = prefill.unwrap().cache;
+    let before = cache.lengths(0);
+    let error = decoder.decode(&[(1, 4), (0, 1), (0, 2), (0, 3)], &mut cache);
+    let too_long = matches!(
+        error,
+        Err(RerouteError::ContextLength { needed, available: CONTEXT }) if needed == CONTEXT + 1
+    );
+    assert!(too_long, "{error:?}");
+    let error = decoder.decode(&[(0, 1), (0, VOCAB as u32)], &mut cache);
+    let unknown = matches!(error, Err(RerouteError::TokenId { id, .. }) if id == VOCAB as u32);
+    assert!(unknown, "{error:?}");
+    assert_eq!(cache.lengths(0), before);
+    assert_eq!(cache.next_position(0), CONTEXT as i64 - 2);
+    decoder.decode(&[(0, 1), (0, 2)], &mut cache).unwrap();
+}
+
 /// In a batch, the sample that is at its end leaves the others to go on.
 #[test]
 fn a_sample_at_its_end_does_not_stop_the_batch() {

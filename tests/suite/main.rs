@@ -28,3 +28,4 @@ mod reference;
 mod scenes;
 mod support;
 mod text;
+mod training;

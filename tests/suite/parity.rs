@@ -3,13 +3,15 @@
 
 use std::sync::LazyLock;
 
-use reducers::Schedule;
-use reroute_cli::backend::Backend;
-use zoo::{PixelTensors, Question, TensorInputs, TensorOutputs, Visual, Vlm};
+use burn::tensor::{DType, Tensor};
+use reducers::{ReducerError, Schedule, Scorer, Standing};
+use reroute::RoutingTrace;
+use reroute_cli::backend::{self, Backend, Device};
+use zoo::{PixelTensors, Question, Routing, TensorInputs, TensorOutputs, Visual, Vlm};
 
 use crate::golden::{
-    HIDDEN, Reference, assert_close, assert_positions, assert_routed, fixture, open, picture, rows,
-    values,
+    HIDDEN, Reference, assert_close, assert_positions, assert_routed, fixture, open, open_as,
+    picture, rows, values,
 };
 
 struct Family {
@@ -192,16 +194,86 @@ fn reroute_pyramid_equals_the_reference() {
     routed_equals_the_reference("reroute_reroute_pyramid");
 }
 
+fn schedule(path: &str) -> Schedule {
+    let json = std::fs::read_to_string(fixture(path).with_extension("json"));
+    Schedule::from_json(&json.expect("the fixture is complete")).expect("valid")
+}
+
 fn routed_equals_the_reference(variant: &str) {
     for family in FAMILIES.iter() {
         let path = format!("{}/{variant}", family.name);
         let reference = Reference::open(&path);
-        let json = std::fs::read_to_string(fixture(&path).with_extension("json"));
-        let schedule = Schedule::from_json(&json.expect("the fixture is complete")).expect("valid");
+        let schedule = schedule(&path);
         let out = family.run(&schedule);
         assert_eq!(out.trace.decisions.len(), schedule.stages().len());
         family.assert_hidden(&reference, &out);
         assert_eq!(out.kv_lengths, [reference.indices("kv_lengths")], "{path}");
         assert_routed(&path, &out, &reference);
     }
+}
+
+/// Selects what another run selected.
+struct Replay<'a>(&'a RoutingTrace);
+
+impl Scorer<Backend> for Replay<'_> {
+    fn score(&self, standing: &dyn Standing<Backend>) -> Result<Tensor<Backend, 1>, ReducerError> {
+        let mut decisions = self.0.decisions.iter();
+        let decision = decisions.find(|decision| decision.layer == standing.layer());
+        let mut scores = vec![0.0f32; standing.rows()];
+        for token in &decision.expect("it decided here, too").selected {
+            scores[standing.candidates()[*token]] = 1.0;
+        }
+        let device = (&Device::default(), DType::F32);
+        Ok(Tensor::from_data(scores.as_slice(), device))
+    }
+}
+
+/// In every other type that the backend has, scores and logits differ from those in f32 by a few
+/// dozen roundings. A score that is as good as equal to another may select another token, after
+/// which nothing compares: the run in f32 selects the same.
+#[test]
+fn half_precision_is_near_single_precision() {
+    let types = backend::dtypes(&Device::default());
+    for dtype in types.into_iter().filter(|dtype| *dtype != DType::F32) {
+        let rounding = match dtype {
+            DType::F16 => 0.5f32.powi(11),
+            _ => 0.5f32.powi(8),
+        };
+        for family in FAMILIES.iter() {
+            let path = format!("{}/reroute_reroute_pyramid", family.name);
+            let (vlm, schedule) = (open_as(family.name, dtype), schedule(&path));
+            let run = |vlm: &Vlm<Backend>, routing| {
+                let out = vlm.run_tensors(family.inputs(), routing, 0, false);
+                out.expect("the golden inputs are good")
+            };
+            let half = run(&vlm, Routing::from(&schedule));
+            let replay = Replay(&half.trace);
+            let replayed = Routing {
+                scorer: Some(&replay),
+                ..Routing::from(&schedule)
+            };
+            let full = run(&family.vlm, replayed);
+            let selected = |out: &TensorOutputs<Backend>| -> Vec<Vec<usize>> {
+                let decisions = out.trace.decisions.iter();
+                decisions
+                    .map(|decision| decision.selected.clone())
+                    .collect()
+            };
+            assert_eq!(selected(&half), selected(&full), "{path}");
+
+            let error = relative(&values(half.logits.clone()), &values(full.logits)) / rounding;
+            assert!(error < 64.0, "{path}, {dtype:?}: logits, {error} roundings");
+            let scores = |out: &TensorOutputs<Backend>| out.trace.decisions[0].scores.clone();
+            let full = run(&family.vlm, Routing::from(&schedule));
+            let error = relative(&scores(&half), &scores(&full)) / rounding;
+            assert!(error < 64.0, "{path}, {dtype:?}: scores, {error} roundings");
+        }
+    }
+}
+
+/// The length of the difference over the length of what was expected.
+fn relative(found: &[f32], expected: &[f32]) -> f32 {
+    let squares = |values: &mut dyn Iterator<Item = f32>| values.map(|x| x * x).sum::<f32>();
+    let difference = squares(&mut found.iter().zip(expected).map(|(a, b)| a - b));
+    (difference / squares(&mut expected.iter().copied())).sqrt()
 }

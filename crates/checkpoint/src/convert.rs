@@ -42,8 +42,8 @@ pub enum TensorError {
         dtype: Dtype,
     },
 
-    /// Neither f32 nor f16 was asked for.
-    #[error("weights can be loaded as F32 or F16, not as {dtype:?}")]
+    /// Neither f32, f16 nor bf16 was asked for.
+    #[error("weights can be loaded as F32, F16 or BF16, not as {dtype:?}")]
     Target {
         /// Type that was asked for.
         dtype: DType,
@@ -95,6 +95,7 @@ pub(crate) fn read(
             }
             Ok(TensorData::new(values, shape))
         }
+        DType::BF16 => Ok(TensorData::new(stored.read::<bf16>(reader)?, shape)),
         dtype => Err(TensorError::Target { dtype }),
     }
 }
@@ -122,6 +123,16 @@ impl Float for f16 {
 
     fn from_f16(value: f16) -> Self {
         value
+    }
+}
+
+impl Float for bf16 {
+    fn from_f32(value: f32) -> Self {
+        bf16::from_f32(value)
+    }
+
+    fn from_f16(value: f16) -> Self {
+        bf16::from_f32(value.to_f32())
     }
 }
 

@@ -12,7 +12,7 @@ use crate::{CheckpointError, Layout, NameTable, Shards};
 /// How weights are loaded.
 #[derive(Debug, Clone)]
 pub struct LoadOptions {
-    /// Element type of the loaded parameters: F32 or F16, whatever the files hold.
+    /// Element type of the loaded parameters: F32, F16 or BF16, whatever the files hold.
     pub dtype: DType,
     /// How the modules named `Linear` keep their weight.
     pub linear: Layout,

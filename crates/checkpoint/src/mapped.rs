@@ -40,7 +40,7 @@ impl Mapped {
             .map(|bytes| Some(Self(bytes)))
     }
 
-    /// `part` of the tensor `whole`, if the file has it in this type, F32 or F16.
+    /// `part` of the tensor `whole`, if the file has it in this type, F32, F16 or BF16.
     pub(crate) fn tensor(
         &self,
         name: &str,
@@ -50,7 +50,7 @@ impl Mapped {
     ) -> Option<TensorData> {
         if !matches!(
             (whole.dtype, dtype),
-            (Dtype::F32, DType::F32) | (Dtype::F16, DType::F16)
+            (Dtype::F32, DType::F32) | (Dtype::F16, DType::F16) | (Dtype::BF16, DType::BF16)
         ) {
             return None;
         }

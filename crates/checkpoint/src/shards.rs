@@ -140,7 +140,7 @@ impl Shards {
         Ok(())
     }
 
-    /// Reads one tensor and converts it to `dtype` (F32 or F16), block by block. Nothing is read or
+    /// Reads one tensor and converts it to `dtype` (F32, F16 or BF16), block by block. Nothing is read or
     /// copied if the file is mapped and has the tensor as it is wanted.
     ///
     /// # Shapes

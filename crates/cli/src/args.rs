@@ -81,6 +81,8 @@ pub enum Dtype {
     F32,
     /// 16-bit floats: half the memory, faster decoding.
     F16,
+    /// The same, with the range of f32 and a third of the digits of f16.
+    Bf16,
 }
 
 /// Which visual tokens the layers work on.

@@ -5,25 +5,25 @@ use burn::tensor::DType;
 #[cfg(not(any(
     feature = "flex",
     feature = "ndarray",
-    feature = "wgpu",
+    feature = "webgpu",
     feature = "cuda"
 )))]
 compile_error!(
-    "no backend: build with exactly one of the features flex (the default), ndarray, wgpu, cuda, \
-     for example `--no-default-features --features wgpu`"
+    "no backend: build with exactly one of the features flex (the default), ndarray, wgpu, webgpu, \
+     cuda, for example `--no-default-features --features wgpu`"
 );
 
 #[cfg(any(
     all(
         feature = "flex",
-        any(feature = "ndarray", feature = "wgpu", feature = "cuda")
+        any(feature = "ndarray", feature = "webgpu", feature = "cuda")
     ),
-    all(feature = "ndarray", any(feature = "wgpu", feature = "cuda")),
-    all(feature = "wgpu", feature = "cuda"),
+    all(feature = "ndarray", any(feature = "webgpu", feature = "cuda")),
+    all(feature = "webgpu", feature = "cuda"),
 ))]
 compile_error!(
     "several backends: flex is the default feature, so choose another one with \
-     `--no-default-features --features wgpu` (or ndarray, or cuda)"
+     `--no-default-features --features wgpu` (or webgpu, ndarray, cuda)"
 );
 
 /// Name of the backend that is compiled in.
@@ -33,6 +33,8 @@ pub const NAME: &str = if cfg!(feature = "flex") {
     "ndarray"
 } else if cfg!(feature = "wgpu") {
     "wgpu"
+} else if cfg!(feature = "webgpu") {
+    "webgpu"
 } else {
     "cuda"
 };
@@ -43,20 +45,20 @@ pub const ON_HOST: bool = cfg!(any(feature = "flex", feature = "ndarray"));
 /// Fastest CPU backend: AVX-512 where the processor has it, all cores.
 #[cfg(all(
     feature = "flex",
-    not(any(feature = "ndarray", feature = "wgpu", feature = "cuda"))
+    not(any(feature = "ndarray", feature = "webgpu", feature = "cuda"))
 ))]
 pub type Backend = burn_flex::Flex;
 
 /// Portable reference CPU backend.
 #[cfg(all(
     feature = "ndarray",
-    not(any(feature = "flex", feature = "wgpu", feature = "cuda"))
+    not(any(feature = "flex", feature = "webgpu", feature = "cuda"))
 ))]
 pub type Backend = burn_ndarray::NdArray<f32>;
 
-/// GPUs through Vulkan.
+/// GPUs through Vulkan, or through what WebGPU stands on.
 #[cfg(all(
-    feature = "wgpu",
+    feature = "webgpu",
     not(any(feature = "flex", feature = "ndarray", feature = "cuda"))
 ))]
 pub type Backend = burn_wgpu::Wgpu<f32, i32>;
@@ -64,7 +66,7 @@ pub type Backend = burn_wgpu::Wgpu<f32, i32>;
 /// NVIDIA GPUs; the driver is loaded at run time.
 #[cfg(all(
     feature = "cuda",
-    not(any(feature = "flex", feature = "ndarray", feature = "wgpu"))
+    not(any(feature = "flex", feature = "ndarray", feature = "webgpu"))
 ))]
 pub type Backend = burn_cuda::Cuda<f32, i32>;
 
@@ -137,7 +139,7 @@ pub fn adapter() -> Adapter {
 
 /// The graphics card that the default device is. Made once, before anything computes on it: Burn
 /// tells the card's name only then.
-#[cfg(all(feature = "wgpu", not(any(feature = "flex", feature = "ndarray"))))]
+#[cfg(all(feature = "webgpu", not(any(feature = "flex", feature = "ndarray"))))]
 pub fn adapter() -> Adapter {
     use std::sync::OnceLock;
     static ADAPTER: OnceLock<Adapter> = OnceLock::new();
@@ -165,7 +167,7 @@ pub fn adapter() -> Adapter {
 /// The graphics card that the default device is.
 #[cfg(all(
     feature = "cuda",
-    not(any(feature = "flex", feature = "ndarray", feature = "wgpu"))
+    not(any(feature = "flex", feature = "ndarray", feature = "webgpu"))
 ))]
 pub fn adapter() -> Adapter {
     use burn_cubecl::cubecl::{Runtime, cuda::CudaRuntime};

@@ -32,6 +32,7 @@ impl Dtype {
         match self {
             Self::F32 => DType::F32,
             Self::F16 => DType::F16,
+            Self::Bf16 => DType::BF16,
         }
     }
 }

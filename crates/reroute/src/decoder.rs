@@ -1,3 +1,5 @@
+use std::ops::Range;
+
 use burn::module::Module;
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor};
@@ -5,6 +7,7 @@ use layers::{CausalMask, RmsNorm, RmsNormConfig, Vocabulary, VocabularyConfig};
 use reducers::{Positions, Schedule, Scorer};
 
 use crate::pool::Past;
+use crate::prompt::ranges;
 use crate::{
     DecoderConfig, DecoderLayer, KvCache, Prompt, RerouteError, Router, RoutingTrace, SampleLayout,
 };
@@ -261,7 +264,8 @@ impl<B: Backend> Decoder<B> {
         })
     }
 
-    /// Feeds one token to each of the given samples and returns the logits of the next.
+    /// Feeds tokens to samples and returns the logits behind each. Tokens of one sample follow each
+    /// other: several at once are a known answer, for training on it.
     ///
     /// Routing plays no part here: a token attends, per layer, to whatever that layer's cache holds,
     /// at the position it would have in the plain model (or, in layers whose rows were renumbered,
@@ -276,17 +280,14 @@ impl<B: Backend> Decoder<B> {
         cache: &mut KvCache<B>,
     ) -> Result<Tensor<B, 2>, RerouteError> {
         let device = self.embed_tokens.device();
-        // Checked before any is taken: a refused step leaves the cache as it was.
-        let available = self.config.max_position_embeddings;
-        let next = |&(sample, _): &(usize, u32)| cache.next_position(sample) as usize;
-        if let Some(position) = tokens.iter().map(next).find(|&next| next >= available) {
-            return Err(RerouteError::ContextLength {
-                needed: position + 1,
-                available,
-            });
-        }
+        self.check_tokens(tokens, cache)?;
         let next = tokens.iter().map(|&(sample, _)| cache.take_next(sample));
         let (rows, positions): (Vec<usize>, Vec<i64>) = next.unzip();
+        let runs: Vec<Range<usize>> = ranges(tokens.chunk_by(|a, b| a.0 == b.0).map(<[_]>::len));
+        let mask = runs.iter().any(|run| run.len() > 1).then(|| {
+            let keys = rows.iter().max().map_or(0, |last| last + 1);
+            CausalMask::new(keys, &device)
+        });
         let ids: Vec<u32> = tokens.iter().map(|&(_, id)| id).collect();
         let mut hidden_states = self.embed(&ids);
         let dtype = hidden_states.dtype();
@@ -311,16 +312,43 @@ impl<B: Backend> Decoder<B> {
             let queries = attention.queries(normed.clone(), &rope);
             let keys = attention.split_heads(attention.keys(normed.clone(), &rope));
             let values = attention.split_heads(attention.values(normed));
-            let context = tokens.iter().enumerate().map(|(column, &(sample, _))| {
-                let keys = keys.clone().narrow(2, column, 1);
-                let values = values.clone().narrow(2, column, 1);
-                let [keys, values] = cache.append(index, sample, [rows[column]], keys, values);
-                attention.attend(queries.clone().narrow(1, column, 1), keys, values, None)
+            let contexts = runs.iter().map(|run| {
+                let (start, count) = (run.start, run.len());
+                let keys = keys.clone().narrow(2, start, count);
+                let values = values.clone().narrow(2, start, count);
+                let queries = queries.clone().narrow(1, start, count);
+                let (sample, held) = (tokens[start].0, rows[run.clone()].iter().copied());
+                let [keys, values] = cache.append(index, sample, held, keys, values);
+                attention.attend(queries, keys, values, mask.as_ref())
             });
-            let context = Tensor::cat(context.collect(), 1);
-            hidden_states = layer.finish(hidden_states, context);
+            let contexts = Tensor::cat(contexts.collect(), 1);
+            hidden_states = layer.finish(hidden_states, contexts);
         }
         Ok(self.logits(hidden_states))
+    }
+
+    /// Whether tokens can be fed. Asked before any is taken: a refused step leaves the cache as it was.
+    fn check_tokens(
+        &self,
+        tokens: &[(usize, u32)],
+        cache: &KvCache<B>,
+    ) -> Result<(), RerouteError> {
+        let vocab_size = self.config.vocab_size;
+        let mut needed: Vec<usize> = (0..cache.samples())
+            .map(|sample| cache.next_position(sample) as usize)
+            .collect();
+        for &(sample, id) in tokens {
+            if id as usize >= vocab_size {
+                return Err(RerouteError::TokenId { id, vocab_size });
+            }
+            needed[sample] += 1;
+        }
+        let needed = needed.into_iter().max().unwrap_or(0);
+        let available = self.config.max_position_embeddings;
+        match needed > available {
+            true => Err(RerouteError::ContextLength { needed, available }),
+            false => Ok(()),
+        }
     }
 
     /// Final norm and vocabulary head.

@@ -315,7 +315,8 @@ impl<'a, B: Backend> Router<'a, B> {
 
     /// Scores the candidates of each sample, selects, and splits the rows.
     ///
-    /// The only host round trip of a stage is reading one score per pool row.
+    /// Waits for the device once, to read one score per pool row of all samples; a rule may have to
+    /// read more.
     fn decide(
         &mut self,
         stage: usize,

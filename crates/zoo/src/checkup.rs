@@ -1,11 +1,9 @@
 //! What is wrong with a checkpoint folder, all of it, before a weight is read.
 
 use burn::module::{Module, ModuleVisitor, Param};
+use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
-use burn::tensor::{DType, Tensor};
-use checkpoint::{CONFIG_MAX_BYTES, Folder, LoadOptions, Shards, TOKENIZER_MAX_BYTES, check_fit};
-use llava::Llava;
-use qwen_vl::QwenVl;
+use checkpoint::{CONFIG_MAX_BYTES, Folder, Shards, TOKENIZER_MAX_BYTES};
 
 use crate::grounding::GroundingFormat;
 use crate::vlm::{GenerationConfig, check_vocabulary, optional};
@@ -66,11 +64,13 @@ impl Checkup {
                 "chat template",
                 ChatTemplate::open(folder, config.dialect()),
             );
-            let model = unloaded::<B>(&config, device);
+            let model = Model::<B>::new(&config, device);
             if let Some(model) = found.note("config.json", model) {
-                found.parameters = Some(parameters(&model));
+                let mut parameters = Parameters::default();
+                model.visit(&mut parameters);
+                found.parameters = Some(parameters);
                 if let Some(shards) = shards {
-                    found.note("weights", check_weights(&model, &config, &shards));
+                    found.note("weights", model.check_fit(&config, &shards));
                 }
             }
         }
@@ -94,44 +94,6 @@ fn tokenizer(folder: &Folder, config: Option<&ModelConfig>) -> Result<(), ZooErr
     let slots = config.map_or_else(Vec::new, ModelConfig::slot_tokens);
     let tokenizer = Tokenizer::from_json(&json, &slots)?;
     config.map_or(Ok(()), |config| check_vocabulary(config, &tokenizer))
-}
-
-/// The model without its weights: parameters are not made before they are used.
-fn unloaded<B: Backend>(config: &ModelConfig, device: &B::Device) -> Result<Model<B>, ZooError> {
-    Ok(match config {
-        ModelConfig::Llava(config) => Model::Llava(Box::new(Llava::new(config, device)?)),
-        ModelConfig::Qwen(config) => Model::Qwen(Box::new(QwenVl::new(config, device)?)),
-    })
-}
-
-fn parameters<B: Backend>(model: &Model<B>) -> Parameters {
-    let mut parameters = Parameters::default();
-    match model {
-        Model::Llava(model) => model.visit(&mut parameters),
-        Model::Qwen(model) => model.visit(&mut parameters),
-    }
-    parameters
-}
-
-/// Whether every parameter has its tensor.
-fn check_weights<B: Backend>(
-    model: &Model<B>,
-    config: &ModelConfig,
-    shards: &Shards,
-) -> Result<(), ZooError> {
-    let mut options = LoadOptions::new(DType::F32);
-    let (names, tied_head) = match model {
-        Model::Llava(_) => (&llava::NAMES, llava::TIED_HEAD),
-        Model::Qwen(_) => (&qwen_vl::NAMES, qwen_vl::TIED_HEAD),
-    };
-    if config.decoder().tie_word_embeddings {
-        options.unused.push(tied_head.into());
-    }
-    match model {
-        Model::Llava(model) => check_fit(&**model, shards, names, &options)?,
-        Model::Qwen(model) => check_fit(&**model, shards, names, &options)?,
-    }
-    Ok(())
 }
 
 impl<B: Backend> ModuleVisitor<B> for Parameters {

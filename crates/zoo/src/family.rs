@@ -1,6 +1,9 @@
+use burn::module::Module;
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
-use checkpoint::{CONFIG_MAX_BYTES, Folder, LoadOptions, LoadProgress, Shards, load_into};
+use checkpoint::{
+    CONFIG_MAX_BYTES, Folder, LoadOptions, LoadProgress, NameTable, Shards, check_fit, load_into,
+};
 use llava::{Llava, LlavaConfig, LlavaHfConfig};
 use qwen_vl::{QwenSample, QwenVl, QwenVlConfig, QwenVlHfConfig};
 use reducers::encoder::EncoderShape;
@@ -111,6 +114,19 @@ impl ModelConfig {
         }
     }
 
+    /// How weights are called in a checkpoint, and how they are loaded.
+    fn weights(&self, dtype: DType) -> (&'static NameTable, LoadOptions) {
+        let (names, tied_head) = match self {
+            Self::Llava(_) => (&llava::NAMES, llava::TIED_HEAD),
+            Self::Qwen(_) => (&qwen_vl::NAMES, qwen_vl::TIED_HEAD),
+        };
+        let mut options = LoadOptions::new(dtype);
+        if self.decoder().tie_word_embeddings {
+            options.unused.push(tied_head.into());
+        }
+        (names, options)
+    }
+
     /// How prompts of the family are written.
     pub(crate) fn dialect(&self) -> Dialect {
         match self {
@@ -135,16 +151,26 @@ impl ModelConfig {
     }
 }
 
-/// A loaded model of one of the families.
-#[derive(Debug)]
+/// A model of one of the families.
+#[derive(Module, Debug)]
+#[expect(clippy::large_enum_variant, reason = "a Box is no Module")]
 pub enum Model<B: Backend> {
     /// LLaVA-1.5.
-    Llava(Box<Llava<B>>),
+    Llava(Llava<B>),
     /// Qwen2-VL, Qwen2.5-VL or Qwen3-VL.
-    Qwen(Box<QwenVl<B>>),
+    Qwen(QwenVl<B>),
 }
 
 impl<B: Backend> Model<B> {
+    /// Builds the model that the configuration describes; parameters are not made before they are
+    /// loaded or used.
+    pub fn new(config: &ModelConfig, device: &B::Device) -> Result<Self, ZooError> {
+        Ok(match config {
+            ModelConfig::Llava(config) => Self::Llava(Llava::new(config, device)?),
+            ModelConfig::Qwen(config) => Self::Qwen(QwenVl::new(config, device)?),
+        })
+    }
+
     /// Builds the model that the configuration describes and streams its weights in.
     pub fn open(
         config: &ModelConfig,
@@ -154,26 +180,23 @@ impl<B: Backend> Model<B> {
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, ZooError> {
         let shards = Shards::open(folder)?;
-        let mut options = LoadOptions::new(dtype);
-        let mut unused = |tied_head: &str| {
-            if config.decoder().tie_word_embeddings {
-                options.unused.push(tied_head.into());
+        let (names, options) = config.weights(dtype);
+        Ok(match Self::new(config, device)? {
+            Self::Llava(model) => {
+                Self::Llava(load_into(model, &shards, names, &options, progress)?)
             }
+            Self::Qwen(model) => Self::Qwen(load_into(model, &shards, names, &options, progress)?),
+        })
+    }
+
+    /// Whether every parameter has its tensor.
+    pub(crate) fn check_fit(&self, config: &ModelConfig, shards: &Shards) -> Result<(), ZooError> {
+        let (names, options) = config.weights(DType::F32);
+        let fit = match self {
+            Self::Llava(model) => check_fit(model, shards, names, &options),
+            Self::Qwen(model) => check_fit(model, shards, names, &options),
         };
-        match config {
-            ModelConfig::Llava(config) => {
-                unused(llava::TIED_HEAD);
-                let model = Llava::new(config, device)?;
-                let model = load_into(model, &shards, &llava::NAMES, &options, progress)?;
-                Ok(Self::Llava(Box::new(model)))
-            }
-            ModelConfig::Qwen(config) => {
-                unused(qwen_vl::TIED_HEAD);
-                let model = QwenVl::new(config, device)?;
-                let model = load_into(model, &shards, &qwen_vl::NAMES, &options, progress)?;
-                Ok(Self::Qwen(Box::new(model)))
-            }
-        }
+        Ok(fit?)
     }
 
     /// The decoder.

@@ -16,6 +16,37 @@
 //!     Ok(vlm.ask(&question, &schedule, &options, |_| {})?.text)
 //! }
 //! ```
+//!
+//! Fine-tuning through a routed prefill: a [`Model`] is a Burn [`Module`](burn::module::Module), and
+//! [`Vlm::logits`] are those behind each token of a known answer.
+//!
+//! ```
+//! use burn::optim::{GradientsParams, Optimizer};
+//! use burn::tensor::activation::log_softmax;
+//! use burn::tensor::backend::AutodiffBackend;
+//! use burn::tensor::{Int, Tensor};
+//! use reducers::Schedule;
+//! use zoo::{Model, Question, Vlm, ZooError};
+//!
+//! /// One step towards an answer; also the loss before it.
+//! fn step<B: AutodiffBackend>(
+//!     vlm: Vlm<B>,
+//!     optimizer: &mut impl Optimizer<Model<B>, B>,
+//!     question: &Question,
+//!     answer: &str,
+//!     schedule: &Schedule,
+//! ) -> Result<(Vlm<B>, Tensor<B, 1>), ZooError> {
+//!     let mut ids = vlm.tokenizer().encode(answer, false)?;
+//!     let known = ids.clone();
+//!     ids.extend(vlm.generation_defaults().stop_tokens.first());
+//!     let logits = vlm.logits(question, &known, schedule)?.slice([0..ids.len()]);
+//!     let expected: Vec<i64> = ids.iter().map(|&id| id.into()).collect();
+//!     let expected = Tensor::<B, 1, Int>::from_data(expected.as_slice(), vlm.device());
+//!     let loss = -log_softmax(logits, 1).gather(1, expected.unsqueeze_dim(1)).mean();
+//!     let gradients = GradientsParams::from_grads(loss.backward(), vlm.model());
+//!     Ok((vlm.map_model(|model| optimizer.step(1e-4, model, gradients)), loss))
+//! }
+//! ```
 
 mod answer;
 mod checkup;
@@ -31,6 +62,7 @@ mod routing;
 mod template;
 mod tensors;
 mod tokenizer;
+mod training;
 mod visual;
 mod vlm;
 

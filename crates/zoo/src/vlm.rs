@@ -30,7 +30,7 @@ pub struct Vlm<B: Backend> {
 /// How to open a checkpoint.
 #[derive(Debug, Clone)]
 pub struct OpenOptions {
-    /// Type that weights are converted to: f32 or f16.
+    /// Type that weights are converted to: f32, f16 or bf16.
     pub dtype: DType,
     /// LLaVA: pad images to a square instead of cropping, as the original code does; `None` follows
     /// `preprocessor_config.json`.
@@ -134,6 +134,25 @@ impl<B: Backend> Vlm<B> {
     /// The model.
     pub fn model(&self) -> &Model<B> {
         &self.model
+    }
+
+    /// The same around another model: after a step of training, or on another backend of the same
+    /// device (`|model| model.valid()` leaves [`Autodiff`](burn::tensor::backend::AutodiffBackend)).
+    pub fn map_model<C: Backend<Device = B::Device>>(
+        self,
+        change: impl FnOnce(Model<B>) -> Model<C>,
+    ) -> Vlm<C> {
+        Vlm {
+            model: change(self.model),
+            config: self.config,
+            tokenizer: self.tokenizer,
+            template: self.template,
+            preprocessor: self.preprocessor,
+            grounding: self.grounding,
+            generation: self.generation,
+            dtype: self.dtype,
+            device: self.device,
+        }
     }
 
     /// The resolved configuration.
@@ -288,6 +307,20 @@ impl<B: Backend> Vlm<B> {
         Ok((self.model.prompt(&samples, tokens, &self.device)?, left))
     }
 
+    /// The prompt of one question.
+    pub(crate) fn prompt_of(
+        &self,
+        question: &Question,
+        step: Option<&EncoderStep<'_, B>>,
+    ) -> Result<Prompt<B>, ZooError> {
+        let prepared = self.prepare(&question.visuals)?;
+        let (views, pixels): (Vec<View>, Vec<_>) = prepared.into_iter().unzip();
+        let ids = self.encode_messages(&[question.message(&views)], &views)?;
+        let texts = vec![question.text.as_str(); views.len()];
+        let tokens = self.see(&views, pixels, &texts, step)?;
+        Ok(self.prompt(&[ids], &[views], &tokens)?.0)
+    }
+
     /// Asks where something is and reads the box out of the answer.
     pub fn ground<'a>(
         &self,
@@ -333,12 +366,7 @@ impl<B: Backend> Vlm<B> {
         routing: impl Into<Routing<'a, B>>,
     ) -> Result<Vec<Drift>, ZooError> {
         let routing = routing.into();
-        let (views, pixels): (Vec<View>, Vec<_>) =
-            self.prepare(&question.visuals)?.into_iter().unzip();
-        let ids = self.encode_messages(&[question.message(&views)], &views)?;
-        let texts = vec![question.text.as_str(); views.len()];
-        let tokens = self.see(&views, pixels, &texts, routing.encoder.as_ref())?;
-        let (prompt, _) = self.prompt(&[ids], &[views], &tokens)?;
+        let prompt = self.prompt_of(question, routing.encoder.as_ref())?;
         Ok(self.model.decoder().drift(&prompt, routing.schedule)?)
     }
 }

@@ -37,6 +37,12 @@ impl HostTensor {
     pub(crate) fn f16s(&self) -> Option<&[f16]> {
         self.0.as_ref()?.as_slice()
     }
+
+    /// What the numbers are, if they are within reach and packed.
+    fn packed_dtype(&self) -> Option<DType> {
+        let f32s = self.f32s().map(|_| DType::F32);
+        f32s.or(self.f16s().map(|_| DType::F16))
+    }
 }
 
 /// Stands in where the one backend that computes in this program's memory is not compiled in: no
@@ -63,11 +69,7 @@ pub(crate) fn in_place<B: Backend, const D: usize, E: Element>(
     tensor: Tensor<B, D>,
     work: impl FnOnce(&mut [E]),
 ) -> Result<Tensor<B, D>, Tensor<B, D>> {
-    let host = HostTensor::of(&tensor);
-    let dtype = host.f32s().map(|_| DType::F32);
-    let dtype = dtype.or(host.f16s().map(|_| DType::F16));
-    drop(host);
-    if dtype != Some(E::dtype()) {
+    if HostTensor::of(&tensor).packed_dtype() != Some(E::dtype()) {
         return Err(tensor);
     }
     let device = tensor.device();

@@ -1,5 +1,5 @@
 //! From pixels to weights and back: gradients of every part through a routed prefill, and steps that
-//! learn from them. Runs on every backend.
+//! learn from them. Compiles on every backend.
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -109,8 +109,8 @@ fn what_cannot_be_read_is_said() {
         TensorError::Dtype { dtype: Dtype::F64 }
     ));
     assert!(matches!(
-        read("vector", DType::BF16, as_stored),
-        TensorError::Target { dtype: DType::BF16 }
+        read("vector", DType::F64, as_stored),
+        TensorError::Target { dtype: DType::F64 }
     ));
     assert!(matches!(
         read("vector", DType::F32, Layout::Transposed),

@@ -84,7 +84,7 @@ pub fn run(args: &Args, root: &Path) -> anyhow::Result<()> {
     if args.layers.is_some_and(|layers| layers < least) {
         bail!("this family needs --layers {least} or more");
     }
-    merge(&mut config, json!({"torch_dtype": args.dtype.name()}));
+    set_dtype(&mut config, args.dtype.name());
 
     let tensors = match args.family {
         Family::Llava => shapes::llava(&config)?,
@@ -205,6 +205,18 @@ impl Dtype {
     }
 }
 
+/// Says the type of the weights, also where the config of a part names it.
+fn set_dtype(config: &mut Value, name: &str) {
+    config["torch_dtype"] = name.into();
+    for part in config.as_object_mut().into_iter().flat_map(Map::values_mut) {
+        for key in ["torch_dtype", "dtype"] {
+            if let Some(dtype) = part.get_mut(key) {
+                *dtype = name.into();
+            }
+        }
+    }
+}
+
 /// Puts the values of `changes` into `config`, object by object.
 fn merge(config: &mut Value, changes: Value) {
     match (config, changes) {
@@ -271,5 +283,40 @@ impl Random {
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         (((z ^ (z >> 31)) >> 40) as f32) / (1u64 << 23) as f32 - 1.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use safetensors::SafeTensors;
+
+    use super::*;
+
+    #[test]
+    fn weights_are_of_the_type_asked_for_and_every_config_says_so() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let scratch = tempfile::tempdir().unwrap();
+        for (dtype, stored, other) in [
+            (Dtype::F32, safetensors::Dtype::F32, "float16"),
+            (Dtype::F16, safetensors::Dtype::F16, "float32"),
+        ] {
+            for family in Family::value_variants() {
+                let to = scratch.path().join(format!("{}-{other}", family.fixture()));
+                let args = Args {
+                    family: *family,
+                    size: Size::Tiny,
+                    layers: None,
+                    dtype,
+                    seed: 0,
+                    to: to.clone(),
+                };
+                run(&args, &root).unwrap();
+                let config = fs::read_to_string(to.join("config.json")).unwrap();
+                assert!(config.contains(dtype.name()) && !config.contains(other));
+                let weights = fs::read(to.join("model.safetensors")).unwrap();
+                let weights = SafeTensors::deserialize(&weights).unwrap();
+                assert!(weights.iter().all(|(_, tensor)| tensor.dtype() == stored));
+            }
+        }
     }
 }

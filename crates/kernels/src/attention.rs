@@ -117,7 +117,7 @@ fn value_panels(value: &[f32], keys: usize) -> Vec<f32> {
     let mut panels = vec![0.0; head_dim.div_ceil(PANEL) * keys * PANEL];
     for (panel, channels) in panels
         .chunks_exact_mut((keys * PANEL).max(1))
-        .zip(value.chunks(keys * PANEL))
+        .zip(value.chunks((keys * PANEL).max(1)))
     {
         for (channel, values) in channels.chunks_exact(keys).enumerate() {
             let column = panel.iter_mut().skip(channel).step_by(PANEL);
@@ -413,6 +413,20 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// Nothing to attend to is undefined, and no panic.
+    #[test]
+    fn without_keys_every_result_is_undefined() {
+        let sizes = AttentionSizes {
+            heads: 1,
+            kv_heads: 1,
+            head_dim: 3,
+            queries: 9,
+            keys: 0,
+        };
+        let output = attention(&[1.0; 27], &[], &[], sizes, false);
+        assert!(output.len() == 27 && output.iter().all(|x| x.is_nan()));
     }
 
     /// What is seen only later, however large, changes nothing before; what is undefined is seen.

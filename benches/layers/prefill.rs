@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::model::{Model, TEXT};
 use crate::options::Options;
 use crate::peak::Peak;
-use crate::reference;
+use crate::reference::{self, OurLayers, PortedLayers};
 use crate::setup::{Setup, settle};
 use crate::timing::{Spread, mebibytes, median, seconds, seconds_and_peak, wait_for_one};
 
@@ -79,7 +79,10 @@ struct Row {
     selection_and_keys_flop_share: f64,
     kv_bytes: u64,
     peak_bytes: Option<usize>,
+    /// The reference design ported to Burn's own modules.
     reference: Option<Reference>,
+    /// The reference design on our layers: it differs in how it decides, and in nothing else.
+    reference_on_our_layers: Option<Reference>,
 }
 
 /// The reference design on the same schedule.
@@ -88,6 +91,12 @@ struct Reference {
     ms: Spread,
     /// Its time divided by ours, round by round.
     speedup_over_it: Spread,
+}
+
+/// The reference design on both kinds of layers.
+struct References<'a> {
+    ported: PortedLayers<'a>,
+    ours: OurLayers<'a>,
 }
 
 /// A schedule and what was measured of it, in seconds, round by round.
@@ -100,6 +109,7 @@ struct Candidate {
     speedup: Vec<f64>,
     selection: Vec<Selection>,
     reference: Vec<f64>,
+    reference_on_our_layers: Vec<f64>,
     kv_bytes: u64,
     peak_bytes: Option<usize>,
 }
@@ -128,14 +138,18 @@ pub fn run(setup: &Setup, model: &Model, peak: &Peak, options: &Options) -> anyh
     let plain = Schedule::dense();
     let dense_cost = cost(&plain);
     let mut dense = Candidate::new("dense", setup.visual, plain, dense_cost);
+    let references = References {
+        ported: PortedLayers::new(setup),
+        ours: OurLayers::new(setup),
+    };
     let first_routed_seconds = seconds(|| {
         for candidate in &mut candidates {
-            candidate.first_run(setup)?;
+            candidate.first_run(setup, &references)?;
         }
         Ok(())
     })?;
     for _ in 0..options.rounds() {
-        measure_round(setup, &mut candidates, &mut dense)?;
+        measure_round(setup, &references, &mut candidates, &mut dense)?;
     }
 
     let dense_cost = dense.cost;
@@ -169,6 +183,7 @@ pub fn run(setup: &Setup, model: &Model, peak: &Peak, options: &Options) -> anyh
 /// of the dense prefills right before and right after those of its budget.
 fn measure_round(
     setup: &Setup,
+    references: &References<'_>,
     candidates: &mut [Candidate],
     dense: &mut Candidate,
 ) -> anyhow::Result<()> {
@@ -178,8 +193,11 @@ fn measure_round(
         for candidate in budget.iter_mut() {
             times.push(candidate.measure(setup)?);
             if candidate.method == REFERENCE_METHOD {
-                let time = seconds(|| reference::prefill(setup, &candidate.schedule).map(drop))?;
-                candidate.reference.push(time);
+                let schedule = &candidate.schedule;
+                let ported = || reference::prefill(setup, schedule, &references.ported).map(drop);
+                let ours = || reference::prefill(setup, schedule, &references.ours).map(drop);
+                candidate.reference.push(seconds(ported)?);
+                candidate.reference_on_our_layers.push(seconds(ours)?);
             }
         }
         let after = dense.measure(setup)?;
@@ -255,20 +273,27 @@ impl Candidate {
             speedup: Vec::new(),
             selection: Vec::new(),
             reference: Vec::new(),
+            reference_on_our_layers: Vec::new(),
             kv_bytes: 0,
             peak_bytes: None,
         }
     }
 
     /// A run that does not count. The reference design must come to the same selections.
-    fn first_run(&mut self, setup: &Setup) -> anyhow::Result<()> {
+    fn first_run(&mut self, setup: &Setup, references: &References<'_>) -> anyhow::Result<()> {
         let decisions = setup.prefill(&self.schedule)?.trace.decisions;
         if self.method != REFERENCE_METHOD {
             return Ok(());
         }
-        let expected = reference::prefill(setup, &self.schedule)?;
-        ensure!(expected.len() == decisions.len(), "decisions are missing");
-        for (expected, decision) in expected.iter().zip(&decisions) {
+        let ported = reference::prefill(setup, &self.schedule, &references.ported)?;
+        let ours = reference::prefill(setup, &self.schedule, &references.ours)?;
+        let expected = [&ported, &ours];
+        ensure!(
+            expected.iter().all(|it| it.len() == decisions.len()),
+            "decisions are missing"
+        );
+        let twice = decisions.iter().chain(&decisions);
+        for (expected, decision) in expected.into_iter().flatten().zip(twice) {
             let found = |token: &&usize| decision.selected.binary_search(token).is_ok();
             let different = expected.len() - expected.iter().filter(found).count();
             ensure!(
@@ -307,8 +332,14 @@ impl Candidate {
         let time = median(self.prefill.clone());
         let share =
             |part: fn(&Selection) -> f64| median(self.selection.iter().map(part).collect()) / time;
-        let ratios = self.reference.iter().zip(&self.prefill);
-        let ratios: Vec<f64> = ratios.map(|(reference, ours)| reference / ours).collect();
+        let reference = |seconds: &[f64]| {
+            let ratios = seconds.iter().zip(&self.prefill);
+            let ratios: Vec<f64> = ratios.map(|(theirs, ours)| theirs / ours).collect();
+            (!ratios.is_empty()).then(|| Reference {
+                ms: Spread::milliseconds(seconds),
+                speedup_over_it: Spread::of(&ratios),
+            })
+        };
         let stages = self.schedule.stages().iter();
         let speedup = Spread::of(&self.speedup);
         let ceiling = self.cost.speedup_ceiling(dense_cost);
@@ -328,10 +359,8 @@ impl Candidate {
             selection_and_keys_flop_share: self.cost.total_scorer_flops() / self.cost.total_flops(),
             kv_bytes: self.kv_bytes,
             peak_bytes: self.peak_bytes,
-            reference: (!ratios.is_empty()).then(|| Reference {
-                ms: Spread::milliseconds(&self.reference),
-                speedup_over_it: Spread::of(&ratios),
-            }),
+            reference: reference(&self.reference),
+            reference_on_our_layers: reference(&self.reference_on_our_layers),
         }
     }
 }
@@ -359,7 +388,7 @@ impl Report {
             self.head_rows,
         );
         println!(
-            "{:<22} {:<11} {:>8} {:>20} {:>18} {:>8} {:>10} {:>9} {:>8} {:>8} {:>8} {:>21}",
+            "{:<22} {:<11} {:>8} {:>20} {:>18} {:>8} {:>10} {:>9} {:>8} {:>8} {:>8} {:>21} {:>18}",
             "preset",
             "decides at",
             "average",
@@ -371,13 +400,17 @@ impl Report {
             "+ keys",
             "KV MiB",
             "peak MiB",
-            "over reference design"
+            "over reference design",
+            "on our layers"
         );
         for row in &self.presets {
             let layers: Vec<String> = row.decision_layers.iter().map(usize::to_string).collect();
-            let reference = row.reference.as_ref();
+            let over = |reference: &Option<Reference>| {
+                let shown = reference.as_ref().map(|it| it.speedup_over_it.show(2));
+                shown.unwrap_or("–".into())
+            };
             println!(
-                "{:<22} {:<11} {:>8.1} {:>20} {:>18} {:>7.2}x {:>10.2} {:>7.1} % {:>6.1} % {:>8.1} {:>8} {:>21}",
+                "{:<22} {:<11} {:>8.1} {:>20} {:>18} {:>7.2}x {:>10.2} {:>7.1} % {:>6.1} % {:>8.1} {:>8} {:>21} {:>18}",
                 row.preset,
                 layers.join(" "),
                 row.average_tokens,
@@ -389,7 +422,8 @@ impl Report {
                 100.0 * row.selection_and_keys_share,
                 row.kv_bytes as f64 / f64::from(1 << 20),
                 mebibytes(row.peak_bytes),
-                reference.map_or("–".into(), |it| it.speedup_over_it.show(2)),
+                over(&row.reference),
+                over(&row.reference_on_our_layers),
             );
         }
         if self.layers < self.full_depth {

@@ -2,48 +2,84 @@
 //! projects queries and keys of all rows and forms the whole attention matrix of its layer, to read
 //! one row of it, and the layer then projects queries and keys again.
 //!
-//! Between decisions the rows run through the very layers that the router uses, so that the two
-//! differ in how they decide and in nothing else.
+//! On two kinds of layers: ported operation by operation, as one would who takes the release to Burn,
+//! and on the layers of this project, where only the way to decide differs.
 
-use anyhow::{Context, ensure};
-use burn::tensor::activation::softmax;
-use burn::tensor::{Bool, DType, Int, Tensor};
-use layers::Rotary;
+mod ours;
+mod ported;
+
+use std::ops::Range;
+
+use anyhow::ensure;
+use burn::tensor::{Int, Tensor};
 use reducers::{Action, Schedule, top_k};
-use reroute::{DecoderLayer, PrefillOptions, Prompt, SampleLayout};
 use reroute_cli::backend::Backend;
 
 use crate::setup::Setup;
 use crate::timing::wait;
+pub use ours::OurLayers;
+pub use ported::PortedLayers;
+
+/// The layers of a decoder.
+pub trait Layers {
+    /// The axis of a matrix of hidden states along which its rows stand.
+    const ROWS: usize;
+
+    /// Runs some layers on the active rows.
+    ///
+    /// # Shapes
+    /// - `hidden_states` and the result: hidden states of the active rows
+    fn run(
+        &self,
+        layers: Range<usize>,
+        hidden_states: Tensor<Backend, 2>,
+        active: &[usize],
+    ) -> anyhow::Result<Tensor<Backend, 2>>;
+
+    /// Attention of all rows to all rows.
+    ///
+    /// The release masks nothing here: it reads the last row, which sees everything.
+    ///
+    /// # Shapes
+    /// - `hidden_states`: hidden states of all rows, the layer's input
+    /// - returns `[heads, rows, rows]`
+    fn attention_matrix(
+        &self,
+        layer: usize,
+        hidden_states: Tensor<Backend, 2>,
+    ) -> Tensor<Backend, 3>;
+}
 
 /// Prefills the prompt and returns what each decision has selected.
-pub fn prefill(setup: &Setup, schedule: &Schedule) -> anyhow::Result<Vec<Vec<usize>>> {
+pub fn prefill<L: Layers>(
+    setup: &Setup,
+    schedule: &Schedule,
+    layers: &L,
+) -> anyhow::Result<Vec<Vec<usize>>> {
     ensure!(
         schedule.action() == Action::Reroute && !schedule.monotonic(),
         "the reference design is written for rerouting"
     );
-    let config = setup.decoder.config();
-    let rope = config.rope.table(
-        setup.prompt.positions.clone(),
-        setup.prompt.embeddings.dtype(),
-    );
+    let rows = setup.rows();
     let visual = &setup.prompt.samples[0].visual;
     let keep_counts = schedule.keep_counts(setup.visual);
-    let mut rows = setup.prompt.embeddings.clone();
-    let mut active: Vec<usize> = (0..setup.rows()).collect();
+    let mut all = match L::ROWS {
+        0 => setup.prompt.embeddings.clone().transpose(),
+        _ => setup.prompt.embeddings.clone(),
+    };
+    let mut active: Vec<usize> = (0..rows).collect();
     let (mut selections, mut done) = (Vec::new(), 0);
     for (stage, keep) in schedule.stages().iter().zip(keep_counts) {
-        rows = run(setup, done..stage.layer, rows, &active)?;
+        let computed = run(setup, layers, done..stage.layer, &all, &active)?;
+        all = scatter::<L>(setup, all, computed, &active);
         done = stage.layer;
-        let layer = setup.decoder.layers().get(done).context("no such layer")?;
-        let attention = attention_matrix(setup, layer, &rows, &rope);
-        let last = attention.narrow(2, setup.rows() - 1, 1);
-        let heads = last.dims()[0] * last.dims()[1];
-        let scores = last.reshape([heads, setup.rows()]).mean_dim(0);
+        let attention = layers.attention_matrix(done, all.clone());
+        let last = attention.narrow(1, rows - 1, 1);
+        let scores = last.mean_dim(0).reshape([rows]);
         let scores: Vec<f32> = scores.try_into_data()?.iter().collect();
         let of_visual: Vec<f32> = visual.iter().map(|&row| scores[row]).collect();
         let selected = top_k(&of_visual, keep)?;
-        active = (0..setup.rows())
+        active = (0..rows)
             .filter(|row| match visual.binary_search(row) {
                 Ok(token) => selected.binary_search(&token).is_ok(),
                 Err(_) => true,
@@ -51,80 +87,41 @@ pub fn prefill(setup: &Setup, schedule: &Schedule) -> anyhow::Result<Vec<Vec<usi
             .collect();
         selections.push(selected);
     }
-    let rows = run(setup, done..setup.decoder.layers().len(), rows, &active)?;
-    let last = rows.narrow(1, setup.rows() - 1, 1);
-    wait(setup.decoder.logits(last))?;
+    let depth = setup.decoder.layers().len();
+    let computed = run(setup, layers, done..depth, &all, &active)?;
+    let last = computed.narrow(L::ROWS, active.len() - 1, 1);
+    let hidden_size = setup.decoder.config().hidden_size;
+    wait(setup.decoder.logits(last.reshape([hidden_size, 1])))?;
     Ok(selections)
 }
 
-/// Runs the active rows through some layers and puts them back among the others.
-///
-/// # Shapes
-/// - `rows` and the result: `[hidden_size, rows]`
-fn run(
+/// Gathers the active rows and runs them through some layers.
+fn run<L: Layers>(
     setup: &Setup,
-    layers: std::ops::Range<usize>,
-    rows: Tensor<Backend, 2>,
+    layers: &L,
+    range: Range<usize>,
+    all: &Tensor<Backend, 2>,
     active: &[usize],
 ) -> anyhow::Result<Tensor<Backend, 2>> {
-    if layers.is_empty() {
-        return Ok(rows);
+    let rows = all.clone().select(L::ROWS, indices(active, setup));
+    match range.is_empty() {
+        true => Ok(rows),
+        false => layers.run(range, rows, active),
     }
-    let all = rows.dims()[1];
-    let layers = setup.decoder.layers()[layers].to_vec();
-    let decoder = setup.decoder.clone().with_layers(layers);
-    let index = indices(active, setup);
-    let prompt = Prompt {
-        embeddings: rows.clone().select(1, index.clone()),
-        positions: setup.prompt.positions.clone().select(1, index),
-        deepstack: Vec::new(),
-        samples: vec![SampleLayout {
-            rows: active.len(),
-            visual: Vec::new(),
-            next_position: all as i64,
-            salience: None,
-            cells: Vec::new(),
-        }],
-    };
-    let options = PrefillOptions {
-        hidden_states: true,
-        ..Default::default()
-    };
-    let prefill = decoder.prefill(&prompt, &Schedule::dense(), options)?;
-    let output = prefill.hidden_states.last().context("no layers")?;
-    let both = Tensor::cat(vec![rows, output.values.clone()], 1);
-    let place = |row: usize| active.binary_search(&row).map_or(row, |at| all + at);
-    let order: Vec<usize> = (0..all).map(place).collect();
-    Ok(both.select(1, indices(&order, setup)))
 }
 
-/// Causal attention of all rows to all rows.
-///
-/// # Shapes
-/// - `rows`: `[hidden_size, rows]`
-/// - returns `[kv_heads, group, rows, rows]`
-fn attention_matrix(
+/// All rows, with the active ones as computed.
+fn scatter<L: Layers>(
     setup: &Setup,
-    layer: &DecoderLayer<Backend>,
-    rows: &Tensor<Backend, 2>,
-    rope: &Rotary<Backend>,
-) -> Tensor<Backend, 4> {
-    let config = setup.decoder.config();
-    let (kv_heads, head_dim) = (config.num_key_value_heads, config.head_dim);
-    let group = config.num_attention_heads / kv_heads;
-    let count = rows.dims()[1];
-    let normed = layer.input_layernorm.forward(rows.clone());
-    let queries = layer.self_attn.queries(normed.clone(), rope);
-    let keys = layer.self_attn.keys(normed, rope);
-    let queries = queries.reshape([kv_heads, group, head_dim, count]);
-    let keys = keys.reshape([kv_heads, 1, head_dim, count]);
-    let queries = queries.mul_scalar((head_dim as f64).powf(-0.5));
-    let scores = queries.swap_dims(2, 3).matmul(keys).cast(DType::F32);
-    let future = Tensor::<Backend, 2, Bool>::tril_mask([count; 2], 0, &setup.device());
-    let mask = future.float().cast(DType::F32).mul_scalar(-1e30);
-    let heads = kv_heads * group;
-    let flat = scores.reshape([heads, count * count]) + mask.reshape([1, count * count]);
-    softmax(flat.reshape([kv_heads, group, count, count]), 3)
+    all: Tensor<Backend, 2>,
+    computed: Tensor<Backend, 2>,
+    active: &[usize],
+) -> Tensor<Backend, 2> {
+    let count = all.dims()[L::ROWS];
+    let both = Tensor::cat(vec![all, computed], L::ROWS);
+    let place = |row: usize| active.binary_search(&row).map_or(row, |at| count + at);
+    let order: Vec<usize> = (0..count).map(place).collect();
+    both.select(L::ROWS, indices(&order, setup))
 }
 
 fn indices(rows: &[usize], setup: &Setup) -> Tensor<Backend, 1, Int> {

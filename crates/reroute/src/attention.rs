@@ -9,12 +9,18 @@ use crate::DecoderConfig;
 /// can compute keys once for all candidates and queries only for the rows that stay.
 #[derive(Module, Debug)]
 pub struct SelfAttention<B: Backend> {
-    q_proj: Linear<B>,
-    k_proj: Linear<B>,
-    v_proj: Linear<B>,
-    o_proj: Linear<B>,
-    q_norm: Option<RmsNorm<B>>,
-    k_norm: Option<RmsNorm<B>>,
+    /// `[num_attention_heads · head_dim, hidden_size]`
+    pub q_proj: Linear<B>,
+    /// `[num_key_value_heads · head_dim, hidden_size]`
+    pub k_proj: Linear<B>,
+    /// `[num_key_value_heads · head_dim, hidden_size]`
+    pub v_proj: Linear<B>,
+    /// `[hidden_size, num_attention_heads · head_dim]`
+    pub o_proj: Linear<B>,
+    /// Normalises every head of the queries (Qwen3).
+    pub q_norm: Option<RmsNorm<B>>,
+    /// Normalises every head of the keys (Qwen3).
+    pub k_norm: Option<RmsNorm<B>>,
     num_key_value_heads: usize,
     head_dim: usize,
 }

@@ -52,9 +52,12 @@ impl<B: Backend> DecoderLayer<B> {
 /// SwiGLU feed-forward network (arXiv 2002.05202).
 #[derive(Module, Debug)]
 pub struct Mlp<B: Backend> {
-    gate_proj: Linear<B>,
-    up_proj: Linear<B>,
-    down_proj: Linear<B>,
+    /// `[intermediate_size, hidden_size]`
+    pub gate_proj: Linear<B>,
+    /// `[intermediate_size, hidden_size]`
+    pub up_proj: Linear<B>,
+    /// `[hidden_size, intermediate_size]`
+    pub down_proj: Linear<B>,
 }
 
 impl<B: Backend> Mlp<B> {

@@ -1,18 +1,18 @@
-//! One more token: bound by reading the weights once, so measured in bytes per second.
+//! One more token: bound by reading the weights once, so measured in bytes per second. In every type
+//! that the backend computes in; beside it, the prefill before it.
 
 use burn::module::Module;
 use burn::tensor::DType;
-use burn::tensor::backend::Backend as _;
 use reducers::Schedule;
 use reroute::KvCache;
-use reroute_cli::backend::Backend;
+use reroute_cli::backend::{self, Backend};
 use serde::Serialize;
 
 use crate::model::Model;
 use crate::options::Options;
 use crate::peak::Peak;
 use crate::setup::Setup;
-use crate::timing::{Spread, seconds, wait};
+use crate::timing::{Spread, repeated_seconds, seconds, wait};
 
 /// The method of the routed cache.
 const METHOD: &str = "reroute-pdrop";
@@ -25,6 +25,8 @@ const TOKENS: usize = 4;
 pub struct Row {
     dtype: String,
     cache: String,
+    /// The prefill that leaves this cache.
+    prefill_ms: Spread,
     ms: Spread,
     /// Bytes of the weights, and of the keys and values attended to.
     bytes: u64,
@@ -50,15 +52,11 @@ pub fn run(
     ];
     println!("\nDecoding one token");
     println!(
-        "{:<6} {:<18} {:>24} {:>9} {:>9} {:>8}",
-        "type", "cache", "ms", "MiB read", "GB/s", "of peak"
+        "{:<6} {:<18} {:>22} {:>24} {:>9} {:>9} {:>8}",
+        "type", "cache", "prefill ms", "ms", "MiB read", "GB/s", "of peak"
     );
     let mut rows = Vec::new();
-    for dtype in [DType::F32, DType::F16] {
-        if !Backend::supports_dtype(&setup.device(), dtype) {
-            println!("{dtype:?}: the backend does not compute in it");
-            continue;
-        }
+    for dtype in backend::dtypes(&setup.device()) {
         let cast;
         let setup = match dtype {
             DType::F32 => setup,
@@ -69,16 +67,20 @@ pub fn run(
         };
         let mut caches = Vec::new();
         for (_, schedule) in &schedules {
-            let mut cache = setup.prefill(schedule)?.cache;
+            let mut cache = setup.nothing_cached();
+            let prefill = repeated_seconds(options.rounds(), || {
+                cache = setup.prefill(schedule)?.cache;
+                Ok(())
+            })?;
             next_token(setup, &mut cache)?;
-            caches.push((cache, Vec::new()));
+            caches.push((cache, prefill, Vec::new()));
         }
         for _ in 0..options.rounds() * TOKENS {
-            for (cache, times) in &mut caches {
+            for (cache, _, times) in &mut caches {
                 times.push(next_token(setup, cache)?);
             }
         }
-        for ((name, _), (cache, times)) in schedules.iter().zip(caches) {
+        for ((name, _), (cache, prefill, times)) in schedules.iter().zip(caches) {
             let kv: u64 = cache.bytes(0).iter().sum();
             let ms = Spread::milliseconds(&times);
             let bytes = weight_bytes(setup, dtype) + kv;
@@ -86,6 +88,7 @@ pub fn run(
             rows.push(Row {
                 dtype: format!("{dtype:?}").to_lowercase(),
                 cache: name.clone(),
+                prefill_ms: Spread::milliseconds(&prefill),
                 ms,
                 bytes,
                 bytes_per_second,
@@ -113,9 +116,10 @@ fn weight_bytes(setup: &Setup, dtype: DType) -> u64 {
 impl Row {
     fn print(&self) {
         println!(
-            "{:<6} {:<18} {:>24} {:>9.0} {:>9.1} {:>6.0} %",
+            "{:<6} {:<18} {:>22} {:>24} {:>9.0} {:>9.1} {:>6.0} %",
             self.dtype,
             self.cache,
+            self.prefill_ms.show(0),
             self.ms.show(1),
             self.bytes as f64 / f64::from(1 << 20),
             self.bytes_per_second / 1e9,

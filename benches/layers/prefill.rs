@@ -228,6 +228,8 @@ fn selection(setup: &Setup, schedule: &Schedule) -> anyhow::Result<Selection> {
             .get(stage.layer)
             .context("a decision below the model")?;
         let (mut kept, mut pool) = (None, 0);
+        // The weights of the keys are then as near to the processor as for the entries below.
+        plain_entry(setup, layer, setup.rows())?;
         let decision = seconds(|| {
             let routed = router.enter(stage.layer, layer, hidden_states.clone(), &cache)?;
             settle(&routed)?;

@@ -1,5 +1,5 @@
-use half::f16;
 use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
 
 use crate::split::pieces;
 
@@ -10,6 +10,8 @@ pub enum Weight<'a> {
     F32(&'a [f32]),
     /// Half precision; widened on the way into the product.
     F16(&'a [f16]),
+    /// The upper half of single precision, widened likewise.
+    BF16(&'a [bf16]),
 }
 
 /// Rows in a piece: with 4096 columns of f32, 512 KiB.
@@ -30,6 +32,7 @@ pub fn matrix_vector(weight: Weight, x: &[f32], output: usize) -> Vec<f32> {
     match weight {
         Weight::F32(weight) => product(weight, x, output),
         Weight::F16(weight) => product(weight, x, output),
+        Weight::BF16(weight) => product(weight, x, output),
     }
 }
 
@@ -103,6 +106,13 @@ impl Widen for f32 {
     }
 }
 
+impl Widen for bf16 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+}
+
 impl Widen for f16 {
     /// In steps that compilers vectorise; `f16::to_f32` asks for the processor at every number.
     #[inline(always)]
@@ -173,11 +183,12 @@ mod tests {
     }
 
     #[test]
-    fn is_the_formula_in_both_precisions() {
+    fn is_the_formula_in_every_precision() {
         for [output, columns] in [[0, 5], [3, 0], [1, 1], [33, 70], [64, 2100], [7, 1024]] {
             let value = |i: usize| (i as f32 * 0.61).sin() / 32.0;
             let weight: Vec<f32> = (0..output * columns).map(value).collect();
             let half: Vec<f16> = weight.iter().map(|&x| f16::from_f32(x)).collect();
+            let upper: Vec<bf16> = weight.iter().map(|&x| bf16::from_f32(x)).collect();
             let x: Vec<f32> = (0..columns).map(|i| value(i + 17)).collect();
             let exact = |weight: &dyn Fn(usize) -> f64, row: usize| -> f64 {
                 let product = |column| weight(row * columns + column) * f64::from(x[column]);
@@ -185,12 +196,15 @@ mod tests {
             };
             let single = matrix_vector(Weight::F32(&weight), &x, output);
             let halved = matrix_vector(Weight::F16(&half), &x, output);
+            let shortened = matrix_vector(Weight::BF16(&upper), &x, output);
             assert_eq!((single.len(), halved.len()), (output, output));
             for row in 0..output {
                 let expected = exact(&|at| f64::from(weight[at]), row);
                 assert!((f64::from(single[row]) - expected).abs() < 1e-6);
                 let expected = exact(&|at| f64::from(half[at].to_f32()), row);
                 assert!((f64::from(halved[row]) - expected).abs() < 1e-6);
+                let expected = exact(&|at| f64::from(upper[at].to_f32()), row);
+                assert!((f64::from(shortened[row]) - expected).abs() < 1e-6);
             }
         }
     }

@@ -19,8 +19,8 @@ pub fn silu_product<B: Backend, const D: usize>(
     up: Tensor<B, D>,
 ) -> Tensor<B, D> {
     let host = HostTensor::of(&up);
-    let product = match host.f32s() {
-        Some(up) => host::in_place(gate, |gate| kernels::swish_product(gate, 1.0, up)),
+    let product = match host.singles() {
+        Some(up) => host::in_singles(gate, |gate| kernels::swish_product(gate, 1.0, &up)),
         None => Err(gate),
     };
     product.unwrap_or_else(|gate| silu(gate) * up)
@@ -60,9 +60,7 @@ fn by_number<B: Backend, const D: usize>(
     operations: impl FnOnce(Tensor<B, D>) -> Tensor<B, D>,
 ) -> Tensor<B, D> {
     let dtype = x.dtype();
-    host::in_place(x.cast(DType::F32), kernel)
-        .unwrap_or_else(operations)
-        .cast(dtype)
+    host::in_singles(x, kernel).unwrap_or_else(|x| operations(x.cast(DType::F32)).cast(dtype))
 }
 
 /// Largest exponent: its power is finite in f32, and `x` divided by it as good as zero.

@@ -116,16 +116,14 @@ fn on_host<B: Backend>(
         queries,
         keys: key.dims()[2],
     };
-    let device = query.device();
+    let (dtype, device) = (query.dtype(), query.device());
     let query = HostTensor::of(query);
     // Parts of a cache that has room for more, or of a tower's segments.
     let [key, value] = [key, value].map(|x| HostTensor::of(x).packed());
-    let context = kernels::attention(query.f32s()?, key.f32s()?, value.f32s()?, sizes, causal);
-    Some(host::tensor(
-        context,
-        [sizes.heads * head_dim, queries],
-        &device,
-    ))
+    let (query, key, value) = (query.singles()?, key.singles()?, value.singles()?);
+    let context = kernels::attention(&query, &key, &value, sizes, causal);
+    let shape = [sizes.heads * head_dim, queries];
+    Some(host::tensor(context, shape, dtype, &device))
 }
 
 /// `a · b`; for a single column as `bᵀ · aᵀ`, of which CPU backends read `a` at full speed.

@@ -5,12 +5,14 @@
 //! `Autodiff<B>` too, which must record every operation: its tensors are of another type.
 
 use std::any::Any;
+use std::borrow::Cow;
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Element, Tensor, TensorData, TensorPrimitive};
 #[cfg(feature = "flex")]
 use burn_flex::FlexTensor;
-use half::f16;
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
 
 /// A share in a tensor that is in this program's memory, if it is.
 pub(crate) struct HostTensor(Option<FlexTensor>);
@@ -28,22 +30,26 @@ impl HostTensor {
         Self(self.0.map(|tensor| tensor.to_contiguous()))
     }
 
-    /// The numbers in row-major order, if they are within reach, packed and f32.
-    pub(crate) fn f32s(&self) -> Option<&[f32]> {
+    /// The numbers in row-major order, if they are within reach, packed and of this type.
+    pub(crate) fn slice<E: Number>(&self) -> Option<&[E]> {
         self.0.as_ref()?.as_slice()
     }
 
-    /// The numbers in row-major order, if they are within reach, packed and f16.
-    pub(crate) fn f16s(&self) -> Option<&[f16]> {
-        self.0.as_ref()?.as_slice()
-    }
-
-    /// What the numbers are, if they are within reach and packed.
-    fn packed_dtype(&self) -> Option<DType> {
-        let f32s = self.f32s().map(|_| DType::F32);
-        f32s.or(self.f16s().map(|_| DType::F16))
+    /// The numbers in row-major order as f32, if they are within reach, packed and f32, f16 or bf16.
+    pub(crate) fn singles(&self) -> Option<Cow<'_, [f32]>> {
+        let singles = self.slice().map(Cow::Borrowed);
+        let halves = || self.slice::<f16>().map(kernels::widen);
+        let uppers = || self.slice::<bf16>().map(kernels::widen);
+        singles.or_else(|| halves().or_else(uppers).map(Cow::Owned))
     }
 }
+
+/// What numbers of a tensor may be.
+pub(crate) trait Number: Element + bytemuck::Pod {}
+
+impl Number for f32 {}
+impl Number for f16 {}
+impl Number for bf16 {}
 
 /// Stands in where the one backend that computes in this program's memory is not compiled in: no
 /// tensor is of this type.
@@ -62,14 +68,14 @@ impl FlexTensor {
     }
 }
 
-/// Lets `work` change a packed tensor of f32 or f16 in this program's memory; any other is given back.
+/// Lets `work` change a packed tensor in this program's memory; any other is given back.
 ///
 /// A tensor that nothing else refers to is not copied.
-pub(crate) fn in_place<B: Backend, const D: usize, E: Element>(
+pub(crate) fn in_place<B: Backend, const D: usize, E: Number>(
     tensor: Tensor<B, D>,
     work: impl FnOnce(&mut [E]),
 ) -> Result<Tensor<B, D>, Tensor<B, D>> {
-    if HostTensor::of(&tensor).packed_dtype() != Some(E::dtype()) {
+    if HostTensor::of(&tensor).slice::<E>().is_none() {
         return Err(tensor);
     }
     let device = tensor.device();
@@ -82,11 +88,48 @@ pub(crate) fn in_place<B: Backend, const D: usize, E: Element>(
     }
 }
 
-/// A tensor of numbers computed here.
+/// Lets `work` change the numbers of a packed tensor in this program's memory as f32, if they are that,
+/// f16 or bf16; any other tensor is given back.
+pub(crate) fn in_singles<B: Backend, const D: usize>(
+    tensor: Tensor<B, D>,
+    work: impl FnOnce(&mut [f32]),
+) -> Result<Tensor<B, D>, Tensor<B, D>> {
+    let dtype = tensor.dtype();
+    if dtype == DType::F32 {
+        return in_place(tensor, work);
+    }
+    let Some(Cow::Owned(mut singles)) = HostTensor::of(&tensor).singles() else {
+        return Err(tensor);
+    };
+    work(&mut singles);
+    Ok(self::tensor(
+        singles,
+        tensor.dims(),
+        dtype,
+        &tensor.device(),
+    ))
+}
+
+/// A tensor of numbers computed here, in `dtype`.
 pub(crate) fn tensor<B: Backend, const D: usize>(
     values: Vec<f32>,
     shape: [usize; D],
+    dtype: DType,
     device: &B::Device,
 ) -> Tensor<B, D> {
-    Tensor::from_data(TensorData::new(values, shape), (device, DType::F32))
+    let data = match dtype {
+        DType::F16 => narrowed::<f16, D>(&values, shape),
+        DType::BF16 => narrowed::<bf16, D>(&values, shape),
+        _ => TensorData::new(values, shape),
+    };
+    Tensor::from_data(data, (device, dtype))
+}
+
+fn narrowed<E: Number, const D: usize>(values: &[f32], shape: [usize; D]) -> TensorData
+where
+    [E]: HalfFloatSliceExt,
+{
+    let mut halves = vec![E::zeroed(); values.len()];
+    kernels::narrow(values, &mut halves);
+    TensorData::new(halves, shape)
 }

@@ -1,9 +1,11 @@
 use burn::module::{Initializer, Module, Param};
 use burn::tensor::backend::Backend;
-use burn::tensor::{DType, Tensor};
+use burn::tensor::{DType, Tensor, TensorData};
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
 use kernels::Weight;
 
-use crate::host::{self, HostTensor};
+use crate::host::{self, HostTensor, Number};
 
 /// An affine map with the weight laid out as checkpoints store it.
 #[derive(Module, Debug)]
@@ -63,16 +65,62 @@ impl<B: Backend> Linear<B> {
     /// - `x`: `[in, rows]`
     /// - returns `[out, rows]`
     pub fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        let weight = self.weight.val();
-        let y = match x.dims() {
-            [_, 1] => matrix_vector(weight, x),
-            _ => weight.matmul(x),
-        };
+        let y = product(self.weight.val(), x);
         match &self.bias {
             Some(bias) => y + bias.val().unsqueeze_dim(1),
             None => y,
         }
     }
+}
+
+/// Most numbers of a weight that are widened at a time (32 MiB).
+const WIDENED: usize = 8 << 20;
+
+/// `W · x`
+///
+/// # Shapes
+/// - `weight`: `[out, in]`
+/// - `x`: `[in, rows]`
+/// - returns `[out, rows]`
+pub(crate) fn product<B: Backend>(weight: Tensor<B, 2>, x: Tensor<B, 2>) -> Tensor<B, 2> {
+    if x.dims()[1] == 1 {
+        return matrix_vector(weight, x);
+    }
+    widened_product::<B, f16>(&weight, &x)
+        .or_else(|| widened_product::<B, bf16>(&weight, &x))
+        .unwrap_or_else(|| weight.matmul(x))
+}
+
+/// The same in half precision, with f32 for the arithmetic, of which processors do several times as
+/// much a second.
+fn widened_product<B: Backend, E: Number>(
+    weight: &Tensor<B, 2>,
+    x: &Tensor<B, 2>,
+) -> Option<Tensor<B, 2>>
+where
+    [E]: HalfFloatSliceExt,
+{
+    let ([output, input], [columns, rows]) = (weight.dims(), x.dims());
+    let (matrix, x) = (HostTensor::of(weight), HostTensor::of(x).packed());
+    let (matrix, x) = (matrix.slice::<E>()?, x.slice::<E>()?);
+    if matrix.is_empty() || x.is_empty() || input != columns {
+        return None;
+    }
+    let device = weight.device();
+    let wide = |halves: &[E], shape: [usize; 2]| {
+        let data = TensorData::new(kernels::widen(halves), shape);
+        Tensor::<B, 2>::from_data(data, (&device, DType::F32))
+    };
+    let x = wide(x, [input, rows]);
+    let mut y = vec![E::zeroed(); output * rows];
+    let block = (WIDENED / input).max(1);
+    let blocks = matrix.chunks(block * input).zip(y.chunks_mut(block * rows));
+    for (matrix, y) in blocks {
+        let product = wide(matrix, [matrix.len() / input, input]).matmul(x.clone());
+        kernels::narrow(HostTensor::of(&product).slice()?, y);
+    }
+    let y = TensorData::new(y, [output, rows]);
+    Some(Tensor::from_data(y, (&device, E::dtype())))
 }
 
 /// The product with a single column.
@@ -83,15 +131,13 @@ impl<B: Backend> Linear<B> {
 /// - returns `[out, 1]`
 fn matrix_vector<B: Backend>(weight: Tensor<B, 2>, x: Tensor<B, 2>) -> Tensor<B, 2> {
     let [output, input] = weight.dims();
-    let (matrix, column) = (
-        HostTensor::of(&weight),
-        HostTensor::of(&x.clone().cast(DType::F32)),
-    );
-    let single = matrix.f32s().map(Weight::F32);
-    let known = single.or_else(|| matrix.f16s().map(Weight::F16));
-    if let (Some(matrix), Some(column)) = (known, column.f32s()) {
-        let y = kernels::matrix_vector(matrix, column, output);
-        return host::tensor(y, [output, 1], &x.device()).cast(x.dtype());
+    let (matrix, column) = (HostTensor::of(&weight), HostTensor::of(&x).packed());
+    let known = (matrix.slice().map(Weight::F32))
+        .or_else(|| matrix.slice().map(Weight::F16))
+        .or_else(|| matrix.slice().map(Weight::BF16));
+    if let (Some(matrix), Some(column)) = (known, column.singles()) {
+        let y = kernels::matrix_vector(matrix, &column, output);
+        return host::tensor(y, [output, 1], x.dtype(), &x.device());
     }
     // A product of a row with Wᵀ streams the weight once; W · column does not.
     let row = x.reshape([1, input]).matmul(weight.transpose());

@@ -41,9 +41,9 @@ impl<B: Backend> RmsNorm<B> {
     pub fn forward<const D: usize>(&self, x: Tensor<B, D>) -> Tensor<B, D> {
         if D == 2 {
             let (input, weight) = (HostTensor::of(&x), HostTensor::of(&self.weight.val()));
-            if let (Some(input), Some(weight)) = (input.f32s(), weight.f32s()) {
-                let normed = kernels::rms_norm(input, weight, self.epsilon as f32);
-                return host::tensor(normed, x.dims(), &x.device());
+            if let (Some(input), Some(weight)) = (input.singles(), weight.singles()) {
+                let normed = kernels::rms_norm(&input, &weight, self.epsilon as f32);
+                return host::tensor(normed, x.dims(), x.dtype(), &x.device());
             }
         }
         let dtype = x.dtype();
@@ -94,10 +94,11 @@ impl<B: Backend> LayerNorm<B> {
     pub fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
         let (input, weight) = (HostTensor::of(&x), HostTensor::of(&self.weight.val()));
         let bias = HostTensor::of(&self.bias.val());
-        if let (Some(input), Some(weight), Some(bias)) = (input.f32s(), weight.f32s(), bias.f32s())
+        if let (Some(input), Some(weight), Some(bias)) =
+            (input.singles(), weight.singles(), bias.singles())
         {
-            let normed = kernels::layer_norm(input, weight, bias, self.epsilon as f32);
-            return host::tensor(normed, x.dims(), &x.device());
+            let normed = kernels::layer_norm(&input, &weight, &bias, self.epsilon as f32);
+            return host::tensor(normed, x.dims(), x.dtype(), &x.device());
         }
         let dtype = x.dtype();
         let x = x.cast(DType::F32);

@@ -48,8 +48,8 @@ impl<B: Backend> Rotary<B> {
     /// - returns `[heads · head_dim, rows]`
     pub fn apply(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
         let (cos, sin) = (HostTensor::of(&self.cos), HostTensor::of(&self.sin));
-        let rotated = match (cos.f32s(), sin.f32s()) {
-            (Some(cos), Some(sin)) => host::in_place(x, |x| kernels::rotate(x, cos, sin)),
+        let rotated = match (cos.singles(), sin.singles()) {
+            (Some(cos), Some(sin)) => host::in_singles(x, |x| kernels::rotate(x, &cos, &sin)),
             _ => Err(x),
         };
         rotated.unwrap_or_else(|x| self.turn(x, false))

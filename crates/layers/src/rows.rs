@@ -1,8 +1,8 @@
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
-use half::f16;
+use half::{bf16, f16};
 
-use crate::host::{self, HostTensor};
+use crate::host::{self, HostTensor, Number};
 
 /// Overwrites rows of a buffer, from `start` on; they must fit.
 ///
@@ -17,19 +17,27 @@ pub fn write_rows<B: Backend>(
     start: usize,
     rows: Tensor<B, 3>,
 ) -> Tensor<B, 3> {
-    let [heads, head_dim, capacity] = buffer.dims();
+    let [heads, head_dim, _] = buffer.dims();
     let count = rows.dims()[2];
-    let host = HostTensor::of(&rows).packed();
-    let written = match (host.f32s(), host.f16s()) {
-        (Some(rows), _) => host::in_place(buffer, |buffer: &mut [f32]| {
-            kernels::write_columns(buffer, capacity, start, rows, count);
-        }),
-        (_, Some(rows)) => host::in_place(buffer, |buffer: &mut [f16]| {
-            kernels::write_columns(buffer, capacity, start, rows, count);
-        }),
-        _ => Err(buffer),
-    };
+    let written = on_host::<B, f32>(buffer, start, &rows)
+        .or_else(|buffer| on_host::<B, f16>(buffer, start, &rows))
+        .or_else(|buffer| on_host::<B, bf16>(buffer, start, &rows));
     written.unwrap_or_else(|buffer| {
         buffer.slice_assign([0..heads, 0..head_dim, start..start + count], rows)
     })
+}
+
+fn on_host<B: Backend, E: Number>(
+    buffer: Tensor<B, 3>,
+    start: usize,
+    rows: &Tensor<B, 3>,
+) -> Result<Tensor<B, 3>, Tensor<B, 3>> {
+    let (capacity, count) = (buffer.dims()[2], rows.dims()[2]);
+    let rows = HostTensor::of(rows).packed();
+    match rows.slice::<E>() {
+        Some(rows) => host::in_place(buffer, |buffer| {
+            kernels::write_columns(buffer, capacity, start, rows, count);
+        }),
+        None => Err(buffer),
+    }
 }

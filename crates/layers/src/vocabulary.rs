@@ -2,6 +2,8 @@ use burn::module::{Initializer, Module, Param};
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor};
 
+use crate::linear::product;
+
 /// Bytes that every WebGPU device can bind as one buffer
 /// (`maxStorageBufferBindingSize`, <https://www.w3.org/TR/webgpu/#limits>).
 const MAX_BLOCK_BYTES: usize = 128 << 20;
@@ -95,9 +97,7 @@ impl<B: Backend> Vocabulary<B> {
     /// - `hidden_states`: `[features, rows]`
     /// - returns `[rows, entries]`
     pub fn logits(&self, hidden_states: Tensor<B, 2>) -> Tensor<B, 2> {
-        let rows = hidden_states.transpose();
-        // A product of a row with Wᵀ streams the weight once, see `Linear::forward`.
-        let block = |weight: &Param<Tensor<B, 2>>| rows.clone().matmul(weight.val().transpose());
-        Tensor::cat(self.weight.iter().map(block).collect(), 1)
+        let block = |weight: &Param<Tensor<B, 2>>| product(weight.val(), hidden_states.clone());
+        Tensor::cat(self.weight.iter().map(block).collect(), 0).transpose()
     }
 }

@@ -1,5 +1,8 @@
 //! Attention without a score matrix.
 
+mod few;
+
+pub use few::{Cached, attention_of_few};
 use pulp::bytemuck::cast_slice_mut;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
@@ -335,12 +338,12 @@ impl RunningSoftmax {
 mod tests {
     use super::*;
 
-    fn value(i: usize) -> f32 {
+    pub(super) fn value(i: usize) -> f32 {
         (i as f32 * 0.731).sin() * 2.0
     }
 
     /// One number at a time, in f64.
-    fn naive(x: [&[f32]; 3], sizes: AttentionSizes, causal: bool) -> Vec<f64> {
+    pub(super) fn naive(x: [&[f32]; 3], sizes: AttentionSizes, causal: bool) -> Vec<f64> {
         let AttentionSizes {
             heads,
             kv_heads,

@@ -12,14 +12,12 @@ mod norm;
 mod precision;
 mod product;
 mod rotary;
-mod softmax;
 mod split;
 
 pub use activation::{gelu_tanh, swish, swish_product};
-pub use attention::{AttentionSizes, attention};
+pub use attention::{AttentionSizes, Cached, attention, attention_of_few};
 pub use columns::write_columns;
 pub use norm::{layer_norm, rms_norm};
 pub use precision::{narrow, widen};
-pub use product::{Weight, matrix_vector};
+pub use product::{Weight, Widen, matrix_vector};
 pub use rotary::rotate;
-pub use softmax::softmax_columns;

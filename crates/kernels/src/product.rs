@@ -21,7 +21,7 @@ const ROWS: usize = 32;
 const STREAMS: usize = 4;
 
 /// Independent sums of a row. Several registers: a loop of one or two is unrolled before it is vectorised.
-const LANES: usize = 64;
+pub(crate) const LANES: usize = 64;
 
 /// `W · x`, which reads `W` once at the speed of memory.
 ///
@@ -67,7 +67,11 @@ fn product<T: Widen>(weight: &[T], x: &[f32], output: usize) -> Vec<f32> {
 
 /// The products of rows with `x`. The sum of a row does not depend on how many are read at a time.
 #[inline(always)]
-fn dots<T: Widen, const N: usize>(rows: [&[T]; N], x: &[f32], processor: Processor) -> [f32; N] {
+pub(crate) fn dots<T: Widen, const N: usize>(
+    rows: [&[T]; N],
+    x: &[f32],
+    processor: Processor,
+) -> [f32; N] {
     let (chunks, x_rest) = x.as_chunks::<LANES>();
     let row_chunks = rows.map(|row| &row.as_chunks::<LANES>().0[..chunks.len()]);
     let mut lanes = [[0.0; LANES]; N];
@@ -89,7 +93,8 @@ fn dots<T: Widen, const N: usize>(rows: [&[T]; N], x: &[f32], processor: Process
 }
 
 /// A number that becomes an f32.
-trait Widen: Copy + Sync {
+pub trait Widen: Copy + Sync {
+    /// The same number.
     fn widen(self) -> f32;
 
     /// All numbers of a chunk.
@@ -154,16 +159,16 @@ impl Widen for f16 {
 
 /// Proof that the processor has AVX-512.
 #[cfg(target_arch = "x86_64")]
-type Processor = Option<pulp::x86::V4>;
+pub(crate) type Processor = Option<pulp::x86::V4>;
 #[cfg(not(target_arch = "x86_64"))]
-type Processor = ();
+pub(crate) type Processor = ();
 
 #[cfg(target_arch = "x86_64")]
-fn processor() -> Processor {
+pub(crate) fn processor() -> Processor {
     pulp::x86::V4::try_new()
 }
 #[cfg(not(target_arch = "x86_64"))]
-fn processor() -> Processor {}
+pub(crate) fn processor() -> Processor {}
 
 #[cfg(test)]
 mod tests {

@@ -1,9 +1,10 @@
 use burn::tensor::activation::softmax;
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Int, Tensor};
-use kernels::AttentionSizes;
+use half::{bf16, f16};
+use kernels::{AttentionSizes, Cached, Widen};
 
-use crate::host::{self, HostTensor};
+use crate::host::{self, HostTensor, Number};
 
 /// Most queries handled at a time: bounds the score matrix to `heads × BLOCK × keys` and lets causal
 /// attention skip the keys that no query of the block may see, about half of the work.
@@ -95,8 +96,8 @@ pub fn attention<B: Backend>(
     Tensor::cat(blocks.collect(), 3).reshape([kv_heads * group * head_dim, queries])
 }
 
-/// Fewer queries leave most of the kernel's registers empty.
-const QUERIES_ON_HOST: usize = 8;
+/// Fewer queries leave most registers of the kernel for many empty.
+const MANY: usize = 8;
 
 /// The same by a kernel, if the tensors are within its reach; shapes as [`attention`].
 fn on_host<B: Backend>(
@@ -106,9 +107,6 @@ fn on_host<B: Backend>(
     causal: bool,
 ) -> Option<Tensor<B, 2>> {
     let [kv_heads, group, head_dim, queries] = query.dims();
-    if queries < QUERIES_ON_HOST {
-        return None;
-    }
     let sizes = AttentionSizes {
         heads: kv_heads * group,
         kv_heads,
@@ -117,13 +115,33 @@ fn on_host<B: Backend>(
         keys: key.dims()[2],
     };
     let (dtype, device) = (query.dtype(), query.device());
-    let query = HostTensor::of(query);
-    // Parts of a cache that has room for more, or of a tower's segments.
-    let [key, value] = [key, value].map(|x| HostTensor::of(x).packed());
-    let (query, key, value) = (query.singles()?, key.singles()?, value.singles()?);
-    let context = kernels::attention(&query, &key, &value, sizes, causal);
+    let query = HostTensor::of(query).packed();
+    let query = query.singles()?;
+    let [key, value] = [key, value].map(HostTensor::of);
+    let context = match queries {
+        0..MANY => of_few::<f32>(&query, &key, &value, sizes, causal)
+            .or_else(|| of_few::<f16>(&query, &key, &value, sizes, causal))
+            .or_else(|| of_few::<bf16>(&query, &key, &value, sizes, causal))?,
+        _ => {
+            // Parts of a cache that has room for more, or of a tower's segments.
+            let [key, value] = [key, value].map(HostTensor::packed);
+            kernels::attention(&query, &key.singles()?, &value.singles()?, sizes, causal)
+        }
+    };
     let shape = [sizes.heads * head_dim, queries];
     Some(host::tensor(context, shape, dtype, &device))
+}
+
+fn of_few<E: Number + Widen>(
+    query: &[f32],
+    key: &HostTensor,
+    value: &HostTensor,
+    sizes: AttentionSizes,
+    causal: bool,
+) -> Option<Vec<f32>> {
+    let cached = |(numbers, capacity)| Cached { numbers, capacity };
+    let (key, value) = (cached(key.rows::<E>()?), cached(value.rows::<E>()?));
+    Some(kernels::attention_of_few(query, key, value, sizes, causal))
 }
 
 /// `a · b`; for a single column as `bᵀ · aᵀ`, of which CPU backends read `a` at full speed.
@@ -138,19 +156,13 @@ fn product<B: Backend>(a: Tensor<B, 4>, b: Tensor<B, 4>) -> Tensor<B, 4> {
 /// - `scores`: `[kv_heads, group, keys, queries]`, f32
 /// - returns the same shape
 fn softmax_over_keys<B: Backend>(
-    scores: Tensor<B, 4>,
+    mut scores: Tensor<B, 4>,
     causal: Option<&CausalMask<B>>,
 ) -> Tensor<B, 4> {
     let [kv_heads, group, keys, queries] = scores.dims();
-    let earlier = causal.map(|_| keys - queries);
-    let weights = host::in_place(scores, |scores| {
-        kernels::softmax_columns(scores, [keys, queries], earlier);
-    });
-    weights.unwrap_or_else(|mut scores| {
-        if let (Some(mask), true) = (causal, queries > 1) {
-            let flat = scores.reshape([kv_heads * group, keys * queries]);
-            scores = (flat + mask.block(keys, queries)).reshape([kv_heads, group, keys, queries]);
-        }
-        softmax(scores, 2)
-    })
+    if let (Some(mask), true) = (causal, queries > 1) {
+        let flat = scores.reshape([kv_heads * group, keys * queries]);
+        scores = (flat + mask.block(keys, queries)).reshape([kv_heads, group, keys, queries]);
+    }
+    softmax(scores, 2)
 }

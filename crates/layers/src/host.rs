@@ -35,6 +35,15 @@ impl HostTensor {
         self.0.as_ref()?.as_slice()
     }
 
+    /// The numbers as rows that lie side by side in a larger tensor, if they are within reach and of this
+    /// type, and how far one row is from the next.
+    ///
+    /// # Shapes
+    /// - `self`: `[matrices, rows, columns]`
+    pub(crate) fn rows<E: Number>(&self) -> Option<(&[E], usize)> {
+        strided_rows(self.0.as_ref()?)
+    }
+
     /// The numbers in row-major order as f32, if they are within reach, packed and f32, f16 or bf16.
     pub(crate) fn singles(&self) -> Option<Cow<'_, [f32]>> {
         let singles = self.slice().map(Cow::Borrowed);
@@ -50,6 +59,25 @@ pub(crate) trait Number: Element + bytemuck::Pod {}
 impl Number for f32 {}
 impl Number for f16 {}
 impl Number for bf16 {}
+
+#[cfg(feature = "flex")]
+fn strided_rows<E: Number>(tensor: &FlexTensor) -> Option<(&[E], usize)> {
+    let layout = tensor.layout();
+    let ([matrices, rows, _], &[matrix, row, 1]) = (layout.shape().dims(), layout.strides()) else {
+        return None;
+    };
+    let evenly = matrices == 1 || matrix == rows as isize * row;
+    if tensor.dtype() != E::dtype() || !evenly {
+        return None;
+    }
+    let numbers = tensor.storage().get(layout.start_offset()..)?;
+    Some((numbers, usize::try_from(row).ok()?))
+}
+
+#[cfg(not(feature = "flex"))]
+fn strided_rows<E>(tensor: &FlexTensor) -> Option<(&[E], usize)> {
+    match *tensor {}
+}
 
 /// Stands in where the one backend that computes in this program's memory is not compiled in: no
 /// tensor is of this type.

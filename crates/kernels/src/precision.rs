@@ -4,17 +4,15 @@ use half::slice::HalfFloatSliceExt;
 
 use crate::split::{PIECE, pieces};
 
-/// The same numbers in f32.
-pub fn widen<T: Sync>(halves: &[T]) -> Vec<f32>
+/// The same numbers in f32; `wide` is as long as `halves`.
+pub fn widen<T: Sync>(halves: &[T], wide: &mut [f32])
 where
     [T]: HalfFloatSliceExt,
 {
-    let mut wide = vec![0.0; halves.len()];
-    pieces(&mut wide, PIECE, |index, wide| {
+    pieces(wide, PIECE, |index, wide| {
         let start = index * PIECE;
         halves[start..start + wide.len()].convert_to_f32_slice(wide);
     });
-    wide
 }
 
 /// The nearest numbers in half precision; `halves` is as long as `numbers`.
@@ -47,7 +45,8 @@ mod tests {
                     .zip(&numbers)
                     .all(|(h, &x)| *h == f16::from_f32(x))
             );
-            let wide = widen(&halves);
+            let mut wide = vec![0.0; count];
+            widen(&halves, &mut wide);
             assert!(wide.iter().zip(&halves).all(|(&x, h)| x == h.to_f32()));
 
             let mut halves = vec![bf16::ZERO; count];
@@ -58,7 +57,8 @@ mod tests {
                     .zip(&numbers)
                     .all(|(h, &x)| *h == bf16::from_f32(x))
             );
-            let wide = widen(&halves);
+            let mut wide = vec![0.0; count];
+            widen(&halves, &mut wide);
             assert!(wide.iter().zip(&halves).all(|(&x, h)| x == h.to_f32()));
         }
     }

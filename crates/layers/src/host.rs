@@ -47,8 +47,8 @@ impl HostTensor {
     /// The numbers in row-major order as f32, if they are within reach, packed and f32, f16 or bf16.
     pub(crate) fn singles(&self) -> Option<Cow<'_, [f32]>> {
         let singles = self.slice().map(Cow::Borrowed);
-        let halves = || self.slice::<f16>().map(kernels::widen);
-        let uppers = || self.slice::<bf16>().map(kernels::widen);
+        let halves = || self.slice::<f16>().map(widened);
+        let uppers = || self.slice::<bf16>().map(widened);
         singles.or_else(|| halves().or_else(uppers).map(Cow::Owned))
     }
 }
@@ -151,6 +151,21 @@ pub(crate) fn tensor<B: Backend, const D: usize>(
         _ => TensorData::new(values, shape),
     };
     Tensor::from_data(data, (device, dtype))
+}
+
+/// The numbers of a tensor of [`tensor`]: its very memory if nothing else refers to it.
+pub(crate) fn into_numbers<B: Backend>(tensor: Tensor<B, 2>) -> Option<Vec<f32>> {
+    tensor.into_data().into_vec().ok()
+}
+
+/// The same numbers in f32.
+pub(crate) fn widened<E: Number>(halves: &[E]) -> Vec<f32>
+where
+    [E]: HalfFloatSliceExt,
+{
+    let mut wide = vec![0.0; halves.len()];
+    kernels::widen(halves, &mut wide);
+    wide
 }
 
 fn narrowed<E: Number, const D: usize>(values: &[f32], shape: [usize; D]) -> TensorData

@@ -73,8 +73,8 @@ impl<B: Backend> Linear<B> {
     }
 }
 
-/// Most numbers of a weight that are widened at a time (32 MiB).
-const WIDENED: usize = 8 << 20;
+/// Most numbers of a weight that are widened at a time (16 MiB).
+const WIDENED: usize = 4 << 20;
 
 /// `W · x`
 ///
@@ -107,17 +107,22 @@ where
         return None;
     }
     let device = weight.device();
-    let wide = |halves: &[E], shape: [usize; 2]| {
-        let data = TensorData::new(kernels::widen(halves), shape);
-        Tensor::<B, 2>::from_data(data, (&device, DType::F32))
+    let single = |numbers: Vec<f32>, shape: [usize; 2]| {
+        Tensor::<B, 2>::from_data(TensorData::new(numbers, shape), (&device, DType::F32))
     };
-    let x = wide(x, [input, rows]);
+    let x = single(host::widened(x), [input, rows]);
     let mut y = vec![E::zeroed(); output * rows];
-    let block = (WIDENED / input).max(1);
+    let block = (WIDENED / input).clamp(1, output);
+    // The same memory for all blocks: fresh memory is zeroed before it is written.
+    let mut wide = vec![0.0; block * input];
     let blocks = matrix.chunks(block * input).zip(y.chunks_mut(block * rows));
     for (matrix, y) in blocks {
-        let product = wide(matrix, [matrix.len() / input, input]).matmul(x.clone());
+        wide.truncate(matrix.len());
+        kernels::widen(matrix, &mut wide);
+        let weight = single(wide, [matrix.len() / input, input]);
+        let product = weight.clone().matmul(x.clone());
         kernels::narrow(HostTensor::of(&product).slice()?, y);
+        wide = host::into_numbers(weight)?;
     }
     let y = TensorData::new(y, [output, rows]);
     Some(Tensor::from_data(y, (&device, E::dtype())))

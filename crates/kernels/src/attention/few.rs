@@ -14,14 +14,6 @@ pub struct Cached<'a, T> {
     pub capacity: usize,
 }
 
-impl<'a, T> Cached<'a, T> {
-    /// A channel of all heads' channels.
-    #[inline(always)]
-    fn channel(&self, channel: usize, keys: usize) -> &'a [T] {
-        &self.numbers[channel * self.capacity..][..keys]
-    }
-}
-
 /// Numbers that a thread reads at least.
 const NUMBERS: usize = 32 << 10;
 
@@ -98,32 +90,16 @@ impl<T: Widen> Head<'_, T> {
             keys,
             ..
         } = self.sizes;
-        let scale = (head_dim as f32).sqrt().recip();
         let asking = self.query.len() / head_dim.max(1);
-        // Where a query has its number for a channel, or its result.
-        let place = |asking: usize, channel: usize| {
-            (asking / queries * head_dim + channel) * queries + asking % queries
-        };
+        let whole = head_dim - head_dim % STREAMS;
+
         // `[asking, keys]`
         let mut weights = vec![0.0; asking * keys];
-        let key = |channel| self.key.channel(self.first_channel + channel, keys);
-        let value = |channel| self.value.channel(self.first_channel + channel, keys);
-
-        let whole = head_dim - head_dim % STREAMS;
         for channel in (0..whole).step_by(STREAMS) {
-            let rows = std::array::from_fn(|at| key(channel + at));
-            for (asking, scores) in weights.chunks_exact_mut(keys.max(1)).enumerate() {
-                let factor = |at| self.query[place(asking, channel + at)] * scale;
-                let factors: [f32; STREAMS] = std::array::from_fn(factor);
-                add_weighted(scores, rows, factors, self.processor);
-            }
+            self.add_scores::<STREAMS>(channel, &mut weights);
         }
         for channel in whole..head_dim {
-            let row = key(channel);
-            for (asking, scores) in weights.chunks_exact_mut(keys.max(1)).enumerate() {
-                let factor = self.query[place(asking, channel)] * scale;
-                add_weighted(scores, [row], [factor], self.processor);
-            }
+            self.add_scores::<1>(channel, &mut weights);
         }
 
         let visible = |asking: usize| match self.causal {
@@ -140,23 +116,52 @@ impl<T: Widen> Head<'_, T> {
             })
             .collect();
 
-        for channel in (0..whole).step_by(STREAMS) {
-            let rows = std::array::from_fn(|at| value(channel + at));
-            for (asking, inverse) in inverses.iter().enumerate() {
-                let weights = &weights[asking * keys..][..keys];
-                let context: [f32; STREAMS] = dots(rows, weights, self.processor);
-                for (at, context) in context.into_iter().enumerate() {
-                    output[place(asking, channel + at)] = context * inverse;
-                }
+        let mut gather = |channel, context: &[f32], asking: usize| {
+            for (at, context) in context.iter().enumerate() {
+                output[self.place(asking, channel + at)] = context * inverses[asking];
+            }
+        };
+        for asking in 0..asking {
+            let weights = &weights[asking * keys..][..keys];
+            for channel in (0..whole).step_by(STREAMS) {
+                let rows = self.rows::<STREAMS>(self.value, channel);
+                gather(channel, &dots(rows, weights, self.processor), asking);
+            }
+            for channel in whole..head_dim {
+                let rows = self.rows::<1>(self.value, channel);
+                gather(channel, &dots(rows, weights, self.processor), asking);
             }
         }
-        for channel in whole..head_dim {
-            let row = value(channel);
-            for (asking, inverse) in inverses.iter().enumerate() {
-                let [context] = dots([row], &weights[asking * keys..][..keys], self.processor);
-                output[place(asking, channel)] = context * inverse;
-            }
+    }
+
+    /// Adds the products of some channels to the scores.
+    ///
+    /// # Shapes
+    /// - `scores`: `[asking, keys]`
+    #[inline(always)]
+    fn add_scores<const N: usize>(&self, channel: usize, scores: &mut [f32]) {
+        let scale = (self.sizes.head_dim as f32).sqrt().recip();
+        let rows = self.rows::<N>(self.key, channel);
+        for (asking, scores) in scores.chunks_exact_mut(self.sizes.keys.max(1)).enumerate() {
+            let factor = |at| self.query[self.place(asking, channel + at)] * scale;
+            add_weighted(scores, rows, std::array::from_fn(factor), self.processor);
         }
+    }
+
+    /// Some channels of the head.
+    #[inline(always)]
+    fn rows<'b, const N: usize>(&self, of: Cached<'b, T>, channel: usize) -> [&'b [T]; N] {
+        let first = self.first_channel + channel;
+        std::array::from_fn(|at| &of.numbers[(first + at) * of.capacity..][..self.sizes.keys])
+    }
+
+    /// Where a query has its number for a channel, or its result.
+    #[inline(always)]
+    fn place(&self, asking: usize, channel: usize) -> usize {
+        let AttentionSizes {
+            head_dim, queries, ..
+        } = self.sizes;
+        (asking / queries * head_dim + channel) * queries + asking % queries
     }
 }
 

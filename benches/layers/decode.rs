@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::model::Model;
 use crate::options::Options;
-use crate::peak::Peak;
+use crate::peak::bandwidth;
 use crate::setup::Setup;
 use crate::timing::{Spread, repeated_seconds, seconds, wait};
 
@@ -31,17 +31,14 @@ pub struct Row {
     /// Bytes of the weights, and of the keys and values attended to.
     bytes: u64,
     bytes_per_second: f64,
-    /// Of the bandwidth of a large read: a token writes next to nothing.
+    /// Bandwidth of a large read before and after these tokens, the mean: a token writes next to nothing.
+    read_bytes_per_second: f64,
+    /// Of that.
     of_peak: f64,
 }
 
 /// Measures every type that the backend computes in, after a dense and a routed prefill in turn.
-pub fn run(
-    setup: &Setup,
-    model: &Model,
-    peak: &Peak,
-    options: &Options,
-) -> anyhow::Result<Vec<Row>> {
+pub fn run(setup: &Setup, model: &Model, options: &Options) -> anyhow::Result<Vec<Row>> {
     let budget = options.budgets[0];
     let schedules = [
         ("dense".to_string(), Schedule::dense()),
@@ -52,8 +49,8 @@ pub fn run(
     ];
     println!("\nDecoding one token");
     println!(
-        "{:<6} {:<18} {:>22} {:>24} {:>9} {:>9} {:>8}",
-        "type", "cache", "prefill ms", "ms", "MiB read", "GB/s", "of peak"
+        "{:<6} {:<18} {:>22} {:>24} {:>9} {:>9} {:>9} {:>8}",
+        "type", "cache", "prefill ms", "ms", "MiB read", "GB/s", "peak", "of peak"
     );
     let mut rows = Vec::new();
     for dtype in backend::dtypes(&setup.device()) {
@@ -75,11 +72,14 @@ pub fn run(
             next_token(setup, &mut cache)?;
             caches.push((cache, prefill, Vec::new()));
         }
+        let [before, _] = bandwidth(&setup.device(), options)?;
         for _ in 0..options.rounds() * TOKENS {
             for (cache, _, times) in &mut caches {
                 times.push(next_token(setup, cache)?);
             }
         }
+        let [after, _] = bandwidth(&setup.device(), options)?;
+        let read_bytes_per_second = before.midpoint(after);
         for ((name, _), (cache, prefill, times)) in schedules.iter().zip(caches) {
             let kv: u64 = cache.bytes(0).iter().sum();
             let ms = Spread::milliseconds(&times);
@@ -92,7 +92,8 @@ pub fn run(
                 ms,
                 bytes,
                 bytes_per_second,
-                of_peak: bytes_per_second / peak.read_bytes_per_second,
+                read_bytes_per_second,
+                of_peak: bytes_per_second / read_bytes_per_second,
             });
         }
     }
@@ -116,13 +117,14 @@ fn weight_bytes(setup: &Setup, dtype: DType) -> u64 {
 impl Row {
     fn print(&self) {
         println!(
-            "{:<6} {:<18} {:>22} {:>24} {:>9.0} {:>9.1} {:>6.0} %",
+            "{:<6} {:<18} {:>22} {:>24} {:>9.0} {:>9.1} {:>9.1} {:>6.0} %",
             self.dtype,
             self.cache,
             self.prefill_ms.show(0),
             self.ms.show(1),
             self.bytes as f64 / f64::from(1 << 20),
             self.bytes_per_second / 1e9,
+            self.read_bytes_per_second / 1e9,
             100.0 * self.of_peak,
         );
     }

@@ -101,7 +101,7 @@ fn measure(model: &Model, device: &Device, options: &Options) -> anyhow::Result<
             report["prefill"] = json!(prefill::run(&setup, model, &peak, options)?);
         }
         if options.wants(Section::Decode) {
-            report["decode"] = json!(decode::run(&setup, model, &peak, options)?);
+            report["decode"] = json!(decode::run(&setup, model, options)?);
         }
         if options.wants(Section::Sizes) {
             report["sizes"] = json!(sizes::run(&setup, model, options)?);

@@ -26,14 +26,8 @@ pub struct Peak {
 impl Peak {
     /// Measures and prints it.
     pub fn measure(device: &Device, options: &Options) -> anyhow::Result<Self> {
-        let (side, bytes) = match options.smoke {
-            true => (64, 1 << 16),
-            false => (4096, 1 << 30),
-        };
-        let [read, copied] = match backend::ON_HOST {
-            true => host_bandwidth(bytes)?,
-            false => device_bandwidth(bytes, device)?,
-        };
+        let side = if options.smoke { 64 } else { 4096 };
+        let [read, copied] = bandwidth(device, options)?;
         let peak = Self {
             flops_per_second: product(side, device)?,
             read_bytes_per_second: read,
@@ -46,6 +40,15 @@ impl Peak {
             copied / 1e9,
         );
         Ok(peak)
+    }
+}
+
+/// Bytes a second that are only read, and of a copy, those read and those written.
+pub fn bandwidth(device: &Device, options: &Options) -> anyhow::Result<[f64; 2]> {
+    let bytes = if options.smoke { 1 << 16 } else { 1 << 30 };
+    match backend::ON_HOST {
+        true => host_bandwidth(bytes),
+        false => device_bandwidth(bytes, device),
     }
 }
 

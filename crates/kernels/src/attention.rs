@@ -2,7 +2,7 @@
 
 mod few;
 
-pub use few::{Cached, attention_of_few};
+pub use few::{Cache, Cached, attention_of_few};
 use pulp::bytemuck::cast_slice_mut;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;

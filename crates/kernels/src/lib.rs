@@ -15,9 +15,9 @@ mod rotary;
 mod split;
 
 pub use activation::{gelu_tanh, swish, swish_product};
-pub use attention::{AttentionSizes, Cached, attention, attention_of_few};
+pub use attention::{AttentionSizes, Cache, Cached, attention, attention_of_few};
 pub use columns::write_columns;
 pub use norm::{layer_norm, rms_norm};
 pub use precision::{narrow, widen};
-pub use product::{Weight, Widen, matrix_vector};
+pub use product::{Weight, matrix_vector};
 pub use rotary::rotate;

@@ -16,7 +16,16 @@ pub(crate) fn pieces<T: Send>(
     size: usize,
     work: impl Fn(usize, &mut [T]) + Sync,
 ) {
-    let arch = Arch::new();
+    pieces_on(Arch::new(), values, size, work);
+}
+
+/// The same with certain instructions of this processor.
+pub(crate) fn pieces_on<T: Send>(
+    arch: Arch,
+    values: &mut [T],
+    size: usize,
+    work: impl Fn(usize, &mut [T]) + Sync,
+) {
     let work = &work;
     let run = |(index, piece)| arch.dispatch(Piece { work, index, piece });
     let size = size.max(1);
@@ -24,6 +33,16 @@ pub(crate) fn pieces<T: Send>(
         values.chunks_mut(size).enumerate().for_each(run);
     } else {
         values.par_chunks_mut(size).enumerate().for_each(run);
+    }
+}
+
+/// The instructions to read memory with as fast as it goes: registers of 256 bits at most. With loads
+/// of 512, a whole cache line, the same loop read 28 instead of 34 GB/s on a Xeon.
+pub(crate) fn reading() -> Arch {
+    match Arch::new() {
+        #[cfg(target_arch = "x86_64")]
+        Arch::V4(v4) => Arch::V3(*v4),
+        arch => arch,
     }
 }
 

@@ -1,8 +1,7 @@
 use burn::tensor::activation::softmax;
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Int, Tensor};
-use half::{bf16, f16};
-use kernels::{AttentionSizes, Cached, Widen};
+use kernels::{AttentionSizes, Cache, Cached};
 
 use crate::host::{self, HostTensor, Number};
 
@@ -119,9 +118,12 @@ fn on_host<B: Backend>(
     let query = query.singles()?;
     let [key, value] = [key, value].map(HostTensor::of);
     let context = match queries {
-        0..MANY => of_few::<f32>(&query, &key, &value, sizes, causal)
-            .or_else(|| of_few::<f16>(&query, &key, &value, sizes, causal))
-            .or_else(|| of_few::<bf16>(&query, &key, &value, sizes, causal))?,
+        0..MANY => {
+            let cache = (cached(&key, &value).map(Cache::F32))
+                .or_else(|| cached(&key, &value).map(Cache::F16))
+                .or_else(|| cached(&key, &value).map(Cache::BF16))?;
+            kernels::attention_of_few(&query, cache, sizes, causal)
+        }
         _ => {
             // Parts of a cache that has room for more, or of a tower's segments.
             let [key, value] = [key, value].map(HostTensor::packed);
@@ -132,16 +134,10 @@ fn on_host<B: Backend>(
     Some(host::tensor(context, shape, dtype, &device))
 }
 
-fn of_few<E: Number + Widen>(
-    query: &[f32],
-    key: &HostTensor,
-    value: &HostTensor,
-    sizes: AttentionSizes,
-    causal: bool,
-) -> Option<Vec<f32>> {
+/// Both where they lie, if they are numbers of this type.
+fn cached<'a, E: Number>(key: &'a HostTensor, value: &'a HostTensor) -> Option<[Cached<'a, E>; 2]> {
     let cached = |(numbers, capacity)| Cached { numbers, capacity };
-    let (key, value) = (cached(key.rows::<E>()?), cached(value.rows::<E>()?));
-    Some(kernels::attention_of_few(query, key, value, sizes, causal))
+    Some([cached(key.rows()?), cached(value.rows()?)])
 }
 
 /// `a · b`; for a single column as `bᵀ · aᵀ`, of which CPU backends read `a` at full speed.

@@ -1,11 +1,25 @@
 //! Attention of few queries, as in decoding: bound by reading keys and values, once, where they lie.
 
+use half::{bf16, f16};
+use pulp::Arch;
+
 use super::AttentionSizes;
 use crate::exp::exp;
-use crate::product::{Processor, Widen, dots, processor};
-use crate::split::pieces;
+use crate::product::{Widen, dots, total};
+use crate::split::{pieces_on, reading};
 
-/// Keys or values of all heads in a cache that may have room for more.
+/// Keys and values of all heads, which may have room for more.
+#[derive(Debug, Clone, Copy)]
+pub enum Cache<'a> {
+    /// In single precision.
+    F32([Cached<'a, f32>; 2]),
+    /// In half precision; widened on the way.
+    F16([Cached<'a, f16>; 2]),
+    /// In the upper half of single precision; widened on the way.
+    BF16([Cached<'a, bf16>; 2]),
+}
+
+/// The keys, or the values.
 #[derive(Debug, Clone, Copy)]
 pub struct Cached<'a, T> {
     /// `[kv_heads, head_dim, capacity]`; the last row may end with its last key.
@@ -17,19 +31,35 @@ pub struct Cached<'a, T> {
 /// Numbers that a thread reads at least.
 const NUMBERS: usize = 32 << 10;
 
-/// Channels that are read at the same time.
-const STREAMS: usize = 4;
-
 /// The same as [`attention`](super::attention), for a few queries and for every type of cache.
 ///
 /// # Shapes
 /// - `query`: `[heads, head_dim, queries]`
-/// - `key`, `value`: `[kv_heads, head_dim, keys]`
+/// - `cache`: keys and values, `[kv_heads, head_dim, keys]` each
 /// - returns `[heads, head_dim, queries]`
-pub fn attention_of_few<T: Widen>(
+pub fn attention_of_few(
     query: &[f32],
-    key: Cached<T>,
-    value: Cached<T>,
+    cache: Cache,
+    sizes: AttentionSizes,
+    causal: bool,
+) -> Vec<f32> {
+    match cache {
+        Cache::F32(cache) => attend::<_, _, 2>(reading(), (), query, cache, sizes, causal),
+        Cache::F16(cache) => match Arch::new() {
+            #[cfg(target_arch = "x86_64")]
+            Arch::V4(v4) => attend::<_, _, 4>(Arch::V4(v4), v4, query, cache, sizes, causal),
+            arch => attend::<_, _, 4>(arch, (), query, cache, sizes, causal),
+        },
+        Cache::BF16(cache) => attend::<_, _, 4>(Arch::new(), (), query, cache, sizes, causal),
+    }
+}
+
+/// Reads `STREAMS` channels at the same time, as products read rows of a weight.
+fn attend<T: Widen<I>, I: Copy + Sync, const STREAMS: usize>(
+    arch: Arch,
+    instructions: I,
+    query: &[f32],
+    [key, value]: [Cached<T>; 2],
     sizes: AttentionSizes,
     causal: bool,
 ) -> Vec<f32> {
@@ -40,11 +70,11 @@ pub fn attention_of_few<T: Widen>(
         queries,
         keys,
     } = sizes;
-    let processor = processor();
     let mut output = vec![0.0; query.len()];
     let size = heads / kv_heads.max(1) * head_dim * queries;
     let heads_at_once = (NUMBERS / (2 * head_dim * keys).max(1)).max(1);
-    pieces(
+    pieces_on(
+        arch,
         &mut output,
         heads_at_once * size,
         #[inline(always)]
@@ -58,9 +88,9 @@ pub fn attention_of_few<T: Widen>(
                     first_channel: kv_head * head_dim,
                     sizes,
                     causal,
-                    processor,
+                    instructions,
                 };
-                head.attend(output);
+                head.attend::<STREAMS>(output);
             }
         },
     );
@@ -68,7 +98,7 @@ pub fn attention_of_few<T: Widen>(
 }
 
 /// A key head and the query heads that share it.
-struct Head<'a, T> {
+struct Head<'a, T, I> {
     /// `[group, head_dim, queries]`
     query: &'a [f32],
     key: Cached<'a, T>,
@@ -76,14 +106,16 @@ struct Head<'a, T> {
     first_channel: usize,
     sizes: AttentionSizes,
     causal: bool,
-    processor: Processor,
+    instructions: I,
 }
 
-impl<T: Widen> Head<'_, T> {
+impl<T: Widen<I>, I: Copy> Head<'_, T, I> {
+    /// Reads `STREAMS` parts of the channels at the same time, each from its first to its last.
+    ///
     /// # Shapes
     /// - `output`: `[group, head_dim, queries]`
     #[inline(always)]
-    fn attend(&self, output: &mut [f32]) {
+    fn attend<const STREAMS: usize>(&self, output: &mut [f32]) {
         let AttentionSizes {
             head_dim,
             queries,
@@ -91,15 +123,16 @@ impl<T: Widen> Head<'_, T> {
             ..
         } = self.sizes;
         let asking = self.query.len() / head_dim.max(1);
-        let whole = head_dim - head_dim % STREAMS;
+        let part = head_dim / STREAMS;
+        let channels = |at| std::array::from_fn::<_, STREAMS, _>(|stream| stream * part + at);
 
         // `[asking, keys]`
         let mut weights = vec![0.0; asking * keys];
-        for channel in (0..whole).step_by(STREAMS) {
-            self.add_scores::<STREAMS>(channel, &mut weights);
+        for at in 0..part {
+            self.add_scores(channels(at), &mut weights);
         }
-        for channel in whole..head_dim {
-            self.add_scores::<1>(channel, &mut weights);
+        for channel in part * STREAMS..head_dim {
+            self.add_scores([channel], &mut weights);
         }
 
         let visible = |asking: usize| match self.causal {
@@ -116,20 +149,17 @@ impl<T: Widen> Head<'_, T> {
             })
             .collect();
 
-        let mut gather = |channel, context: &[f32], asking: usize| {
-            for (at, context) in context.iter().enumerate() {
-                output[self.place(asking, channel + at)] = context * inverses[asking];
-            }
-        };
         for asking in 0..asking {
             let weights = &weights[asking * keys..][..keys];
-            for channel in (0..whole).step_by(STREAMS) {
-                let rows = self.rows::<STREAMS>(self.value, channel);
-                gather(channel, &dots(rows, weights, self.processor), asking);
+            for at in 0..part {
+                let sums = self.context(channels(at), weights);
+                for (channel, sum) in channels(at).into_iter().zip(sums) {
+                    output[self.place(asking, channel)] = sum * inverses[asking];
+                }
             }
-            for channel in whole..head_dim {
-                let rows = self.rows::<1>(self.value, channel);
-                gather(channel, &dots(rows, weights, self.processor), asking);
+            for channel in part * STREAMS..head_dim {
+                let [sum] = self.context([channel], weights);
+                output[self.place(asking, channel)] = sum * inverses[asking];
             }
         }
     }
@@ -139,20 +169,26 @@ impl<T: Widen> Head<'_, T> {
     /// # Shapes
     /// - `scores`: `[asking, keys]`
     #[inline(always)]
-    fn add_scores<const N: usize>(&self, channel: usize, scores: &mut [f32]) {
+    fn add_scores<const N: usize>(&self, channels: [usize; N], scores: &mut [f32]) {
         let scale = (self.sizes.head_dim as f32).sqrt().recip();
-        let rows = self.rows::<N>(self.key, channel);
+        let rows = channels.map(|channel| self.row(self.key, channel));
         for (asking, scores) in scores.chunks_exact_mut(self.sizes.keys.max(1)).enumerate() {
-            let factor = |at| self.query[self.place(asking, channel + at)] * scale;
-            add_weighted(scores, rows, std::array::from_fn(factor), self.processor);
+            let factors = channels.map(|channel| self.query[self.place(asking, channel)] * scale);
+            add_weighted(scores, rows, factors, self.instructions);
         }
     }
 
-    /// Some channels of the head.
+    /// The weighted sums of some channels' values.
     #[inline(always)]
-    fn rows<'b, const N: usize>(&self, of: Cached<'b, T>, channel: usize) -> [&'b [T]; N] {
-        let first = self.first_channel + channel;
-        std::array::from_fn(|at| &of.numbers[(first + at) * of.capacity..][..self.sizes.keys])
+    fn context<const N: usize>(&self, channels: [usize; N], weights: &[f32]) -> [f32; N] {
+        let rows = channels.map(|channel| self.row(self.value, channel));
+        dots(rows, weights, self.instructions)
+    }
+
+    /// A channel of the head.
+    #[inline(always)]
+    fn row<'b>(&self, of: Cached<'b, T>, channel: usize) -> &'b [T] {
+        &of.numbers[(self.first_channel + channel) * of.capacity..][..self.sizes.keys]
     }
 
     /// Where a query has its number for a channel, or its result.
@@ -170,18 +206,18 @@ const LANES: usize = crate::product::LANES;
 
 /// Adds `factors[0] · rows[0] + factors[1] · rows[1] + …` to the sums.
 #[inline(always)]
-fn add_weighted<T: Widen, const N: usize>(
+fn add_weighted<T: Widen<I>, I: Copy, const N: usize>(
     sums: &mut [f32],
     rows: [&[T]; N],
     factors: [f32; N],
-    processor: Processor,
+    instructions: I,
 ) {
     let (chunks, rest) = sums.as_chunks_mut::<LANES>();
     let whole = chunks.len() * LANES;
     let row_chunks = rows.map(|row| &row.as_chunks::<LANES>().0[..chunks.len()]);
     for (at, sums) in chunks.iter_mut().enumerate() {
         for (row, factor) in row_chunks.iter().zip(factors) {
-            let numbers = T::widen_chunk(&row[at], processor);
+            let numbers = T::widen_chunk(&row[at], instructions);
             for lane in 0..LANES {
                 sums[lane] += factor * numbers[lane];
             }
@@ -212,13 +248,11 @@ fn exponentials(scores: &mut [f32]) -> f32 {
             *lane += *score;
         }
     }
-    lanes.iter().sum()
+    total(lanes)
 }
 
 #[cfg(test)]
 mod tests {
-    use half::{bf16, f16};
-
     use super::*;
     use crate::attention::tests::{naive, value};
 
@@ -240,41 +274,41 @@ mod tests {
                 queries,
                 keys,
             };
-            let query: Vec<f32> = (0..heads * head_dim * queries).map(value).collect();
-            let numbers: Vec<f32> = (7..7 + kv_heads * head_dim * keys).map(value).collect();
-            check(&query, &numbers, sizes);
-            check::<f16>(
-                &query,
-                &numbers
-                    .iter()
-                    .map(|&x| f16::from_f32(x))
-                    .collect::<Vec<_>>(),
-                sizes,
-            );
-            check::<bf16>(
-                &query,
-                &numbers
-                    .iter()
-                    .map(|&x| bf16::from_f32(x))
-                    .collect::<Vec<_>>(),
-                sizes,
-            );
+            for room in [0, 3] {
+                let capacity = keys + room;
+                let numbers: Vec<f32> =
+                    (7..7 + kv_heads * head_dim * capacity).map(value).collect();
+                let halves: Vec<f16> = numbers.iter().map(|&x| f16::from_f32(x)).collect();
+                let uppers: Vec<bf16> = numbers.iter().map(|&x| bf16::from_f32(x)).collect();
+                let cache = Cache::F32([cached(&numbers, capacity); 2]);
+                check(sizes, cache, &numbers);
+                let cache = Cache::F16([cached(&halves, capacity); 2]);
+                let numbers: Vec<f32> = halves.iter().map(|x| x.to_f32()).collect();
+                check(sizes, cache, &numbers);
+                let cache = Cache::BF16([cached(&uppers, capacity); 2]);
+                let numbers: Vec<f32> = uppers.iter().map(|x| x.to_f32()).collect();
+                check(sizes, cache, &numbers);
+            }
         }
     }
 
-    fn check<T: Widen>(query: &[f32], numbers: &[T], sizes: AttentionSizes) {
-        let wide: Vec<f32> = numbers.iter().map(|x| x.widen()).collect();
-        let channels = numbers.chunks(sizes.keys);
-        let roomy = channels.flat_map(|row| row.iter().chain(&numbers[..3.min(numbers.len())]));
-        let roomy: Vec<T> = roomy.copied().collect();
-        let room = roomy.len() / (sizes.kv_heads * sizes.head_dim);
-        let caches = [(numbers, sizes.keys), (&roomy[..], room)];
-        for ((numbers, capacity), causal) in
-            caches.into_iter().flat_map(|c| [(c, true), (c, false)])
-        {
-            let cached = Cached { numbers, capacity };
-            let output = attention_of_few(query, cached, cached, sizes, causal);
-            let exact = naive([query, &wide, &wide], sizes, causal);
+    fn cached<T>(numbers: &[T], capacity: usize) -> Cached<'_, T> {
+        Cached { numbers, capacity }
+    }
+
+    /// `numbers` are those of the cache.
+    fn check(sizes: AttentionSizes, cache: Cache, numbers: &[f32]) {
+        let count = sizes.heads * sizes.head_dim * sizes.queries;
+        let query: Vec<f32> = (0..count).map(value).collect();
+        let capacity = numbers.len() / (sizes.kv_heads * sizes.head_dim);
+        let channels = numbers.chunks(capacity);
+        let tight: Vec<f32> = channels
+            .flat_map(|row| &row[..sizes.keys])
+            .copied()
+            .collect();
+        for causal in [true, false] {
+            let output = attention_of_few(&query, cache, sizes, causal);
+            let exact = naive([&query, &tight, &tight], sizes, causal);
             assert_eq!(output.len(), exact.len());
             for (x, exact) in output.iter().zip(exact) {
                 assert!(
@@ -294,11 +328,8 @@ mod tests {
             queries: 1,
             keys: 0,
         };
-        let cached = Cached::<f32> {
-            numbers: &[],
-            capacity: 0,
-        };
-        let output = attention_of_few(&[1.0; 3], cached, cached, sizes, false);
+        let cache = Cache::F32([cached(&[], 0); 2]);
+        let output = attention_of_few(&[1.0; 3], cache, sizes, false);
         assert!(output.len() == 3 && output.iter().all(|x| x.is_nan()));
     }
 }

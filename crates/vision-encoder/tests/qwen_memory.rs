@@ -9,7 +9,9 @@ use vision_encoder::qwen::{Grid, QwenGeneration, QwenVisionConfig, QwenVisionTow
 #[global_allocator]
 static HEAP: PeakAlloc = PeakAlloc;
 
-/// Bytes that a call with `side · side` patches takes at its peak, its input and weights excluded.
+/// Bytes that a call with `side · side` patches takes at its peak, its input and weights excluded:
+/// the least of five calls, because a thread that gets its first work in one of them makes the
+/// buffer there that it keeps for all later ones.
 fn peak(tower: &QwenVisionTower<Flex>, side: usize) -> usize {
     let device = Default::default();
     let size = [tower.config().patch_features(), side * side];
@@ -19,10 +21,13 @@ fn peak(tower: &QwenVisionTower<Flex>, side: usize) -> usize {
         h: side,
         w: side,
     };
-    HEAP.reset_peak_usage();
-    let before = HEAP.current_usage();
-    tower.forward(patches, &[grid]).expect("forward");
-    HEAP.peak_usage() - before
+    let call = || {
+        HEAP.reset_peak_usage();
+        let before = HEAP.current_usage();
+        tower.forward(patches.clone(), &[grid]).expect("forward");
+        HEAP.peak_usage() - before
+    };
+    (0..5).map(|_| call()).min().expect("five calls")
 }
 
 /// An attention matrix of 16384 patches alone would take 1 GiB per head.
@@ -41,8 +46,6 @@ fn memory_grows_linearly_with_the_number_of_patches() {
         let config: QwenVisionConfig = serde_json::from_value(config).expect("parses");
         let config = config.resolve(generation).expect("resolves");
         let tower = config.init(&Default::default());
-        // The first call makes the weights, and what the backend keeps for later.
-        peak(&tower, 64);
         let [small, medium, large] = [32, 64, 128].map(|side| peak(&tower, side));
         let case = format!("{generation:?}: {small}, {medium} and {large} bytes");
         assert!(medium < 9 * small / 2, "{case}");

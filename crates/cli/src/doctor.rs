@@ -13,6 +13,9 @@ use crate::args::DoctorArgs;
 use crate::backend::{self, Adapter, Backend};
 use crate::{open, output};
 
+/// The remedy where nothing else helps.
+const LARGER: &str = "use a smaller model, or a machine with more memory";
+
 /// Something that keeps the model from running, or from running well.
 struct Problem {
     what: String,
@@ -157,7 +160,7 @@ impl Report {
         self.parameters = Some(parameters);
         self.check_binding(parameters);
         let Some(preprocessor) = &checkup.preprocessor else {
-            return;
+            return self.check_weights(parameters);
         };
         let picture = match preprocessor.picture(args.image_size) {
             Ok(picture) => picture,
@@ -170,8 +173,7 @@ impl Report {
         self.picture = Some(picture);
         self.check_context(config, &picture, args);
         self.needs = needs(config, parameters, &picture, args, self.dtype);
-        let available = self.adapter.available_bytes.or(self.adapter.memory_bytes);
-        let (Some(dense), Some(available)) = (self.needs.first(), available) else {
+        let (Some(dense), Some(available)) = (self.needs.first(), self.available_bytes()) else {
             return;
         };
         if dense.total() <= available {
@@ -193,9 +195,32 @@ impl Report {
             (None, Some(routing)) if self.dtype != DType::F16 => {
                 format!("use --dtype f16 (with --routing {routing})")
             }
-            _ => "use a smaller model, or a machine with more memory".into(),
+            _ => LARGER.into(),
         };
         self.problem(what, remedy);
+    }
+
+    /// What there is for the model, if that is known.
+    fn available_bytes(&self) -> Option<u64> {
+        self.adapter.available_bytes.or(self.adapter.memory_bytes)
+    }
+
+    /// Whether the weights fit, where nothing is known of pictures.
+    fn check_weights(&mut self, parameters: Parameters) {
+        let bytes = |dtype| weight_bytes(parameters, dtype);
+        let Some(available) = self.available_bytes() else {
+            return;
+        };
+        if bytes(self.dtype) <= available {
+            return;
+        }
+        let what = format!(
+            "the weights alone need {} MiB of memory, {} MiB are free",
+            mebibytes(bytes(self.dtype)),
+            mebibytes(available)
+        );
+        let half = bytes(DType::F16) <= available && self.dtypes.contains(&DType::F16);
+        self.problem(what, if half { "use --dtype f16" } else { LARGER });
     }
 
     /// Whether an operation takes the largest parameter.
@@ -350,12 +375,16 @@ fn needs(
         let memory = config.memory(picture, text, &schedule, dtype.size());
         Need {
             routing,
-            weights: parameters.elements.saturating_mul(dtype.size() as u64),
+            weights: weight_bytes(parameters, dtype),
             kv: memory.kv,
             activations: memory.activations,
         }
     };
     schedules.map(need).collect()
+}
+
+fn weight_bytes(parameters: Parameters, dtype: DType) -> u64 {
+    parameters.elements.saturating_mul(dtype.size() as u64)
 }
 
 fn name(dtype: DType) -> String {
@@ -371,6 +400,33 @@ fn mebibytes(bytes: u64) -> u64 {
 mod tests {
     use super::*;
 
+    /// Of a device that computes in f32 and f16.
+    fn report(available_bytes: Option<u64>, binding: Option<u64>, dtype: DType) -> Report {
+        Report {
+            adapter: Adapter {
+                name: "a card".into(),
+                memory_bytes: None,
+                available_bytes,
+                largest_binding_bytes: binding,
+            },
+            dtypes: vec![DType::F32, DType::F16],
+            dtype,
+            parameters: None,
+            picture: None,
+            needs: Vec::new(),
+            problems: Vec::new(),
+        }
+    }
+
+    /// That the only problem has this remedy, if there is to be one.
+    fn assert_remedy(report: &Report, remedy: Option<&str>) {
+        let found: Vec<&str> = report.problems.iter().map(|p| &*p.remedy).collect();
+        assert_eq!(found.len(), usize::from(remedy.is_some()), "{found:?}");
+        if let Some(remedy) = remedy {
+            assert!(found[0].contains(remedy), "{found:?}");
+        }
+    }
+
     #[test]
     fn a_weight_that_no_operation_takes_is_a_problem_with_a_remedy_that_works() {
         for (most, dtype, remedy) in [
@@ -379,29 +435,30 @@ mod tests {
             (1 << 20, DType::F32, Some("another driver")),
             (1 << 20, DType::F16, Some("another driver")),
         ] {
-            let mut report = Report {
-                adapter: Adapter {
-                    name: "a card".into(),
-                    memory_bytes: None,
-                    available_bytes: None,
-                    largest_binding_bytes: Some(most),
-                },
-                dtypes: vec![DType::F32, DType::F16],
-                dtype,
-                parameters: None,
-                picture: None,
-                needs: Vec::new(),
-                problems: Vec::new(),
-            };
+            let mut report = report(None, Some(most), dtype);
             report.check_binding(Parameters {
                 elements: 1 << 30,
                 largest_elements: 1 << 20,
             });
-            let found = report.problems.first();
-            assert_eq!(found.is_some(), remedy.is_some(), "{most} {dtype:?}");
-            if let (Some(found), Some(remedy)) = (found, remedy) {
-                assert!(found.remedy.contains(remedy), "{}", found.remedy);
-            }
+            assert_remedy(&report, remedy);
+        }
+    }
+
+    #[test]
+    fn weights_that_do_not_fit_are_a_problem_even_if_nothing_is_known_of_pictures() {
+        for (available, dtype, remedy) in [
+            (None, DType::F32, None),
+            (Some(4 << 30), DType::F32, None),
+            (Some(3 << 30), DType::F32, Some("--dtype f16")),
+            (Some(1 << 30), DType::F32, Some("a smaller model")),
+            (Some(1 << 30), DType::F16, Some("a smaller model")),
+        ] {
+            let mut report = report(available, None, dtype);
+            report.check_weights(Parameters {
+                elements: 1 << 30,
+                largest_elements: 1 << 20,
+            });
+            assert_remedy(&report, remedy);
         }
     }
 }

@@ -30,6 +30,7 @@ use options::{Options, Section};
 use peak::Peak;
 use peakmem_alloc::PeakMemAlloc;
 use reroute_cli::backend::{self, Device};
+use reroute_cli::heap;
 use serde_json::{Value, json};
 use setup::Setup;
 
@@ -37,6 +38,7 @@ use setup::Setup;
 static HEAP: PeakMemAlloc<MiMalloc> = PeakMemAlloc::new(MiMalloc);
 
 fn main() -> ExitCode {
+    heap::keep_freed_memory();
     // From one of the pool's own threads an operation starts several times faster than from outside.
     match rayon::scope(|_| run()) {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,5 +1,5 @@
 //! The `reroute` program. Other leaf packages share its [`backend`], the one place where a backend
-//! is named, and its [`embedded`] default model.
+//! is named, its [`embedded`] default model and the setting of its [`heap`].
 
 pub mod args;
 pub mod ask;
@@ -11,6 +11,7 @@ mod draw;
 pub mod embedded;
 pub mod explain;
 pub mod ground;
+pub mod heap;
 mod open;
 mod output;
 pub mod presets;

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use mimalloc::MiMalloc;
 use reroute_cli::args::Args;
+use reroute_cli::heap;
 
 #[global_allocator]
 static ALLOCATOR: MiMalloc = MiMalloc;
@@ -14,6 +15,7 @@ static ALLOCATOR: MiMalloc = MiMalloc;
 const BAD_INPUT: u8 = 2;
 
 fn main() -> ExitCode {
+    heap::keep_freed_memory();
     let args = Args::parse();
     // From one of the pool's own threads a CPU operation starts several times faster than from outside.
     let result = rayon::scope(|_| {

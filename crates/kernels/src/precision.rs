@@ -1,6 +1,13 @@
 //! Half precision: stored and moved in two bytes, computed with in four.
 
+use std::any::Any;
+use std::slice;
+
 use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+#[cfg(target_arch = "x86_64")]
+use pulp::x86::{V3, V4};
+use pulp::{Simd, bytemuck, cast};
 
 use crate::split::{PIECE, pieces};
 
@@ -26,11 +33,147 @@ where
     });
 }
 
+/// Numbers that are widened on their way into registers of f32.
+pub(crate) trait Widen: Copy + Default + Sync {
+    /// A register of these numbers, of which there are as many as it has lanes.
+    fn load<S: Simd>(simd: S, numbers: &[Self]) -> S::f32s;
+
+    /// A register of these numbers, at most as many as it has lanes, and zeros.
+    #[inline(always)]
+    fn load_some<S: Simd>(simd: S, numbers: &[Self]) -> S::f32s {
+        let mut padded = [Self::default(); MOST_LANES];
+        for (padded, number) in padded.iter_mut().zip(numbers) {
+            *padded = *number;
+        }
+        Self::load(simd, &padded[..S::F32_LANES])
+    }
+}
+
+/// Those of the widest registers.
+const MOST_LANES: usize = 16;
+
+impl Widen for f32 {
+    #[inline(always)]
+    fn load<S: Simd>(_: S, numbers: &[Self]) -> S::f32s {
+        bytemuck::pod_read_unaligned(bytemuck::cast_slice(numbers))
+    }
+}
+
+impl Widen for bf16 {
+    #[inline(always)]
+    fn load<S: Simd>(simd: S, numbers: &[Self]) -> S::f32s {
+        let words = load_words(simd, numbers.reinterpret_cast());
+        cast(simd.wrapping_dyn_shl_u32s(words, simd.splat_u32s(16)))
+    }
+}
+
+impl Widen for f16 {
+    #[inline(always)]
+    fn load<S: Simd>(simd: S, numbers: &[Self]) -> S::f32s {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(v4) = instructions::<V4>(&simd) {
+            let halves = bytemuck::cast_slice(numbers.reinterpret_cast());
+            return bytemuck::cast(
+                v4.avx512f
+                    ._mm512_cvtph_ps(bytemuck::pod_read_unaligned(halves)),
+            );
+        }
+        widen_f16(simd, load_words(simd, numbers.reinterpret_cast()))
+    }
+}
+
+/// The bits of f16 as f32, in steps that all processors have.
+#[inline(always)]
+fn widen_f16<S: Simd>(simd: S, halves: S::u32s) -> S::f32s {
+    /// What the exponents differ by, in place.
+    const BIAS: u32 = (127 - 15) << 23;
+    const INFINITE: u32 = 0x7c00 << 13;
+    /// The smallest normal f16.
+    const NORMAL: u32 = 0x0400 << 13;
+    let magnitude = simd.and_u32s(halves, simd.splat_u32s(0x7fff));
+    let sign = simd.wrapping_dyn_shl_u32s(simd.xor_u32s(halves, magnitude), simd.splat_u32s(16));
+    let magnitude = simd.wrapping_dyn_shl_u32s(magnitude, simd.splat_u32s(13));
+    let bias = simd.splat_u32s(BIAS);
+    let normal = simd.add_u32s(magnitude, bias);
+    let infinite = simd.add_u32s(normal, bias);
+    // Digits below a leading one that is then taken away.
+    let one = simd.splat_u32s(BIAS + NORMAL);
+    let small = simd.sub_f32s(cast(simd.add_u32s(magnitude, one)), cast(one));
+    let is_finite = simd.less_than_u32s(magnitude, simd.splat_u32s(INFINITE));
+    let is_small = simd.less_than_u32s(magnitude, simd.splat_u32s(NORMAL));
+    let wide = simd.select_u32s(is_finite, normal, infinite);
+    let wide = simd.select_u32s(is_small, cast(small), wide);
+    cast(simd.or_u32s(wide, sign))
+}
+
+/// A register of these numbers, each in four bytes.
+#[inline(always)]
+fn load_words<S: Simd>(simd: S, halves: &[u16]) -> S::u32s {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let halves = bytemuck::cast_slice(halves);
+        if let Some(v4) = instructions::<V4>(&simd) {
+            return bytemuck::cast(
+                v4.avx512f
+                    ._mm512_cvtepu16_epi32(bytemuck::pod_read_unaligned(halves)),
+            );
+        }
+        if let Some(v3) = instructions::<V3>(&simd) {
+            return bytemuck::cast(
+                v3.avx2
+                    ._mm256_cvtepu16_epi32(bytemuck::pod_read_unaligned(halves)),
+            );
+        }
+    }
+    let mut register = simd.splat_u32s(0);
+    let words: &mut [u32] = bytemuck::cast_slice_mut(slice::from_mut(&mut register));
+    for (word, &half) in words.iter_mut().zip(halves) {
+        *word = u32::from(half);
+    }
+    register
+}
+
+/// The instructions that `simd` stands for, if these are they; known when it is compiled.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn instructions<I: Copy + 'static>(simd: &impl Simd) -> Option<I> {
+    (simd as &dyn Any).downcast_ref().copied()
+}
+
 #[cfg(test)]
 mod tests {
-    use half::{bf16, f16};
+    use pulp::Arch;
 
     use super::*;
+    use crate::split::{Work, pieces_on, reading};
+
+    /// Writes the bits of the numbers that it loads.
+    struct Loaded<T>(Vec<T>);
+
+    impl<T: Widen> Work<f32> for Loaded<T> {
+        fn run<S: Simd>(&self, simd: S, _: usize, wide: &mut [f32]) {
+            let chunks = wide.chunks_mut(S::F32_LANES);
+            for (wide, numbers) in chunks.zip(self.0.chunks(S::F32_LANES)) {
+                simd.partial_store_f32s(wide, T::load_some(simd, numbers));
+            }
+        }
+    }
+
+    #[test]
+    fn every_half_is_loaded_exactly_by_all_instructions() {
+        let halves: Vec<f16> = (0..=u16::MAX).map(f16::from_bits).collect();
+        let uppers: Vec<bf16> = (0..=u16::MAX).map(bf16::from_bits).collect();
+        let f16s: Vec<f32> = halves.iter().map(|half| half.to_f32()).collect();
+        let bf16s: Vec<f32> = uppers.iter().map(|half| half.to_f32()).collect();
+        for arch in [Arch::new(), reading(), Arch::Scalar] {
+            let mut wide = vec![0.0; 1 << 16];
+            let same = |a: &f32, b: &f32| a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan();
+            pieces_on(arch, &mut wide, 1 << 16, &Loaded(halves.clone()));
+            assert!(wide.iter().zip(&f16s).all(|(a, b)| same(a, b)));
+            pieces_on(arch, &mut wide, 1 << 16, &Loaded(uppers.clone()));
+            assert!(wide.iter().zip(&bf16s).all(|(a, b)| same(a, b)));
+        }
+    }
 
     #[test]
     fn is_that_of_each_number_across_pieces() {

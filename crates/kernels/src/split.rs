@@ -7,26 +7,33 @@ use rayon::prelude::*;
 /// for a first-level or second-level cache.
 pub(crate) const PIECE: usize = 16 << 10;
 
-/// Runs `work` on every `size` numbers of `values`, on all threads, compiled for this processor.
+/// What is done with a piece, compiled once per instruction set.
 ///
-/// `work` receives the number of the piece; it should be `#[inline(always)]` down to its loops, or
-/// they are compiled for the oldest processor.
+/// It should be `#[inline(always)]` down to its loops, or they are compiled for the oldest processor.
+pub(crate) trait Work<T>: Sync {
+    /// Does it with the piece of this number.
+    fn run<S: Simd>(&self, simd: S, index: usize, piece: &mut [T]);
+}
+
+/// Loops that compilers vectorise.
+impl<T, F: Fn(usize, &mut [T]) + Sync> Work<T> for F {
+    #[inline(always)]
+    fn run<S: Simd>(&self, _: S, index: usize, piece: &mut [T]) {
+        self(index, piece);
+    }
+}
+
+/// Runs `work` on every `size` numbers of `values`, on all threads, compiled for this processor.
 pub(crate) fn pieces<T: Send>(
     values: &mut [T],
     size: usize,
     work: impl Fn(usize, &mut [T]) + Sync,
 ) {
-    pieces_on(Arch::new(), values, size, work);
+    pieces_on(Arch::new(), values, size, &work);
 }
 
 /// The same with certain instructions of this processor.
-pub(crate) fn pieces_on<T: Send>(
-    arch: Arch,
-    values: &mut [T],
-    size: usize,
-    work: impl Fn(usize, &mut [T]) + Sync,
-) {
-    let work = &work;
+pub(crate) fn pieces_on<T: Send>(arch: Arch, values: &mut [T], size: usize, work: &impl Work<T>) {
     let run = |(index, piece)| arch.dispatch(Piece { work, index, piece });
     let size = size.max(1);
     if values.len() <= size {
@@ -53,11 +60,11 @@ struct Piece<'a, T, W> {
     piece: &'a mut [T],
 }
 
-impl<T, W: Fn(usize, &mut [T])> WithSimd for Piece<'_, T, W> {
+impl<T, W: Work<T>> WithSimd for Piece<'_, T, W> {
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
-        (self.work)(self.index, self.piece);
+    fn with_simd<S: Simd>(self, simd: S) {
+        self.work.run(simd, self.index, self.piece);
     }
 }

@@ -1,12 +1,15 @@
 //! Attention of few queries, as in decoding: bound by reading keys and values, once, where they lie.
 
+use std::array::from_fn;
+
 use half::{bf16, f16};
-use pulp::Arch;
+use pulp::{Arch, Simd};
 
 use super::AttentionSizes;
 use crate::exp::exp;
-use crate::product::{Widen, dots, total};
-use crate::split::{pieces_on, reading};
+use crate::precision::Widen;
+use crate::product::{STREAMS, dots};
+use crate::split::{Work, pieces_on, reading};
 
 /// Keys and values of all heads, which may have room for more.
 #[derive(Debug, Clone, Copy)]
@@ -44,61 +47,73 @@ pub fn attention_of_few(
     causal: bool,
 ) -> Vec<f32> {
     match cache {
-        Cache::F32(cache) => attend::<_, _, 2>(reading(), (), query, cache, sizes, causal),
-        Cache::F16(cache) => match Arch::new() {
-            #[cfg(target_arch = "x86_64")]
-            Arch::V4(v4) => attend::<_, _, 4>(Arch::V4(v4), v4, query, cache, sizes, causal),
-            arch => attend::<_, _, 4>(arch, (), query, cache, sizes, causal),
-        },
-        Cache::BF16(cache) => attend::<_, _, 4>(Arch::new(), (), query, cache, sizes, causal),
+        Cache::F32(cache) => attend(reading(), query, cache, sizes, causal),
+        Cache::F16(cache) => attend(Arch::new(), query, cache, sizes, causal),
+        Cache::BF16(cache) => attend(Arch::new(), query, cache, sizes, causal),
     }
 }
 
-/// Reads `STREAMS` channels at the same time, as products read rows of a weight.
-fn attend<T: Widen<I>, I: Copy + Sync, const STREAMS: usize>(
+fn attend<T: Widen>(
     arch: Arch,
-    instructions: I,
     query: &[f32],
-    [key, value]: [Cached<T>; 2],
+    cache: [Cached<T>; 2],
     sizes: AttentionSizes,
     causal: bool,
 ) -> Vec<f32> {
-    let AttentionSizes {
-        heads,
-        kv_heads,
-        head_dim,
-        queries,
-        keys,
-    } = sizes;
     let mut output = vec![0.0; query.len()];
-    let size = heads / kv_heads.max(1) * head_dim * queries;
-    let heads_at_once = (NUMBERS / (2 * head_dim * keys).max(1)).max(1);
-    pieces_on(
-        arch,
-        &mut output,
-        heads_at_once * size,
-        #[inline(always)]
-        |piece, output| {
-            for (at, output) in output.chunks_mut(size.max(1)).enumerate() {
-                let kv_head = piece * heads_at_once + at;
-                let head = Head {
-                    query: &query[kv_head * size..][..size],
-                    key,
-                    value,
-                    first_channel: kv_head * head_dim,
-                    sizes,
-                    causal,
-                    instructions,
-                };
-                head.attend::<STREAMS>(output);
-            }
-        },
-    );
+    let numbers_of_head = 2 * sizes.head_dim * sizes.keys;
+    let heads = Heads {
+        query,
+        cache,
+        sizes,
+        causal,
+        at_once: (NUMBERS / numbers_of_head.max(1)).max(1),
+    };
+    pieces_on(arch, &mut output, heads.at_once * heads.size(), &heads);
     output
 }
 
+/// All key heads, and how many of them a piece has.
+struct Heads<'a, T> {
+    /// `[heads, head_dim, queries]`
+    query: &'a [f32],
+    cache: [Cached<'a, T>; 2],
+    sizes: AttentionSizes,
+    causal: bool,
+    at_once: usize,
+}
+
+impl<T> Heads<'_, T> {
+    /// Numbers of the queries that share a key head.
+    fn size(&self) -> usize {
+        self.sizes.heads / self.sizes.kv_heads.max(1) * self.sizes.head_dim * self.sizes.queries
+    }
+}
+
+impl<T: Widen> Work<f32> for Heads<'_, T> {
+    #[inline(always)]
+    fn run<S: Simd>(&self, simd: S, index: usize, output: &mut [f32]) {
+        let size = self.size().max(1);
+        for (at, output) in output.chunks_mut(size).enumerate() {
+            let kv_head = index * self.at_once + at;
+            let [key, value] = self.cache;
+            let head = Head {
+                simd,
+                query: &self.query[kv_head * size..][..size],
+                key,
+                value,
+                first_channel: kv_head * self.sizes.head_dim,
+                sizes: self.sizes,
+                causal: self.causal,
+            };
+            head.attend(output);
+        }
+    }
+}
+
 /// A key head and the query heads that share it.
-struct Head<'a, T, I> {
+struct Head<'a, S, T> {
+    simd: S,
     /// `[group, head_dim, queries]`
     query: &'a [f32],
     key: Cached<'a, T>,
@@ -106,16 +121,15 @@ struct Head<'a, T, I> {
     first_channel: usize,
     sizes: AttentionSizes,
     causal: bool,
-    instructions: I,
 }
 
-impl<T: Widen<I>, I: Copy> Head<'_, T, I> {
-    /// Reads `STREAMS` parts of the channels at the same time, each from its first to its last.
+impl<S: Simd, T: Widen> Head<'_, S, T> {
+    /// Reads parts of the channels at the same time, as products read rows of a weight.
     ///
     /// # Shapes
     /// - `output`: `[group, head_dim, queries]`
     #[inline(always)]
-    fn attend<const STREAMS: usize>(&self, output: &mut [f32]) {
+    fn attend(&self, output: &mut [f32]) {
         let AttentionSizes {
             head_dim,
             queries,
@@ -124,7 +138,7 @@ impl<T: Widen<I>, I: Copy> Head<'_, T, I> {
         } = self.sizes;
         let asking = self.query.len() / head_dim.max(1);
         let part = head_dim / STREAMS;
-        let channels = |at| std::array::from_fn::<_, STREAMS, _>(|stream| stream * part + at);
+        let channels = |at| from_fn::<_, STREAMS, _>(|stream| stream * part + at);
 
         // `[asking, keys]`
         let mut weights = vec![0.0; asking * keys];
@@ -174,7 +188,7 @@ impl<T: Widen<I>, I: Copy> Head<'_, T, I> {
         let rows = channels.map(|channel| self.row(self.key, channel));
         for (asking, scores) in scores.chunks_exact_mut(self.sizes.keys.max(1)).enumerate() {
             let factors = channels.map(|channel| self.query[self.place(asking, channel)] * scale);
-            add_weighted(scores, rows, factors, self.instructions);
+            add_weighted(self.simd, scores, rows, factors);
         }
     }
 
@@ -182,7 +196,7 @@ impl<T: Widen<I>, I: Copy> Head<'_, T, I> {
     #[inline(always)]
     fn context<const N: usize>(&self, channels: [usize; N], weights: &[f32]) -> [f32; N] {
         let rows = channels.map(|channel| self.row(self.value, channel));
-        dots(rows, weights, self.instructions)
+        dots(self.simd, rows, weights)
     }
 
     /// A channel of the head.
@@ -201,34 +215,35 @@ impl<T: Widen<I>, I: Copy> Head<'_, T, I> {
     }
 }
 
-/// Numbers handled together: the independent sums of [`dots`].
-const LANES: usize = crate::product::LANES;
-
 /// Adds `factors[0] · rows[0] + factors[1] · rows[1] + …` to the sums.
 #[inline(always)]
-fn add_weighted<T: Widen<I>, I: Copy, const N: usize>(
+fn add_weighted<S: Simd, T: Widen, const N: usize>(
+    simd: S,
     sums: &mut [f32],
     rows: [&[T]; N],
     factors: [f32; N],
-    instructions: I,
 ) {
-    let (chunks, rest) = sums.as_chunks_mut::<LANES>();
-    let whole = chunks.len() * LANES;
-    let row_chunks = rows.map(|row| &row.as_chunks::<LANES>().0[..chunks.len()]);
-    for (at, sums) in chunks.iter_mut().enumerate() {
-        for (row, factor) in row_chunks.iter().zip(factors) {
-            let numbers = T::widen_chunk(&row[at], instructions);
-            for lane in 0..LANES {
-                sums[lane] += factor * numbers[lane];
-            }
+    let mut splat = [simd.splat_f32s(0.0); N];
+    for (splat, factor) in splat.iter_mut().zip(factors) {
+        *splat = simd.splat_f32s(factor);
+    }
+    let (registers, rest) = S::as_mut_simd_f32s(sums);
+    for (at, sum) in registers.iter_mut().enumerate() {
+        for (row, factor) in rows.iter().zip(splat) {
+            let numbers = T::load(simd, &row[at * S::F32_LANES..][..S::F32_LANES]);
+            *sum = simd.mul_add_e_f32s(factor, numbers, *sum);
         }
     }
-    for (row, factor) in rows.into_iter().zip(factors) {
-        for (sum, number) in rest.iter_mut().zip(&row[whole..]) {
-            *sum += factor * number.widen();
-        }
+    let mut sum = simd.partial_load_f32s(rest);
+    for (row, factor) in rows.iter().zip(splat) {
+        let numbers = T::load_some(simd, &row[registers.len() * S::F32_LANES..]);
+        sum = simd.mul_add_e_f32s(factor, numbers, sum);
     }
+    simd.partial_store_f32s(rest, sum);
 }
+
+/// Independent sums of [`exponentials`].
+const LANES: usize = 64;
 
 /// Replaces scores by their exponentials over the largest, and returns the sum of these.
 #[inline(always)]
@@ -249,6 +264,19 @@ fn exponentials(scores: &mut [f32]) -> f32 {
         }
     }
     total(lanes)
+}
+
+/// Their sum, half added to half: of one after the other, each waits for the one before.
+#[inline(always)]
+fn total(mut lanes: [f32; LANES]) -> f32 {
+    let mut half = LANES;
+    while half > 1 {
+        half /= 2;
+        for lane in 0..half {
+            lanes[lane] += lanes[lane + half];
+        }
+    }
+    lanes[0]
 }
 
 #[cfg(test)]

@@ -38,13 +38,15 @@ pub(crate) trait Widen: Copy + Default + Sync {
     /// A register of these numbers, of which there are as many as it has lanes.
     fn load<S: Simd>(simd: S, numbers: &[Self]) -> S::f32s;
 
-    /// A register of these numbers, at most as many as it has lanes, and zeros.
+    /// A register whose last lanes hold the last of these numbers, as many as there are.
     #[inline(always)]
-    fn load_some<S: Simd>(simd: S, numbers: &[Self]) -> S::f32s {
-        let mut padded = [Self::default(); MOST_LANES];
-        for (padded, number) in padded.iter_mut().zip(numbers) {
-            *padded = *number;
+    fn load_last<S: Simd>(simd: S, numbers: &[Self]) -> S::f32s {
+        if let Some(start) = numbers.len().checked_sub(S::F32_LANES) {
+            return Self::load(simd, &numbers[start..]);
         }
+        let mut padded = [Self::default(); MOST_LANES];
+        let start = S::F32_LANES - numbers.len();
+        padded[start..S::F32_LANES].copy_from_slice(numbers);
         Self::load(simd, &padded[..S::F32_LANES])
     }
 }
@@ -154,7 +156,7 @@ mod tests {
         fn run<S: Simd>(&self, simd: S, _: usize, wide: &mut [f32]) {
             let chunks = wide.chunks_mut(S::F32_LANES);
             for (wide, numbers) in chunks.zip(self.0.chunks(S::F32_LANES)) {
-                simd.partial_store_f32s(wide, T::load_some(simd, numbers));
+                simd.partial_store_f32s(wide, T::load(simd, numbers));
             }
         }
     }

@@ -77,28 +77,39 @@ pub(crate) fn dots<S: Simd, T: Widen, const N: usize>(
     rows: [&[T]; N],
     x: &[f32],
 ) -> [f32; N] {
-    let chunk = REGISTERS * S::F32_LANES;
+    let lanes = S::F32_LANES;
     let mut sums = [[simd.splat_f32s(0.0); REGISTERS]; N];
+    let chunk = REGISTERS * lanes;
     let whole = x.len() - x.len() % chunk;
     for start in (0..whole).step_by(chunk) {
         let x = &x[start..][..chunk];
         for (sums, row) in sums.iter_mut().zip(rows) {
             let row = &row[start..][..chunk];
             for (register, sum) in sums.iter_mut().enumerate() {
-                let start = register * S::F32_LANES;
-                let w = T::load(simd, &row[start..][..S::F32_LANES]);
-                let x = f32::load(simd, &x[start..][..S::F32_LANES]);
+                let start = register * lanes;
+                let w = T::load(simd, &row[start..][..lanes]);
+                let x = f32::load(simd, &x[start..][..lanes]);
                 *sum = simd.mul_add_e_f32s(w, x, *sum);
             }
         }
     }
+    // Behind them at most one whole register, as there are two, and then the last lanes of one that
+    // ends with the row.
+    let rest = x.len() % lanes;
+    let x_last = f32::load_last(simd, x);
+    let is_rest = simd
+        .mask_between_m32s((lanes - rest.max(1)) as u32, lanes as u32)
+        .mask();
     let mut totals = [0.0; N];
     for ((total, [mut sum, other]), row) in totals.iter_mut().zip(sums).zip(rows) {
         sum = simd.add_f32s(sum, other);
-        let rest = x[whole..].chunks(S::F32_LANES);
-        for (w, x) in row[whole..].chunks(S::F32_LANES).zip(rest) {
-            let (w, x) = (T::load_some(simd, w), f32::load_some(simd, x));
-            sum = simd.mul_add_e_f32s(w, x, sum);
+        if whole + lanes <= x.len() {
+            let w = T::load(simd, &row[whole..][..lanes]);
+            sum = simd.mul_add_e_f32s(w, f32::load(simd, &x[whole..][..lanes]), sum);
+        }
+        if rest > 0 {
+            let with_rest = simd.mul_add_e_f32s(T::load_last(simd, row), x_last, sum);
+            sum = simd.select_f32s(is_rest, with_rest, sum);
         }
         *total = simd.reduce_sum_f32s(sum);
     }

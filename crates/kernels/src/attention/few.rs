@@ -1,9 +1,10 @@
 //! Attention of few queries, as in decoding: bound by reading keys and values, once, where they lie.
 
 use std::array::from_fn;
+use std::slice;
 
 use half::{bf16, f16};
-use pulp::{Arch, Simd};
+use pulp::{Arch, Simd, bytemuck};
 
 use super::AttentionSizes;
 use crate::exp::exp;
@@ -227,19 +228,21 @@ fn add_weighted<S: Simd, T: Widen, const N: usize>(
     for (splat, factor) in splat.iter_mut().zip(factors) {
         *splat = simd.splat_f32s(factor);
     }
-    let (registers, rest) = S::as_mut_simd_f32s(sums);
+    let lanes = S::F32_LANES;
+    let rest = sums.len() % lanes;
+    let mut last = f32::load_last(simd, sums);
+    for (row, factor) in rows.iter().zip(splat) {
+        last = simd.mul_add_e_f32s(factor, T::load_last(simd, row), last);
+    }
+    let (registers, sums_rest) = S::as_mut_simd_f32s(sums);
     for (at, sum) in registers.iter_mut().enumerate() {
         for (row, factor) in rows.iter().zip(splat) {
-            let numbers = T::load(simd, &row[at * S::F32_LANES..][..S::F32_LANES]);
+            let numbers = T::load(simd, &row[at * lanes..][..lanes]);
             *sum = simd.mul_add_e_f32s(factor, numbers, *sum);
         }
     }
-    let mut sum = simd.partial_load_f32s(rest);
-    for (row, factor) in rows.iter().zip(splat) {
-        let numbers = T::load_some(simd, &row[registers.len() * S::F32_LANES..]);
-        sum = simd.mul_add_e_f32s(factor, numbers, sum);
-    }
-    simd.partial_store_f32s(rest, sum);
+    let last: &[f32] = bytemuck::cast_slice(slice::from_ref(&last));
+    sums_rest.copy_from_slice(&last[lanes - rest..]);
 }
 
 /// Independent sums of [`exponentials`].

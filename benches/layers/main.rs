@@ -14,21 +14,23 @@ mod peak;
 mod peer;
 mod prefill;
 mod reference;
+mod report;
 mod scenes;
 mod setup;
 mod sizes;
 mod timing;
 mod vision;
 
+use std::io;
 use std::process::ExitCode;
-use std::{fs, io};
 
-use anyhow::Context;
+use clap::ValueEnum;
 use mimalloc::MiMalloc;
 use model::{DISTINCT_LAYERS, Model};
 use options::{Options, Section};
 use peak::Peak;
 use peakmem_alloc::PeakMemAlloc;
+use report::Report;
 use reroute_cli::backend::{self, Device};
 use reroute_cli::heap;
 use serde_json::{Value, json};
@@ -53,6 +55,8 @@ fn run() -> anyhow::Result<()> {
     let Some(options) = Options::from_command_line()? else {
         return Ok(());
     };
+    // First of all: a backend may tell the card's name only before it computes.
+    let adapter = backend::adapter().name;
     let device = backend::device()?;
     let model = match options.smoke {
         true => Model::toy()?,
@@ -60,60 +64,62 @@ fn run() -> anyhow::Result<()> {
     };
     if options.names(Section::Peer) {
         let setup = Setup::new(&model, DISTINCT_LAYERS, &device)?;
-        return peer::serve(&setup, io::stdin().lock(), io::stdout());
+        return peer::serve(&setup, &adapter, io::stdin().lock(), io::stdout());
     }
-    let report = measure(&model, &device, &options)?;
-    if let Some(path) = &options.out {
-        let cannot = || format!("cannot write {}", path.display());
-        fs::write(path, format!("{report:#}\n")).with_context(cannot)?;
-    }
-    Ok(())
+    measure(&model, &adapter, &device, &options)
 }
 
-/// Measures what the options ask for.
-fn measure(model: &Model, device: &Device, options: &Options) -> anyhow::Result<Value> {
+/// Measures what the options ask for, section by section: what fails takes no other down.
+fn measure(model: &Model, adapter: &str, device: &Device, options: &Options) -> anyhow::Result<()> {
     if options.smoke {
         println!("smoke test at toy shapes: the numbers below mean nothing");
     }
-    let adapter = backend::adapter();
-    println!("Backend {} on {}", backend::NAME, adapter.name);
+    println!("Backend {} on {adapter}", backend::NAME);
     let peak = Peak::measure(device, options)?;
-    let mut report = json!({
+    let head = json!({
         "backend": backend::NAME,
-        "device": adapter.name,
+        "device": adapter,
         "threads": std::thread::available_parallelism().map_or(1, usize::from),
         "model": options.model,
         "peak": peak,
+        "peak_memory": timing::PEAK_MEMORY,
     });
-    if options.wants(Section::Scenes) {
-        report["scenes"] = json!(scenes::run(device, options)?);
-    }
-    if options.wants(Section::Vision) {
-        report["vision"] = vision::run(model, &peak, device, options)?;
-    }
-    let decodes = [
-        Section::Prefill,
-        Section::Decode,
-        Section::Sizes,
-        Section::Ops,
-    ];
-    if decodes.iter().any(|section| options.wants(*section)) {
-        let setup = Setup::new(model, options.layers, device)?;
-        if options.wants(Section::Prefill) {
-            report["prefill"] = json!(prefill::run(&setup, model, &peak, options)?);
-        }
-        if options.wants(Section::Decode) {
-            report["decode"] = json!(decode::run(&setup, model, options)?);
-        }
-        if options.wants(Section::Sizes) {
-            report["sizes"] = json!(sizes::run(&setup, model, options)?);
-        }
-        if options.wants(Section::Ops) {
-            ops::run(&setup)?;
-        }
-        if options.wants(Section::Peer) {
-            peer::serve(&setup, &b"\n"[..], io::stdout())?;
+    let mut report = Report::new(head, options.out.as_deref());
+    report.keep()?;
+    let mut setup = None;
+    for section in Section::value_variants() {
+        if options.wants(*section) {
+            let measured = measure_section(*section, &mut setup, model, &peak, device, options);
+            report.add(*section, measured)?;
         }
     }
-    Ok(report)
+    report.finish()
+}
+
+/// Measures one section. All that need a decoder share one.
+fn measure_section(
+    section: Section,
+    setup: &mut Option<Setup>,
+    model: &Model,
+    peak: &Peak,
+    device: &Device,
+    options: &Options,
+) -> anyhow::Result<Value> {
+    match section {
+        Section::Scenes => return Ok(json!(scenes::run(device, options)?)),
+        Section::Vision => return vision::run(model, peak, device, options),
+        _ => (),
+    }
+    let setup = match setup {
+        Some(setup) => setup,
+        None => setup.insert(Setup::new(model, options.layers, device)?),
+    };
+    Ok(match section {
+        Section::Prefill => json!(prefill::run(setup, model, peak, options)?),
+        Section::Decode => json!(decode::run(setup, model, options)?),
+        Section::Sizes => json!(sizes::run(setup, model, peak, options)?),
+        Section::Ops => json!(ops::run(setup)?),
+        // A smoke test of the protocol.
+        _ => json!(peer::serve(setup, "", &b"\n"[..], io::stdout())?),
+    })
 }

@@ -3,19 +3,29 @@
 use anyhow::Context;
 use burn::tensor::{Int, Tensor};
 use layers::{CausalMask, attention, silu_product};
+use serde::Serialize;
 
 use crate::model::TEXT;
 use crate::setup::Setup;
-use crate::timing::{median, repeated_seconds, wait_for_one};
+use crate::timing::{Spread, repeated_seconds, wait_for_one};
 
 /// Text tokens of the prompt plus 576, 192, 64 and 11 visual ones.
 const VISUAL: [usize; 4] = [576, 192, 64, 11];
 
 const REPEATS: usize = 5;
 
-/// Prints milliseconds per operation and row count, and how far each is from shrinking in
-/// proportion to the rows.
-pub fn run(setup: &Setup) -> anyhow::Result<()> {
+/// One operation at one row count.
+#[derive(Serialize)]
+pub struct Row {
+    operation: &'static str,
+    rows: usize,
+    ms: Spread,
+    /// Time per row relative to the largest row count: 1 if it shrinks in proportion to the rows.
+    relative: f64,
+}
+
+/// Measures every operation at every row count, prints the table and returns it.
+pub fn run(setup: &Setup) -> anyhow::Result<Vec<Row>> {
     let mut columns = Vec::new();
     for visual in VISUAL {
         let rows = (TEXT + visual).min(setup.rows());
@@ -28,20 +38,27 @@ pub fn run(setup: &Setup) -> anyhow::Result<()> {
         .iter()
         .for_each(|(rows, _)| print!(" {:>11} rows", rows));
     println!();
-    for (at, (name, whole)) in full.iter().enumerate() {
-        print!("{name:<28}");
+    let mut table = Vec::new();
+    for (at, (operation, whole)) in full.iter().enumerate() {
+        print!("{operation:<28}");
         for (rows, times) in &columns {
-            let (_, time) = times.get(at).context("an operation is missing")?;
-            let relative = time / whole * *all as f64 / *rows as f64;
-            print!(" {:>8.2} ({relative:4.2})", time * 1e3);
+            let (_, ms) = times.get(at).context("an operation is missing")?;
+            let relative = ms.median / whole.median * *all as f64 / *rows as f64;
+            print!(" {:>8.2} ({relative:4.2})", ms.median);
+            table.push(Row {
+                operation,
+                rows: *rows,
+                ms: *ms,
+                relative,
+            });
         }
         println!();
     }
-    Ok(())
+    Ok(table)
 }
 
-/// Median seconds of every operation.
-fn measure(setup: &Setup, rows: usize) -> anyhow::Result<Vec<(&'static str, f64)>> {
+/// Milliseconds of every operation.
+fn measure(setup: &Setup, rows: usize) -> anyhow::Result<Vec<(&'static str, Spread)>> {
     let config = setup.decoder.config();
     let layer = setup.decoder.layers().first().context("no layers")?;
     let selfattn = &layer.self_attn;
@@ -61,7 +78,10 @@ fn measure(setup: &Setup, rows: usize) -> anyhow::Result<Vec<(&'static str, f64)
 
     let mut times = Vec::new();
     let mut time = |name, work: &mut dyn FnMut() -> anyhow::Result<()>| {
-        times.push((name, median(repeated_seconds(REPEATS, work)?)));
+        times.push((
+            name,
+            Spread::milliseconds(&repeated_seconds(REPEATS, work)?),
+        ));
         anyhow::Ok(())
     };
     time("RMS norm", &mut || {

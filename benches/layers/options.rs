@@ -3,13 +3,14 @@
 use std::path::PathBuf;
 
 use anyhow::bail;
+use clap::builder::RangedU64ValueParser;
 use clap::{Parser, ValueEnum};
 
 /// Those that every method has a preset for.
 const BUDGETS: [usize; 3] = [192, 128, 64];
 
 /// Four decisions at the published relative depths need as many layers to stay apart.
-const MIN_LAYERS: usize = 7;
+const MIN_LAYERS: u64 = 7;
 
 /// Measures prefill, selection, decoding and vision of one backend at the layer shapes of a model, with
 /// random weights.
@@ -26,10 +27,11 @@ pub struct Options {
     #[arg(long, value_delimiter = ',', default_value = "192,128,64")]
     pub budgets: Vec<usize>,
     /// Decoder layers.
-    #[arg(long, default_value_t = 8)]
+    #[arg(long, default_value_t = 8,
+          value_parser = RangedU64ValueParser::<usize>::new().range(MIN_LAYERS..))]
     pub layers: usize,
     /// Rounds that medians are taken of.
-    #[arg(long, default_value_t = 5)]
+    #[arg(long, default_value_t = 5, value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     pub rounds: usize,
     /// Where to write everything as JSON.
     #[arg(long, value_name = "FILE")]
@@ -42,19 +44,19 @@ pub struct Options {
     bench: bool,
 }
 
-/// Something to measure.
+/// Something to measure, in this order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Section {
+    /// Accuracy, drift and times of every method on the scenes of the built-in model.
+    Scenes,
+    /// The vision tower.
+    Vision,
     /// Dense prefill, every preset, what their decisions take, and the reference design.
     Prefill,
     /// One more token.
     Decode,
-    /// The vision tower.
-    Vision,
     /// Prefill against the number of visual tokens.
     Sizes,
-    /// Accuracy, drift and times of every method on the scenes of the built-in model.
-    Scenes,
     /// Every operation of a layer at several row counts.
     Ops,
     /// One line of measurements for every line of input, beside other implementations.
@@ -79,17 +81,11 @@ impl Options {
     }
 
     fn check(&self) -> anyhow::Result<()> {
-        if self.layers < MIN_LAYERS {
-            bail!(
-                "--layers is {}; four decisions need {MIN_LAYERS} layers or more",
-                self.layers
-            );
-        }
-        if self.rounds == 0 || self.budgets.is_empty() {
-            bail!("--rounds and --budgets must leave something to measure");
-        }
         if let Some(budget) = self.budgets.iter().find(|at| !BUDGETS.contains(at)) {
             bail!("--budgets has {budget}; there are presets for {BUDGETS:?}");
+        }
+        if self.names(Section::Peer) && self.sections.len() > 1 {
+            bail!("`peer` waits for somebody who asks it: name it alone, or leave it out");
         }
         Ok(())
     }

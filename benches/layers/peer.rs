@@ -1,6 +1,6 @@
-//! The same two layers as the programs of `benches/peers` run, by the same protocol: a line of JSON
-//! that says what this is, then one line of measurements for every line of input. Whoever asks
-//! several of them in turn gets measurements of the same minutes.
+//! The same two layers as the programs of `benches/peers` run, by nearly the same protocol: a line of
+//! JSON that says what this is and of which shape, then one line of measurements for every line of
+//! input. Whoever asks several of them in turn gets measurements of the same minutes.
 
 use std::io::{BufRead, Write};
 
@@ -16,16 +16,31 @@ use crate::timing::{median, seconds};
 const TOKENS: usize = 4;
 
 /// Answers every line.
-pub fn serve(setup: &Setup, input: impl BufRead, mut out: impl Write) -> anyhow::Result<()> {
+pub fn serve(
+    setup: &Setup,
+    device: &str,
+    input: impl BufRead,
+    mut out: impl Write,
+) -> anyhow::Result<()> {
     let name = format!("reroute, {}", backend::NAME);
+    let config = setup.decoder.config();
     let hello = json!({
         "peer": name,
-        "rows": setup.rows(),
-        "layers": setup.decoder.layers().len(),
-        "hidden_size": setup.decoder.config().hidden_size,
+        "device": device,
+        "shape": {
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "num_hidden_layers": setup.decoder.layers().len(),
+            "num_attention_heads": config.num_attention_heads,
+            "num_key_value_heads": config.num_key_value_heads,
+            "head_dim": config.head_dim,
+            "rows": setup.rows(),
+        },
         "first_seconds": setup.first_prefill_seconds,
     });
     writeln!(out, "{hello}")?;
+    out.flush()?;
     for line in input.lines() {
         line?;
         // Unmeasured: see `benches/peers/README.md`.

@@ -13,7 +13,7 @@ use crate::options::Options;
 use crate::peak::Peak;
 use crate::reference::{self, OurLayers, PortedLayers};
 use crate::setup::{Setup, settle};
-use crate::timing::{Spread, mebibytes, median, seconds, seconds_and_peak, wait_for_one};
+use crate::timing::{Spread, kv_mebibytes, mebibytes, seconds, seconds_and_peak, wait_for_one};
 
 const METHODS: [&str; 6] = [
     "fastv",
@@ -32,7 +32,7 @@ const REFERENCE_METHOD: &str = "reroute-pdrop";
 const TIES: f64 = 0.02;
 
 /// Bytes of a cached number: f32.
-const CACHE_BYTES: usize = 4;
+pub const CACHE_BYTES: usize = 4;
 
 /// What was measured of prefills.
 #[derive(Serialize)]
@@ -52,6 +52,8 @@ pub struct Report {
     /// Of the measured peak.
     dense_of_peak: f64,
     dense_kv_bytes: u64,
+    /// By the cost model.
+    dense_kv_bytes_predicted: u64,
     dense_peak_bytes: Option<usize>,
     presets: Vec<Row>,
 }
@@ -71,13 +73,15 @@ struct Row {
     /// Ratio of operations, layers and decisions.
     ceiling: f64,
     of_ceiling: f64,
-    /// Scores, selection and gathering, of the routed prefill.
-    selection_share: f64,
+    /// Scores, selection and gathering, of the routed prefill, round by round.
+    selection_share: Spread,
     /// The same and the keys of the rows that are not kept.
-    selection_and_keys_share: f64,
+    selection_and_keys_share: Spread,
     /// What the ceiling counts for that.
     selection_and_keys_flop_share: f64,
     kv_bytes: u64,
+    /// By the cost model.
+    kv_bytes_predicted: u64,
     peak_bytes: Option<usize>,
     /// The reference design ported to Burn's own modules.
     reference: Option<Reference>,
@@ -169,6 +173,7 @@ pub fn run(setup: &Setup, model: &Model, peak: &Peak, options: &Options) -> anyh
         dense_flops_per_second,
         dense_of_peak: dense_flops_per_second / peak.flops_per_second,
         dense_kv_bytes: dense.kv_bytes,
+        dense_kv_bytes_predicted: dense_cost.total_kv_bytes(),
         dense_peak_bytes: dense.peak_bytes,
         presets: candidates
             .into_iter()
@@ -331,9 +336,11 @@ impl Candidate {
     }
 
     fn into_row(self, setup: &Setup, dense_cost: &Cost) -> Row {
-        let time = median(self.prefill.clone());
-        let share =
-            |part: fn(&Selection) -> f64| median(self.selection.iter().map(part).collect()) / time;
+        let share = |part: fn(&Selection) -> f64| {
+            let rounds = self.selection.iter().zip(&self.prefill);
+            let shares: Vec<f64> = rounds.map(|(it, prefill)| part(it) / prefill).collect();
+            Spread::of(&shares)
+        };
         let reference = |seconds: &[f64]| {
             let ratios = seconds.iter().zip(&self.prefill);
             let ratios: Vec<f64> = ratios.map(|(theirs, ours)| theirs / ours).collect();
@@ -360,6 +367,7 @@ impl Candidate {
             selection_and_keys_share: share(|selection| selection.beyond_kept),
             selection_and_keys_flop_share: self.cost.total_scorer_flops() / self.cost.total_flops(),
             kv_bytes: self.kv_bytes,
+            kv_bytes_predicted: self.cost.total_kv_bytes(),
             peak_bytes: self.peak_bytes,
             reference: reference(&self.reference),
             reference_on_our_layers: reference(&self.reference_on_our_layers),
@@ -372,9 +380,9 @@ impl Report {
         println!(
             "\nPrefill of {} visual + {} text tokens, {} layers, f32; medians of {} rounds (fastest–slowest).\n\
              Weights made in {:.1} s, first dense prefill {:.1} s, first routed ones {:.1} s.\n\
-             Dense: {} ms, {:.0} GFLOP/s, {:.0} % of the peak; KV {:.1} MiB, peak memory {} MiB.\n\
+             Dense: {} ms, {:.0} GFLOP/s, {:.0} % of the peak; KV {} MiB, peak memory {} MiB.\n\
              Ceiling: ratio of FLOPs of the layers (a head of {} rows is timed, not counted). Selection: of the \
-             routed prefill; `+ keys` with the keys of rows not kept.\n",
+             routed prefill; `+ keys` with the keys of rows not kept. KV: measured of what the cost model predicts.\n",
             self.visual_tokens,
             self.text_tokens,
             self.layers,
@@ -385,12 +393,12 @@ impl Report {
             self.dense_ms.show(0),
             self.dense_flops_per_second / 1e9,
             100.0 * self.dense_of_peak,
-            self.dense_kv_bytes as f64 / f64::from(1 << 20),
+            kv_mebibytes(self.dense_kv_bytes, self.dense_kv_bytes_predicted),
             mebibytes(self.dense_peak_bytes),
             self.head_rows,
         );
         println!(
-            "{:<22} {:<11} {:>8} {:>20} {:>18} {:>8} {:>10} {:>9} {:>8} {:>8} {:>8} {:>21} {:>18}",
+            "{:<22} {:<11} {:>8} {:>20} {:>18} {:>8} {:>10} {:>16} {:>16} {:>14} {:>10} {:>21} {:>18}",
             "preset",
             "decides at",
             "average",
@@ -398,8 +406,8 @@ impl Report {
             "speed-up",
             "ceiling",
             "of ceiling",
-            "selection",
-            "+ keys",
+            "selection, %",
+            "+ keys, %",
             "KV MiB",
             "peak MiB",
             "over reference design",
@@ -412,7 +420,7 @@ impl Report {
                 shown.unwrap_or("–".into())
             };
             println!(
-                "{:<22} {:<11} {:>8.1} {:>20} {:>18} {:>7.2}x {:>10.2} {:>7.1} % {:>6.1} % {:>8.1} {:>8} {:>21} {:>18}",
+                "{:<22} {:<11} {:>8.1} {:>20} {:>18} {:>7.2}x {:>10.2} {:>16} {:>16} {:>14} {:>10} {:>21} {:>18}",
                 row.preset,
                 layers.join(" "),
                 row.average_tokens,
@@ -420,9 +428,9 @@ impl Report {
                 row.speedup.show(2),
                 row.ceiling,
                 row.of_ceiling,
-                100.0 * row.selection_share,
-                100.0 * row.selection_and_keys_share,
-                row.kv_bytes as f64 / f64::from(1 << 20),
+                row.selection_share.times(100.0).show(1),
+                row.selection_and_keys_share.times(100.0).show(1),
+                kv_mebibytes(row.kv_bytes, row.kv_bytes_predicted),
                 mebibytes(row.peak_bytes),
                 over(&row.reference),
                 over(&row.reference_on_our_layers),

@@ -1,13 +1,16 @@
 //! Prefill against the number of visual tokens: how time and memory grow.
 
+use anyhow::Context;
 use burn::tensor::DType;
-use reducers::Schedule;
+use reducers::{Cost, Schedule};
 use serde::Serialize;
 
-use crate::model::Model;
+use crate::model::{Model, TEXT};
 use crate::options::Options;
+use crate::peak::Peak;
+use crate::prefill::CACHE_BYTES;
 use crate::setup::{Setup, prompt};
-use crate::timing::{Spread, mebibytes, seconds_and_peak};
+use crate::timing::{Spread, kv_mebibytes, mebibytes, seconds_and_peak};
 
 /// Visual tokens of the prompts.
 const SIZES: [usize; 4] = [576, 1152, 2304, 4608];
@@ -37,13 +40,20 @@ struct Curve {
 #[derive(Serialize)]
 struct Point {
     visual_tokens: usize,
+    /// The first run: beyond the later ones, compiling and tuning kernels.
+    first_ms: f64,
     ms: Spread,
+    flops: f64,
+    /// Of the measured peak.
+    of_peak: f64,
     kv_bytes: u64,
+    /// By the cost model.
+    kv_bytes_predicted: u64,
     peak_bytes: Option<usize>,
 }
 
 /// Measures every size, prints the table and returns it.
-pub fn run(setup: &Setup, model: &Model, options: &Options) -> anyhow::Result<Report> {
+pub fn run(setup: &Setup, model: &Model, peak: &Peak, options: &Options) -> anyhow::Result<Report> {
     let sizes: &[usize] = match options.smoke {
         true => &TOY_SIZES,
         false => &SIZES,
@@ -56,13 +66,13 @@ pub fn run(setup: &Setup, model: &Model, options: &Options) -> anyhow::Result<Re
             setup.schedule(METHOD, budget)?,
         ),
     ];
+    let shape = setup.decoder.config().shape();
     let mut points = [Vec::new(), Vec::new()];
     for &visual in sizes {
         let prompt = prompt(model, visual, DType::F32, &setup.device());
         let mut times = [Vec::new(), Vec::new()];
         let mut last = [(0, None); 2];
-        // The first round compiles and tunes kernels.
-        for round in 0..=options.rounds() {
+        for _ in 0..=options.rounds() {
             for (at, (_, schedule)) in schedules.iter().enumerate() {
                 let mut kv_bytes = 0;
                 let (time, peak_bytes) = seconds_and_peak(|| {
@@ -71,16 +81,22 @@ pub fn run(setup: &Setup, model: &Model, options: &Options) -> anyhow::Result<Re
                     Ok(())
                 })?;
                 last[at] = (kv_bytes, peak_bytes);
-                if round > 0 {
-                    times[at].push(time);
-                }
+                times[at].push(time);
             }
         }
-        for ((points, times), (kv_bytes, peak_bytes)) in points.iter_mut().zip(times).zip(last) {
-            points.push(Point {
+        for (at, (_, schedule)) in schedules.iter().enumerate() {
+            let (first, times) = times[at].split_first().context("no rounds")?;
+            let ms = Spread::milliseconds(times);
+            let cost = Cost::of(&shape, schedule, visual, TEXT, CACHE_BYTES);
+            let (kv_bytes, peak_bytes) = last[at];
+            points[at].push(Point {
                 visual_tokens: visual,
-                ms: Spread::milliseconds(&times),
+                first_ms: first * 1e3,
+                ms,
+                flops: cost.total_flops(),
+                of_peak: cost.total_flops() / ms.median * 1e3 / peak.flops_per_second,
                 kv_bytes,
+                kv_bytes_predicted: cost.total_kv_bytes(),
                 peak_bytes,
             });
         }
@@ -127,19 +143,23 @@ pub fn exponent(pairs: &[(f64, f64)]) -> f64 {
 
 impl Report {
     fn print(&self) {
-        println!("\nPrefill against the number of visual tokens");
         println!(
-            "{:<18} {:>7} {:>20} {:>9} {:>9}",
-            "routing", "visual", "ms", "KV MiB", "peak MiB"
+            "\nPrefill against the number of visual tokens; speed beside a product's, KV beside the predicted"
+        );
+        println!(
+            "{:<18} {:>7} {:>9} {:>20} {:>8} {:>16} {:>10}",
+            "routing", "visual", "first ms", "ms", "of peak", "KV MiB", "peak MiB"
         );
         for curve in &self.curves {
             for point in &curve.points {
                 println!(
-                    "{:<18} {:>7} {:>20} {:>9.1} {:>9}",
+                    "{:<18} {:>7} {:>9.0} {:>20} {:>6.0} % {:>16} {:>10}",
                     curve.routing,
                     point.visual_tokens,
+                    point.first_ms,
                     point.ms.show(0),
-                    point.kv_bytes as f64 / f64::from(1 << 20),
+                    100.0 * point.of_peak,
+                    kv_mebibytes(point.kv_bytes, point.kv_bytes_predicted),
                     mebibytes(point.peak_bytes),
                 );
             }

@@ -36,8 +36,17 @@ impl Spread {
 
     /// Seconds as milliseconds.
     pub fn milliseconds(seconds: &[f64]) -> Self {
-        let milliseconds: Vec<f64> = seconds.iter().map(|seconds| seconds * 1e3).collect();
-        Self::of(&milliseconds)
+        Self::of(seconds).times(1e3)
+    }
+
+    /// In another unit.
+    pub fn times(self, factor: f64) -> Self {
+        Self {
+            median: self.median * factor,
+            least: self.least * factor,
+            most: self.most * factor,
+            ..self
+        }
     }
 
     /// `12.3 (11.9–14.0)`, with so many digits after the point.
@@ -65,8 +74,16 @@ pub fn repeated_seconds(
     (0..repeats).map(|_| seconds(&mut work)).collect()
 }
 
+/// What `peak_bytes` are, in every report. CubeCL tells what its pools hold in pages of up to a quarter
+/// of a card's memory, and nothing of peaks.
+pub const PEAK_MEMORY: &str = if backend::ON_HOST {
+    "growth of the heap during a run, at its peak: beyond its input and the weights"
+} else {
+    "not measured on this backend: it has no counter of peaks"
+};
+
 /// Seconds, and the bytes by which the heap grew at its peak: what a run needs beyond its input and
-/// the weights. Nothing is known about the memory of a device of its own.
+/// the weights. `None` where tensors lie in the memory of a device of its own.
 pub fn seconds_and_peak(
     work: impl FnOnce() -> anyhow::Result<()>,
 ) -> anyhow::Result<(f64, Option<usize>)> {
@@ -104,9 +121,15 @@ pub fn median(mut values: Vec<f64>) -> f64 {
     }
 }
 
-/// Mebibytes, or a dash.
+/// Mebibytes of a peak, where the backend lets it be measured.
 pub fn mebibytes(bytes: Option<usize>) -> String {
-    bytes.map_or("–".into(), |bytes| {
+    bytes.map_or("unmeasured".into(), |bytes| {
         format!("{:.0}", bytes as f64 / f64::from(1 << 20))
     })
+}
+
+/// Mebibytes of a cache, `64.0 of 64.0` that were predicted.
+pub fn kv_mebibytes(bytes: u64, predicted: u64) -> String {
+    let [bytes, predicted] = [bytes, predicted].map(|bytes| bytes as f64 / f64::from(1 << 20));
+    format!("{bytes:.1} of {predicted:.1}")
 }

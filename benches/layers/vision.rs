@@ -5,13 +5,13 @@ use reroute_cli::backend::{Backend, Device};
 use serde::Serialize;
 use serde_json::{Value, json};
 use vision_encoder::clip::ClipConfig;
-use vision_encoder::qwen::{Grid, QwenTowerConfig};
+use vision_encoder::qwen::{Grid, QwenTowerConfig, QwenVisionTower};
 
 use crate::model::{Model, Tower, toy_qwen_tower};
 use crate::options::Options;
 use crate::peak::Peak;
 use crate::sizes::exponent;
-use crate::timing::{Spread, mebibytes, median, repeated_seconds, seconds_and_peak, wait_for_one};
+use crate::timing::{Spread, mebibytes, seconds_and_peak, wait_for_one};
 
 /// Layers of CLIP's tower that are timed.
 const CLIP_LAYERS: usize = 2;
@@ -53,16 +53,18 @@ fn clip(
     let tower = config.init::<Backend>(device);
     let side = config.image_size;
     let pixels = Tensor::random([1, 3, side, side], Distribution::Default, device);
-    let time = |layers| {
-        repeated_seconds(options.rounds(), || {
-            wait_for_one(tower.patch_features(pixels.clone(), layers)?)
-        })
-    };
-    let (embedding, both) = (time(0)?, time(CLIP_LAYERS)?);
-    let layers = both.iter().zip(&embedding);
-    let layers: Vec<f64> = layers
-        .map(|(both, embedding)| (both - embedding).max(0.0) / CLIP_LAYERS as f64)
-        .collect();
+    let time =
+        |layers| seconds_and_peak(|| wait_for_one(tower.patch_features(pixels.clone(), layers)?));
+    let (first, _) = time(CLIP_LAYERS)?;
+    let (mut embedding, mut layers) = (Vec::new(), Vec::new());
+    let mut peak_bytes = None;
+    for _ in 0..options.rounds() {
+        let (alone, _) = time(0)?;
+        let (both, bytes) = time(CLIP_LAYERS)?;
+        embedding.push(alone);
+        layers.push((both - alone).max(0.0) / CLIP_LAYERS as f64);
+        peak_bytes = bytes;
+    }
     let (d, m) = (config.hidden_size as f64, config.intermediate_size as f64);
     let rows = (config.patches() + 1) as f64;
     let flops = 2.0 * rows * (4.0 * d * d + 2.0 * d * m + 2.0 * rows * d);
@@ -72,16 +74,21 @@ fn clip(
     );
     let of_peak = flops / layer.median * 1e3 / peak.flops_per_second;
     println!(
-        "\nCLIP tower, one image: embedding {} ms; a layer {} ms, {:.0} % of the peak",
+        "\nCLIP tower, one image: embedding {} ms; a layer {} ms, {:.0} % of the peak; peak memory {} MiB; \
+         first run {:.1} s",
         embedding.show(1),
         layer.show(1),
-        100.0 * of_peak
+        100.0 * of_peak,
+        mebibytes(peak_bytes),
+        first
     );
     Ok(json!({
         "embedding_ms": embedding,
         "layer_ms": layer,
         "layer_flops": flops,
         "layer_of_peak": of_peak,
+        "peak_bytes": peak_bytes,
+        "first_seconds": first,
     }))
 }
 
@@ -89,8 +96,10 @@ fn clip(
 #[derive(Serialize)]
 struct Row {
     patches: usize,
+    /// First runs of everything: weights made, kernels compiled and tuned.
+    first_seconds: f64,
     /// Patch embedding and merger.
-    rest_ms: f64,
+    rest_ms: Spread,
     /// Where the tower has windows.
     windowed: Option<Layer>,
     full: Layer,
@@ -101,7 +110,7 @@ struct Row {
 /// One layer at one size.
 #[derive(Serialize)]
 struct Layer {
-    ms: f64,
+    ms: Spread,
     flops: f64,
     of_peak: f64,
 }
@@ -119,24 +128,32 @@ fn qwen(
     };
     println!("\nQwen tower, f32: a windowed and a full-attention layer against the picture's size");
     println!(
-        "{:>7}  {:>12} {:>8}  {:>12} {:>8}  {:>10}  {:>9}",
-        "patches", "windowed ms", "of peak", "full ms", "of peak", "others ms", "peak MiB"
+        "{:>7} {:>8}  {:>24} {:>8}  {:>24} {:>8}  {:>24}  {:>10}",
+        "patches",
+        "first s",
+        "windowed ms",
+        "of peak",
+        "full ms",
+        "of peak",
+        "others ms",
+        "peak MiB"
     );
     let mut rows = Vec::new();
     for &side in sides {
         let row = measure(config, side, peak, device, options)?;
         let windowed = row.windowed.as_ref();
         println!(
-            "{:>7}  {:>12} {:>8}  {:>12.1} {:>6.0} %  {:>10.1}  {:>9}",
+            "{:>7} {:>8.1}  {:>24} {:>8}  {:>24} {:>6.0} %  {:>24}  {:>10}",
             row.patches,
-            windowed.map_or("–".into(), |layer| format!("{:.1}", layer.ms)),
+            row.first_seconds,
+            windowed.map_or("–".into(), |layer| layer.ms.show(1)),
             windowed.map_or("–".into(), |layer| format!(
                 "{:.0} %",
                 100.0 * layer.of_peak
             )),
-            row.full.ms,
+            row.full.ms.show(1),
             100.0 * row.full.of_peak,
-            row.rest_ms,
+            row.rest_ms.show(1),
             mebibytes(row.peak_bytes),
         );
         rows.push(row);
@@ -148,8 +165,8 @@ fn qwen(
             .map(|pairs| exponent(&pairs))
     };
     let exponents = json!({
-        "windowed": fit(|row| Some(row.windowed.as_ref()?.ms)),
-        "full": fit(|row| Some(row.full.ms)),
+        "windowed": fit(|row| Some(row.windowed.as_ref()?.ms.median)),
+        "full": fit(|row| Some(row.full.ms.median)),
         "memory": fit(|row| Some(row.peak_bytes? as f64)),
     });
     println!("exponents of time and memory against patches: {exponents}");
@@ -185,37 +202,46 @@ fn measure(
         true => 1,
         false => options.rounds(),
     };
-    let mut times = [const { Vec::new() }; 3];
-    let mut peak_bytes = None;
-    for round in 0..=rounds {
-        for (tower, times) in towers.iter().zip(&mut times) {
-            let call = || wait_for_one(tower.forward(input.clone(), &[grid])?.tokens);
-            let (time, bytes) = seconds_and_peak(call)?;
-            // The first round makes the weights.
-            if round > 0 {
-                times.push(time);
-                peak_bytes = peak_bytes.max(bytes);
-            }
-        }
+    let call = |tower: &QwenVisionTower<Backend>| {
+        seconds_and_peak(|| wait_for_one(tower.forward(input.clone(), &[grid])?.tokens))
+    };
+    let mut first_seconds = 0.0;
+    for tower in &towers {
+        first_seconds += call(tower)?.0;
     }
-    let [one, windowed, full] = times.map(median);
-    let layer = |seconds: f64, seen: usize| {
+    let (mut rest, mut windowed, mut full) = (Vec::new(), Vec::new(), Vec::new());
+    let mut peak_bytes = None;
+    for _ in 0..rounds {
+        let mut times = [0.0; 3];
+        for (tower, time) in towers.iter().zip(&mut times) {
+            let (seconds, bytes) = call(tower)?;
+            *time = seconds;
+            peak_bytes = peak_bytes.max(bytes);
+        }
+        let [one, two, with_full] = times;
+        rest.push((2.0 * one - two).max(0.0));
+        windowed.push(two - one);
+        full.push(with_full - one);
+    }
+    let layer = |seconds: &[f64], seen: usize| {
         let flops = layer_flops(config, patches, seen);
+        let ms = Spread::milliseconds(seconds);
         Layer {
-            ms: seconds * 1e3,
+            ms,
             flops,
-            of_peak: flops / seconds / peak.flops_per_second,
+            of_peak: flops / ms.median * 1e3 / peak.flops_per_second,
         }
     };
     let in_window = config.windows.as_ref().map(|window| {
         let seen = (window.side * config.spatial_merge_size).pow(2);
-        layer(windowed - one, seen.min(patches))
+        layer(&windowed, seen.min(patches))
     });
     Ok(Row {
         patches,
-        rest_ms: (2.0 * one - windowed).max(0.0) * 1e3,
+        first_seconds,
+        rest_ms: Spread::milliseconds(&rest),
         windowed: in_window,
-        full: layer(full - one, patches),
+        full: layer(&full, patches),
         peak_bytes,
     })
 }

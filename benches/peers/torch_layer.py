@@ -1,4 +1,4 @@
-"""Times decoder layers of LLaVA-1.5-7B's shape in PyTorch, by the protocol of README.md."""
+"""Times decoder layers in PyTorch, by the protocol of README.md."""
 
 import json
 import os
@@ -12,17 +12,9 @@ import transformers
 TOKENS = 4
 
 
-def config(toy: bool) -> transformers.LlamaConfig:
-    hidden, mlp, heads = (64, 128, 4) if toy else (4096, 11008, 32)
+def config(rows: int, sizes: dict) -> transformers.LlamaConfig:
     return transformers.LlamaConfig(
-        vocab_size=1024,
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_hidden_layers=2,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=4096,
-        attn_implementation="sdpa",
+        **sizes, max_position_embeddings=rows + TOKENS, attn_implementation="sdpa"
     )
 
 
@@ -34,12 +26,12 @@ def seconds(work):
 
 @torch.inference_mode()
 def main() -> None:
-    toy = "--test" in sys.argv
+    sizes = json.loads(sys.stdin.readline())
+    rows = sizes.pop("rows")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
-    settings = config(toy)
-    model = transformers.LlamaForCausalLM(settings).eval()
-    embeddings = 0.1 * torch.randn(1, 128 if toy else 640, settings.hidden_size)
+    model = transformers.LlamaForCausalLM(config(rows, sizes)).eval()
+    embeddings = 0.1 * torch.randn(1, rows, model.config.hidden_size)
     token = torch.tensor([[1]])
 
     def prefill():
@@ -57,10 +49,8 @@ def main() -> None:
     first, _ = seconds(measure)
     hello = {
         "peer": f"torch {torch.__version__}, transformers {transformers.__version__}, sdpa",
+        "shape": {"rows": rows, **{name: getattr(model.config, name) for name in sizes}},
         "threads": torch.get_num_threads(),
-        "rows": embeddings.shape[1],
-        "layers": settings.num_hidden_layers,
-        "hidden_size": settings.hidden_size,
         "first_seconds": first,
     }
     print(json.dumps(hello), flush=True)

@@ -1,39 +1,52 @@
 //! `cargo xtask bench`: measures backends, and other implementations beside them, and keeps what comes
-//! out as JSON and as a picture under `benches/results/`.
+//! out as JSON and as a picture under `benches/results/`, section by section.
 
 mod peers;
 mod plot;
-mod results;
+mod record;
 
 use std::fs;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Child, Command, ExitStatus};
+use std::thread::sleep;
+use std::time::Duration;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
+use clap::builder::RangedU64ValueParser;
 use serde_json::{Value, json};
+
+use peers::Compared;
+use record::Record;
+
+/// Four decisions at the published relative depths need as many layers to stay apart.
+const MIN_LAYERS: u64 = 7;
+
+/// Between two looks at what a backend's program has written.
+const LOOK: Duration = Duration::from_secs(1);
 
 #[derive(clap::Args)]
 pub struct Args {
     /// Backends to measure, one program for each.
     #[arg(long, value_delimiter = ',', default_value = "flex",
-          value_parser = ["flex", "ndarray", "wgpu", "cuda"])]
+          value_parser = ["flex", "ndarray", "wgpu", "webgpu", "cuda"])]
     backend: Vec<String>,
     /// Layer shapes: `llava` (LLaVA-1.5-7B), `qwen` (Qwen2.5-VL-7B), or a folder with a config.json.
-    #[arg(long, default_value = "llava", value_name = "NAME|DIR")]
+    #[arg(long, default_value = "llava", value_name = "NAME|DIR", value_parser = model)]
     model: String,
     /// Budgets of the routed prefills: visual tokens of 576 that a layer works on, on average.
     #[arg(long, value_delimiter = ',', default_value = "192,128,64", value_parser = ["192", "128", "64"])]
     budgets: Vec<String>,
     /// Decoder layers.
-    #[arg(long, default_value_t = 8)]
+    #[arg(long, default_value_t = 8,
+          value_parser = RangedU64ValueParser::<usize>::new().range(MIN_LAYERS..))]
     layers: usize,
     /// Rounds that medians are taken of.
-    #[arg(long, default_value_t = 5)]
+    #[arg(long, default_value_t = 5, value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     rounds: usize,
     /// Other implementations to time in turn with ours: a folder of them (`benches/peers`), or a
     /// command that speaks their protocol (`benches/peers/README.md`).
-    #[arg(long, value_name = "DIR|COMMAND")]
-    compare: Vec<String>,
+    #[arg(long, value_name = "DIR|COMMAND", value_parser = peers::find)]
+    compare: Vec<Compared>,
     /// Python with PyTorch and transformers, for `--compare`; else what REROUTE_PYTHON says, or
     /// python3.
     #[arg(long, value_name = "PROGRAM")]
@@ -46,95 +59,203 @@ pub struct Args {
     smoke: bool,
     /// What to measure: prefill, decode, vision, sizes (together the default), scenes, ops; `peer` for
     /// `--compare` alone.
+    #[arg(value_parser = ["prefill", "decode", "vision", "sizes", "scenes", "ops", "peer"])]
     sections: Vec<String>,
 }
 
 pub fn run(args: &Args, root: &Path) -> anyhow::Result<()> {
-    let scratch = tempfile::tempdir()?;
-    let mut notes: Vec<String> = args.note.iter().cloned().collect();
-    let mut backends = Vec::new();
-    let only_peers =
-        args.sections.iter().all(|section| section == "peer") && !args.sections.is_empty();
-    for backend in args.backend.iter().filter(|_| !only_peers) {
-        let out = scratch.path().join(format!("{backend}.json"));
-        match measure(args, backend, &out) {
-            Ok(report) => backends.push(report),
-            Err(error) => notes.push(format!("{backend} was not measured: {error:#}")),
-        }
-    }
-    let mut peers = Vec::new();
-    if !args.compare.is_empty() {
-        match peers::compare(args, &mut notes) {
-            Ok(compared) => {
-                peers::print(&compared);
-                peers = compared;
-            }
-            Err(error) => notes.push(format!("nobody was compared: {error:#}")),
-        }
-    }
-    for note in &notes {
-        println!("note: {note}");
-    }
+    let measured: Vec<&str> = args.sections.iter().map(String::as_str).collect();
+    let measured: Vec<&str> = measured.into_iter().filter(|it| *it != "peer").collect();
+    let only_peers = measured.is_empty() && !args.sections.is_empty();
     ensure!(
-        !backends.is_empty() || !peers.is_empty(),
-        "nothing was measured"
+        measured.len() == args.sections.len() || !args.compare.is_empty(),
+        "`peer` needs somebody to compare with: add --compare benches/peers"
     );
-    let report = results::describe(json!({
-        "notes": notes,
-        "backends": backends,
-        "peers": peers,
-    }));
+    let scratch = tempfile::tempdir()?;
     let folder = match args.smoke {
         true => scratch.path().to_path_buf(),
         false => root.join("benches/results"),
     };
-    let what = match &args.sections[..] {
-        [only] if only == "scenes" => "scenes",
-        _ => &args.model,
+    let what = match measured[..] {
+        ["scenes"] => "scenes",
+        _ => name(&args.model),
     };
-    let path = results::save(&report, what, &folder)?;
-    let picture = path.with_extension("svg");
-    let drawn = plot::draw(&report, &picture)?;
-    if args.smoke {
-        println!("everything runs; toy numbers are not kept");
-    } else {
-        println!("kept in {}", path.display());
-        if drawn {
+    let mut record = Record::new(root, &folder, what)?;
+    record.notes.extend(args.note.clone());
+    let mut failed = Vec::new();
+    for backend in args.backend.iter().filter(|_| !only_peers) {
+        let out = scratch.path().join(format!("{backend}.json"));
+        if let Err(error) = measure(args, backend, &measured, &out, &mut record) {
+            let note = format!("{backend} was not measured to the end: {error:#}");
+            record.notes.push(note.clone());
+            failed.push(note);
+        }
+    }
+    if !args.compare.is_empty() {
+        if let Err(error) = peers::compare(args, &mut record) {
+            let note = format!("the comparison ended early: {error:#}");
+            record.notes.push(note.clone());
+            failed.push(note);
+        }
+        peers::print(&record.peers);
+    }
+    for note in &record.notes {
+        println!("note: {note}");
+    }
+    if !record.is_empty() {
+        let path = record.keep()?;
+        match args.smoke {
+            true => println!("toy numbers are not kept"),
+            false => println!("kept in {}", path.display()),
+        }
+        let picture = path.with_extension("svg");
+        if picture.exists() && !args.smoke {
             println!("drawn in {}", picture.display());
         }
     }
+    ensure!(failed.is_empty(), "{}", failed.join("; "));
     Ok(())
 }
 
-/// Builds and runs one backend's program.
-fn measure(args: &Args, backend: &str, out: &Path) -> anyhow::Result<Value> {
-    let mut command = program(args, backend);
-    command.args(&args.sections).arg("--out").arg(out);
-    let status = command.status().context("cannot start cargo")?;
-    if !status.success() {
-        bail!("the benchmark ended with {status}");
+/// A name of `--model`, or the whole path of the folder that it names: cargo runs the program in the
+/// folder of its package.
+fn model(given: &str) -> Result<String, String> {
+    if let "llava" | "qwen" = given {
+        return Ok(given.into());
     }
-    let text = fs::read(out).with_context(|| out.display().to_string())?;
-    let mut report: Value = serde_json::from_slice(&text)?;
-    report["model"] = json!(args.model);
-    Ok(report)
+    let folder = Path::new(given);
+    if !folder.join("config.json").is_file() {
+        return Err("neither llava nor qwen, nor a folder with a config.json".into());
+    }
+    let whole = folder.canonicalize().map_err(|error| error.to_string())?;
+    let whole = whole.into_os_string().into_string();
+    whole.map_err(|_| "the folder's path is not UTF-8: rename it".into())
+}
+
+/// What a model is called in results: the last part of a folder's path.
+fn name(model: &str) -> &str {
+    let name = Path::new(model).file_name();
+    name.and_then(|name| name.to_str()).unwrap_or(model)
+}
+
+/// Builds and runs one backend's program. What it has measured is kept section by section.
+fn measure(
+    args: &Args,
+    backend: &str,
+    sections: &[&str],
+    out: &Path,
+    record: &mut Record,
+) -> anyhow::Result<()> {
+    let mut command = program(args, backend);
+    command.args(sections).arg("--out").arg(out);
+    let mut child = command.spawn().context("cannot start cargo")?;
+    let at = record.backends.len();
+    let status = follow(&mut child, out, |mut report| {
+        report["model"] = json!(name(&args.model));
+        record.backends.truncate(at);
+        record.backends.push(report);
+        // Tried again at the end.
+        let _ = record.keep();
+    })?;
+    ensure!(status.success(), "the benchmark ended with {status}");
+    Ok(())
+}
+
+/// Waits for a program to end; hands on what it has written whenever that has changed.
+fn follow(
+    child: &mut Child,
+    out: &Path,
+    mut changed: impl FnMut(Value),
+) -> anyhow::Result<ExitStatus> {
+    let mut seen = Vec::new();
+    loop {
+        let ended = child.try_wait()?;
+        let text = fs::read(out).unwrap_or_default();
+        if text != seen {
+            changed(serde_json::from_slice(&text)?);
+            seen = text;
+        }
+        match ended {
+            Some(status) => return Ok(status),
+            None => sleep(LOOK),
+        }
+    }
 }
 
 /// The bench binary of a backend, with the flags that all its sections share.
 fn program(args: &Args, backend: &str) -> Command {
-    // Cargo runs the program in the folder of its package.
-    let model = match args.model.as_str() {
-        name @ ("llava" | "qwen") => name.into(),
-        folder => Path::new(folder).canonicalize().unwrap_or(folder.into()),
-    };
     let mut command = Command::new(env!("CARGO"));
     command
         .args(["bench", "--quiet", "-p", "benches", "--no-default-features"])
-        .args(["--features", backend, "--", "--model"])
-        .arg(model)
+        .args(["--features", backend, "--", "--model", &args.model])
         .args(["--budgets", &args.budgets.join(",")])
         .args(["--layers", &args.layers.to_string()])
         .args(["--rounds", &args.rounds.to_string()])
         .args(args.smoke.then_some("--test"));
     command
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use clap::Parser;
+
+    use super::{Args, follow, model, name};
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        bench: Args,
+    }
+
+    fn refusal(line: &[&str]) -> String {
+        let line = Line::try_parse_from([&["bench"], line].concat());
+        line.err().expect("it is refused").to_string()
+    }
+
+    #[test]
+    fn what_cannot_be_measured_is_refused_before_anything_is_built() {
+        for (line, words) in [
+            (&["--model", "/no/such/folder"][..], "config.json"),
+            (&["--layers", "6"], "6 is not in 7.."),
+            (&["--rounds", "0"], "0 is not in 1.."),
+            (&["--budgets", "100"], "192, 128, 64"),
+            (&["--backend", "gpu"], "webgpu"),
+            (&["prefil"], "a similar value exists: 'prefill'"),
+            (&["--compare", "no-such-folder"], "neither a folder"),
+        ] {
+            let refusal = refusal(line);
+            assert!(refusal.contains(words), "{line:?}: {refusal}");
+        }
+        let alone = Line::try_parse_from(["bench", "peer"]).unwrap();
+        let error = super::run(&alone.bench, "/no/such/folder".as_ref()).unwrap_err();
+        assert!(error.to_string().contains("add --compare"), "{error}");
+    }
+
+    #[test]
+    fn a_folder_is_called_by_its_own_name_from_wherever_it_is_seen() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = folder.path().join("my-model");
+        std::fs::create_dir_all(folder.join("inside")).unwrap();
+        std::fs::write(folder.join("config.json"), "{}").unwrap();
+        let seen = model(folder.join("inside/..").to_str().unwrap()).unwrap();
+        assert_eq!(name(&seen), "my-model");
+        assert_eq!(name(&model("qwen").unwrap()), "qwen");
+    }
+
+    #[test]
+    fn what_a_program_wrote_before_it_failed_is_handed_on() {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("out.json");
+        let script = r#"echo '{"prefill": 1}' > "$1"; exit 2"#;
+        let mut shell = Command::new("sh");
+        shell.args(["-c", script, "sh"]).arg(&out);
+        let mut last = None;
+        let status = follow(&mut shell.spawn().unwrap(), &out, |report| {
+            last = Some(report);
+        });
+        assert_eq!(status.unwrap().code(), Some(2));
+        assert_eq!(last.unwrap()["prefill"], 1);
+    }
 }

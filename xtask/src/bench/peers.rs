@@ -1,93 +1,143 @@
 //! Other implementations, timed in turn with ours so that all see the same minutes of a shared machine.
 //!
-//! A peer is a program that prints one line of JSON when it is ready, and for every line that it
-//! reads one line with its `prefill_ms` and `decode_ms` (`benches/peers/README.md`).
+//! A peer is a program that reads one line of JSON with a shape, prints one line when it is ready, and
+//! for every further line that it reads one line with its `prefill_ms` and `decode_ms`
+//! (`benches/peers/README.md`).
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Write};
-use std::path::Path;
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::io::{self, BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread;
+use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use serde_json::{Value, json};
 
+use super::record::Record;
 use super::{Args, program};
 
 /// What a peer measures.
 const QUANTITIES: [&str; 2] = ["prefill_ms", "decode_ms"];
 
-/// Asks everybody in turn, round by round. The first results are ours, the others are compared with
-/// them. Who is not there, or stops answering, is left out with a note.
-pub fn compare(args: &Args, notes: &mut Vec<String>) -> anyhow::Result<Vec<Value>> {
-    let scratch = tempfile::tempdir()?;
-    let mut ours = program(args, &args.backend[0]);
-    ours.arg("peer");
-    let log = scratch.path().join("ours.log");
-    let mut ours = Peer::start("reroute".into(), ours, &log).context("our own program")?;
-    let mut others = Vec::new();
-    for given in &args.compare {
-        for (name, command) in find(given, args)? {
-            let log = scratch.path().join(format!("{}.log", others.len()));
-            match Peer::start(name.clone(), command, &log) {
-                Ok(peer) => others.push(peer),
-                Err(error) => notes.push(left_out(&name, &error)),
-            }
-        }
-    }
-    let rounds = if args.smoke { 1 } else { args.rounds };
-    for _ in 0..=rounds {
-        ours.ask()?;
-        others.retain_mut(|peer| match peer.ask() {
-            Ok(()) => true,
-            Err(error) => {
-                notes.push(left_out(&peer.name, &error));
-                false
-            }
-        });
-    }
-    let times = ours.rounds.clone();
-    let everybody = std::iter::once(ours).chain(others);
-    Ok(everybody.map(|peer| peer.report(&times)).collect())
-}
+/// How long a peer may take to be built, make its weights and run once.
+const PATIENCE_AT_FIRST: Duration = Duration::from_secs(3600);
 
-fn left_out(name: &str, error: &anyhow::Error) -> String {
-    format!("peer {name} is left out: {error:#}")
+/// How long it may take to measure once.
+const PATIENCE: Duration = Duration::from_secs(600);
+
+/// Whom to compare with.
+#[derive(Clone)]
+pub enum Compared {
+    /// Scripts, and manifests of crates.
+    Folder(Vec<PathBuf>),
+    /// What the shell runs.
+    Command(String),
 }
 
 /// The peers of a folder, by name, or the one that a command starts.
-fn find(given: &str, args: &Args) -> anyhow::Result<Vec<(String, Command)>> {
+pub fn find(given: &str) -> Result<Compared, String> {
     let folder = Path::new(given);
     if !folder.is_dir() {
-        let mut shell = Command::new("sh");
-        shell.args(["-c", given]);
-        return Ok(vec![(given.to_string(), shell)]);
-    }
-    let python = args.python.clone();
-    let python = python.or_else(|| std::env::var("REROUTE_PYTHON").ok());
-    let python = python.unwrap_or_else(|| "python3".into());
-    let mut entries: Vec<_> = fs::read_dir(folder)
-        .with_context(|| given.to_string())?
-        .collect::<Result<_, _>>()?;
-    entries.sort_by_key(fs::DirEntry::file_name);
-    let mut commands = Vec::new();
-    for path in entries.iter().map(fs::DirEntry::path) {
-        let manifest = path.join("Cargo.toml");
-        let mut command = if path.extension().is_some_and(|extension| extension == "py") {
-            let mut command = Command::new(&python);
-            command.arg(&path);
-            command
-        } else if manifest.is_file() {
-            let mut command = Command::new(env!("CARGO"));
-            command.args(["run", "--release", "--quiet", "--manifest-path"]);
-            command.arg(manifest).arg("--");
-            command
-        } else {
-            continue;
+        let program = given.split_whitespace().next().unwrap_or_default();
+        let mut known = Command::new("sh");
+        known.args(["-c", r#"command -v "$1""#, "sh", program]);
+        let known = known.stdout(Stdio::null()).status();
+        return match known.is_ok_and(|status| status.success()) {
+            true => Ok(Compared::Command(given.into())),
+            false => Err(format!(
+                "neither a folder nor a command: the shell finds no {program:?}"
+            )),
         };
-        command.args(args.smoke.then_some("--test"));
-        commands.push((path.display().to_string(), command));
     }
-    Ok(commands)
+    let entries = fs::read_dir(folder).and_then(Iterator::collect::<io::Result<Vec<_>>>);
+    let mut entries = entries.map_err(|error| error.to_string())?;
+    entries.sort_by_key(fs::DirEntry::file_name);
+    let peers = entries.iter().map(fs::DirEntry::path).filter_map(|path| {
+        let manifest = path.join("Cargo.toml");
+        let script = path.extension().is_some_and(|extension| extension == "py");
+        script
+            .then_some(path)
+            .or(manifest.is_file().then_some(manifest))
+    });
+    let peers: Vec<PathBuf> = peers.collect();
+    match peers.is_empty() {
+        true => Err("no peers in this folder: neither .py files nor folders of crates".into()),
+        false => Ok(Compared::Folder(peers)),
+    }
+}
+
+impl Compared {
+    /// The program of every peer, after the peer's name.
+    fn programs(&self, args: &Args) -> Vec<(String, Command)> {
+        let python = args.python.clone();
+        let python = python.or_else(|| std::env::var("REROUTE_PYTHON").ok());
+        let python = python.unwrap_or_else(|| "python3".into());
+        match self {
+            Self::Command(given) => {
+                let mut shell = Command::new("sh");
+                shell.args(["-c", given]);
+                vec![(given.clone(), shell)]
+            }
+            Self::Folder(peers) => peers
+                .iter()
+                .map(|path| {
+                    let mut command;
+                    if path.ends_with("Cargo.toml") {
+                        command = Command::new(env!("CARGO"));
+                        command.args(["run", "--release", "--quiet", "--manifest-path"]);
+                    } else {
+                        command = Command::new(&python);
+                    }
+                    command.arg(path);
+                    (path.display().to_string(), command)
+                })
+                .collect(),
+        }
+    }
+}
+
+/// Asks everybody in turn, round by round, and records it after each. The first results are ours, the
+/// others are compared with them. Who is not there, or stops answering, is left out from then on, with
+/// a note.
+pub fn compare(args: &Args, record: &mut Record) -> anyhow::Result<()> {
+    let scratch = tempfile::tempdir()?;
+    let mut program = program(args, &args.backend[0]);
+    program.arg("peer");
+    let log = scratch.path().join("ours.log");
+    let mut ours = Peer::start("reroute".into(), program, &log, None).context("our own program")?;
+    let shape = ours.hello["shape"].clone();
+    let mut others = Vec::new();
+    let programs = args.compare.iter().flat_map(|given| given.programs(args));
+    for (name, program) in programs {
+        let log = scratch.path().join(format!("{}.log", others.len()));
+        match Peer::start(name.clone(), program, &log, Some(&shape)) {
+            Ok(peer) => others.push(peer),
+            Err(error) => record
+                .notes
+                .push(format!("peer {name} is left out: {error:#}")),
+        }
+    }
+    let rounds = if args.smoke { 1 } else { args.rounds };
+    for round in 0..=rounds {
+        ours.ask().context("our own program")?;
+        for peer in others.iter_mut().filter(|peer| peer.rounds.len() == round) {
+            if let Err(error) = peer.ask() {
+                let note = format!("peer {} ended in round {round}: {error:#}", peer.name);
+                record.notes.push(note);
+            }
+        }
+        // The first round does not count.
+        let everybody = std::iter::once(&ours).chain(&others);
+        let everybody = everybody.filter(|peer| peer.rounds.len() > 1);
+        record.peers = everybody.map(|peer| peer.report(&ours.rounds)).collect();
+        if round > 0 {
+            // Tried again at the end.
+            let _ = record.keep();
+        }
+    }
+    Ok(())
 }
 
 /// A running peer.
@@ -98,63 +148,87 @@ struct Peer {
     hello: Value,
     process: Child,
     questions: ChildStdin,
-    answers: BufReader<ChildStdout>,
+    answers: Receiver<io::Result<String>>,
+    /// Where its complaints go.
+    log: PathBuf,
     /// Its measurements. The first warms caches up and does not count.
     rounds: Vec<Value>,
 }
 
 impl Peer {
-    /// Starts a program and waits until it is ready; what it complains of goes to `log`.
-    fn start(name: String, mut command: Command, log: &Path) -> anyhow::Result<Self> {
+    /// Starts a program and waits until it is ready to run a shape; ours says which one it is.
+    fn start(
+        name: String,
+        mut command: Command,
+        log: &Path,
+        shape: Option<&Value>,
+    ) -> anyhow::Result<Self> {
         let mut process = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(File::create(log)?)
             .spawn()
             .with_context(|| format!("cannot start {:?}", command.get_program()))?;
-        let (questions, answers) = (process.stdin.take(), process.stdout.take());
+        let (questions, output) = (process.stdin.take(), process.stdout.take());
+        let output = BufReader::new(output.context("no output")?);
+        let (said, answers) = channel();
+        // Ends with the program's output, or when nobody listens any more.
+        thread::spawn(move || output.lines().try_for_each(|line| said.send(line)));
         let mut peer = Self {
             name,
             hello: Value::Null,
             process,
             questions: questions.context("no input")?,
-            answers: BufReader::new(answers.context("no output")?),
+            answers,
+            log: log.into(),
             rounds: Vec::new(),
         };
-        peer.hello = peer.line().map_err(|error| {
-            let complaints = fs::read_to_string(log).unwrap_or_default();
-            match complaints.trim().lines().last() {
-                Some(last) => anyhow::anyhow!("{last}"),
-                None => error,
-            }
-        })?;
+        if let Some(shape) = shape {
+            // Who has already ended says below why.
+            let _ = writeln!(peer.questions, "{shape}");
+        }
+        peer.hello = peer.line(PATIENCE_AT_FIRST)?;
+        let theirs = &peer.hello["shape"];
+        ensure!(
+            peer.hello["peer"].is_string() && shape.is_none_or(|shape| shape == theirs),
+            "it runs the shape {theirs}, not the one on its first line of input \
+             (benches/peers/README.md)"
+        );
         Ok(peer)
     }
 
     /// Lets it measure once more.
     fn ask(&mut self) -> anyhow::Result<()> {
-        let mut ask = || {
-            writeln!(self.questions)?;
-            self.questions.flush()?;
-            self.line()
-        };
-        let times = ask().context("it stopped answering")?;
+        // Who has already ended says below why.
+        let _ = writeln!(self.questions);
+        let times = self.line(PATIENCE)?;
+        let measured = |quantity: &str| times[quantity].as_f64().is_some_and(|time| time > 0.0);
+        ensure!(
+            QUANTITIES.into_iter().all(measured),
+            "it said {times}, which has no {}",
+            QUANTITIES.join(" and ")
+        );
         self.rounds.push(times);
         Ok(())
     }
 
     /// The next line of JSON.
-    fn line(&mut self) -> anyhow::Result<Value> {
-        let mut line = String::new();
-        if self.answers.read_line(&mut line)? == 0 {
-            bail!("it ended without a word");
-        }
+    fn line(&self, patience: Duration) -> anyhow::Result<Value> {
+        let line = match self.answers.recv_timeout(patience) {
+            Ok(line) => line?,
+            Err(RecvTimeoutError::Timeout) => bail!("it was silent for {patience:?}"),
+            Err(RecvTimeoutError::Disconnected) => {
+                let complaints = fs::read_to_string(&self.log).unwrap_or_default();
+                let last = complaints.trim().lines().last().map(str::to_string);
+                bail!(last.unwrap_or("it ended without a word".into()))
+            }
+        };
         serde_json::from_str(&line).with_context(|| format!("it said {:?}", line.trim()))
     }
 
     /// Its times, and how many of them ours took, round by round.
-    fn report(mut self, ours: &[Value]) -> Value {
-        let mut report = self.hello.take();
+    fn report(&self, ours: &[Value]) -> Value {
+        let mut report = self.hello.clone();
         for quantity in QUANTITIES {
             let times = |rounds: &[Value]| -> Vec<f64> {
                 let time = |round: &Value| round[quantity].as_f64().unwrap_or(f64::NAN);
@@ -215,28 +289,38 @@ pub fn print(peers: &[Value]) {
 #[cfg(test)]
 mod tests {
     use std::process::Command;
+    use std::time::Duration;
 
-    use super::Peer;
+    use serde_json::json;
 
-    fn shell(script: &str) -> Command {
+    use super::{Compared, Peer, find};
+
+    /// What a shell script becomes as a peer that is asked for `{"rows": 8}`.
+    fn start(script: &str) -> anyhow::Result<Peer> {
+        let folder = tempfile::tempdir().unwrap();
         let mut shell = Command::new("sh");
         shell.args(["-c", script]);
-        shell
+        let log = folder.path().join("log");
+        Peer::start("shell".into(), shell, &log, Some(&json!({"rows": 8})))
+    }
+
+    fn refusal(script: &str) -> String {
+        let error = start(script).err().expect("it has not started");
+        error.to_string()
     }
 
     #[test]
     fn a_peer_answers_line_by_line_and_is_compared_round_by_round() {
-        let folder = tempfile::tempdir().unwrap();
-        let script = r#"echo '{"peer": "shell"}'; for t in 70 10 20 40; do read _
+        let script = r#"read shape; echo "{\"peer\": \"shell\", \"shape\": $shape}"
+            for t in 70 10 20 40; do read _
             echo "{\"prefill_ms\": $t, \"decode_ms\": 4}"; done"#;
-        let log = folder.path().join("log");
-        let mut peer = Peer::start("shell".into(), shell(script), &log).unwrap();
+        let mut peer = start(script).unwrap();
         for _ in 0..4 {
             peer.ask().unwrap();
         }
         assert!(peer.ask().is_err(), "it has ended");
         let ours: Vec<_> = [90.0, 5.0, 5.0, 20.0]
-            .map(|time| serde_json::json!({"prefill_ms": time, "decode_ms": 2.0}))
+            .map(|time| json!({"prefill_ms": time, "decode_ms": 2.0}))
             .to_vec();
         let report = peer.report(&ours);
         assert_eq!(report["peer"], "shell");
@@ -250,13 +334,49 @@ mod tests {
 
     #[test]
     fn an_absent_peer_says_why() {
-        let folder = tempfile::tempdir().unwrap();
-        let started = Peer::start(
-            "shell".into(),
-            shell("echo no torch here >&2; exit 1"),
-            &folder.path().join("log"),
+        let refusal = refusal("echo no torch here >&2; exit 1");
+        assert_eq!(refusal, "no torch here");
+    }
+
+    #[test]
+    fn a_peer_of_another_shape_is_not_compared() {
+        let refusal = refusal(r#"echo '{"peer": "shell", "shape": {"rows": 9}}'; read _; read _"#);
+        assert!(
+            refusal.contains(r#"runs the shape {"rows":9}"#),
+            "{refusal}"
         );
-        let error = started.err().expect("it has not started").to_string();
-        assert_eq!(error, "no torch here");
+    }
+
+    #[test]
+    fn answers_without_times_and_silence_are_errors() {
+        let script = r#"read shape; echo "{\"peer\": \"shell\", \"shape\": $shape}"
+            read _; echo '{"prefill_ms": 7}'; exec sleep 60"#;
+        let mut peer = start(script).unwrap();
+        let error = peer.ask().unwrap_err().to_string();
+        assert!(error.contains("decode_ms"), "{error}");
+        assert!(peer.rounds.is_empty());
+        let error = peer.line(Duration::from_millis(1)).unwrap_err();
+        assert_eq!(error.to_string(), "it was silent for 1ms");
+    }
+
+    #[test]
+    fn whom_to_compare_with_is_checked_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let refusal = |given: &str| find(given).err().expect("it is refused");
+        let path = folder.path().to_str().unwrap();
+        assert!(refusal(path).contains("no peers"));
+        assert!(refusal("no-such-folder --fast").contains("no-such-folder"));
+        std::fs::write(folder.path().join("a.py"), "").unwrap();
+        std::fs::write(folder.path().join("README.md"), "").unwrap();
+        std::fs::create_dir(folder.path().join("b")).unwrap();
+        std::fs::write(folder.path().join("b/Cargo.toml"), "").unwrap();
+        let Ok(Compared::Folder(peers)) = find(path) else {
+            panic!("a folder with peers");
+        };
+        assert_eq!(
+            peers,
+            ["a.py", "b/Cargo.toml"].map(|name| folder.path().join(name))
+        );
+        assert!(matches!(find("sh -c true"), Ok(Compared::Command(_))));
     }
 }

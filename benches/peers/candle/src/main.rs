@@ -1,30 +1,51 @@
-//! Times decoder layers of LLaVA-1.5-7B's shape in candle, by the protocol of `../README.md`.
+//! Times decoder layers in candle, by the protocol of `../README.md`.
 
 use std::collections::HashMap;
 use std::io::{self, BufRead, Write};
+use std::process::ExitCode;
 use std::time::Instant;
 
+use anyhow::{Context, ensure};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{VarBuilder, VarMap};
 use candle_transformers::models::llama::{Cache, Config, Llama};
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 const TOKENS: usize = 4;
 
-fn config(toy: bool) -> Config {
-    let (hidden_size, intermediate_size, heads) = match toy {
-        true => (64, 128, 4),
-        false => (4096, 11008, 32),
-    };
-    Config {
-        vocab_size: 1024,
-        hidden_size,
-        intermediate_size,
-        num_hidden_layers: 2,
-        num_attention_heads: heads,
-        num_key_value_heads: heads,
+/// What every peer runs: see `../README.md`.
+#[derive(Clone, Copy, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Shape {
+    vocab_size: usize,
+    hidden_size: usize,
+    intermediate_size: usize,
+    num_hidden_layers: usize,
+    num_attention_heads: usize,
+    num_key_value_heads: usize,
+    head_dim: usize,
+    rows: usize,
+}
+
+fn config(shape: Shape) -> anyhow::Result<Config> {
+    ensure!(
+        shape.head_dim * shape.num_attention_heads == shape.hidden_size,
+        "candle's Llama has no heads of {}: they are its width of {} over {}",
+        shape.head_dim,
+        shape.hidden_size,
+        shape.num_attention_heads
+    );
+    Ok(Config {
+        vocab_size: shape.vocab_size,
+        hidden_size: shape.hidden_size,
+        intermediate_size: shape.intermediate_size,
+        num_hidden_layers: shape.num_hidden_layers,
+        num_attention_heads: shape.num_attention_heads,
+        num_key_value_heads: shape.num_key_value_heads,
+        max_position_embeddings: shape.rows + TOKENS,
         ..Config::config_7b_v1(false)
-    }
+    })
 }
 
 /// A model with random weights that record no gradients.
@@ -43,12 +64,24 @@ fn model(config: &Config, device: &Device) -> anyhow::Result<Llama> {
     Ok(Llama::load(weights, config)?)
 }
 
-fn main() -> anyhow::Result<()> {
-    let toy = std::env::args().any(|argument| argument == "--test");
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> anyhow::Result<()> {
+    let mut line = String::new();
+    io::stdin().read_line(&mut line)?;
+    let shape: Shape = serde_json::from_str(&line).context("the first line is no shape")?;
     let device = Device::Cpu;
-    let config = config(toy);
+    let config = config(shape)?;
     let model = model(&config, &device)?;
-    let rows = if toy { 128 } else { 640 };
+    let rows = shape.rows;
     let embeddings = Tensor::randn(0f32, 0.1, (1, rows, config.hidden_size), &device)?;
     let token = Tensor::new(&[[1u32]], &device)?;
 
@@ -75,10 +108,8 @@ fn main() -> anyhow::Result<()> {
     let first: f64 = measure()?.iter().sum();
     let hello = json!({
         "peer": "candle 0.11, candle-transformers",
+        "shape": shape,
         "threads": std::thread::available_parallelism()?.get(),
-        "rows": rows,
-        "layers": config.num_hidden_layers,
-        "hidden_size": config.hidden_size,
         "first_seconds": first,
     });
     let mut out = io::stdout().lock();

@@ -7,7 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use burn::tensor::DType;
-use checkpoint::{Dtype, Folder, Layout, LoadOptions, Shards, load_into};
+use checkpoint::{CheckpointError, Dtype, Folder, Layout, LoadOptions, Shards, load_into};
 use convert::{ConvertError, Form, Job, Phase, Plan, Report};
 use half::f16;
 use llava::Llava;
@@ -191,8 +191,34 @@ fn pickles_are_read_only_when_allowed_and_whole() {
         assert!(error.to_string().contains(shard), "{error}");
     }
     from.remove(shard);
-    assert!(convert(&job).unwrap_err().to_string().contains("not there"));
+    let error = convert(&job).unwrap_err().to_string();
+    assert!(
+        error.contains(shard) && error.contains("download"),
+        "{error}"
+    );
     from.write(shard, intact);
+    let name = "pytorch_model.bin.index.json";
+    let index = String::from_utf8(from.read(name)).unwrap();
+    let of_other_shards = index.replacen(shard, "pytorch_model-00002-of-00002.bin", 1);
+    let of_more = index.replacen("\"weight_map\": {", "&\"ghost\": \"SHARD\",", 1);
+    let of_more = of_more
+        .replace('&', "\"weight_map\": {")
+        .replace("SHARD", shard);
+    for wrong in [of_other_shards, of_more] {
+        assert_ne!(wrong, index);
+        from.write(name, wrong);
+        let error = convert(&job).unwrap_err();
+        let is_index = matches!(
+            error,
+            ConvertError::Checkpoint(CheckpointError::Index { .. })
+        );
+        assert!(is_index, "{error}");
+    }
+    from.remove(name);
+    let error = convert(&job).unwrap_err().to_string();
+    assert!(error.contains("neither pytorch_model.bin nor"), "{error}");
+    assert_eq!(to.entries(), [""; 0]);
+    from.write(name, index);
     convert(&job).unwrap();
 }
 
@@ -341,17 +367,102 @@ fn an_interrupted_run_is_taken_up_and_ends_the_same() {
     }
 }
 
+/// A conversion to a folder of four shards.
+fn to_shards(from: &str, to: String) -> Job {
+    let mut job = Job::new(from, to);
+    job.form = Some(Form::HuggingFace);
+    job.max_shard_bytes = 1_000_000;
+    job
+}
+
+#[test]
+fn finished_shards_that_have_come_to_harm_are_written_again() {
+    let (from, to) = (source("llava"), Scratch::new());
+    let whole = to_shards(&from, to.at("whole"));
+    convert(&whole).unwrap();
+    let bytes = Plan::new(&to_shards(&from, to.at("any"))).unwrap();
+    let bytes = bytes.total_bytes();
+    let harm = |name: &str, harm: fn(&mut Vec<u8>)| {
+        let job = to_shards(&from, to.at(name));
+        interrupted(&job, bytes * 3 / 2);
+        let shard = job.to.join("model-00002-of-00004.safetensors");
+        let mut content = fs::read(&shard).unwrap();
+        harm(&mut content);
+        fs::write(&shard, content).unwrap();
+        let mut done = 0;
+        let plan = Plan::new(&job);
+        let written = plan.and_then(|plan| plan.write(&mut |now| done = now.done_bytes));
+        assert!(done <= 2 * bytes);
+        (job, written)
+    };
+    for (name, how) in [
+        (
+            "cut off",
+            (|content| content.truncate(content.len() / 2)) as fn(&mut Vec<u8>),
+        ),
+        ("flipped", |content| *content.last_mut().unwrap() ^= 1),
+        ("too long", |content| content.push(0)),
+    ] {
+        let (job, written) = harm(name, how);
+        assert!((1..100).contains(&written.unwrap().resumed), "{name}");
+        for entry in whole.to.read_dir().unwrap() {
+            let entry = entry.unwrap();
+            let twin = fs::read(job.to.join(entry.file_name())).unwrap();
+            assert!(twin == fs::read(entry.path()).unwrap(), "{name}: {entry:?}");
+        }
+    }
+    // What begins in another way is of others.
+    let (job, written) = harm("replaced", |content| *content = b"precious".to_vec());
+    let error = written.unwrap_err();
+    assert!(matches!(error, ConvertError::Occupied { .. }), "{error}");
+    let shard = job.to.join("model-00002-of-00004.safetensors");
+    assert_eq!(fs::read(shard).unwrap(), b"precious");
+}
+
 #[test]
 fn two_conversions_do_not_write_to_one_place() {
     let (from, to) = (source("llava"), Scratch::new());
     let job = Job::new(&from, to.at("model.bpk"));
     let (first, second) = (Plan::new(&job).unwrap(), Plan::new(&job).unwrap());
+    let of_others = Plan::new(&Job::new(source("qwen2vl"), to.at("model.bpk"))).unwrap();
     let mut refused = false;
     let written = first.write(&mut |_| {
         refused |= matches!(second.write(&mut |_| ()), Err(ConvertError::Busy { .. }));
     });
     assert_eq!(written.unwrap(), Report::default());
     assert!(refused);
+    // They were planned when the place was free.
+    let content = to.read("model.bpk");
+    for late in [second, of_others] {
+        let error = late.write(&mut |_| ()).unwrap_err();
+        assert!(matches!(error, ConvertError::Occupied { .. }), "{error}");
+        assert_eq!(to.entries(), ["model.bpk"]);
+    }
+    assert!(to.read("model.bpk") == content);
+}
+
+#[test]
+fn a_source_that_changes_meanwhile_is_noticed() {
+    for name in ["model.safetensors", "config.json", "merges.txt"] {
+        let (from, to) = (small(&[("a", &[1.0]), ("b", &[2.0])]), Scratch::new());
+        from.write("merges.txt", "a b");
+        let plan = Plan::new(&Job::new(from.path(), to.at("new"))).unwrap();
+        let content = from.read(name);
+        let longer = [&content[..], b" "].concat();
+        let error = plan.write(&mut |progress| {
+            if progress.phase == Phase::Write {
+                from.write(name, &longer);
+            }
+        });
+        let error = error.unwrap_err();
+        let is_noticed = matches!(error, ConvertError::SourceChanged { .. });
+        assert!(is_noticed && error.to_string().contains(name), "{error}");
+        let finished = ["model.bpk", "config.json", "merges.txt"];
+        let is_there = |name: &&str| Path::new(&to.at("new")).join(name).exists();
+        assert!(!finished.iter().any(is_there), "{name}");
+        from.write(name, content);
+        convert(&Job::new(from.path(), to.at("new"))).unwrap();
+    }
 }
 
 #[test]
@@ -384,6 +495,7 @@ fn what_an_interrupted_run_has_left_is_removed_by_one_of_another_form() {
     interrupted(&job, 1_000_000);
     job.form = Some(Form::Safetensors);
     assert_eq!(convert(&job).unwrap().resumed, 0);
+    assert!(!Path::new(&to.at("new/model-00001-of-00004.safetensors")).exists());
     job.to = to.at("clean").into();
     convert(&job).unwrap();
     let names = |folder: &str| {
@@ -393,6 +505,14 @@ fn what_an_interrupted_run_has_left_is_removed_by_one_of_another_form() {
             .collect::<BTreeSet<_>>()
     };
     assert_eq!(names("new"), names("clean"));
+
+    // But not what somebody has put in the place of it.
+    let mut job = to_shards(&from, to.at("others"));
+    interrupted(&job, Plan::new(&job).unwrap().total_bytes());
+    let replaced = to.write("others/model-00001-of-00004.safetensors", "precious");
+    job.max_shard_bytes = 2_000_000;
+    convert(&job).unwrap();
+    assert_eq!(fs::read(replaced).unwrap(), b"precious");
 }
 
 #[test]
@@ -411,6 +531,40 @@ fn a_file_that_does_not_hold_what_was_written_is_not_kept() {
     assert_eq!(to.entries(), ["model.journal"]);
     assert_eq!(convert(&job).unwrap().resumed, 0);
     assert_eq!(to.entries(), ["model.bpk"]);
+}
+
+#[cfg(unix)]
+#[test]
+fn names_that_are_no_text_are_refused_as_targets_and_read_as_sources() {
+    use std::os::unix::ffi::OsStrExt;
+    let (from, to) = (small(&[("a", &[1.0])]), Scratch::new());
+    let odd = |scratch: &Scratch, name: &[u8]| {
+        Path::new(&scratch.path()).join(std::ffi::OsStr::from_bytes(name))
+    };
+    let target = odd(&to, b"\xff.bpk");
+    fs::write(&target, "precious").unwrap();
+    let error = convert(&Job::new(from.path(), &target)).unwrap_err();
+    assert!(matches!(error, ConvertError::Target { .. }), "{error}");
+    assert_eq!(fs::read(target).unwrap(), b"precious");
+
+    let source = odd(&to, b"\xff");
+    fs::rename(from.path(), &source).unwrap();
+    convert(&Job::new(&source, source.join("new"))).unwrap();
+    fs::remove_dir_all(source).unwrap();
+}
+
+#[cfg(unix)]
+#[test]
+fn a_link_in_the_place_of_an_unfinished_file_is_not_followed() {
+    let (from, to) = (source("llava"), Scratch::new());
+    let job = Job::new(&from, to.at("model.bpk"));
+    interrupted(&job, 1_000_000);
+    let precious = to.write("precious", "precious");
+    to.remove("model.bpk.partial");
+    std::os::unix::fs::symlink(&precious, to.at("model.bpk.partial")).unwrap();
+    let error = convert(&job).unwrap_err();
+    assert!(matches!(error, ConvertError::Occupied { .. }), "{error}");
+    assert_eq!(to.read("precious"), b"precious");
 }
 
 #[test]
@@ -433,10 +587,11 @@ fn nothing_is_overwritten_and_a_plan_writes_nothing() {
     for name in [
         "config.json",
         "model-00002-of-00004.safetensors",
+        "model-00002-of-00004.safetensors.partial",
         "model.journal",
     ] {
         let of_others = Scratch::new();
-        of_others.write(name, "precious\n");
+        of_others.write(name, b"precious \xff");
         let mut job = Job::new(&from, of_others.path());
         job.form = Some(Form::HuggingFace);
         job.max_shard_bytes = 1_000_000;
@@ -447,6 +602,14 @@ fn nothing_is_overwritten_and_a_plan_writes_nothing() {
     let mut job = Job::new(&from, to.at("model.bpk"));
     job.form = Some(Form::HuggingFace);
     let error = convert(&job).unwrap_err();
+    assert!(matches!(error, ConvertError::Target { .. }), "{error}");
+    for name in ["hf", "burnpack", "safetensors"] {
+        let error = convert(&Job::new(&from, name)).unwrap_err().to_string();
+        let advice = format!("--to DIR --format {name}");
+        assert!(error.contains(&advice), "{error}");
+    }
+    Plan::new(&Job::new(&from, "./hf")).unwrap();
+    let error = convert(&Job::new(&from, to.at("a\n.bpk"))).unwrap_err();
     assert!(matches!(error, ConvertError::Target { .. }), "{error}");
     // Beside its source, a file is no second checkpoint.
     let from = Scratch::checkpoint();
@@ -477,6 +640,8 @@ fn a_disk_that_is_too_full_is_noticed_before_anything_is_written() {
     let file = File::options().write(true).open(path).unwrap();
     file.set_len(content.len() as u64 + bytes).unwrap(); // Takes no place on the disk.
     let error = convert(&Job::new(from.path(), to.at("model.bpk"))).unwrap_err();
+    assert!(matches!(error, ConvertError::DiskFull { .. }), "{error}");
+    let error = convert(&Job::new(from.path(), to.at("new/folder"))).unwrap_err();
     assert!(matches!(error, ConvertError::DiskFull { .. }), "{error}");
     assert_eq!(to.entries(), [""; 0]);
 }

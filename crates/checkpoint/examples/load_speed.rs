@@ -7,6 +7,7 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::path::Path;
 use std::time::Instant;
 
 use burn::tensor::{DType, TensorData};
@@ -47,7 +48,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-fn read(file: &str) -> std::io::Result<()> {
+fn read(file: &Path) -> std::io::Result<()> {
     let (mut file, mut buffer) = (File::open(file)?, vec![0; BLOCK_BYTES]);
     while file.read(&mut buffer)? > 0 {}
     Ok(())

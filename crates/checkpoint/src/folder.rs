@@ -109,6 +109,18 @@ impl Folder {
         })
     }
 
+    /// Where a file of this folder lies, links resolved: it is no pipe, and inside. An embedded folder
+    /// has none.
+    pub fn path(&self, name: &str) -> Result<PathBuf, CheckpointError> {
+        match self.locate(name)? {
+            Source::Disk(path) => Ok(path),
+            Source::Memory(_) => Err(CheckpointError::MissingFile {
+                folder: self.describe(),
+                name: name.to_owned(),
+            }),
+        }
+    }
+
     /// The file of this name, if it is one and lies inside.
     pub(crate) fn locate(&self, name: &str) -> Result<Source, CheckpointError> {
         let missing = || CheckpointError::MissingFile {

@@ -1,5 +1,6 @@
 //! Everything that does not fit, collected and told at once.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use safetensors::Dtype;
@@ -127,20 +128,42 @@ pub struct Disagreement {
 }
 
 impl IndexMismatch {
-    pub(crate) fn new(index: String) -> Self {
-        Self {
+    /// Compares where an index puts tensors with where they are, tensor before file. `index` is its
+    /// path.
+    pub fn check<'a>(
+        index: String,
+        listed: &BTreeMap<&'a str, &'a str>,
+        stored: &BTreeSet<(&'a str, &'a str)>,
+    ) -> Result<(), Box<Self>> {
+        let mut mismatch = Self {
             index,
             ..Self::default()
+        };
+        for (&tensor, &shard) in listed {
+            if !stored.contains(&(tensor, shard)) {
+                mismatch.not_stored.push(Disagreement::new(tensor, shard));
+            }
         }
-    }
-
-    pub(crate) fn is_empty(&self) -> bool {
-        self.not_stored.is_empty() && self.not_listed.is_empty() && self.duplicate.is_empty()
+        for &(tensor, shard) in stored {
+            let found = Disagreement::new(tensor, shard);
+            match listed.get(tensor) {
+                Some(&home) if home == shard => {}
+                Some(&home) if stored.contains(&(tensor, home)) => mismatch.duplicate.push(found),
+                _ => mismatch.not_listed.push(found),
+            }
+        }
+        match mismatch.not_stored.is_empty()
+            && mismatch.not_listed.is_empty()
+            && mismatch.duplicate.is_empty()
+        {
+            true => Ok(()),
+            false => Err(Box::new(mismatch)),
+        }
     }
 }
 
 impl Disagreement {
-    pub(crate) fn new(tensor: impl Into<String>, shard: impl Into<String>) -> Self {
+    fn new(tensor: impl Into<String>, shard: impl Into<String>) -> Self {
         Self {
             tensor: tensor.into(),
             shard: shard.into(),

@@ -1,9 +1,10 @@
 //! Which tensor lies where: one `model.bpk` or `model.safetensors`, or the shards that an index
 //! lists.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::ops::Range;
+use std::path::Path;
 
 use burn::tensor::{DType, TensorData};
 use safetensors::Dtype;
@@ -13,7 +14,7 @@ use crate::convert::{self, BLOCK_BYTES, Layout};
 use crate::folder::{Source, is_plain_name};
 use crate::header::{self, Entries};
 use crate::mapped::Mapped;
-use crate::mismatch::{Disagreement, IndexMismatch};
+use crate::mismatch::IndexMismatch;
 use crate::{CheckpointError, Folder, INDEX_MAX_BYTES, TensorError, burnpack};
 
 const BURNPACK: &str = "model.bpk";
@@ -115,9 +116,13 @@ impl Shards {
         self.tensors.values().map(|info| info.bytes).sum()
     }
 
-    /// Paths of the files, as messages have them.
-    pub fn files(&self) -> impl Iterator<Item = &str> {
-        self.shards.iter().map(|shard| shard.file.as_str())
+    /// Paths of the files, links resolved. Embedded files have none.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        let sources = self.shards.iter().map(|shard| &shard.source);
+        sources.filter_map(|source| match source {
+            Source::Disk(path) => Some(path.as_path()),
+            Source::Memory(_) => None,
+        })
     }
 
     /// Hands on the bytes of one tensor as they lie in the file, in blocks of whole elements.
@@ -233,36 +238,22 @@ impl Shards {
             let key = key.to_owned();
             return Err(CheckpointError::DuplicateKey { file, key });
         }
-        // Shard → the tensors it shall hold.
-        let mut listed: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
-        for (tensor, shard) in &index.weight_map.0 {
-            listed.entry(shard).or_default().push(tensor);
-        }
-        check_shard_names(folder, &file, listed.keys().copied())?;
-
         let weight_map: BTreeMap<&str, &str> = (index.weight_map.0.iter())
             .map(|(tensor, shard)| (tensor.as_str(), shard.as_str()))
             .collect();
-        let mut mismatch = IndexMismatch::new(file);
+        let names: BTreeSet<&str> = weight_map.values().copied().collect();
+        check_shard_names(folder, &file, names.iter().copied())?;
         let mut shards = Self::empty();
-        for (shard, names) in listed {
-            for (tensor, info) in shards.add(folder, shard)? {
-                if weight_map.get(tensor.as_str()) == Some(&shard) {
-                    shards.tensors.insert(tensor, info);
-                } else {
-                    mismatch.not_listed.push(Disagreement::new(tensor, shard));
-                }
-            }
-            let absent = names.iter().filter(|name| shards.info(name).is_none());
-            let absent = absent.map(|name| Disagreement::new(*name, shard));
-            mismatch.not_stored.extend(absent);
+        let mut found = Vec::new();
+        for shard in names {
+            let tensors = shards.add(folder, shard)?;
+            found.extend(tensors.into_iter().map(|tensor| (tensor, shard)));
         }
-        let stored_elsewhere = |found: &Disagreement| shards.info(&found.tensor).is_some();
-        (mismatch.duplicate, mismatch.not_listed) =
-            mismatch.not_listed.into_iter().partition(stored_elsewhere);
-        if !mismatch.is_empty() {
-            return Err(CheckpointError::Index(Box::new(mismatch)));
-        }
+        let stored = found.iter();
+        let stored = stored.map(|((tensor, _), shard)| (tensor.as_str(), *shard));
+        IndexMismatch::check(file, &weight_map, &stored.collect())
+            .map_err(CheckpointError::Index)?;
+        shards.tensors = found.into_iter().map(|(tensor, _)| tensor).collect();
         Ok(shards)
     }
 }

@@ -59,6 +59,11 @@ impl Companions {
             .map(String::as_str)
     }
 
+    /// Paths of the files that are copied.
+    pub(crate) fn sources(&self) -> impl Iterator<Item = PathBuf> {
+        self.copied.iter().map(|(name, path)| path.join(name))
+    }
+
     /// Name and content of every file, the config last: a folder with a config is complete.
     pub(crate) fn contents(&self) -> impl Iterator<Item = Result<(&str, Vec<u8>), ConvertError>> {
         let copied = self.copied.iter().map(|(name, path)| {

@@ -68,13 +68,20 @@ pub enum ConvertError {
         path: PathBuf,
     },
 
+    /// A file of the source is not what it was when the conversion began.
+    #[error("{} has changed since the conversion began; convert again when it is finished", path.display())]
+    SourceChanged {
+        /// The file.
+        path: PathBuf,
+    },
+
     /// `--to` and `--format` do not fit together.
     #[error("{}: {problem}", path.display())]
     Target {
         /// As given.
         path: PathBuf,
-        /// The contradiction.
-        problem: &'static str,
+        /// The contradiction, and what to write instead.
+        problem: String,
     },
 
     /// Another program holds the journal.

@@ -3,11 +3,12 @@
 use std::ffi::OsStr;
 use std::fs::{File, OpenOptions, TryLockError, remove_file};
 use std::hash::{Hash, Hasher};
-use std::io::{ErrorKind, Read, Seek, Write};
+use std::io::{self, ErrorKind, Read, Seek, Write};
 use std::path::{Path, PathBuf};
 
-use xxhash_rust::xxh3::Xxh3;
+use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
+use crate::source::BLOCK_BYTES;
 use crate::write::partial;
 use crate::{ConvertError, Plan};
 
@@ -30,6 +31,15 @@ pub(crate) struct Journal {
     pub(crate) done: Vec<Done>,
 }
 
+/// A file that a run writes. Whoever replaces it makes it begin in another way.
+pub(crate) struct Own {
+    name: String,
+    /// Length of its beginning: the header of a file of weights, all of another.
+    bytes: u64,
+    /// XXH3 of these bytes.
+    checksum: u64,
+}
+
 /// A tensor that is in its file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Done {
@@ -45,7 +55,11 @@ impl Journal {
     pub(crate) fn open(plan: &Plan) -> Result<Self, ConvertError> {
         let path = plan.journal.clone();
         let failed = ConvertError::io(&path);
-        let title = format!("{TITLE}{:016x}", fingerprint(plan)?);
+        let mut head = String::new();
+        for own in plan.own_files() {
+            head.push_str(&own?.line());
+        }
+        let title = format!("{TITLE}{:016x}", fingerprint(plan, &head));
         let mut options = OpenOptions::new();
         let options = options.create(true).read(true).write(true).truncate(false);
         let mut file = options.open(&path).map_err(&failed)?;
@@ -54,9 +68,15 @@ impl Journal {
             Err(TryLockError::WouldBlock) => return Err(ConvertError::Busy { path: path.clone() }),
             Err(TryLockError::Error(error)) => return Err(failed(error)),
         }
-        let text = read(&mut file);
-        if !text.is_empty() && !text.starts_with(TITLE) {
-            return Err(ConvertError::Occupied { path: path.clone() });
+        let text = read(&mut file).map_err(&failed)?;
+        let text = text.ok_or_else(|| ConvertError::Occupied { path: path.clone() })?;
+        let own: Vec<Own> = files_of(&text).collect();
+        // Another run may have ended since the plan was made.
+        if let Err(error) = plan.check_free(&own) {
+            if text.is_empty() {
+                remove_file(&path).map_err(&failed)?;
+            }
+            return Err(error);
         }
         let mut lines = text.lines();
         let mut done = Vec::new();
@@ -64,18 +84,14 @@ impl Journal {
             let lines = lines.skip_while(|line| line.starts_with(FILE));
             done.extend(lines.map_while(Done::parse));
         } else {
-            names(&text).try_for_each(|name| remove_left(&plan.folder.join(name)))?;
-        }
-        let mut head = format!("{title}\n");
-        for name in plan.names() {
-            head.extend([FILE, name, "\n"]);
+            own.iter().try_for_each(|own| own.remove(&plan.folder))?;
         }
         let kept = present(plan, done.len());
         drop(failed);
         let mut journal = Self {
             path,
             file,
-            head,
+            head: format!("{title}\n{head}"),
             done,
         };
         journal.forget(kept)?;
@@ -104,47 +120,109 @@ impl Journal {
         Ok(())
     }
 
-    /// Everything is in place, or nothing is worth keeping.
+    /// Everything is in place. Who waits for the lock finds nothing to go on with.
     pub(crate) fn remove(self) -> Result<(), ConvertError> {
-        remove_file(&self.path).map_err(ConvertError::io(&self.path))
+        let removed = self.file.set_len(0).and_then(|()| remove_file(&self.path));
+        removed.map_err(ConvertError::io(&self.path))
     }
 }
 
-/// Names of the files in the folder of a journal that the run which began it writes.
-pub(crate) fn files(journal: &Path) -> Vec<String> {
-    let text = File::open(journal).map(|mut file| read(&mut file));
-    names(&text.unwrap_or_default())
-        .map(str::to_owned)
-        .collect()
+/// The files in the folder of a journal that the run which began it writes.
+pub(crate) fn files(journal: &Path) -> Vec<Own> {
+    let text = File::open(journal).and_then(|mut file| read(&mut file));
+    let text = text.ok().flatten().unwrap_or_default();
+    files_of(&text).collect()
 }
 
-/// Whole lines. What is no text is no journal of ours.
-fn read(file: &mut File) -> String {
-    let mut text = String::new();
-    let _ = file.take(MAX_BYTES).read_to_string(&mut text);
+/// Whole lines; `None` if it is no journal.
+fn read(file: &mut File) -> io::Result<Option<String>> {
+    if !file.metadata()?.is_file() {
+        return Ok(None);
+    }
+    let mut bytes = Vec::new();
+    file.take(MAX_BYTES).read_to_end(&mut bytes)?;
+    if !bytes.is_empty() && !bytes.starts_with(TITLE.as_bytes()) {
+        return Ok(None);
+    }
     // The last line may have been cut off.
-    text.truncate(text.rfind('\n').map_or(0, |end| end + 1));
-    text
+    let end = bytes.iter().rposition(|&byte| byte == b'\n');
+    bytes.truncate(end.map_or(0, |end| end + 1));
+    Ok(String::from_utf8(bytes).ok())
 }
 
-/// Names of the files that the lines of a journal list.
-fn names(text: &str) -> impl Iterator<Item = &str> {
+fn files_of(text: &str) -> impl Iterator<Item = Own> {
     let lines = text.lines().skip(1);
-    let names = lines.map_while(|line| line.strip_prefix(FILE));
-    names.filter(|name| Path::new(name).file_name() == Some(OsStr::new(name)))
+    let files = lines.map_while(|line| line.strip_prefix(FILE));
+    files.filter_map(Own::parse)
 }
 
-/// Removes a file that an interrupted run has left, finished or not.
-fn remove_left(path: &Path) -> Result<(), ConvertError> {
-    for path in [partial(path), path.to_path_buf()] {
-        match remove_file(&path) {
-            Err(error) if error.kind() != ErrorKind::NotFound => {
-                return Err(ConvertError::io(&path)(error));
-            }
-            _ => {}
+impl Own {
+    pub(crate) fn new(name: &str, beginning: &[u8]) -> Self {
+        Self {
+            name: name.to_owned(),
+            bytes: beginning.len() as u64,
+            checksum: xxh3_64(beginning),
         }
     }
-    Ok(())
+
+    fn line(&self) -> String {
+        format!(
+            "{FILE}{} {:016x} {}\n",
+            self.bytes, self.checksum, self.name
+        )
+    }
+
+    /// Of a line without its first word. Names that lead elsewhere are none.
+    fn parse(line: &str) -> Option<Self> {
+        let (bytes, line) = line.split_once(' ')?;
+        let (checksum, name) = line.split_once(' ')?;
+        let is_plain = Path::new(name).file_name() == Some(OsStr::new(name));
+        is_plain.then_some(Self {
+            name: name.to_owned(),
+            bytes: bytes.parse().ok()?,
+            checksum: u64::from_str_radix(checksum, 16).ok()?,
+        })
+    }
+
+    /// Whether this is what a run has written, or is writing, under a name of the folder.
+    pub(crate) fn is(&self, folder: &Path, name: &str) -> bool {
+        self.name == name && self.begins(&folder.join(name)).unwrap_or(false)
+    }
+
+    /// Whether a run writes this name, whatever it holds so far.
+    pub(crate) fn is_named(&self, name: &str) -> bool {
+        self.name == name
+    }
+
+    fn begins(&self, path: &Path) -> io::Result<bool> {
+        if !path.symlink_metadata()?.is_file() {
+            return Ok(false);
+        }
+        let mut hasher = Xxh3::new();
+        let mut beginning = File::open(path)?.take(self.bytes);
+        let mut block = vec![0; BLOCK_BYTES];
+        loop {
+            match beginning.read(&mut block)? {
+                0 => return Ok(hasher.digest() == self.checksum),
+                bytes => hasher.update(&block[..bytes]),
+            }
+        }
+    }
+
+    /// Removes what an interrupted run has left, finished or not.
+    fn remove(&self, folder: &Path) -> Result<(), ConvertError> {
+        let path = folder.join(&self.name);
+        let finished = self.is(folder, &self.name).then_some(&path);
+        for path in [&partial(&path)].into_iter().chain(finished) {
+            match remove_file(path) {
+                Err(error) if error.kind() != ErrorKind::NotFound => {
+                    return Err(ConvertError::io(path)(error));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
 }
 
 /// How many of the first `done` tensors are in files, as far as the lengths of these say.
@@ -178,23 +256,14 @@ impl Done {
     }
 }
 
-/// Equal for two plans that write the same: the headers of the target, and the names, lengths and
-/// times of the files of the source.
-fn fingerprint(plan: &Plan) -> Result<u64, ConvertError> {
+/// Equal for two plans that write the same: the beginnings of the files of the target, and the
+/// names, lengths and times of those of the source.
+fn fingerprint(plan: &Plan, head: &str) -> u64 {
     let mut hasher = Xxh3::new();
+    head.hash(&mut hasher);
     for file in &plan.files {
         file.path.hash(&mut hasher);
-        file.layout.header.hash(&mut hasher);
     }
-    for path in plan.weights.iter().flat_map(|weights| weights.files()) {
-        let mut add = || {
-            path.canonicalize()?.hash(&mut hasher);
-            let metadata = path.metadata()?;
-            metadata.len().hash(&mut hasher);
-            metadata.modified()?.hash(&mut hasher);
-            Ok(())
-        };
-        add().map_err(ConvertError::io(&path))?;
-    }
-    Ok(hasher.finish())
+    plan.sources.hash(&mut hasher);
+    hasher.finish()
 }

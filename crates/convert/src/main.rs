@@ -21,7 +21,8 @@ struct Args {
     /// Folder of the checkpoint: Hugging Face safetensors, Burnpack, or PyTorch `.bin` files.
     #[arg(long)]
     from: PathBuf,
-    /// Folder to make, or a file of weights that ends in .bpk or .safetensors.
+    /// Folder to make, or a file of weights that ends in .bpk or .safetensors. Its form is what
+    /// --format says: a folder that transformers loads again is --to DIR --format hf.
     #[arg(long)]
     to: PathBuf,
     /// Type of the weights; as they are without it.
@@ -60,7 +61,7 @@ enum FormatFlag {
     Burnpack,
     /// model.safetensors
     Safetensors,
-    /// Shards and an index, as transformers saves them
+    /// Shards and an index, as transformers saves and loads them
     Hf,
 }
 
@@ -98,9 +99,9 @@ fn run(args: Args) -> Result<(), ConvertError> {
         true => list(&mut text, &plan),
         false => {
             let mut meter = Meter::new();
-            let report = plan.write(&mut |progress| meter.show(progress))?;
+            let report = plan.write(&mut |progress| meter.show(progress));
             meter.finish();
-            tell(&mut text, &plan, &report)
+            tell(&mut text, &plan, &report?)
         }
     };
     // A reader that has seen enough (`| head`) is no failure.
@@ -191,8 +192,9 @@ impl Meter {
         }
         self.shown = Some(Instant::now());
         let seconds = self.start.elapsed().as_secs_f64();
-        let rate = (progress.done_bytes - first_bytes) as f64 / seconds;
-        let left = (progress.total_bytes - progress.done_bytes) as f64 / rate.max(1.0);
+        // A file that has come to harm is written again, which takes the count back.
+        let rate = progress.done_bytes.saturating_sub(first_bytes) as f64 / seconds;
+        let left = progress.total_bytes.saturating_sub(progress.done_bytes) as f64 / rate.max(1.0);
         let what = match progress.phase {
             Phase::Write => "writing",
             Phase::Verify => "verifying",

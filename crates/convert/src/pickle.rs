@@ -4,34 +4,38 @@
 //! missing. So it is only asked where every tensor lies; the bytes are read block by block from the
 //! archive, whose checksums have been compared.
 
-use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{self, BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
-use burn_store::pytorch::pickle_reader::read_pickle;
-use checkpoint::{Folder, INDEX_MAX_BYTES, NewTensor};
+use burn_store::pytorch::pickle_reader::{PickleError, read_pickle};
+use checkpoint::{CheckpointError, Folder, INDEX_MAX_BYTES, IndexMismatch, NewTensor};
 use serde::Deserialize;
 use zip::{CompressionMethod, ZipArchive};
 
 use crate::ConvertError;
 use crate::source::BLOCK_BYTES;
 
+mod opcodes;
 mod tensor;
 
-use tensor::{Stored, note_calls};
+use tensor::Stored;
 
 const SINGLE: &str = "pytorch_model.bin";
 const INDEX: &str = "pytorch_model.bin.index.json";
 /// Longest pickle that is read, in bytes: it holds names and shapes, data lies beside it.
-const PICKLE_MAX_BYTES: u64 = 64 << 20;
+const PICKLE_MAX_BYTES: u64 = 16 << 20;
 
 /// The pickles of one folder. Their data is read on demand.
 pub(crate) struct Pickles {
     pub(crate) files: Vec<PathBuf>,
-    /// By name, with the position of the file.
-    tensors: BTreeMap<String, (usize, Stored)>,
+    tensors: BTreeMap<String, Placed>,
 }
+
+/// Position of a file, and where a tensor lies in it.
+type Placed = (usize, Stored);
 
 #[derive(Deserialize)]
 struct Index {
@@ -39,51 +43,77 @@ struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
-/// Whether a folder has weights in pickles.
-pub(crate) fn has_pickles(folder: &Folder) -> bool {
-    folder.has(INDEX) || folder.has(SINGLE)
-}
-
 impl Pickles {
+    /// The files that an index lists, which must agree with it, or the only one.
     pub(crate) fn open(path: &Path, folder: &Folder) -> Result<Self, ConvertError> {
-        let mut names = vec![SINGLE.to_owned()];
-        if folder.has(INDEX) {
-            let index: Index = folder.read_json(INDEX, INDEX_MAX_BYTES)?;
-            names = index.weight_map.into_values().collect();
-            names.sort();
-            names.dedup();
-        }
         let mut pickles = Self {
             files: Vec::new(),
             tensors: BTreeMap::new(),
         };
-        for name in names {
-            let file = path.join(&name);
-            if !folder.has(&name) {
-                return Err(refuse(&file, "it is not there; finish the download"));
+        if !folder.has(INDEX) {
+            if !folder.has(SINGLE) {
+                let problem = format!("it has neither {SINGLE} nor {INDEX}; finish the download");
+                return Err(refuse(path, &problem));
             }
-            pickles.add(file)?;
+            for (name, stored) in pickles.add(folder.path(SINGLE)?)? {
+                pickles.insert(name, stored)?;
+            }
+            return Ok(pickles);
+        }
+        let index: Index = folder.read_json(INDEX, INDEX_MAX_BYTES)?;
+        let listed = index.weight_map.iter();
+        let listed: BTreeMap<_, _> = listed.map(|(a, b)| (a.as_str(), b.as_str())).collect();
+        let names: BTreeSet<&str> = listed.values().copied().collect();
+        // All are there, before the first one is read.
+        let files = names.iter().map(|name| folder.path(name));
+        let files = files.collect::<Result<Vec<_>, _>>()?;
+        let mut found = Vec::new();
+        for (name, file) in names.into_iter().zip(files) {
+            let tensors = pickles.add(file)?.into_iter();
+            found.extend(tensors.map(|tensor| (tensor, name)));
+        }
+        let stored = found
+            .iter()
+            .map(|((tensor, _), file)| (tensor.as_str(), *file));
+        let index = path.join(INDEX).display().to_string();
+        IndexMismatch::check(index, &listed, &stored.collect()).map_err(CheckpointError::Index)?;
+        for ((name, stored), _) in found {
+            pickles.insert(name, stored)?;
         }
         Ok(pickles)
     }
 
-    fn add(&mut self, file: PathBuf) -> Result<(), ConvertError> {
+    fn insert(&mut self, name: String, stored: Placed) -> Result<(), ConvertError> {
+        match self.tensors.entry(name) {
+            Entry::Vacant(entry) => {
+                entry.insert(stored);
+                Ok(())
+            }
+            Entry::Occupied(entry) => Err(ConvertError::Duplicate {
+                name: entry.key().clone(),
+            }),
+        }
+    }
+
+    /// Reads where the tensors of a file lie.
+    fn add(&mut self, file: PathBuf) -> Result<Vec<(String, Placed)>, ConvertError> {
         let refused = |problem: String| refuse(&file, &problem);
         let archive = Archive::open(&file)?;
         let mut pickle = archive.pickle;
-        note_calls(&mut pickle).map_err(refused)?;
+        opcodes::check(&mut pickle).map_err(refused)?;
         let root = read_pickle(&mut pickle.as_slice());
-        let root = root.map_err(|error| refused(error.to_string()))?;
+        // What is wrong may be quoted in full.
+        let short = |error: PickleError| error.to_string().chars().take(200).collect();
+        let root = root.map_err(short).map_err(refused)?;
         let mut found = Vec::new();
         tensor::find(&root, "", &archive.storages, &mut found).map_err(refused)?;
-        for (name, stored) in found {
-            let at = self.files.len();
-            if self.tensors.insert(name.clone(), (at, stored)).is_some() {
-                return Err(ConvertError::Duplicate { name });
-            }
+        if found.is_empty() {
+            return Err(refused("it holds no tensor; is it the model?".to_owned()));
         }
+        let at = self.files.len();
         self.files.push(file);
-        Ok(())
+        let found = found.into_iter();
+        Ok(found.map(|(name, stored)| (name, (at, stored))).collect())
     }
 
     pub(crate) fn tensors(&self) -> impl Iterator<Item = NewTensor> {
@@ -141,20 +171,25 @@ impl Archive {
             )
         })?;
         let (mut pickle, mut storages) = (None, Storages::new());
+        let mut unclaimed = path.metadata().map_err(ConvertError::io(path))?.len();
         for at in 0..archive.len() {
             let entry = archive.by_index(at);
             let mut entry = entry.map_err(|error| refused(&error.to_string()))?;
             if entry.compression() != CompressionMethod::Stored {
                 return Err(refused("it is compressed, which PyTorch never does"));
             }
+            let left = unclaimed.checked_sub(entry.size());
+            unclaimed = left.ok_or_else(|| refused("its parts overlap; do not trust it"))?;
             // All entries lie in one folder.
             let name = entry.name().split_once('/').map_or("", |(_, name)| name);
             let name = name.to_owned();
             let damaged = |error: io::Error| refused(&format!("{error}; download it again"));
             if name == "data.pkl" || name == "byteorder" {
                 let mut content = Vec::new();
-                let mut limited = (&mut entry).take(PICKLE_MAX_BYTES);
-                limited.read_to_end(&mut content).map_err(damaged)?;
+                if entry.size() > PICKLE_MAX_BYTES {
+                    return Err(refused("its pickle is too long for names and shapes"));
+                }
+                entry.read_to_end(&mut content).map_err(damaged)?;
                 match name.as_str() {
                     "data.pkl" => pickle = Some(content),
                     _ if content.starts_with(b"big") => {

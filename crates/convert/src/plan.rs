@@ -10,9 +10,10 @@ use serde_json::json;
 use crate::ConvertError;
 use crate::companions::{CONFIG, Companions, read_config, set_dtype};
 use crate::elements::is_weight;
-use crate::journal;
+use crate::journal::{self, Own};
 use crate::original::{OriginalConfig, TOWER_PREFIX, is_original};
-use crate::source::{SourceTensor, Weights};
+use crate::source::{SourceTensor, Stamp, Weights};
+use crate::write::partial;
 
 const INDEX: &str = "model.safetensors.index.json";
 /// What a folder is opened by; one of them would hide another.
@@ -75,8 +76,12 @@ pub struct Plan {
     pub(crate) companions: Companions,
     /// Folder that everything goes to.
     pub(crate) folder: PathBuf,
+    /// Whether that is all that will be in it, a checkpoint.
+    is_folder: bool,
     /// Where a run that is interrupted leaves off.
     pub(crate) journal: PathBuf,
+    /// What all this was read from.
+    pub(crate) sources: Vec<Stamp>,
 }
 
 /// One file of weights.
@@ -143,14 +148,20 @@ impl Plan {
         if count > 1 {
             companions.made.insert(INDEX.to_owned(), index(&files));
         }
+        let configs = [Some(&job.from), job.vision_tower.as_ref()];
+        let configs = configs.into_iter().flatten().map(|path| path.join(CONFIG));
+        let sources = weights.iter().flat_map(Weights::files);
+        let sources = sources.chain(configs).chain(companions.sources());
         let plan = Self {
+            sources: sources.map(Stamp::of).collect::<Result<_, _>>()?,
             weights,
             files,
             companions,
             folder: target.folder,
+            is_folder: target.is_folder,
             journal: target.journal,
         };
-        check_free(&plan.folder, &plan.journal, plan.names())?;
+        plan.check_free(&journal::files(&plan.journal))?;
         // What cannot be read is noticed now, and not after the weights.
         plan.companions
             .contents()
@@ -163,12 +174,27 @@ impl Plan {
         &self.files
     }
 
-    /// Names of everything that will be in the folder.
-    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
-        let names = self.files.iter().filter_map(|file| file.path.file_name());
-        names
-            .filter_map(|name| name.to_str())
-            .chain(self.companions())
+    /// How everything begins that will be in the folder.
+    pub(crate) fn own_files(&self) -> impl Iterator<Item = Result<Own, ConvertError>> {
+        let weights = self.files.iter();
+        let weights = weights.map(|file| Ok(Own::new(file.name(), &file.layout.header)));
+        let companions = self.companions.contents();
+        weights.chain(companions.map(|file| file.map(|(name, content)| Own::new(name, &content))))
+    }
+
+    /// Nothing that is there is overwritten or put in the shade, but what the journal of an
+    /// interrupted run knows.
+    pub(crate) fn check_free(&self, own: &[Own]) -> Result<(), ConvertError> {
+        if self.is_folder {
+            check_free(&self.folder, own, WEIGHTS.into_iter())?;
+        }
+        let names = self.files.iter().map(PlannedFile::name);
+        check_free(&self.folder, own, names.chain(self.companions()))
+    }
+
+    /// What has been read is of one piece: no file of the source has changed.
+    pub(crate) fn check_sources(&self) -> Result<(), ConvertError> {
+        self.sources.iter().try_for_each(Stamp::check)
     }
 
     /// Names of the small files that go beside them.
@@ -183,6 +209,11 @@ impl Plan {
 }
 
 impl PlannedFile {
+    pub(crate) fn name(&self) -> &str {
+        let name = self.path.file_name().and_then(|name| name.to_str());
+        name.unwrap_or_default() // `Target` has made sure that it is one.
+    }
+
     /// Where the tensor `at` ends, in bytes from the start of the file.
     pub(crate) fn end(&self, at: usize) -> u64 {
         self.layout.offsets[at] + self.tensors[at].bytes().unwrap_or(0)
@@ -287,9 +318,8 @@ fn index(files: &[PlannedFile]) -> Vec<u8> {
     let mut weight_map = serde_json::Map::new();
     let mut total_size = 0;
     for file in files {
-        let name = file.path.file_name().unwrap_or_default().to_string_lossy();
         for tensor in &file.tensors {
-            weight_map.insert(tensor.name.clone(), name.clone().into());
+            weight_map.insert(tensor.name.clone(), file.name().into());
             total_size += tensor.bytes().unwrap_or(0);
         }
     }
@@ -320,30 +350,48 @@ struct Target {
     journal: PathBuf,
 }
 
-/// Nothing that is there is overwritten or put in the shade, unless the journal of an interrupted run
-/// says that it is its own.
 fn check_free<'a>(
     folder: &Path,
-    journal: &Path,
+    own: &[Own],
     mut names: impl Iterator<Item = &'a str>,
 ) -> Result<(), ConvertError> {
-    let own = journal::files(journal);
-    let is_taken = |name: &&str| folder.join(name).exists() && !own.iter().any(|own| own == name);
-    names.find(is_taken).map_or(Ok(()), |name| {
-        Err(ConvertError::Occupied {
-            path: folder.join(name),
-        })
-    })
+    let is_there = |path: &Path| path.symlink_metadata().is_ok();
+    let taken = names.find_map(|name| {
+        let path = folder.join(name);
+        let unfinished = partial(&path);
+        if is_there(&path) && !own.iter().any(|own| own.is(folder, name)) {
+            Some(path)
+        } else if is_there(&unfinished) && !own.iter().any(|own| own.is_named(name)) {
+            Some(unfinished)
+        } else {
+            None
+        }
+    });
+    taken.map_or(Ok(()), |path| Err(ConvertError::Occupied { path }))
 }
 
 impl Target {
     fn new(job: &Job, form: Form) -> Result<Self, ConvertError> {
         let named = named_form(&job.to);
+        let refuse = |problem: String| {
+            let path = job.to.clone();
+            Err(ConvertError::Target { path, problem })
+        };
         if named.is_some_and(|named| named != form) {
-            return Err(ConvertError::Target {
-                path: job.to.clone(),
-                problem: "its name and --format disagree",
-            });
+            return refuse("its name and --format disagree; change one of them".to_owned());
+        }
+        let formats = ["burnpack", "safetensors", "hf"];
+        let format = formats.into_iter().find(|name| job.to.as_os_str() == *name);
+        if let (Some(format), None) = (format, job.form) {
+            return refuse(format!(
+                "it is a format; write --to DIR --format {format}, or --to ./{format} for a folder \
+                 of this name"
+            ));
+        }
+        let name = job.to.file_name().map(|name| name.to_str());
+        let is_text = |name: &str| !name.contains(char::is_control);
+        if named.is_some() && !name.flatten().is_some_and(is_text) {
+            return refuse("its name is no text; choose another".to_owned());
         }
         let is_folder = named.is_none();
         let single = match (is_folder, form) {
@@ -357,14 +405,13 @@ impl Target {
             _ => PathBuf::from("."),
         };
         if is_folder && job.to.is_file() {
-            return Err(ConvertError::Target {
-                path: job.to.clone(),
-                problem: "it is a file; give a folder, or a name that ends in .bpk or .safetensors",
-            });
+            let problem =
+                "it is a file; give a folder, or a name that ends in .bpk or .safetensors";
+            return refuse(problem.to_owned());
         }
         let journal = single.with_extension("journal");
         if is_folder {
-            check_free(&folder, &journal, WEIGHTS.into_iter())?;
+            check_free(&folder, &journal::files(&journal), WEIGHTS.into_iter())?;
         }
         Ok(Self {
             folder,

@@ -1,12 +1,13 @@
 //! Where tensors come from.
 
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use checkpoint::{CheckpointError, Folder, NewTensor, Shards};
 
 use crate::ConvertError;
 use crate::elements::MeanRow;
-use crate::pickle::{Pickles, has_pickles};
+use crate::pickle::Pickles;
 
 /// Bytes that are handed on at once; whole elements of every type.
 pub(crate) const BLOCK_BYTES: usize = 1 << 20;
@@ -30,18 +31,47 @@ pub(crate) struct SourceTensor {
     pub(crate) added_rows: usize,
 }
 
+/// A file of a source, as it was when the plan was made.
+#[derive(Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Stamp {
+    pub(crate) path: PathBuf,
+    bytes: u64,
+    modified: SystemTime,
+}
+
+impl Stamp {
+    pub(crate) fn of(path: PathBuf) -> Result<Self, ConvertError> {
+        let metadata = path.metadata().map_err(ConvertError::io(&path))?;
+        Ok(Self {
+            bytes: metadata.len(),
+            modified: metadata.modified().map_err(ConvertError::io(&path))?,
+            path,
+        })
+    }
+
+    /// Refuses a file that has changed since.
+    pub(crate) fn check(&self) -> Result<(), ConvertError> {
+        match Self::of(self.path.clone())? == *self {
+            true => Ok(()),
+            false => Err(ConvertError::SourceChanged {
+                path: self.path.clone(),
+            }),
+        }
+    }
+}
+
 impl Weights {
     /// Opens the weights of a folder; pickles only if they are allowed and there is nothing else.
     pub(crate) fn open(path: &Path, allow_pickle: bool) -> Result<Self, ConvertError> {
         let folder = Folder::open(path)?;
         match Shards::open(&folder) {
             Ok(shards) => Ok(Self::Shards(shards)),
-            Err(CheckpointError::Pickle { .. }) if has_pickles(&folder) => match allow_pickle {
-                true => Ok(Self::Pickles(Pickles::open(path, &folder)?)),
-                false => Err(ConvertError::PickleNotAllowed {
-                    folder: path.to_path_buf(),
-                }),
-            },
+            Err(CheckpointError::Pickle { .. }) if allow_pickle => {
+                Ok(Self::Pickles(Pickles::open(path, &folder)?))
+            }
+            Err(CheckpointError::Pickle { .. }) => Err(ConvertError::PickleNotAllowed {
+                folder: path.to_path_buf(),
+            }),
             Err(error) => Err(error.into()),
         }
     }
@@ -64,9 +94,10 @@ impl Weights {
         }
     }
 
+    /// Paths, links resolved.
     pub(crate) fn files(&self) -> Vec<PathBuf> {
         match self {
-            Self::Shards(shards) => shards.files().map(PathBuf::from).collect(),
+            Self::Shards(shards) => shards.files().map(Path::to_path_buf).collect(),
             Self::Pickles(pickles) => pickles.files.clone(),
         }
     }

@@ -57,16 +57,17 @@ impl Plan {
 
     /// Writes everything. Files have their names only when they are whole and verified.
     pub fn write(&self, progress: &mut dyn FnMut(Progress)) -> Result<Report, ConvertError> {
-        fs::create_dir_all(&self.folder).map_err(ConvertError::io(&self.folder))?;
         self.check_space()?;
+        fs::create_dir_all(&self.folder).map_err(ConvertError::io(&self.folder))?;
+        let journal = Journal::open(self)?;
         let mut run = Run {
-            weights: &self.weights,
-            journal: Journal::open(self)?,
+            plan: self,
+            resumed: journal.done.len(),
+            journal,
             done_bytes: 0,
             total_bytes: 2 * self.total_bytes(),
             progress,
         };
-        let resumed = run.journal.done.len();
         let mut first = 0;
         for file in &self.files {
             if let Err(error) = run.write(file, first) {
@@ -80,6 +81,7 @@ impl Plan {
         }
         for companion in self.companions.contents() {
             let (name, content) = companion?;
+            self.check_sources()?;
             put(&self.folder.join(name), &content)?;
         }
         let names = self.files.iter().flat_map(|file| &file.tensors);
@@ -89,14 +91,22 @@ impl Plan {
         let overflows = lost
             .map(|(tensor, done)| (tensor.name.clone(), done.overflows))
             .collect();
+        let resumed = run.resumed;
+        // The names, too, must outlive a loss of power, where a system can be asked for that.
+        let _ = File::open(&self.folder).and_then(|folder| folder.sync_all());
         run.journal.remove()?;
         Ok(Report { resumed, overflows })
     }
 
     fn check_space(&self) -> Result<(), ConvertError> {
-        let needed = self.missing_bytes();
-        let available = fs4::available_space(&self.folder);
-        let available = available.map_err(ConvertError::io(&self.folder))?;
+        let companions = self.companions.sources();
+        let companions = companions.filter_map(|path| Some(path.metadata().ok()?.len()));
+        let needed = self.missing_bytes() + companions.sum::<u64>();
+        // The folder is made later.
+        let is_there = |folder: &&Path| folder.is_dir();
+        let folder = self.folder.ancestors().find(is_there);
+        let folder = folder.unwrap_or(Path::new("."));
+        let available = fs4::available_space(folder).map_err(ConvertError::io(folder))?;
         if needed <= available {
             return Ok(());
         }
@@ -110,8 +120,10 @@ impl Plan {
 
 /// A plan that is being written.
 struct Run<'a> {
-    weights: &'a [Weights],
+    plan: &'a Plan,
     journal: Journal,
+    /// Tensors that an interrupted run had written.
+    resumed: usize,
     done_bytes: u64,
     total_bytes: u64,
     progress: &'a mut dyn FnMut(Progress),
@@ -123,8 +135,17 @@ impl Run<'_> {
         let count = planned.tensors.len();
         let path = partial(&planned.path);
         if self.journal.done.len() >= first + count && planned.path.exists() {
-            self.advance(2 * planned.layout.bytes, Phase::Verify);
-            return Ok(()); // It was verified before it was renamed.
+            let before = self.done_bytes;
+            self.advance(planned.layout.bytes, Phase::Write);
+            // It was right once, but may have come to harm since.
+            match self.verify(&planned.path, planned, first) {
+                Err(ConvertError::Damaged { .. }) => {
+                    self.journal.forget(first)?;
+                    self.resumed = self.resumed.min(first);
+                    self.done_bytes = before;
+                }
+                verified => return verified,
+            }
         }
         let mut file = open(&path)?;
         let failed = ConvertError::io(&path);
@@ -147,6 +168,7 @@ impl Run<'_> {
         }
         file.sync_all().map_err(&failed)?;
         self.verify(&path, planned, first)?;
+        self.plan.check_sources()?;
         fs::rename(&path, &planned.path).map_err(&failed)
     }
 
@@ -160,7 +182,7 @@ impl Run<'_> {
         let mut narrow = Narrow::new(source.tensor.dtype, planned.tensors[at].dtype);
         let mut hasher = Xxh3::new();
         let mut buffer = Vec::new();
-        let weights: &Weights = &self.weights[source.weights];
+        let weights: &Weights = &self.plan.weights[source.weights];
         weights.stream(source, &mut |block| {
             let block = narrow.block(block, &mut buffer);
             hasher.update(block);
@@ -213,6 +235,9 @@ impl Run<'_> {
             path: path.to_path_buf(),
             what: what.to_owned(),
         };
+        if path.metadata().map_err(&failed)?.len() != planned.layout.bytes {
+            return Err(damaged("its length"));
+        }
         let header = &planned.layout.header;
         if checksum(0, header.len() as u64)? != xxh3_64(header) {
             return Err(damaged("the header"));
@@ -245,16 +270,36 @@ fn report(progress: &mut dyn FnMut(Progress), done_bytes: u64, total_bytes: u64,
     });
 }
 
+/// Opens an unfinished file, or begins one. A link would lead to a file of others.
 fn open(path: &Path) -> Result<File, ConvertError> {
+    if path.symlink_metadata().is_ok_and(|found| !found.is_file()) {
+        return Err(ConvertError::Occupied {
+            path: path.to_path_buf(),
+        });
+    }
     let mut options = OpenOptions::new();
     let file = options.create(true).truncate(false).write(true).open(path);
     file.map_err(ConvertError::io(path))
 }
 
-/// Writes a small file under a temporary name and renames it.
+/// Writes a small file under a temporary name, reads it again and renames it.
 fn put(path: &Path, content: &[u8]) -> Result<(), ConvertError> {
     let temporary = partial(path);
-    fs::write(&temporary, content).map_err(ConvertError::io(&temporary))?;
+    let write = || {
+        let mut file = open(&temporary)?;
+        let failed = ConvertError::io(&temporary);
+        file.set_len(0).map_err(&failed)?;
+        file.write_all(content).map_err(&failed)?;
+        file.sync_all().map_err(&failed)?;
+        fs::read(&temporary).map_err(&failed)
+    };
+    if write()? != content {
+        fs::remove_file(&temporary).map_err(ConvertError::io(&temporary))?;
+        return Err(ConvertError::Damaged {
+            path: temporary,
+            what: "all of it".to_owned(),
+        });
+    }
     fs::rename(&temporary, path).map_err(ConvertError::io(path))
 }
 

@@ -5,6 +5,9 @@ use checkpoint::{Dtype, NewTensor};
 
 use super::Storages;
 
+/// Longest name of a tensor, in bytes.
+const NAME_MAX_BYTES: usize = 1024;
+
 /// Where a tensor lies in its file.
 #[derive(Debug, Clone)]
 pub(super) struct Stored {
@@ -14,50 +17,6 @@ pub(super) struct Stored {
     /// First byte, from the start of the file.
     pub(super) start: u64,
     pub(super) bytes: u64,
-}
-
-/// Replaces every call of a function (`REDUCE`) by that of a constructor (`NEWOBJ`).
-///
-/// `burn-store` answers the former with a tensor of its own; the latter it hands on with all
-/// arguments. Calls without arguments make empty dictionaries and stay.
-pub(super) fn note_calls(pickle: &mut [u8]) -> Result<(), String> {
-    const REDUCE: u8 = b'R';
-    const NEWOBJ: u8 = 0x81;
-    const EMPTY_TUPLE: u8 = b')';
-    let (mut at, mut previous) = (0, 0);
-    while let Some(&opcode) = pickle.get(at) {
-        if opcode == REDUCE && previous != EMPTY_TUPLE {
-            pickle[at] = NEWOBJ;
-        }
-        let operand = operand_bytes(opcode, &pickle[at + 1..]);
-        let operand = operand.ok_or_else(|| format!("its pickle is damaged at byte {at}"))?;
-        at = at.saturating_add(1 + operand);
-        previous = opcode;
-    }
-    Ok(())
-}
-
-/// Length of what follows an opcode that `burn-store` knows (Python's `pickletools`).
-fn operand_bytes(opcode: u8, rest: &[u8]) -> Option<usize> {
-    let line = |rest: &[u8]| Some(1 + rest.iter().position(|&byte| byte == b'\n')?);
-    let short = || rest.first().map(|&length| 1 + usize::from(length));
-    Some(match opcode {
-        b'q' | b'h' | b'K' | 0x80 => 1,
-        b'M' => 2,
-        b'J' | b'r' | b'j' => 4,
-        b'G' => 8,
-        b'U' | 0x8a => short()?,
-        b'X' => {
-            let length = u32::from_le_bytes(*rest.first_chunk()?);
-            usize::try_from(length).ok()?.checked_add(4)?
-        }
-        b'I' => line(rest)?,
-        b'c' => {
-            let module = line(rest)?;
-            module + line(&rest[module..])?
-        }
-        _ => 0,
-    })
 }
 
 /// Appends every tensor below `object`, names joined by dots.
@@ -70,6 +29,9 @@ pub(super) fn find(
     match object {
         Object::Dict(entries) => {
             for (key, entry) in entries {
+                if name.len() + key.len() > NAME_MAX_BYTES {
+                    return Err("it has a name that is too long for a tensor".to_owned());
+                }
                 let name = match name {
                     "" => key.clone(),
                     _ => format!("{name}.{key}"),

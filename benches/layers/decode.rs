@@ -1,5 +1,5 @@
-//! One more token: bound by reading the weights once, so measured in bytes per second. In every type
-//! that the backend computes in; beside it, the prefill before it.
+//! One more token: bound by reading the weights once, so measured beside a large read. In every type
+//! that the backend computes in; with the prefill before it.
 
 use burn::module::Module;
 use burn::tensor::DType;
@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::model::Model;
 use crate::options::Options;
-use crate::peak::bandwidth;
+use crate::peak::Memory;
 use crate::setup::Setup;
 use crate::timing::{Spread, repeated_seconds, seconds, wait};
 
@@ -31,13 +31,15 @@ pub struct Row {
     /// Bytes of the weights, and of the keys and values attended to.
     bytes: u64,
     bytes_per_second: f64,
-    /// Bandwidth of a large read before and after these tokens, the mean: a token writes next to nothing.
-    read_bytes_per_second: f64,
-    /// Of that.
-    of_peak: f64,
+    /// Of the bandwidth of a large read in the same round: a token writes next to nothing.
+    of_read: Spread,
+    /// Times as fast as f32 in the same round.
+    speedup_over_f32: Spread,
 }
 
-/// Measures every type that the backend computes in, after a dense and a routed prefill in turn.
+/// Measures every type that the backend computes in, after a dense and after a routed prefill. In
+/// each round every one of them decodes a token and a large memory is read: what others on the machine
+/// take of its bandwidth, they take from all.
 pub fn run(setup: &Setup, model: &Model, options: &Options) -> anyhow::Result<Vec<Row>> {
     let budget = options.budgets[0];
     let schedules = [
@@ -47,58 +49,107 @@ pub fn run(setup: &Setup, model: &Model, options: &Options) -> anyhow::Result<Ve
             setup.schedule(METHOD, budget)?,
         ),
     ];
-    println!("\nDecoding one token");
-    println!(
-        "{:<6} {:<18} {:>22} {:>24} {:>9} {:>9} {:>9} {:>8}",
-        "type", "cache", "prefill ms", "ms", "MiB read", "GB/s", "peak", "of peak"
-    );
-    let mut rows = Vec::new();
-    for dtype in backend::dtypes(&setup.device()) {
-        let cast;
-        let setup = match dtype {
-            DType::F32 => setup,
-            _ => {
-                cast = setup.cast(model, dtype);
-                &cast
-            }
-        };
-        let mut caches = Vec::new();
-        for (_, schedule) in &schedules {
-            let mut cache = setup.nothing_cached();
-            let prefill = repeated_seconds(options.rounds(), || {
-                cache = setup.prefill(schedule)?.cache;
-                Ok(())
-            })?;
-            next_token(setup, &mut cache)?;
-            caches.push((cache, prefill, Vec::new()));
-        }
-        let [before, _] = bandwidth(&setup.device(), options)?;
-        for _ in 0..options.rounds() * TOKENS {
-            for (cache, _, times) in &mut caches {
-                times.push(next_token(setup, cache)?);
-            }
-        }
-        let [after, _] = bandwidth(&setup.device(), options)?;
-        let read_bytes_per_second = before.midpoint(after);
-        for ((name, _), (cache, prefill, times)) in schedules.iter().zip(caches) {
-            let kv: u64 = cache.bytes(0).iter().sum();
-            let ms = Spread::milliseconds(&times);
-            let bytes = weight_bytes(setup, dtype) + kv;
-            let bytes_per_second = bytes as f64 / ms.median * 1e3;
-            rows.push(Row {
-                dtype: format!("{dtype:?}").to_lowercase(),
-                cache: name.clone(),
-                prefill_ms: Spread::milliseconds(&prefill),
-                ms,
-                bytes,
-                bytes_per_second,
-                read_bytes_per_second,
-                of_peak: bytes_per_second / read_bytes_per_second,
-            });
+    let casts = backend::dtypes(&setup.device()).into_iter().map(|dtype| {
+        let cast = (dtype != DType::F32).then(|| setup.cast(model, dtype));
+        (dtype, cast)
+    });
+    let casts: Vec<_> = casts.collect();
+    let mut decodings = Vec::new();
+    for (dtype, cast) in &casts {
+        for (name, schedule) in &schedules {
+            let setup = cast.as_ref().unwrap_or(setup);
+            decodings.push(Decoding::new(setup, *dtype, name, schedule, options)?);
         }
     }
+    let memory = Memory::new(&setup.device(), options);
+    let mut reads = Vec::new();
+    for _ in 0..options.rounds() * TOKENS {
+        reads.push(memory.read()?);
+        for decoding in &mut decodings {
+            decoding
+                .times
+                .push(next_token(decoding.setup, &mut decoding.cache)?);
+        }
+    }
+    let read = Spread::of(&reads);
+    println!(
+        "\nDecoding one token; a large read beside it: {:.1} GB/s",
+        read.median / 1e9
+    );
+    println!(
+        "{:<6} {:<18} {:>22} {:>24} {:>9} {:>9} {:>22} {:>20}",
+        "type", "cache", "prefill ms", "ms", "MiB read", "GB/s", "% of the read", "× f32"
+    );
+    let rows: Vec<Row> = decodings
+        .iter()
+        .map(|decoding| {
+            // Types come in the same order for every cache, f32 first.
+            let same = |other: &&Decoding| other.cache_name == decoding.cache_name;
+            let f32 = decodings.iter().find(same).unwrap_or(decoding);
+            decoding.row(&f32.times, &reads)
+        })
+        .collect();
     rows.iter().for_each(Row::print);
     Ok(rows)
+}
+
+/// A cache that grows by a token in every round.
+struct Decoding<'a> {
+    setup: &'a Setup,
+    dtype: DType,
+    cache_name: &'a str,
+    cache: KvCache<Backend>,
+    prefill: Vec<f64>,
+    times: Vec<f64>,
+}
+
+impl<'a> Decoding<'a> {
+    /// Prefills, and decodes the first token, which does not count.
+    fn new(
+        setup: &'a Setup,
+        dtype: DType,
+        cache_name: &'a str,
+        schedule: &Schedule,
+        options: &Options,
+    ) -> anyhow::Result<Self> {
+        let mut cache = setup.nothing_cached();
+        let prefill = repeated_seconds(options.rounds(), || {
+            cache = setup.prefill(schedule)?.cache;
+            Ok(())
+        })?;
+        next_token(setup, &mut cache)?;
+        Ok(Self {
+            setup,
+            dtype,
+            cache_name,
+            cache,
+            prefill,
+            times: Vec::new(),
+        })
+    }
+
+    /// Beside f32 and large reads of the same rounds.
+    fn row(&self, f32: &[f64], reads: &[f64]) -> Row {
+        let kv: u64 = self.cache.bytes(0).iter().sum();
+        let bytes = weight_bytes(self.setup, self.dtype) + kv;
+        let ms = Spread::milliseconds(&self.times);
+        let rounds = self.times.iter();
+        let of_read = rounds
+            .clone()
+            .zip(reads)
+            .map(|(time, read)| bytes as f64 / time / read);
+        let speedups = rounds.zip(f32).map(|(time, f32)| f32 / time);
+        Row {
+            dtype: format!("{:?}", self.dtype).to_lowercase(),
+            cache: self.cache_name.to_string(),
+            prefill_ms: Spread::milliseconds(&self.prefill),
+            ms,
+            bytes,
+            bytes_per_second: bytes as f64 / ms.median * 1e3,
+            of_read: Spread::of(&of_read.collect::<Vec<_>>()),
+            speedup_over_f32: Spread::of(&speedups.collect::<Vec<_>>()),
+        }
+    }
 }
 
 /// Seconds of one more token.
@@ -116,16 +167,22 @@ fn weight_bytes(setup: &Setup, dtype: DType) -> u64 {
 
 impl Row {
     fn print(&self) {
+        let percent = Spread {
+            median: 100.0 * self.of_read.median,
+            least: 100.0 * self.of_read.least,
+            most: 100.0 * self.of_read.most,
+            ..self.of_read
+        };
         println!(
-            "{:<6} {:<18} {:>22} {:>24} {:>9.0} {:>9.1} {:>9.1} {:>6.0} %",
+            "{:<6} {:<18} {:>22} {:>24} {:>9.0} {:>9.1} {:>22} {:>20}",
             self.dtype,
             self.cache,
             self.prefill_ms.show(0),
             self.ms.show(1),
             self.bytes as f64 / f64::from(1 << 20),
             self.bytes_per_second / 1e9,
-            self.read_bytes_per_second / 1e9,
-            100.0 * self.of_peak,
+            percent.show(0),
+            self.speedup_over_f32.show(2),
         );
     }
 }

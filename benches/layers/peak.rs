@@ -2,13 +2,14 @@
 
 use std::hint::black_box;
 use std::thread;
+use std::time::Instant;
 
 use burn::tensor::{Distribution, Tensor};
 use reroute_cli::backend::{self, Backend, Device};
 use serde::Serialize;
 
 use crate::options::Options;
-use crate::timing::{repeated_seconds, wait_for_one};
+use crate::timing::{repeated_seconds, seconds, wait_for_one};
 
 const REPEATS: usize = 5;
 
@@ -27,7 +28,11 @@ impl Peak {
     /// Measures and prints it.
     pub fn measure(device: &Device, options: &Options) -> anyhow::Result<Self> {
         let side = if options.smoke { 64 } else { 4096 };
-        let [read, copied] = bandwidth(device, options)?;
+        let memory = Memory::new(device, options);
+        let read = (0..REPEATS).map(|_| memory.read());
+        let read = read.collect::<anyhow::Result<Vec<_>>>()?;
+        let read = read.into_iter().fold(0.0, f64::max);
+        let copied = memory.copied()?;
         let peak = Self {
             flops_per_second: product(side, device)?,
             read_bytes_per_second: read,
@@ -43,15 +48,6 @@ impl Peak {
     }
 }
 
-/// Bytes a second that are only read, and of a copy, those read and those written.
-pub fn bandwidth(device: &Device, options: &Options) -> anyhow::Result<[f64; 2]> {
-    let bytes = if options.smoke { 1 << 16 } else { 1 << 30 };
-    match backend::ON_HOST {
-        true => host_bandwidth(bytes),
-        false => device_bandwidth(bytes, device),
-    }
-}
-
 fn fastest(work: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<f64> {
     let times = repeated_seconds(REPEATS, work)?;
     Ok(times.into_iter().fold(f64::INFINITY, f64::min))
@@ -64,39 +60,103 @@ fn product(side: usize, device: &Device) -> anyhow::Result<f64> {
     Ok(2.0 * (side as f64).powi(3) / time)
 }
 
-/// Reading and copying by tensor operations that do nothing else.
-fn device_bandwidth(bytes: usize, device: &Device) -> anyhow::Result<[f64; 2]> {
-    let values = Tensor::<Backend, 1>::ones([bytes / size_of::<f32>()], device);
-    let read = fastest(|| wait_for_one(values.clone().sum()))?;
-    let copied = fastest(|| wait_for_one(values.clone().neg()))?;
-    Ok([bytes as f64 / read, 2.0 * bytes as f64 / copied])
+/// Far more memory than any cache holds, to be read and copied.
+///
+/// On the host plain memory with all threads: no backend's element-wise operations are as fast, its
+/// products are. On a device by tensor operations that do nothing else.
+pub struct Memory {
+    words: Vec<u64>,
+    values: Tensor<Backend, 1>,
+    bytes: f64,
 }
 
-/// Reading and copying plain memory with all threads: no backend's element-wise operations are as
-/// fast, its products are.
-fn host_bandwidth(bytes: usize) -> anyhow::Result<[f64; 2]> {
+impl Memory {
+    /// Fills it.
+    pub fn new(device: &Device, options: &Options) -> Self {
+        let bytes = if options.smoke { 1 << 16 } else { 1 << 30 };
+        let (host, other) = if backend::ON_HOST {
+            (bytes, 4)
+        } else {
+            (0, bytes)
+        };
+        Self {
+            words: vec![1; host / size_of::<u64>()],
+            values: Tensor::ones([other / size_of::<f32>()], device),
+            bytes: bytes as f64,
+        }
+    }
+
+    /// Bytes a second that are only read. On the host the best of one, two and four streams in each
+    /// thread: what is best differs by processor.
+    pub fn read(&self) -> anyhow::Result<f64> {
+        let time = match backend::ON_HOST {
+            true => [read_all::<1>, read_all::<2>, read_all::<4>]
+                .map(|read| {
+                    let started = Instant::now();
+                    read(&self.words);
+                    started.elapsed().as_secs_f64()
+                })
+                .into_iter()
+                .fold(f64::INFINITY, f64::min),
+            false => seconds(|| wait_for_one(self.values.clone().sum()))?,
+        };
+        Ok(self.bytes / time)
+    }
+
+    /// Bytes a second of a copy, those read and those written.
+    fn copied(&self) -> anyhow::Result<f64> {
+        let mut target = vec![0; self.words.len()];
+        let time = fastest(|| match backend::ON_HOST {
+            true => {
+                copy_all(&self.words, &mut target);
+                Ok(())
+            }
+            false => wait_for_one(self.values.clone().neg()),
+        })?;
+        Ok(2.0 * self.bytes / time)
+    }
+}
+
+/// Words of a thread.
+fn part(words: &[u64]) -> usize {
     let threads = thread::available_parallelism().map_or(1, usize::from);
-    let words = bytes / size_of::<u64>();
-    let part = words.div_ceil(threads);
-    let source = vec![1u64; words];
-    let mut target = vec![0u64; words];
-    let read = fastest(|| {
-        thread::scope(|scope| {
-            for part in source.chunks(part) {
-                scope.spawn(|| {
-                    black_box(part.iter().fold(0u64, |sum, word| sum.wrapping_add(*word)))
-                });
+    words.len().div_ceil(threads).max(1)
+}
+
+fn copy_all(source: &[u64], target: &mut [u64]) {
+    let part = part(source);
+    thread::scope(|scope| {
+        for (source, target) in source.chunks(part).zip(target.chunks_mut(part)) {
+            scope.spawn(|| black_box(target).copy_from_slice(source));
+        }
+    });
+}
+
+/// Reads with all threads, each so many streams at a time.
+fn read_all<const STREAMS: usize>(words: &[u64]) {
+    thread::scope(|scope| {
+        for part in words.chunks(part(words)) {
+            scope.spawn(|| black_box(sum::<STREAMS>(part)));
+        }
+    });
+}
+
+/// The sum of whole cache lines.
+fn sum<const STREAMS: usize>(words: &[u64]) -> u64 {
+    /// Words of a line, and independent sums.
+    const LINE: usize = 8;
+    let (lines, _) = words.as_chunks::<LINE>();
+    let stream = lines.len() / STREAMS;
+    let mut sums = [[0u64; LINE]; STREAMS];
+    for at in 0..stream {
+        for (number, sums) in sums.iter_mut().enumerate() {
+            let line = &lines[number * stream + at];
+            for (sum, word) in sums.iter_mut().zip(line) {
+                *sum = sum.wrapping_add(*word);
             }
-        });
-        Ok(())
-    })?;
-    let copied = fastest(|| {
-        thread::scope(|scope| {
-            for (source, target) in source.chunks(part).zip(target.chunks_mut(part)) {
-                scope.spawn(|| black_box(target).copy_from_slice(source));
-            }
-        });
-        Ok(())
-    })?;
-    Ok([bytes as f64 / read, 2.0 * bytes as f64 / copied])
+        }
+    }
+    sums.as_flattened()
+        .iter()
+        .fold(0, |sum, word| sum.wrapping_add(*word))
 }

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 /// Deepest nesting. Tensors of a model need about 10.
 const MAX_DEPTH: usize = 100;
-/// Bytes of everything that is ever built or copied. One tensor needs about 15 thousand.
+/// Bytes of everything that is ever built or copied. One tensor needs about 11 thousand.
 const MAX_BYTES: usize = 128 << 20;
 /// Bytes of an object without its text.
 const OBJECT_BYTES: usize = 128;

@@ -16,6 +16,9 @@ use serde_json::{Map, Value, json};
 
 use shapes::{Fill, Tensor};
 
+/// Many times those of any model.
+const MAX_LAYERS: usize = 1024;
+
 #[derive(clap::Args)]
 pub struct Args {
     /// Family of the model.
@@ -33,7 +36,7 @@ pub struct Args {
     /// Equal seeds make equal files.
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Folder to make.
+    /// Folder to make; it must not be there, or be empty.
     #[arg(long)]
     to: PathBuf,
 }
@@ -81,8 +84,9 @@ pub fn run(args: &Args, root: &Path) -> anyhow::Result<()> {
     }
     let taps = &config["vision_config"]["deepstack_visual_indexes"];
     let least = taps.as_array().map_or(1, Vec::len).max(1);
-    if args.layers.is_some_and(|layers| layers < least) {
-        bail!("this family needs --layers {least} or more");
+    let allowed = least..=MAX_LAYERS;
+    if args.layers.is_some_and(|layers| !allowed.contains(&layers)) {
+        bail!("this family takes --layers {least} to {MAX_LAYERS}");
     }
     set_dtype(&mut config, args.dtype.name());
 
@@ -92,27 +96,49 @@ pub fn run(args: &Args, root: &Path) -> anyhow::Result<()> {
         Family::Qwen25Vl => shapes::qwen2_5_vl(&config)?,
         Family::Qwen3Vl => shapes::qwen3_vl(&config)?,
     };
-    fs::create_dir_all(&args.to)?;
-    let weights = args.to.join("model.safetensors");
-    if weights.exists() {
+    let is_taken = match args.to.read_dir() {
+        Ok(mut entries) => entries.next().is_some(),
+        Err(_) => args.to.symlink_metadata().is_ok(),
+    };
+    if is_taken {
         bail!(
             "{} is already there; remove it, or choose another --to",
-            weights.display()
+            args.to.display()
         );
     }
+    let name = args.to.file_name();
+    let name = name.context("--to must end in the name of the folder to make")?;
+    let parent = match args.to.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    };
+    fs::create_dir_all(parent)?;
+    let elements = tensors.iter().map(|tensor| tensor.elements() as u64);
+    check_space(parent, elements.sum::<u64>() * args.dtype.bytes())?;
+    // The folder gets its name when it is whole.
+    let unfinished = tempfile::Builder::new()
+        .prefix(".make-random-")
+        .tempdir_in(parent)?;
+    let folder = unfinished.path().join(name);
+    fs::create_dir(&folder)?;
+    let weights = folder.join("model.safetensors");
     write(&weights, &tensors, args.dtype, args.seed)?;
     for entry in fixture.read_dir()? {
         let name = entry?.file_name();
         if !name.to_string_lossy().starts_with("model.") && name != "config.v5.json" {
-            fs::copy(fixture.join(&name), args.to.join(&name))?;
+            fs::copy(fixture.join(&name), folder.join(&name))?;
         }
     }
     fs::write(
-        args.to.join("preprocessor_config.json"),
+        folder.join("preprocessor_config.json"),
         format!("{preprocessor:#}\n"),
     )?;
-    fs::write(args.to.join("config.json"), format!("{config:#}\n"))?;
+    fs::write(folder.join("config.json"), format!("{config:#}\n"))?;
     let mib = weights.metadata()?.len() >> 20;
+    if args.to.is_dir() {
+        fs::remove_dir(&args.to)?; // Only if it is empty.
+    }
+    fs::rename(&folder, &args.to)?;
     println!(
         "{}: {} tensors, {mib} MiB",
         args.to.display(),
@@ -203,6 +229,14 @@ impl Dtype {
             Self::F16 => "float16",
         }
     }
+
+    /// Of one value.
+    fn bytes(self) -> u64 {
+        match self {
+            Self::F32 => 4,
+            Self::F16 => 2,
+        }
+    }
 }
 
 /// Says the type of the weights, also where the config of a part names it.
@@ -234,18 +268,30 @@ fn read_json(path: &Path) -> anyhow::Result<Value> {
     Ok(serde_json::from_str(&text)?)
 }
 
+/// Refuses what a disk has no room for.
+fn check_space(folder: &Path, needed: u64) -> anyhow::Result<()> {
+    let available = fs4::available_space(folder)?;
+    if needed > available {
+        bail!(
+            "{} has {available} bytes free, {needed} are needed; free some, or choose another --to",
+            folder.display()
+        );
+    }
+    Ok(())
+}
+
 /// Writes a safetensors file value by value.
 fn write(path: &Path, tensors: &[Tensor], dtype: Dtype, seed: u64) -> anyhow::Result<()> {
-    let (name, element_bytes) = match dtype {
-        Dtype::F32 => ("F32", 4),
-        Dtype::F16 => ("F16", 2),
+    let name = match dtype {
+        Dtype::F32 => "F32",
+        Dtype::F16 => "F16",
     };
     let mut header = Map::new();
     header.insert("__metadata__".into(), json!({"format": "pt"}));
-    let mut end = 0;
+    let mut end = 0_u64;
     for tensor in tensors {
         let start = end;
-        end += tensor.elements() * element_bytes;
+        end += tensor.elements() as u64 * dtype.bytes();
         let info = json!({"dtype": name, "shape": tensor.shape, "data_offsets": [start, end]});
         header.insert(tensor.name.clone(), info);
     }
@@ -318,5 +364,45 @@ mod tests {
                 assert!(weights.iter().all(|(_, tensor)| tensor.dtype() == stored));
             }
         }
+    }
+
+    #[test]
+    fn nothing_is_overwritten_and_nothing_left_beside() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let scratch = tempfile::tempdir().unwrap();
+        let to = scratch.path().join("model");
+        let mut args = Args {
+            family: Family::Llava,
+            size: Size::Tiny,
+            layers: None,
+            dtype: Dtype::F32,
+            seed: 0,
+            to: to.clone(),
+        };
+        let refused = |args: &Args| run(args, &root).unwrap_err().to_string();
+        let names = |folder: &Path| {
+            let entries = folder.read_dir().unwrap();
+            let names = entries.map(|entry| entry.unwrap().file_name());
+            names.collect::<Vec<_>>()
+        };
+        fs::create_dir(&to).unwrap();
+        for file in [
+            "config.json",
+            "model.bpk",
+            "model-00001-of-00002.safetensors",
+        ] {
+            fs::write(to.join(file), "precious").unwrap();
+            assert!(refused(&args).contains("is already there"));
+            assert_eq!(names(&to), [file]);
+            fs::remove_file(to.join(file)).unwrap();
+        }
+        args.layers = Some(usize::MAX);
+        assert!(refused(&args).contains("--layers 1 to 1024"));
+        args.layers = None;
+        run(&args, &root).unwrap();
+        assert!(refused(&args).contains("is already there"));
+        assert_eq!(names(scratch.path()), ["model"]);
+        let full = check_space(scratch.path(), u64::MAX).unwrap_err();
+        assert!(full.to_string().contains("bytes free"), "{full}");
     }
 }

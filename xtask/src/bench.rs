@@ -85,14 +85,14 @@ pub fn run(args: &Args, root: &Path) -> anyhow::Result<()> {
     let mut failed = Vec::new();
     for backend in args.backend.iter().filter(|_| !only_peers) {
         let out = scratch.path().join(format!("{backend}.json"));
-        if let Err(error) = measure(args, backend, &measured, &out, &mut record) {
+        if let Err(error) = measure(args, root, backend, &measured, &out, &mut record) {
             let note = format!("{backend} was not measured to the end: {error:#}");
             record.notes.push(note.clone());
             failed.push(note);
         }
     }
     if !args.compare.is_empty() {
-        if let Err(error) = peers::compare(args, &mut record) {
+        if let Err(error) = peers::compare(args, root, &mut record) {
             let note = format!("the comparison ended early: {error:#}");
             record.notes.push(note.clone());
             failed.push(note);
@@ -141,12 +141,13 @@ fn name(model: &str) -> &str {
 /// Builds and runs one backend's program. What it has measured is kept section by section.
 fn measure(
     args: &Args,
+    root: &Path,
     backend: &str,
     sections: &[&str],
     out: &Path,
     record: &mut Record,
 ) -> anyhow::Result<()> {
-    let mut command = program(args, backend);
+    let mut command = program(args, root, backend);
     command.args(sections).arg("--out").arg(out);
     let mut child = command.spawn().context("cannot start cargo")?;
     let at = record.backends.len();
@@ -183,9 +184,10 @@ fn follow(
 }
 
 /// The bench binary of a backend, with the flags that all its sections share.
-fn program(args: &Args, backend: &str) -> Command {
+fn program(args: &Args, root: &Path, backend: &str) -> Command {
     let mut command = Command::new(env!("CARGO"));
     command
+        .current_dir(root)
         .args(["bench", "--quiet", "-p", "benches", "--no-default-features"])
         .args(["--features", backend, "--", "--model", &args.model])
         .args(["--budgets", &args.budgets.join(",")])

@@ -101,9 +101,9 @@ impl Compared {
 /// Asks everybody in turn, round by round, and records it after each. The first results are ours, the
 /// others are compared with them. Who is not there, or stops answering, is left out from then on, with
 /// a note.
-pub fn compare(args: &Args, record: &mut Record) -> anyhow::Result<()> {
+pub fn compare(args: &Args, root: &Path, record: &mut Record) -> anyhow::Result<()> {
     let scratch = tempfile::tempdir()?;
-    let mut program = program(args, &args.backend[0]);
+    let mut program = program(args, root, &args.backend[0]);
     program.arg("peer");
     let log = scratch.path().join("ours.log");
     let mut ours = Peer::start("reroute".into(), program, &log, None).context("our own program")?;

@@ -301,6 +301,34 @@ fn values_beyond_the_range_of_f16_are_counted_and_become_the_largest() {
 }
 
 #[test]
+fn doubles_become_what_is_asked_for() {
+    let (from, to) = (small(&[]), Scratch::new());
+    let values = [0.1, 65519.0, 1e6, -1e300, f64::INFINITY];
+    let bytes = values.iter().flat_map(|value: &f64| value.to_le_bytes());
+    let tensor = ("a", Dtype::F64, vec![5], bytes.collect());
+    from.write("model.safetensors", safetensors(&[tensor]));
+    let largest = f32::MAX;
+    for (dtype, expected, lost) in [
+        (Dtype::F32, [0.1, 65519.0, 1e6, -largest, f32::INFINITY], 1),
+        (
+            Dtype::F16,
+            [0.1, 65504.0, 65504.0, -65504.0, f32::INFINITY],
+            2,
+        ),
+    ] {
+        let mut job = Job::new(from.path(), to.at(&format!("{dtype}.safetensors")));
+        job.dtype = Some(dtype);
+        assert_eq!(convert(&job).unwrap().overflows, [("a".to_owned(), lost)]);
+        let (found, _, bytes) = &contents(&job.to)["a"];
+        let expected = expected.iter().flat_map(|value: &f32| match dtype {
+            Dtype::F16 => f16::from_f32(*value).to_le_bytes().to_vec(),
+            _ => value.to_le_bytes().to_vec(),
+        });
+        assert_eq!((*found, bytes), (dtype, &expected.collect()));
+    }
+}
+
+#[test]
 fn integers_stay_as_they_are() {
     let (from, to) = (small(&[]), Scratch::new());
     let tensors = [
@@ -385,6 +413,10 @@ fn nothing_is_overwritten_and_a_plan_writes_nothing() {
     Plan::new(&Job::new(&from, "./hf")).unwrap();
     let error = convert(&Job::new(&from, to.at("a\n.bpk"))).unwrap_err();
     assert!(matches!(error, ConvertError::Target { .. }), "{error}");
+    // It would be opened instead of what is there.
+    let of_others = Scratch::checkpoint();
+    let error = convert(&Job::new(&from, of_others.at("model.bpk"))).unwrap_err();
+    assert!(matches!(error, ConvertError::Occupied { .. }), "{error}");
     // Beside its source, a file is no second checkpoint.
     let from = Scratch::checkpoint();
     convert(&Job::new(from.path(), from.at("model.bpk"))).unwrap();

@@ -3,9 +3,10 @@
 use checkpoint::Dtype;
 use half::{bf16, f16};
 
-/// The types that weights are converted between; tensors of other types stay what they are.
+/// The types that weights are converted from, to F32, F16 or BF16; tensors of other types stay what
+/// they are.
 pub(crate) fn is_weight(dtype: Dtype) -> bool {
-    matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16)
+    matches!(dtype, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16)
 }
 
 /// Converts blocks of whole elements.
@@ -34,7 +35,7 @@ impl Narrow {
         }
         buffer.clear();
         match self.to {
-            Dtype::F16 => decode(self.from, block, |value| {
+            Dtype::F16 => decode(self.from, block, |value, _| {
                 let narrow = f16::from_f32(value);
                 let lost = narrow.is_infinite() && value.is_finite();
                 self.overflows += u64::from(lost);
@@ -42,7 +43,7 @@ impl Narrow {
                 let narrow = if lost { f16::from_f32(largest) } else { narrow };
                 buffer.extend(narrow.to_le_bytes());
             }),
-            Dtype::BF16 => decode(self.from, block, |value| {
+            Dtype::BF16 => decode(self.from, block, |value, _| {
                 let narrow = bf16::from_f32(value);
                 let lost = narrow.is_infinite() && value.is_finite();
                 self.overflows += u64::from(lost);
@@ -54,7 +55,10 @@ impl Narrow {
                 };
                 buffer.extend(narrow.to_le_bytes());
             }),
-            _ => decode(self.from, block, |value| buffer.extend(value.to_le_bytes())),
+            _ => decode(self.from, block, |value, lost| {
+                self.overflows += u64::from(lost);
+                buffer.extend(value.to_le_bytes());
+            }),
         }
         buffer
     }
@@ -80,7 +84,7 @@ impl MeanRow {
 
     pub(crate) fn add(&mut self, block: &[u8]) {
         let columns = self.sums.len();
-        decode(self.dtype, block, |value| {
+        decode(self.dtype, block, |value, _| {
             self.sums[self.elements % columns] += f64::from(value);
             self.elements += 1;
         });
@@ -98,13 +102,24 @@ impl MeanRow {
     }
 }
 
-/// Every element of a block of f32, f16 or bf16.
-fn decode(dtype: Dtype, block: &[u8], mut each: impl FnMut(f32)) {
+/// Every element of a block of f64, f32, f16 or bf16, and whether it is the largest f32 in the place
+/// of a finite value beyond.
+fn decode(dtype: Dtype, block: &[u8], mut each: impl FnMut(f32, bool)) {
     match dtype {
-        Dtype::F32 => (block.as_chunks().0.iter()).for_each(|raw| each(f32::from_le_bytes(*raw))),
-        Dtype::F16 => {
-            (block.as_chunks().0.iter()).for_each(|raw| each(f16::from_le_bytes(*raw).to_f32()));
+        Dtype::F64 => block.as_chunks().0.iter().for_each(|raw| {
+            let value = f64::from_le_bytes(*raw);
+            let narrow = value as f32;
+            match narrow.is_infinite() && value.is_finite() {
+                true => each(f32::MAX.copysign(narrow), true),
+                false => each(narrow, false),
+            }
+        }),
+        Dtype::F32 => {
+            (block.as_chunks().0.iter()).for_each(|raw| each(f32::from_le_bytes(*raw), false));
         }
-        _ => (block.as_chunks().0.iter()).for_each(|raw| each(bf16::from_le_bytes(*raw).to_f32())),
+        Dtype::F16 => (block.as_chunks().0.iter())
+            .for_each(|raw| each(f16::from_le_bytes(*raw).to_f32(), false)),
+        _ => (block.as_chunks().0.iter())
+            .for_each(|raw| each(bf16::from_le_bytes(*raw).to_f32(), false)),
     }
 }

@@ -76,6 +76,9 @@ fn main() -> ExitCode {
 }
 
 fn run(args: Args) -> Result<(), ConvertError> {
+    if args.allow_pickle {
+        eprintln!("comparing the checksums of .bin files, if there are any …");
+    }
     let plan = Plan::new(&Job {
         from: args.from,
         to: args.to,

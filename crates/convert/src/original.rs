@@ -7,7 +7,7 @@
 
 use std::path::Path;
 
-use checkpoint::{NameTable, NewTensor, Rule};
+use checkpoint::{Dtype, NameTable, NewTensor, Rule};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
@@ -167,6 +167,14 @@ impl OriginalConfig {
         tensor.name = table.module_path(&tensor.name).ok_or_else(unknown)?;
         if !VOCABULARY.contains(&tensor.name.as_str()) {
             return Ok(Some(0));
+        }
+        // The mean of rows is computed of these.
+        if !matches!(tensor.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
+            let found = format!(
+                "{} is of type {}; save it as F32",
+                tensor.name, tensor.dtype
+            );
+            return Err(refuse(path, found));
         }
         match tensor.shape.as_mut_slice() {
             [rows, _] if *rows == self.vocab_size => {

@@ -76,8 +76,8 @@ pub struct Plan {
     pub(crate) companions: Companions,
     /// Folder that everything goes to.
     pub(crate) folder: PathBuf,
-    /// Whether that is all that will be in it, a checkpoint.
-    is_folder: bool,
+    /// Whether weights that are in it already would be put in the shade.
+    shades: bool,
     /// Where a run that is interrupted leaves off.
     pub(crate) journal: PathBuf,
     /// What all this was read from.
@@ -158,7 +158,7 @@ impl Plan {
             files,
             companions,
             folder: target.folder,
-            is_folder: target.is_folder,
+            shades: target.shades,
             journal: target.journal,
         };
         plan.check_free(&journal::files(&plan.journal))?;
@@ -185,7 +185,7 @@ impl Plan {
     /// Nothing that is there is overwritten or put in the shade, but what the journal of an
     /// interrupted run knows.
     pub(crate) fn check_free(&self, own: &[Own]) -> Result<(), ConvertError> {
-        if self.is_folder {
+        if self.shades {
             check_free(&self.folder, own, WEIGHTS.into_iter())?;
         }
         let names = self.files.iter().map(PlannedFile::name);
@@ -345,6 +345,8 @@ fn named_form(to: &Path) -> Option<Form> {
 struct Target {
     folder: PathBuf,
     is_folder: bool,
+    /// Whether a checkpoint that is not the source would be opened by the new file.
+    shades: bool,
     /// Name of the only file of weights.
     single: PathBuf,
     journal: PathBuf,
@@ -410,12 +412,16 @@ impl Target {
             return refuse(problem.to_owned());
         }
         let journal = single.with_extension("journal");
-        if is_folder {
+        let is_opened = WEIGHTS.iter().any(|name| single.ends_with(name));
+        let is_source = || folder.canonicalize().ok() == job.from.canonicalize().ok();
+        let shades = is_folder || is_opened && !is_source();
+        if shades {
             check_free(&folder, &journal::files(&journal), WEIGHTS.into_iter())?;
         }
         Ok(Self {
             folder,
             is_folder,
+            shades,
             single,
             journal,
         })

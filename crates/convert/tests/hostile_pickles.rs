@@ -43,7 +43,7 @@ fn what_would_take_all_memory_or_stack_is_refused() {
         ([b"N".to_vec(), b"\x85".repeat(1_000_000)].concat(), much),
         ([b"N".to_vec(), b"q\x00h\x00\x86".repeat(60)].concat(), much),
         ([b"cx\ny\n".to_vec(), b"N\x81".repeat(1000)].concat(), much),
-        ([b"(".repeat(2_000_000), b"N".to_vec()].concat(), much),
+        ([b"(".repeat(3_000_000), b"N".to_vec()].concat(), much),
         (recalled_marks.concat(), much),
         (recalled_text.concat(), much),
         (long_name.concat(), "too long"),

@@ -5,8 +5,9 @@ use std::collections::HashMap;
 
 /// Deepest nesting. Tensors of a model need about 10.
 const MAX_DEPTH: usize = 100;
-/// Bytes of everything that is ever built or copied. One tensor needs about 11 thousand.
-const MAX_BYTES: usize = 128 << 20;
+/// Bytes of everything that is ever built or copied. One tensor needs about 11 thousand, as a
+/// parameter 19 thousand.
+const MAX_BYTES: usize = 256 << 20;
 /// Bytes of an object without its text.
 const OBJECT_BYTES: usize = 128;
 /// Most objects that one instruction gathers; Python writes 2000.

@@ -81,6 +81,32 @@ impl Default for DecodeLimits {
     }
 }
 
+impl DecodeLimits {
+    /// Whether an image of this width and height in pixels is read.
+    pub fn check(&self, width: u32, height: u32) -> Result<(), VisionError> {
+        let &Self {
+            max_pixels,
+            max_side,
+            ..
+        } = self;
+        if u64::from(width) * u64::from(height) > max_pixels {
+            return Err(VisionError::TooLarge {
+                width,
+                height,
+                max_pixels,
+            });
+        }
+        if width.max(height) > max_side {
+            return Err(VisionError::TooLong {
+                width,
+                height,
+                max_side,
+            });
+        }
+        Ok(())
+    }
+}
+
 /// Decodes a PNG, JPEG or WebP file.
 ///
 /// The size is checked from the header before anything is decoded. As Pillow's `convert("RGB")`
@@ -107,21 +133,7 @@ pub fn decode(bytes: &[u8], limits: &DecodeLimits) -> Result<RgbImage, VisionErr
     reader.limits(decoder_limits);
     let mut decoder = reader.into_decoder().map_err(broken)?;
     let (width, height) = decoder.dimensions();
-    let pixels = u64::from(width) * u64::from(height);
-    if pixels > limits.max_pixels {
-        return Err(VisionError::TooLarge {
-            width,
-            height,
-            max_pixels: limits.max_pixels,
-        });
-    }
-    if width.max(height) > limits.max_side {
-        return Err(VisionError::TooLong {
-            width,
-            height,
-            max_side: limits.max_side,
-        });
-    }
+    limits.check(width, height)?;
     // `DynamicImage::from_decoder` does not look at the limits.
     if decoder.total_bytes() > max_bytes {
         return Err(VisionError::TooManyBytes { max_bytes });

@@ -4,10 +4,14 @@ use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
 use checkpoint::{CONFIG_MAX_BYTES, Folder, Shards, TOKENIZER_MAX_BYTES};
+use vision_encoder::qwen::Grid;
 
 use crate::grounding::GroundingFormat;
-use crate::vlm::{GenerationConfig, check_vocabulary, optional};
-use crate::{ChatTemplate, Model, ModelConfig, OpenOptions, Preprocessor, Tokenizer, ZooError};
+use crate::messages::{Content, Message, Role};
+use crate::vlm::{GenerationConfig, check_vocabulary, encode_messages, optional};
+use crate::{
+    ChatTemplate, Model, ModelConfig, OpenOptions, Preprocessor, Tokenizer, View, ZooError,
+};
 
 /// What could be read of a folder, and what could not. [`Vlm::open`](crate::Vlm::open) succeeds on a
 /// folder without problems, if its weights can be read and fit into memory.
@@ -46,7 +50,8 @@ impl Checkup {
     pub fn of<B: Backend>(folder: &Folder, options: &OpenOptions, device: &B::Device) -> Self {
         let mut found = Self::default();
         found.config = found.note("config.json", ModelConfig::open(folder));
-        found.note("tokenizer.json", tokenizer(folder, found.config.as_ref()));
+        let tokenizer = tokenizer(folder, found.config.as_ref());
+        let tokenizer = found.note("tokenizer.json", tokenizer);
         let generation = optional::<GenerationConfig>(folder, "generation_config.json");
         found.note("generation_config.json", generation);
         if folder.has("grounding.json") {
@@ -60,10 +65,11 @@ impl Checkup {
                 "preprocessor_config.json",
                 Preprocessor::open(folder, &config, options),
             );
-            found.note(
-                "chat template",
-                ChatTemplate::open(folder, config.dialect()),
-            );
+            let template = ChatTemplate::open(folder, config.dialect());
+            let template = found.note("chat template", template);
+            if let (Some(tokenizer), Some(template)) = (tokenizer, template) {
+                found.note("chat template", ask(&config, &tokenizer, &template));
+            }
             let model = Model::<B>::new(&config, device);
             if let Some(model) = found.note("config.json", model) {
                 let mut parameters = Parameters::default();
@@ -88,12 +94,36 @@ impl Checkup {
     }
 }
 
-/// Whether the tokenizer can be read, and belongs to the model as far as that is known.
-fn tokenizer(folder: &Folder, config: Option<&ModelConfig>) -> Result<(), ZooError> {
+/// Whether a question about a picture becomes a prompt.
+fn ask(
+    config: &ModelConfig,
+    tokenizer: &Tokenizer,
+    template: &ChatTemplate,
+) -> Result<(), ZooError> {
+    let content = vec![Content::Image, Content::Text("What is this?".into())];
+    let role = Role::User;
+    let seen = View {
+        original: [1; 2],
+        resized: [1; 2],
+        grid: Grid { t: 1, h: 1, w: 1 },
+        tokens: [1; 3],
+        time: None,
+        allowed: [1; 2],
+    };
+    let messages = [Message { role, content }];
+    encode_messages(config, tokenizer, template, &messages, &[seen])?;
+    Ok(())
+}
+
+/// The tokenizer, if it can be read, and belongs to the model as far as that is known.
+fn tokenizer(folder: &Folder, config: Option<&ModelConfig>) -> Result<Tokenizer, ZooError> {
     let json = folder.read("tokenizer.json", TOKENIZER_MAX_BYTES)?;
     let slots = config.map_or_else(Vec::new, ModelConfig::slot_tokens);
     let tokenizer = Tokenizer::from_json(&json, &slots)?;
-    config.map_or(Ok(()), |config| check_vocabulary(config, &tokenizer))
+    if let Some(config) = config {
+        check_vocabulary(config, &tokenizer)?;
+    }
+    Ok(tokenizer)
 }
 
 impl<B: Backend> ModuleVisitor<B> for Parameters {

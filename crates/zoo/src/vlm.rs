@@ -208,29 +208,13 @@ impl<B: Backend> Vlm<B> {
         messages: &[Message],
         views: &[View],
     ) -> Result<Vec<u32>, ZooError> {
-        let ids = self.template.encode(&self.tokenizer, messages, true)?;
-        let (mut images, mut videos) = (Vec::new(), Vec::new());
-        for view in views {
-            let [steps, rows, columns] = view.tokens;
-            match view.time {
-                None => images.push(rows * columns),
-                Some(_) => {
-                    videos.extend(self.template.dialect().video_slots(steps, rows * columns))
-                }
-            }
-        }
-        let image = Slots {
-            kind: "image",
-            token: self.config.image_token(),
-            lengths: &images,
-        };
-        let video = self.config.video_token().map(|token| Slots {
-            kind: "video",
-            token,
-            lengths: &videos,
-        });
-        let slots: Vec<Slots> = [Some(image), video].into_iter().flatten().collect();
-        self.template.expand(&ids, &slots)
+        encode_messages(
+            &self.config,
+            &self.tokenizer,
+            &self.template,
+            messages,
+            views,
+        )
     }
 
     /// Preprocesses images and videos.
@@ -369,6 +353,37 @@ impl<B: Backend> Vlm<B> {
         let prompt = self.prompt_of(question, routing.encoder.as_ref())?;
         Ok(self.model.decoder().drift(&prompt, routing.schedule)?)
     }
+}
+
+/// Token ids of a conversation about visuals that are seen like this, and the cue for an answer.
+pub(crate) fn encode_messages(
+    config: &ModelConfig,
+    tokenizer: &Tokenizer,
+    template: &ChatTemplate,
+    messages: &[Message],
+    views: &[View],
+) -> Result<Vec<u32>, ZooError> {
+    let ids = template.encode(tokenizer, messages, true)?;
+    let (mut images, mut videos) = (Vec::new(), Vec::new());
+    for view in views {
+        let [steps, rows, columns] = view.tokens;
+        match view.time {
+            None => images.push(rows * columns),
+            Some(_) => videos.extend(template.dialect().video_slots(steps, rows * columns)),
+        }
+    }
+    let image = Slots {
+        kind: "image",
+        token: config.image_token(),
+        lengths: &images,
+    };
+    let video = config.video_token().map(|token| Slots {
+        kind: "video",
+        token,
+        lengths: &videos,
+    });
+    let slots: Vec<Slots> = [Some(image), video].into_iter().flatten().collect();
+    template.expand(&ids, &slots)
 }
 
 /// Reads a JSON file, or takes the default if there is none.

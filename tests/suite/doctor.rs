@@ -159,9 +159,57 @@ fn without_a_configuration_the_other_files_are_still_examined() {
     assert_eq!(problems.len(), 2, "{problems:?}");
     assert!(problems[0].starts_with("config.json"), "{problems:?}");
     assert!(problems[1].starts_with("weights"), "{problems:?}");
-    let (report, well) = doctor(&["--model", &folder.at("nowhere")]);
+    for nowhere in ["nowhere", "config.json"] {
+        let (report, well) = doctor(&["--model", &folder.at(nowhere)]);
+        assert!(!well);
+        assert_eq!(report["problems"].as_array().map(Vec::len), Some(1));
+        let remedy = report["problems"][0]["remedy"].as_str();
+        assert!(remedy.expect("a text").contains("holds config.json"));
+    }
+}
+
+/// What `ask` refuses, the doctor finds.
+#[test]
+fn a_checkpoint_that_no_question_can_be_put_to_has_a_problem() {
+    let image = scene("063");
+    let raises = |folder: &Scratch| {
+        folder.write("chat_template.jinja", "{{ raise_exception('no') }}");
+    };
+    let shows_no_image = |folder: &Scratch| {
+        folder.write("chat_template.jinja", "{{ messages[0].role }}");
+    };
+    let knows_no_slot = |folder: &Scratch| {
+        folder.set("config.json", "/image_token_index", json!(4_000_000));
+    };
+    let changes: [&dyn Fn(&Scratch); 3] = [&raises, &shows_no_image, &knows_no_slot];
+    for change in changes {
+        let folder = Scratch::checkpoint();
+        change(&folder);
+        let (report, well) = doctor(&["--model", &folder.path()]);
+        assert!(!well);
+        let problems = problems(&report);
+        assert_eq!(problems.len(), 1, "{problems:?}");
+        let (part, message) = problems[0].split_once(": ").expect("a part");
+        assert_eq!(part, "chat template");
+        let model = folder.path();
+        let ask = [
+            "ask", "--model", &model, "--image", &image, "--prompt", "What?",
+        ];
+        refuses(&ask, &[message]);
+    }
+}
+
+/// Larger files are not read.
+#[test]
+fn an_image_that_is_too_large_is_a_problem() {
+    let (report, well) = doctor(&["--image-size", "8001x8000"]);
     assert!(!well);
-    assert_eq!(report["problems"].as_array().map(Vec::len), Some(1));
+    let problems = problems(&report);
+    assert!(
+        problems[0].contains("at most 64000000 pixels"),
+        "{problems:?}"
+    );
+    assert_eq!(problems.len(), 1, "{problems:?}");
 }
 
 #[test]
@@ -209,4 +257,5 @@ fn a_size_that_is_none_is_refused() {
     for size in ["0x100", "100", "100x", "axb", "100000x1"] {
         refuses(&["doctor", "--image-size", size], &["1024x768"]);
     }
+    refuses(&["doctor", "--text-tokens", "-3"], &["invalid value '-3'"]);
 }

@@ -323,7 +323,12 @@ pub struct DoctorArgs {
     #[arg(long, value_name = "WxH", default_value = "1024x768", value_parser = image_size)]
     pub image_size: [usize; 2],
     /// Text tokens to reckon with: those of the prompt and of the answer.
-    #[arg(long, value_name = "N", default_value_t = 320)]
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 320,
+        allow_negative_numbers = true
+    )]
     pub text_tokens: u32,
     /// Print one JSON object.
     #[arg(long)]

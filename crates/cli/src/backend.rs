@@ -118,21 +118,15 @@ pub struct Adapter {
 /// The processor that the default device is.
 #[cfg(any(feature = "flex", feature = "ndarray"))]
 pub fn adapter() -> Adapter {
-    use sysinfo::{CpuRefreshKind, MemoryRefreshKind, RefreshKind, System};
-    let what = RefreshKind::nothing()
-        .with_cpu(CpuRefreshKind::nothing())
-        .with_memory(MemoryRefreshKind::nothing().with_ram());
+    use sysinfo::{CpuRefreshKind, RefreshKind, System};
+    let what = RefreshKind::nothing().with_cpu(CpuRefreshKind::nothing());
     let system = System::new_with_specifics(what);
     let brand = system.cpus().first().map_or("", |cpu| cpu.brand().trim());
-    // Where a container may use less than the machine has, its limit counts.
-    let (total, available) = match system.cgroup_limits() {
-        Some(limits) => (limits.total_memory, limits.free_memory),
-        None => (system.total_memory(), system.available_memory()),
-    };
+    let (total, free) = host_memory().unzip();
     Adapter {
         name: if brand.is_empty() { "CPU" } else { brand }.to_string(),
-        memory_bytes: Some(total),
-        available_bytes: Some(available.min(system.available_memory())),
+        memory_bytes: total,
+        available_bytes: free,
         largest_binding_bytes: None,
     }
 }
@@ -142,6 +136,7 @@ pub fn adapter() -> Adapter {
 #[cfg(all(feature = "webgpu", not(any(feature = "flex", feature = "ndarray"))))]
 pub fn adapter() -> Adapter {
     use std::sync::OnceLock;
+    use wgpu::DeviceType;
     static ADAPTER: OnceLock<Adapter> = OnceLock::new();
     let ask = || {
         let setup = quietly(|| {
@@ -152,12 +147,20 @@ pub fn adapter() -> Adapter {
         });
         let info = setup.as_ref().map(|setup| setup.adapter.get_info());
         let limits = setup.as_ref().map(|setup| setup.device.limits());
+        // No interface of WebGPU tells the memory of a card of its own.
+        let shares = info.as_ref().is_some_and(|info| {
+            matches!(
+                info.device_type,
+                DeviceType::Cpu | DeviceType::IntegratedGpu
+            )
+        });
+        let (total, free) = host_memory().filter(|_| shares).unzip();
         Adapter {
             name: info.map_or("unknown".into(), |info| {
                 format!("{} ({})", info.name, info.backend)
             }),
-            memory_bytes: None,
-            available_bytes: None,
+            memory_bytes: total,
+            available_bytes: free,
             largest_binding_bytes: limits.map(|limits| limits.max_storage_buffer_binding_size),
         }
     };
@@ -170,17 +173,66 @@ pub fn adapter() -> Adapter {
     not(any(feature = "flex", feature = "ndarray", feature = "webgpu"))
 ))]
 pub fn adapter() -> Adapter {
-    use burn_cubecl::cubecl::{Runtime, cuda::CudaRuntime};
-    // CubeCL takes a quarter of the card's memory at a time.
-    let page = quietly(|| {
-        let client = CudaRuntime::client(&Device::default());
-        client.properties().memory.max_page_size
-    });
+    use cudarc::driver::CudaContext;
+    // Loads the driver, and panics where there is none.
+    let context = quietly(|| CudaContext::new(0).ok()).flatten();
+    let name = context.as_ref().and_then(|context| context.name().ok());
+    let memory = context.and_then(|context| context.mem_get_info().ok());
+    let (free, total) = memory
+        .map(|(free, total)| (free as u64, total as u64))
+        .unzip();
     Adapter {
-        name: "CUDA device 0".into(),
-        memory_bytes: page.map(|page| page.saturating_mul(4)),
-        available_bytes: None,
-        largest_binding_bytes: page,
+        name: name.unwrap_or("unknown".into()),
+        memory_bytes: total,
+        available_bytes: free,
+        // What CubeCL takes of a card's memory at a time.
+        largest_binding_bytes: total.map(|total| total / 4),
+    }
+}
+
+/// The memory that this program may use, and what of it is free, in bytes: the machine's, or what a
+/// container has of it. What holds nothing but copies of files is free.
+#[cfg(not(feature = "cuda"))]
+fn host_memory() -> Option<(u64, u64)> {
+    use sysinfo::{MemoryRefreshKind, RefreshKind, System};
+    let what = RefreshKind::nothing().with_memory(MemoryRefreshKind::nothing().with_ram());
+    let system = System::new_with_specifics(what);
+    let (total, free) = (system.total_memory(), system.available_memory());
+    if total == 0 {
+        return None;
+    }
+    let container = system
+        .cgroup_limits()
+        .filter(|limits| limits.total_memory < total);
+    Some(container.map_or((total, free), |limits| {
+        let files = ["/sys/fs/cgroup", "/sys/fs/cgroup/memory"].map(|folder| {
+            let stat = std::fs::read_to_string(format!("{folder}/memory.stat")).ok()?;
+            unused_files(&stat)
+        });
+        let files = files.into_iter().flatten().next().unwrap_or(0);
+        let limit = limits.total_memory;
+        let left = limits.free_memory.saturating_add(files).min(limit);
+        (limit, left.min(free))
+    }))
+}
+
+/// Bytes of files that a control group has read and does not use, of its `memory.stat`: version 1
+/// counts the groups inside apart.
+#[cfg(not(feature = "cuda"))]
+fn unused_files(stat: &str) -> Option<u64> {
+    let value = |name: &str| {
+        let lines = stat.lines().filter_map(|line| line.split_once(' '));
+        let mut values = lines.filter(|(key, _)| *key == name);
+        values.next()?.1.trim().parse().ok()
+    };
+    value("total_inactive_file").or_else(|| value("inactive_file"))
+}
+
+/// How the backend keeps numbers of a type, and what it computes with.
+pub fn numbers(dtype: DType) -> zoo::Numbers {
+    zoo::Numbers {
+        bytes: dtype.size(),
+        loops: cfg!(feature = "flex").then(rayon::current_num_threads),
     }
 }
 
@@ -190,4 +242,24 @@ pub fn dtypes(device: &Device) -> Vec<DType> {
     let supported =
         |dtype: &DType| <Backend as burn::tensor::backend::Backend>::supports_dtype(device, *dtype);
     all.into_iter().filter(supported).collect()
+}
+
+#[cfg(all(test, not(feature = "cuda")))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_machine_has_memory_and_some_of_it_is_free() {
+        let (total, free) = host_memory().expect("known on this system");
+        assert!(free > 0 && free <= total, "{free} of {total}");
+    }
+
+    #[test]
+    fn files_that_a_container_has_read_are_no_memory_in_use() {
+        let second = "anon 4096\nfile 9000\ninactive_file 8192\nactive_file 808\n";
+        let first = "cache 1\ninactive_file 2\ntotal_inactive_file 3\n";
+        assert_eq!(unused_files(second), Some(8192));
+        assert_eq!(unused_files(first), Some(3));
+        assert_eq!(unused_files("inactive_files 7\ninactive_file x"), None);
+    }
 }

@@ -1,40 +1,31 @@
 //! `reroute doctor`: what keeps a checkpoint from running on this machine, found before it fails.
 
+mod fit;
+
 use std::io::Write;
 
 use anyhow::bail;
 use burn::tensor::DType;
 use checkpoint::CheckpointError;
-use reducers::{Schedule, presets};
 use serde_json::{Value, json};
-use zoo::{Checkup, ModelConfig, OpenOptions, Parameters, Picture, ZooError};
+use vision_encoder::DecodeLimits;
+use zoo::{Checkup, OpenOptions, Parameters, Picture, ZooError};
 
 use crate::args::DoctorArgs;
 use crate::backend::{self, Adapter, Backend};
 use crate::{open, output};
+use fit::{Answer, Need, tensor_bytes};
 
 /// The remedy where nothing else helps.
 const LARGER: &str = "use a smaller model, or a machine with more memory";
+
+/// The remedy where there is no checkpoint.
+const HOLDS_CONFIG: &str = "give the folder that holds config.json to --model";
 
 /// Something that keeps the model from running, or from running well.
 struct Problem {
     what: String,
     remedy: String,
-}
-
-/// Memory that a routing needs, in bytes.
-struct Need {
-    routing: String,
-    weights: u64,
-    kv: u64,
-    activations: u64,
-}
-
-impl Need {
-    fn total(&self) -> u64 {
-        let parts = [self.weights, self.kv, self.activations];
-        parts.into_iter().fold(0, u64::saturating_add)
-    }
 }
 
 /// Everything there is to say.
@@ -92,10 +83,7 @@ fn examine(args: &DoctorArgs) -> Report {
     let folder = match open::folder(args.model.model.as_deref()) {
         Ok(folder) => folder,
         Err(error) => {
-            report.problem(
-                error.to_string(),
-                "give an existing checkpoint folder to --model",
-            );
+            report.problem(error.to_string(), HOLDS_CONFIG);
             return report;
         }
     };
@@ -115,17 +103,32 @@ fn examine(args: &DoctorArgs) -> Report {
 
 /// What to do about a part of a checkpoint folder that cannot be used.
 fn remedy(problem: &zoo::Problem) -> &'static str {
+    use CheckpointError as Error;
     match &problem.error {
         ZooError::UnknownFamily { .. } => {
             return "give a checkpoint of LLaVA-1.5, Qwen2-VL, Qwen2.5-VL or Qwen3-VL to --model";
         }
-        ZooError::Checkpoint(CheckpointError::Pickle { .. }) => {
-            return "cargo xtask convert --from DIR --to NEW --allow-pickle; LLaVA as its authors published it also \
-                    takes --vision-tower and --tokenizer (README, \"Checkpoints that load at once\")";
+        ZooError::TemplateOutput { .. } => {
+            return "take the chat template, tokenizer.json and config.json of one revision";
         }
-        ZooError::Checkpoint(CheckpointError::Module(_)) => {
-            return "give config.json and weights of the same model and revision, not quantised";
-        }
+        ZooError::Checkpoint(error) => match error {
+            Error::Pickle { .. } => {
+                return "cargo xtask convert --from DIR --to NEW --allow-pickle; LLaVA as its authors published it \
+                        also takes --vision-tower and --tokenizer (README, \"Checkpoints that load at once\")";
+            }
+            Error::Module(_) => {
+                return "give config.json and weights of the same model and revision, not quantised";
+            }
+            Error::MissingFile { .. } | Error::NoWeights { .. } => {
+                return "finish the download, or give the folder that holds config.json to --model";
+            }
+            Error::MissingShards { .. } => return "finish the download",
+            Error::LinkOutside { .. } => {
+                return "put the file itself into the folder, or give the folder that holds it to --model";
+            }
+            Error::Read { .. } => return "check the permissions of the file, and the disk",
+            _ => {}
+        },
         _ => {}
     }
     match problem.part {
@@ -158,57 +161,75 @@ impl Report {
             return;
         };
         self.parameters = Some(parameters);
-        self.check_binding(parameters);
         let Some(preprocessor) = &checkup.preprocessor else {
             return self.check_weights(parameters);
         };
-        let picture = match preprocessor.picture(args.image_size) {
-            Ok(picture) => picture,
-            Err(error) => {
-                let [width, height] = args.image_size;
-                let what = format!("an image of {width}×{height} pixels: {error}");
-                return self.problem(what, "give another --image-size");
-            }
+        let answer = Answer {
+            config,
+            parameters,
+            preprocessor,
+            image_size: args.image_size,
+            text_tokens: args.text_tokens as usize,
+            dtype: self.dtype,
+            max_pixels: args.model.max_pixels,
         };
-        self.picture = Some(picture);
-        self.check_context(config, &picture, args);
-        self.needs = needs(config, parameters, &picture, args, self.dtype);
-        let (Some(dense), Some(available)) = (self.needs.first(), self.available_bytes()) else {
-            return;
-        };
-        if dense.total() <= available {
-            return;
+        let [width, height] = args.image_size;
+        let readable = DecodeLimits::default().check(width as u32, height as u32);
+        let picture = readable.map_err(ZooError::from);
+        match picture.and_then(|()| answer.picture()) {
+            Ok(picture) => self.check_answer(&answer, picture),
+            Err(error) => self.problem(
+                error.to_string(),
+                "scale the image down or cut it into pieces, and give its --image-size",
+            ),
         }
-        let what = format!(
-            "a dense answer needs about {} MiB of memory, {} MiB are free",
-            mebibytes(dense.total()),
-            mebibytes(available)
-        );
-        let fits = |needs: &[Need]| {
-            let mut fitting = needs.iter().filter(|need| need.total() <= available);
-            fitting.next().map(|need| need.routing.clone())
-        };
-        let half = needs(config, parameters, &picture, args, DType::F16);
-        let half = fits(&half).filter(|_| self.dtypes.contains(&DType::F16));
-        let remedy = match (fits(&self.needs), half) {
-            (Some(routing), _) => format!("use --routing {routing}"),
-            (None, Some(routing)) if self.dtype != DType::F16 => {
-                format!("use --dtype f16 (with --routing {routing})")
-            }
-            _ => LARGER.into(),
-        };
-        self.problem(what, remedy);
     }
 
-    /// What there is for the model, if that is known.
-    fn available_bytes(&self) -> Option<u64> {
-        self.adapter.available_bytes.or(self.adapter.memory_bytes)
+    /// Whether a picture and a text fit, and if not, what does.
+    fn check_answer(&mut self, answer: &Answer, picture: Picture) {
+        self.picture = Some(picture);
+        self.check_context(answer, &picture);
+        self.needs = answer.needs();
+        let Some(dense) = self.needs.first() else {
+            return;
+        };
+        let Adapter {
+            name,
+            available_bytes,
+            largest_binding_bytes,
+            ..
+        } = &self.adapter;
+        let mut problems = Vec::new();
+        if let Some(free) = available_bytes.filter(|&free| dense.total() > free) {
+            let [needed, free] = [dense.total(), free].map(mebibytes);
+            problems.push((
+                format!("a dense answer needs about {needed} MiB of memory, {free} MiB are free"),
+                LARGER,
+            ));
+        }
+        if let Some(most) = largest_binding_bytes.filter(|&most| dense.largest > most) {
+            let [largest, most] = [dense.largest, most].map(mebibytes);
+            problems.push((
+                format!(
+                    "the largest tensor of a dense answer has {largest} MiB, {name} takes at most \
+                     {most} MiB at a time"
+                ),
+                "use another driver, or the flex backend",
+            ));
+        }
+        if problems.is_empty() {
+            return;
+        }
+        let remedy = answer.remedy(&self.adapter, &self.dtypes);
+        for (what, last_resort) in problems {
+            self.problem(what, remedy.as_deref().unwrap_or(last_resort));
+        }
     }
 
     /// Whether the weights fit, where nothing is known of pictures.
     fn check_weights(&mut self, parameters: Parameters) {
-        let bytes = |dtype| weight_bytes(parameters, dtype);
-        let Some(available) = self.available_bytes() else {
+        let bytes = |dtype| tensor_bytes(parameters.elements, dtype);
+        let Some(available) = self.adapter.available_bytes else {
             return;
         };
         if bytes(self.dtype) <= available {
@@ -223,41 +244,19 @@ impl Report {
         self.problem(what, if half { "use --dtype f16" } else { LARGER });
     }
 
-    /// Whether an operation takes the largest parameter.
-    fn check_binding(&mut self, parameters: Parameters) {
-        let bytes = parameters
-            .largest_elements
-            .saturating_mul(self.dtype.size() as u64);
-        if let Some(most) = self
-            .adapter
-            .largest_binding_bytes
-            .filter(|&most| bytes > most)
-        {
-            let what = format!(
-                "the largest weight has {} MiB, {} takes at most {} MiB at a time",
-                mebibytes(bytes),
-                self.adapter.name,
-                mebibytes(most)
-            );
-            let half = parameters.largest_elements.saturating_mul(2) <= most;
-            let remedy = match half && self.dtype == DType::F32 && self.dtypes.contains(&DType::F16)
-            {
-                true => "use --dtype f16",
-                false => "use another driver, or the flex backend",
-            };
-            self.problem(what, remedy);
-        }
-    }
-
     /// Whether the decoder has positions for the whole conversation.
-    fn check_context(&mut self, config: &ModelConfig, picture: &Picture, args: &DoctorArgs) {
-        let rows = picture
-            .visual_tokens
-            .saturating_add(args.text_tokens as usize);
-        let most = config.decoder().max_position_embeddings;
+    fn check_context(&mut self, answer: &Answer, picture: &Picture) {
+        let rows = picture.visual_tokens.saturating_add(answer.text_tokens);
+        let most = answer.config.decoder().max_position_embeddings;
         if rows > most {
             let what = format!("{rows} tokens do not fit into the model's {most} positions");
-            self.problem(what, "use a smaller --max-pixels, or fewer text tokens");
+            self.problem(
+                what,
+                match answer.takes_any_size() && picture.visual_tokens > answer.text_tokens {
+                    true => "use a smaller --max-pixels",
+                    false => "ask for less text: a shorter question, a smaller --max-new-tokens",
+                },
+            );
         }
     }
 
@@ -318,8 +317,19 @@ impl Report {
                 mebibytes(need.total())
             )?;
         }
-        if self.problems.is_empty() {
-            writeln!(out, "\nNothing is wrong.")?;
+        match (
+            self.problems.is_empty(),
+            adapter.available_bytes,
+            self.needs.first(),
+        ) {
+            (true, None, Some(dense)) => writeln!(
+                out,
+                "\nNo problem is found. How much memory {} has is unknown; a dense answer needs about {} MiB of it.",
+                adapter.name,
+                mebibytes(dense.total())
+            )?,
+            (true, ..) => writeln!(out, "\nNothing is wrong.")?,
+            (false, ..) => {}
         }
         for (number, problem) in self.problems.iter().enumerate() {
             writeln!(out, "\n{}. {}", number + 1, problem.what)?;
@@ -336,6 +346,7 @@ impl Report {
                 "kv_bytes": need.kv,
                 "activation_bytes": need.activations,
                 "total_bytes": need.total(),
+                "largest_tensor_bytes": need.largest,
             })
         });
         let problems = self.problems.iter();
@@ -358,35 +369,6 @@ impl Report {
     }
 }
 
-/// What the dense model and every preset need; `dense` is the first.
-fn needs(
-    config: &ModelConfig,
-    parameters: Parameters,
-    picture: &Picture,
-    args: &DoctorArgs,
-    dtype: DType,
-) -> Vec<Need> {
-    let depth = config.decoder().num_layers;
-    let schedules = presets::presets().filter(|preset| !preset.exact);
-    let schedules =
-        schedules.filter_map(|preset| Some((preset.name.clone(), preset.schedule(depth).ok()?)));
-    let need = |(routing, schedule): (String, Schedule)| {
-        let text = args.text_tokens as usize;
-        let memory = config.memory(picture, text, &schedule, dtype.size());
-        Need {
-            routing,
-            weights: weight_bytes(parameters, dtype),
-            kv: memory.kv,
-            activations: memory.activations,
-        }
-    };
-    schedules.map(need).collect()
-}
-
-fn weight_bytes(parameters: Parameters, dtype: DType) -> u64 {
-    parameters.elements.saturating_mul(dtype.size() as u64)
-}
-
 fn name(dtype: DType) -> String {
     format!("{dtype:?}").to_lowercase()
 }
@@ -398,6 +380,11 @@ fn mebibytes(bytes: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
+    use zoo::Folder;
+
+    use super::fit::LEAST_PIXELS;
     use super::*;
 
     /// Of a device that computes in f32 and f16.
@@ -427,19 +414,70 @@ mod tests {
         }
     }
 
+    /// The remedies get harder as memory gets scarce, and so do those where operations take less.
     #[test]
-    fn a_weight_that_no_operation_takes_is_a_problem_with_a_remedy_that_works() {
-        for (most, dtype, remedy) in [
-            (4 << 20, DType::F32, None),
-            (3 << 20, DType::F32, Some("--dtype f16")),
-            (1 << 20, DType::F32, Some("another driver")),
-            (1 << 20, DType::F16, Some("another driver")),
+    fn what_does_not_fit_is_a_problem_with_a_remedy_that_works() {
+        let folder = "../../tests/fixtures/qwen25vl/ckpt";
+        let folder = Folder::open(Path::new(env!("CARGO_MANIFEST_DIR")).join(folder));
+        let options = OpenOptions::default();
+        let folder = folder.expect("a fixture");
+        let checkup = Checkup::of::<Backend>(&folder, &options, &Default::default());
+        let answer = Answer {
+            config: checkup.config.as_ref().expect("a good fixture"),
+            parameters: Parameters {
+                elements: 1 << 26,
+                largest_elements: 1 << 10,
+            },
+            preprocessor: checkup.preprocessor.as_ref().expect("a good fixture"),
+            image_size: [840, 840],
+            text_tokens: 320,
+            dtype: DType::F32,
+            max_pixels: None,
+        };
+        let half = Answer {
+            dtype: DType::F16,
+            ..answer
+        };
+        let small = Answer {
+            max_pixels: Some(LEAST_PIXELS),
+            ..half
+        };
+        let fewest = |answer: &Answer, of: fn(&Need) -> u64| {
+            let needs = answer.needs();
+            needs.iter().map(of).min().expect("some routings")
+        };
+        let dense = answer.needs().remove(0);
+        let picture = answer.picture().expect("a good size");
+        for (free, most, remedy) in [
+            (None, None, None),
+            (Some(dense.total()), Some(dense.largest), None),
+            (Some(dense.total() - 1), None, Some("use --routing")),
+            (
+                Some(fewest(&answer, Need::total) - 1),
+                None,
+                Some("use --dtype f16"),
+            ),
+            (
+                Some(fewest(&half, Need::total) - 1),
+                None,
+                Some("--max-pixels"),
+            ),
+            (
+                Some(fewest(&small, Need::total) - 1),
+                None,
+                Some("to 160 tokens"),
+            ),
+            (Some(1), None, Some("a smaller model")),
+            (None, Some(dense.largest - 1), Some("use --dtype f16")),
+            (
+                None,
+                Some(half.needs()[0].largest - 1),
+                Some("--max-pixels"),
+            ),
+            (None, Some(1), Some("another driver")),
         ] {
-            let mut report = report(None, Some(most), dtype);
-            report.check_binding(Parameters {
-                elements: 1 << 30,
-                largest_elements: 1 << 20,
-            });
+            let mut report = report(free, most, DType::F32);
+            report.check_answer(&answer, picture);
             assert_remedy(&report, remedy);
         }
     }

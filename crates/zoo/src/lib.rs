@@ -73,7 +73,7 @@ pub use conversation::Conversation;
 pub use dialect::Dialect;
 pub use error::ZooError;
 pub use family::{Model, ModelConfig};
-pub use memory::{Memory, Picture};
+pub use memory::{Memory, Numbers, Picture};
 pub use reduction::Kept;
 pub use routing::{EncoderStep, Routing};
 pub use template::ChatTemplate;

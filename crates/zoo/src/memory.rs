@@ -1,6 +1,7 @@
 //! How much memory answering takes, predicted from shapes.
 
 use reducers::{Cost, Schedule};
+use vision_encoder::qwen::QwenGeneration;
 
 use crate::{ModelConfig, Preprocessor, ZooError};
 
@@ -21,20 +22,38 @@ pub struct Memory {
     /// Keys and values of the prompt and of what is generated: exact.
     pub kv: u64,
     /// Everything else that is computed, at its peak, in the vision tower or in the decoder: an
-    /// estimate.
+    /// estimate, which is to be no less than what is measured.
     pub activations: u64,
+    /// The largest tensor that a product of matrices makes.
+    pub largest: u64,
 }
 
-/// Queries that attend at a time, and the most bytes of their scores (`layers::attention`).
-const SCORE_ROWS: u64 = 128;
-const MAX_SCORE_BYTES: u64 = 16 << 20;
+/// How a backend keeps numbers, and what it computes with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Numbers {
+    /// Bytes of a weight or of an activation: 4, or 2 for f16 and bf16.
+    pub bytes: usize,
+    /// Threads, where loops of this program compute with the numbers (`layers::host`): in f32, whatever
+    /// they are given, and without a matrix of scores in attention.
+    pub loops: Option<usize>,
+}
+
+/// Bytes of what loops compute.
+const SINGLE: usize = size_of::<f32>();
+
+/// Most numbers of a weight that loops widen at a time, and most scores that are held at a time
+/// (`layers::linear`, `layers::attention`).
+const WIDENED: usize = 4 << 20;
+const BLOCK_SCORES: usize = 4 << 20;
+
+/// Queries that attend at a time, fewest and most; the causal mask has a column for each of the most.
+const BLOCK: [usize; 2] = [16, 128];
 
 /// Scores that exist at a time: as they come, masked, and after softmax.
 const SCORE_COPIES: u64 = 3;
 
-/// Vectors as wide as the residual stream that a row has beside those of attention or of the MLP: the
-/// input, the residual stream, its normalised form.
-const STREAMS: usize = 3;
+/// Most bytes that a thread keeps for products.
+const BUFFER: usize = 2 << 20;
 
 impl Preprocessor {
     /// What becomes of a picture of this width and height in pixels.
@@ -72,81 +91,208 @@ impl ModelConfig {
         picture: &Picture,
         text_tokens: usize,
         schedule: &Schedule,
-        bytes_per_element: usize,
+        numbers: Numbers,
     ) -> Memory {
         let shape = self.decoder().shape();
         let visual = picture.visual_tokens;
-        let cost = Cost::of(&shape, schedule, visual, text_tokens, bytes_per_element);
+        let cost = Cost::of(&shape, schedule, visual, text_tokens, numbers.bytes);
         let rows = cost.rows.iter().copied().max().unwrap_or(0);
-        let tower = self.tower_layer().bytes(picture.patches, bytes_per_element);
-        let decoder = self.decoder_layer().bytes(rows, bytes_per_element);
+        let layers = [
+            (self.tower_layer(), picture.patches),
+            (self.decoder_layer(), rows),
+        ];
+        let largest = |of: &dyn Fn(&Layer, usize) -> u64| {
+            let bytes = layers.iter().map(|(layer, rows)| of(layer, *rows));
+            bytes.max().unwrap_or(0)
+        };
         Memory {
             kv: cost.total_kv_bytes(),
-            activations: tower.max(decoder),
+            activations: largest(&|layer, rows| layer.peak(rows, numbers)),
+            largest: largest(&|layer, rows| layer.largest_product(rows, numbers)),
         }
     }
 
     fn decoder_layer(&self) -> Layer {
         let config = self.decoder();
-        let queries = config.num_attention_heads * config.head_dim;
-        let keys = config.num_key_value_heads * config.head_dim;
+        let (hidden, queries) = (
+            config.hidden_size,
+            config.num_attention_heads * config.head_dim,
+        );
         Layer {
             heads: config.num_attention_heads,
-            streams: STREAMS * config.hidden_size,
-            // Queries, scaled queries, and contexts, block by block and together.
-            attention: 4 * queries + 2 * keys,
-            // Gate, its activation, and what it multiplies.
-            feed_forward: 3 * config.intermediate_size,
+            // Visual tokens, the prompt, the residual stream, queries, a rotary table.
+            held: 3 * hidden + queries + 2 * config.head_dim,
+            hidden,
+            queries,
+            keys: config.num_key_value_heads * config.head_dim,
+            projected: queries,
+            // Keys and values lie in the cache.
+            copies: 0,
+            inner: config.intermediate_size,
+            gated: true,
+            causal: true,
+            input: 0,
         }
     }
 
     fn tower_layer(&self) -> Layer {
-        let (heads, hidden, inner) = match self {
+        let ungated = |heads, hidden: usize, inner| Layer {
+            heads,
+            // The input of the layer, the residual stream, queries and keys, a rotary table.
+            held: 4 * hidden + 2 * hidden / heads.max(1),
+            hidden,
+            queries: hidden,
+            keys: hidden,
+            projected: hidden,
+            // Values.
+            copies: hidden,
+            inner,
+            gated: false,
+            causal: false,
+            input: 0,
+        };
+        match self {
             Self::Llava(config) => {
                 let vision = &config.vision;
-                (
+                let layer = ungated(
                     vision.num_heads,
                     vision.hidden_size,
                     vision.intermediate_size,
-                )
+                );
+                Layer {
+                    input: 3 * vision.patch_size.pow(2),
+                    ..layer
+                }
             }
             Self::Qwen(config) => {
                 let vision = &config.vision;
-                (
-                    vision.num_heads,
-                    vision.hidden_size,
-                    vision.intermediate_size,
-                )
+                let hidden = vision.hidden_size;
+                let layer = ungated(vision.num_heads, hidden, vision.intermediate_size);
+                // Visual tokens for the decoder's first layers.
+                let merged = vision.output_size / vision.spatial_merge_size.pow(2);
+                Layer {
+                    held: layer.held + vision.deepstack_layers.len() * merged,
+                    projected: 3 * hidden,
+                    // Queries, keys and values as they are projected, and window by window.
+                    copies: 6 * hidden,
+                    gated: vision.generation == QwenGeneration::Qwen2_5,
+                    input: vision.patch_features(),
+                    ..layer
+                }
             }
-        };
-        Layer {
-            heads,
-            streams: STREAMS * hidden,
-            attention: 6 * hidden,
-            feed_forward: 3 * inner,
         }
     }
 }
 
-/// Numbers of one row that exist at the same time in a layer.
+/// Numbers that a row has in a layer.
 struct Layer {
     heads: usize,
-    streams: usize,
-    attention: usize,
-    feed_forward: usize,
+    /// There from the first to the last operation.
+    held: usize,
+    /// Width of the residual stream, and of all queries, all keys, all values.
+    hidden: usize,
+    queries: usize,
+    keys: usize,
+    /// The widest output of a projection before attention.
+    projected: usize,
+    /// Held while rows attend.
+    copies: usize,
+    /// Width of the MLP.
+    inner: usize,
+    /// Whether the MLP has a gate.
+    gated: bool,
+    causal: bool,
+    /// What the first layer's input is made of, if that is in memory at the same time.
+    input: usize,
 }
 
 impl Layer {
-    /// What a layer holds at its peak, be it in attention or in the MLP.
-    fn bytes(&self, rows: usize, bytes_per_element: usize) -> u64 {
-        let product = |factors: [usize; 3]| {
-            let factors = factors.into_iter().map(|factor| factor as u64);
-            factors.fold(1, u64::saturating_mul)
+    /// Bytes at the peak: where patches are embedded, rows attend, or the MLP widens, activates and
+    /// narrows them.
+    fn peak(&self, rows: usize, numbers: Numbers) -> u64 {
+        let Numbers { bytes, loops } = numbers;
+        let halves = loops.is_some() && bytes < SINGLE;
+        let mask = if self.causal { SINGLE * BLOCK[1] } else { 0 };
+        let held = bytes * self.held + mask;
+        let gate = if self.gated { bytes * self.inner } else { 0 };
+        // Halves are widened in one piece, computed with, and narrowed.
+        let widened = |numbers: usize| if halves { SINGLE * numbers } else { 0 };
+        let (attention, scores) = match loops {
+            // Keys and values of a thread's head once more, in panels, and its context in tiles.
+            Some(threads) => {
+                let panels = 3 * (self.queries / self.heads.max(1)) * threads.min(self.heads);
+                let wide = widened(2 * self.queries + 2 * self.keys);
+                let copies = bytes * (self.copies + 2 * self.queries);
+                (copies + wide + SINGLE * panels, 0)
+            }
+            // Queries, scaled queries, and contexts, block by block and together.
+            None => {
+                let copies = bytes * (self.copies + 4 * self.queries);
+                (copies, self.scores(rows).saturating_mul(SCORE_COPIES))
+            }
         };
-        let of = |numbers: usize| product([rows, self.streams + numbers, bytes_per_element]);
-        let scores = product([self.heads, rows, size_of::<f32>()]).saturating_mul(SCORE_ROWS);
-        let scores = SCORE_COPIES * scores.min(MAX_SCORE_BYTES);
-        let attention = of(self.attention).saturating_add(scores);
-        attention.max(of(self.feed_forward))
+        let activation = match (halves, self.gated) {
+            (true, true) => 3 * bytes * self.inner + widened(2 * self.inner),
+            (true, false) => 2 * bytes * self.inner + widened(self.inner),
+            (false, _) => 2 * bytes * self.inner + gate,
+        };
+        // A cast from f32 to halves goes through f64.
+        let cast = if halves { size_of::<f64>() + bytes } else { 0 };
+        let product = |beside: usize, input: usize, output: usize| {
+            let weight = widened(input.saturating_mul(output).min(WIDENED));
+            (beside + numbers.product(input, output), weight as u64)
+        };
+        let stages = [
+            (self.input * (SINGLE + cast), 0),
+            product(0, self.input, self.hidden),
+            product(held, self.hidden, self.projected),
+            (held + attention, scores),
+            product(held + gate, self.hidden, self.inner),
+            (held + activation, 0),
+            product(held, self.inner, self.hidden),
+        ];
+        let stages = stages.map(|(row, fixed)| bytes_of(rows, row).saturating_add(fixed));
+        let buffers = bytes_of(loops.unwrap_or(0), BUFFER);
+        let most = stages.into_iter().max().unwrap_or(0);
+        most.saturating_add(buffers)
     }
+
+    /// Bytes of the largest tensor that a product of matrices makes.
+    fn largest_product(&self, rows: usize, numbers: Numbers) -> u64 {
+        let widest = self.projected.max(self.inner).max(self.hidden);
+        let output = bytes_of(rows, numbers.bytes * widest);
+        match numbers.loops {
+            Some(_) => output,
+            None => output.max(self.scores(rows)),
+        }
+    }
+
+    /// Bytes of the scores of as many queries as attend at a time.
+    fn scores(&self, rows: usize) -> u64 {
+        let [fewest, most] = BLOCK;
+        let per_query = self.heads.saturating_mul(rows).max(1);
+        let queries = (BLOCK_SCORES / per_query).clamp(fewest, most);
+        bytes_of(per_query, SINGLE * queries.min(rows))
+    }
+}
+
+impl Numbers {
+    /// Bytes of a row in a product with a weight, what goes in and what comes out.
+    fn product(self, input: usize, output: usize) -> usize {
+        let given = self.bytes * (input + output);
+        match (self.loops, self.bytes < SINGLE) {
+            (None, _) => given,
+            // The product is made and copied.
+            (Some(_), false) => given + SINGLE * output,
+            // The same in f32, as many rows of the weight at a time as are widened at a time.
+            (Some(_), true) => {
+                let block = output.min(WIDENED / input.max(1));
+                given + SINGLE * input + 2 * SINGLE * block
+            }
+        }
+    }
+}
+
+fn bytes_of(rows: usize, row: usize) -> u64 {
+    (rows as u64).saturating_mul(row as u64)
 }

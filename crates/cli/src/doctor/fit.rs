@@ -1,0 +1,162 @@
+//! What an answer needs, and what to change where it does not fit.
+
+use burn::tensor::DType;
+use reducers::{Schedule, presets};
+use zoo::{ModelConfig, Parameters, Picture, Preprocessor, ZooError};
+
+use super::name;
+use crate::backend::{self, Adapter};
+
+/// Fewest pixels of a picture, and fewest tokens of question and answer, that are worth advising.
+pub(super) const LEAST_PIXELS: usize = 56 * 56;
+const LEAST_TEXT: usize = 64;
+
+/// Memory that a routing needs, in bytes.
+pub(super) struct Need {
+    pub(super) routing: String,
+    pub(super) weights: u64,
+    pub(super) kv: u64,
+    pub(super) activations: u64,
+    /// The largest of the tensors that an operation takes.
+    pub(super) largest: u64,
+}
+
+impl Need {
+    /// All of it but the largest tensor, which is part of it.
+    pub(super) fn total(&self) -> u64 {
+        let parts = [self.weights, self.kv, self.activations];
+        parts.into_iter().fold(0, u64::saturating_add)
+    }
+}
+
+/// What an answer is reckoned for.
+#[derive(Clone, Copy)]
+pub(super) struct Answer<'a> {
+    pub(super) config: &'a ModelConfig,
+    pub(super) parameters: Parameters,
+    pub(super) preprocessor: &'a Preprocessor,
+    pub(super) image_size: [usize; 2],
+    pub(super) text_tokens: usize,
+    pub(super) dtype: DType,
+    /// See [`zoo::OpenOptions::max_pixels`].
+    pub(super) max_pixels: Option<usize>,
+}
+
+impl Answer<'_> {
+    /// Whether the model sees pictures at their own size.
+    pub(super) fn takes_any_size(&self) -> bool {
+        matches!(self.preprocessor, Preprocessor::Qwen { .. })
+    }
+
+    /// The picture as the model would see it.
+    pub(super) fn picture(&self) -> Result<Picture, ZooError> {
+        let mut preprocessor = self.preprocessor.clone();
+        if let (Preprocessor::Qwen { preprocessor, .. }, Some(most)) =
+            (&mut preprocessor, self.max_pixels)
+        {
+            *preprocessor = preprocessor.clone().with_max_pixels(most);
+        }
+        preprocessor.picture(self.image_size)
+    }
+
+    /// What the dense model and every preset need; `dense` is the first. Nothing for a picture that
+    /// cannot be seen.
+    pub(super) fn needs(&self) -> Vec<Need> {
+        let Ok(picture) = self.picture() else {
+            return Vec::new();
+        };
+        let depth = self.config.decoder().num_layers;
+        let schedules = presets::presets().filter(|preset| !preset.exact);
+        let schedules = schedules
+            .filter_map(|preset| Some((preset.name.clone(), preset.schedule(depth).ok()?)));
+        let need = |(routing, schedule): (String, Schedule)| {
+            let numbers = backend::numbers(self.dtype);
+            let memory = (self.config).memory(&picture, self.text_tokens, &schedule, numbers);
+            let weight = tensor_bytes(self.parameters.largest_elements, self.dtype);
+            Need {
+                routing,
+                weights: tensor_bytes(self.parameters.elements, self.dtype),
+                kv: memory.kv,
+                activations: memory.activations,
+                largest: memory.largest.max(weight),
+            }
+        };
+        schedules.map(need).collect()
+    }
+
+    /// What makes the answer fit, losing as little as possible: another routing, a smaller one of the
+    /// types that the adapter computes in, fewer pixels, fewer tokens of text, in this order.
+    pub(super) fn remedy(&self, adapter: &Adapter, dtypes: &[DType]) -> Option<String> {
+        let fits = |need: &Need| {
+            let (free, most) = (adapter.available_bytes, adapter.largest_binding_bytes);
+            free.is_none_or(|free| need.total() <= free)
+                && most.is_none_or(|most| need.largest <= most)
+        };
+        let halved = |n: usize, least: usize| {
+            std::iter::successors(Some(n), move |n| Some(n / 2).filter(|&n| n >= least))
+        };
+        let halves = [DType::F16, DType::BF16].into_iter();
+        let halves =
+            halves.filter(|dtype| dtype.size() < self.dtype.size() && dtypes.contains(dtype));
+        let dtypes: Vec<DType> = std::iter::once(self.dtype).chain(halves).collect();
+        let areas: Vec<Option<usize>> = match self.picture() {
+            Ok(Picture {
+                resized: [w, h], ..
+            }) if self.takes_any_size() => {
+                let fewer = halved(w * h, LEAST_PIXELS).skip(1).map(Some);
+                std::iter::once(self.max_pixels).chain(fewer).collect()
+            }
+            _ => vec![self.max_pixels],
+        };
+        let positions = self.config.decoder().max_position_embeddings;
+        for text_tokens in halved(self.text_tokens.min(positions), LEAST_TEXT) {
+            for &max_pixels in &areas {
+                for &dtype in &dtypes {
+                    let other = Answer {
+                        text_tokens,
+                        max_pixels,
+                        dtype,
+                        ..*self
+                    };
+                    let needs = other.needs();
+                    if let Some(need) = needs.iter().find(|need| fits(need)) {
+                        return Some(other.instead_of(self, &need.routing));
+                    }
+                }
+            }
+        }
+        None
+    }
+
+    /// What to do to get this answer instead of another.
+    fn instead_of(&self, other: &Self, routing: &str) -> String {
+        let mut flags = Vec::new();
+        if self.dtype != other.dtype {
+            flags.push(format!("--dtype {}", name(self.dtype)));
+        }
+        if let Some(most) = self.max_pixels
+            && self.max_pixels != other.max_pixels
+        {
+            flags.push(format!("--max-pixels {most}"));
+        }
+        if routing != "dense" {
+            flags.push(format!("--routing {routing}"));
+        }
+        let mut remedy = match flags.is_empty() {
+            true => String::new(),
+            false => format!("use {}", flags.join(" ")),
+        };
+        if self.text_tokens != other.text_tokens {
+            let and = if remedy.is_empty() { "" } else { ", and " };
+            remedy += &format!(
+                "{and}keep question and answer to {} tokens (--max-new-tokens)",
+                self.text_tokens
+            );
+        }
+        remedy
+    }
+}
+
+pub(super) fn tensor_bytes(elements: u64, dtype: DType) -> u64 {
+    elements.saturating_mul(dtype.size() as u64)
+}

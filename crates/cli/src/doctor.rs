@@ -14,7 +14,7 @@ use zoo::{Checkup, OpenOptions, Parameters, Picture, ZooError};
 use crate::args::DoctorArgs;
 use crate::backend::{self, Adapter, Backend};
 use crate::{open, output};
-use fit::{Answer, Need, tensor_bytes};
+use fit::{Answer, LEAST_TEXT, Need, less_text, tensor_bytes};
 
 /// The remedy where nothing else helps.
 const LARGER: &str = "use a smaller model, or a machine with more memory";
@@ -190,9 +190,41 @@ impl Report {
         self.picture = Some(picture);
         self.check_context(answer, &picture);
         self.needs = answer.needs();
-        let Some(dense) = self.needs.first() else {
-            return;
+        if let Some(dense) = self.needs.first() {
+            let (needed, largest) = (dense.total(), dense.largest);
+            self.check_fit("a dense answer needs about", needed, largest, |report| {
+                answer.remedy(&report.adapter, &report.dtypes)
+            });
+        }
+    }
+
+    /// Whether the weights fit, where nothing is known of pictures.
+    fn check_weights(&mut self, parameters: Parameters) {
+        let needed = |dtype| {
+            let Parameters {
+                elements,
+                largest_elements,
+            } = parameters;
+            [elements, largest_elements].map(|elements| tensor_bytes(elements, dtype))
         };
+        let [bytes, largest] = needed(self.dtype);
+        self.check_fit("the weights alone need", bytes, largest, |report| {
+            let [bytes, largest] = needed(DType::F16);
+            let fits = report.dtypes.contains(&DType::F16)
+                && bytes <= report.adapter.available_bytes.unwrap_or(u64::MAX)
+                && largest <= report.adapter.largest_binding_bytes.unwrap_or(u64::MAX);
+            (fits && report.dtype != DType::F16).then(|| "use --dtype f16".into())
+        });
+    }
+
+    /// Whether so many bytes, and a tensor of so many, fit; if not, with what `remedy` says to do.
+    fn check_fit(
+        &mut self,
+        needs: &str,
+        needed: u64,
+        largest: u64,
+        remedy: impl FnOnce(&Self) -> Option<String>,
+    ) {
         let Adapter {
             name,
             available_bytes,
@@ -200,48 +232,27 @@ impl Report {
             ..
         } = &self.adapter;
         let mut problems = Vec::new();
-        if let Some(free) = available_bytes.filter(|&free| dense.total() > free) {
-            let [needed, free] = [dense.total(), free].map(mebibytes);
+        if let Some(free) = available_bytes.filter(|&free| needed > free) {
+            let [needed, free] = [needed, free].map(mebibytes);
             problems.push((
-                format!("a dense answer needs about {needed} MiB of memory, {free} MiB are free"),
+                format!("{needs} {needed} MiB of memory, {free} MiB are free"),
                 LARGER,
             ));
         }
-        if let Some(most) = largest_binding_bytes.filter(|&most| dense.largest > most) {
-            let [largest, most] = [dense.largest, most].map(mebibytes);
+        if let Some(most) = largest_binding_bytes.filter(|&most| largest > most) {
+            let [largest, most] = [largest, most].map(mebibytes);
             problems.push((
-                format!(
-                    "the largest tensor of a dense answer has {largest} MiB, {name} takes at most \
-                     {most} MiB at a time"
-                ),
+                format!("the largest tensor has {largest} MiB, {name} takes at most {most} MiB at a time"),
                 "use another driver, or the flex backend",
             ));
         }
         if problems.is_empty() {
             return;
         }
-        let remedy = answer.remedy(&self.adapter, &self.dtypes);
+        let remedy = remedy(self);
         for (what, last_resort) in problems {
             self.problem(what, remedy.as_deref().unwrap_or(last_resort));
         }
-    }
-
-    /// Whether the weights fit, where nothing is known of pictures.
-    fn check_weights(&mut self, parameters: Parameters) {
-        let bytes = |dtype| tensor_bytes(parameters.elements, dtype);
-        let Some(available) = self.adapter.available_bytes else {
-            return;
-        };
-        if bytes(self.dtype) <= available {
-            return;
-        }
-        let what = format!(
-            "the weights alone need {} MiB of memory, {} MiB are free",
-            mebibytes(bytes(self.dtype)),
-            mebibytes(available)
-        );
-        let half = bytes(DType::F16) <= available && self.dtypes.contains(&DType::F16);
-        self.problem(what, if half { "use --dtype f16" } else { LARGER });
     }
 
     /// Whether the decoder has positions for the whole conversation.
@@ -250,13 +261,12 @@ impl Report {
         let most = answer.config.decoder().max_position_embeddings;
         if rows > most {
             let what = format!("{rows} tokens do not fit into the model's {most} positions");
-            self.problem(
-                what,
-                match answer.takes_any_size() && picture.visual_tokens > answer.text_tokens {
-                    true => "use a smaller --max-pixels",
-                    false => "ask for less text: a shorter question, a smaller --max-new-tokens",
-                },
-            );
+            let left = most.saturating_sub(picture.visual_tokens);
+            let remedy = match answer.takes_any_size() && left < LEAST_TEXT {
+                true => "use a smaller --max-pixels".into(),
+                false => less_text(left),
+            };
+            self.problem(what, remedy);
         }
     }
 
@@ -273,16 +283,19 @@ impl Report {
             size(adapter.available_bytes, "unknown"),
         );
         writeln!(out, "memory    {all}, free: {free}")?;
-        let binding = size(adapter.largest_binding_bytes, "no limit");
+        let unbound = if backend::ON_HOST {
+            "no limit"
+        } else {
+            "unknown"
+        };
+        let binding = size(adapter.largest_binding_bytes, unbound);
         writeln!(out, "binding   {binding}")?;
         if let Some(parameters) = self.parameters {
             let millions = parameters.elements as f64 / 1e6;
-            let largest = parameters
-                .largest_elements
-                .saturating_mul(self.dtype.size() as u64);
+            let largest = tensor_bytes(parameters.largest_elements, self.dtype);
             writeln!(
                 out,
-                "model     {millions:.1} million parameters; the largest tensor has {} MiB",
+                "model     {millions:.1} million parameters; the largest weight has {} MiB",
                 mebibytes(largest)
             )?;
         }
@@ -382,10 +395,12 @@ fn mebibytes(bytes: u64) -> u64 {
 mod tests {
     use std::path::Path;
 
+    use clap::Parser;
     use zoo::Folder;
 
     use super::fit::LEAST_PIXELS;
     use super::*;
+    use crate::args::{Args, Command};
 
     /// Of a device that computes in f32 and f16.
     fn report(available_bytes: Option<u64>, binding: Option<u64>, dtype: DType) -> Report {
@@ -484,19 +499,46 @@ mod tests {
 
     #[test]
     fn weights_that_do_not_fit_are_a_problem_even_if_nothing_is_known_of_pictures() {
-        for (available, dtype, remedy) in [
-            (None, DType::F32, None),
-            (Some(4 << 30), DType::F32, None),
-            (Some(3 << 30), DType::F32, Some("--dtype f16")),
-            (Some(1 << 30), DType::F32, Some("a smaller model")),
-            (Some(1 << 30), DType::F16, Some("a smaller model")),
+        for (free, most, dtype, remedy) in [
+            (None, None, DType::F32, None),
+            (Some(4 << 30), Some(4 << 20), DType::F32, None),
+            (Some(3 << 30), None, DType::F32, Some("--dtype f16")),
+            (Some(1 << 30), None, DType::F32, Some("a smaller model")),
+            (Some(1 << 30), None, DType::F16, Some("a smaller model")),
+            (None, Some(3 << 20), DType::F32, Some("--dtype f16")),
+            (None, Some(1 << 20), DType::F32, Some("another driver")),
         ] {
-            let mut report = report(available, None, dtype);
+            let mut report = report(free, most, dtype);
             report.check_weights(Parameters {
                 elements: 1 << 30,
                 largest_elements: 1 << 20,
             });
             assert_remedy(&report, remedy);
+        }
+    }
+
+    #[test]
+    fn memory_that_is_unknown_is_not_said_to_suffice() {
+        let args = Args::try_parse_from(["reroute", "doctor"]).expect("good flags");
+        let Command::Doctor(args) = args.command else {
+            unreachable!("it is the doctor");
+        };
+        for (free, said) in [
+            (None, "unknown; a dense answer needs about 3 MiB"),
+            (Some(9), "Nothing is wrong"),
+        ] {
+            let mut report = report(free, None, DType::F32);
+            report.needs.push(Need {
+                routing: "dense".into(),
+                weights: 2 << 20,
+                kv: 1,
+                activations: 1,
+                largest: 1,
+            });
+            let mut printed = Vec::new();
+            report.print(&args, &mut printed).expect("memory");
+            let printed = String::from_utf8(printed).expect("UTF-8");
+            assert!(printed.contains(said), "{printed}");
         }
     }
 }

@@ -9,7 +9,7 @@ use crate::backend::{self, Adapter};
 
 /// Fewest pixels of a picture, and fewest tokens of question and answer, that are worth advising.
 pub(super) const LEAST_PIXELS: usize = 56 * 56;
-const LEAST_TEXT: usize = 64;
+pub(super) const LEAST_TEXT: usize = 64;
 
 /// Memory that a routing needs, in bytes.
 pub(super) struct Need {
@@ -142,21 +142,19 @@ impl Answer<'_> {
         if routing != "dense" {
             flags.push(format!("--routing {routing}"));
         }
-        let mut remedy = match flags.is_empty() {
-            true => String::new(),
-            false => format!("use {}", flags.join(" ")),
-        };
-        if self.text_tokens != other.text_tokens {
-            let and = if remedy.is_empty() { "" } else { ", and " };
-            remedy += &format!(
-                "{and}keep question and answer to {} tokens (--max-new-tokens)",
-                self.text_tokens
-            );
-        }
-        remedy
+        let flags = (!flags.is_empty()).then(|| format!("use {}", flags.join(" ")));
+        let text = (self.text_tokens != other.text_tokens).then(|| less_text(self.text_tokens));
+        let both: Vec<String> = flags.into_iter().chain(text).collect();
+        both.join(", and ")
     }
 }
 
+/// What to do for no more tokens of text.
+pub(super) fn less_text(tokens: usize) -> String {
+    format!("keep question and answer to {tokens} tokens (--max-new-tokens)")
+}
+
+/// Bytes of so many numbers.
 pub(super) fn tensor_bytes(elements: u64, dtype: DType) -> u64 {
     elements.saturating_mul(dtype.size() as u64)
 }

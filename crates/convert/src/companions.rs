@@ -21,6 +21,8 @@ pub(crate) struct Companions {
     copied: BTreeMap<String, PathBuf>,
     /// Name → content.
     pub(crate) made: BTreeMap<String, Vec<u8>>,
+    /// Files that are longer than anything that opens a checkpoint reads.
+    pub(crate) left_out: Vec<PathBuf>,
 }
 
 impl Companions {
@@ -43,7 +45,10 @@ impl Companions {
                 && !name.ends_with(".index.json")
                 && wanted(&name)
                 && entry.path().is_file();
-            if is_companion {
+            let bytes = || entry.path().metadata().map_or(0, |metadata| metadata.len());
+            if is_companion && bytes() > TOKENIZER_MAX_BYTES {
+                self.left_out.push(entry.path());
+            } else if is_companion {
                 self.copied
                     .entry(name)
                     .or_insert_with(|| path.to_path_buf());

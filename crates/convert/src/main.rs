@@ -107,6 +107,9 @@ fn run(args: Args) -> Result<(), ConvertError> {
             tell(&mut text, &plan, &report?)
         }
     };
+    for path in plan.left_out() {
+        let _ = writeln!(text, "left out, for it is too large: {}", path.display());
+    }
     // A reader that has seen enough (`| head`) is no failure.
     let _ = stdout().write_all(text.as_bytes());
     Ok(())

@@ -202,6 +202,11 @@ impl Plan {
         self.companions.names()
     }
 
+    /// Small files that turned out too large to be any, and are not copied.
+    pub fn left_out(&self) -> &[PathBuf] {
+        &self.companions.left_out
+    }
+
     /// Length of all files of weights, in bytes.
     pub fn total_bytes(&self) -> u64 {
         self.files.iter().map(|file| file.layout.bytes).sum()

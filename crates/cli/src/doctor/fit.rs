@@ -73,11 +73,13 @@ impl Answer<'_> {
             let numbers = backend::numbers(self.dtype);
             let memory = (self.config).memory(&picture, self.text_tokens, &schedule, numbers);
             let weight = tensor_bytes(self.parameters.largest_elements, self.dtype);
+            // What the allocator keeps of the memory that weights were read into.
+            let kept = if backend::ON_HOST { weight } else { 0 };
             Need {
                 routing,
                 weights: tensor_bytes(self.parameters.elements, self.dtype),
                 kv: memory.kv,
-                activations: memory.activations,
+                activations: memory.activations.saturating_add(kept),
                 largest: memory.largest.max(weight),
             }
         };

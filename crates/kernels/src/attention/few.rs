@@ -224,25 +224,54 @@ fn add_weighted<S: Simd, T: Widen, const N: usize>(
     rows: [&[T]; N],
     factors: [f32; N],
 ) {
+    /// Registers at a time: the fewer instructions, the further ahead a processor reads.
+    const REGISTERS: usize = 4;
     let mut splat = [simd.splat_f32s(0.0); N];
     for (splat, factor) in splat.iter_mut().zip(factors) {
         *splat = simd.splat_f32s(factor);
     }
-    let lanes = S::F32_LANES;
-    let rest = sums.len() % lanes;
     let mut last = f32::load_last(simd, sums);
     for (row, factor) in rows.iter().zip(splat) {
         last = simd.mul_add_e_f32s(factor, T::load_last(simd, row), last);
     }
-    let (registers, sums_rest) = S::as_mut_simd_f32s(sums);
-    for (at, sum) in registers.iter_mut().enumerate() {
-        for (row, factor) in rows.iter().zip(splat) {
-            let numbers = T::load(simd, &row[at * lanes..][..lanes]);
-            *sum = simd.mul_add_e_f32s(factor, numbers, *sum);
-        }
+    let lanes = S::F32_LANES;
+    let (registers, rest) = S::as_mut_simd_f32s(sums);
+    let (chunks, single) = registers.as_chunks_mut();
+    for (at, sums) in chunks.iter_mut().enumerate() {
+        add_registers::<S, T, N, REGISTERS>(simd, sums, rows, splat, at * REGISTERS * lanes);
+    }
+    let start = chunks.len() * REGISTERS * lanes;
+    for (at, sum) in single.iter_mut().enumerate() {
+        add_registers(
+            simd,
+            std::array::from_mut(sum),
+            rows,
+            splat,
+            start + at * lanes,
+        );
     }
     let last: &[f32] = bytemuck::cast_slice(slice::from_ref(&last));
-    sums_rest.copy_from_slice(&last[lanes - rest..]);
+    rest.copy_from_slice(&last[lanes - rest.len()..]);
+}
+
+/// The same for a few registers of sums, which belong to the numbers from `start` on.
+#[inline(always)]
+fn add_registers<S: Simd, T: Widen, const N: usize, const R: usize>(
+    simd: S,
+    sums: &mut [S::f32s; R],
+    rows: [&[T]; N],
+    factors: [S::f32s; N],
+    start: usize,
+) {
+    let mut new = *sums;
+    for (row, factor) in rows.iter().zip(factors) {
+        let row = &row[start..][..R * S::F32_LANES];
+        for (register, sum) in new.iter_mut().enumerate() {
+            let numbers = &row[register * S::F32_LANES..][..S::F32_LANES];
+            *sum = simd.mul_add_e_f32s(factor, T::load(simd, numbers), *sum);
+        }
+    }
+    *sums = new;
 }
 
 /// Independent sums of [`exponentials`].

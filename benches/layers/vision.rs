@@ -20,8 +20,8 @@ const CLIP_LAYERS: usize = 2;
 const SIDES: [usize; 4] = [32, 48, 64, 128];
 const TOY_SIDES: [usize; 2] = [8, 16];
 
-/// The largest picture takes minutes; its differences are large enough for few rounds.
-const FEW_ROUNDS_FROM: usize = 8192;
+/// What a layer takes is measured on so many: the difference of a single one drowns in that of two runs.
+const MORE_LAYERS: usize = 4;
 
 /// Measures the model's tower; all kinds of towers in a smoke test.
 pub fn run(
@@ -103,7 +103,7 @@ struct Row {
     /// Where the tower has windows.
     windowed: Option<Layer>,
     full: Layer,
-    /// During the call of two layers, one of them with full attention.
+    /// During a call, attention to the whole picture included.
     peak_bytes: Option<usize>,
 }
 
@@ -173,7 +173,7 @@ fn qwen(
     Ok(json!({"sizes": rows, "exponents": exponents}))
 }
 
-/// Times one size. Layers are the differences of towers: embedding, layers, merger.
+/// Times one size. A layer is its share of what [`MORE_LAYERS`] add to a tower of one.
 fn measure(
     config: &QwenTowerConfig,
     side: usize,
@@ -181,11 +181,12 @@ fn measure(
     device: &Device,
     options: &Options,
 ) -> anyhow::Result<Row> {
-    // One layer, two, two of which the second attends to everything; without windows all do.
+    // One layer, more, more that attend to everything; without windows all do.
+    let all: Vec<usize> = (1..=MORE_LAYERS).collect();
     let configs = [
         cut(config, 1, &[]),
-        cut(config, 2, &[]),
-        cut(config, 2, &[1]),
+        cut(config, 1 + MORE_LAYERS, &[]),
+        cut(config, 1 + MORE_LAYERS, &all),
     ];
     let patches = side * side;
     let shape = [config.patch_features(), patches];
@@ -198,10 +199,7 @@ fn measure(
     let towers = configs
         .each_ref()
         .map(|config| config.init::<Backend>(device));
-    let rounds = match patches >= FEW_ROUNDS_FROM {
-        true => 1,
-        false => options.rounds(),
-    };
+    let rounds = options.rounds();
     let call = |tower: &QwenVisionTower<Backend>| {
         seconds_and_peak(|| wait_for_one(tower.forward(input.clone(), &[grid])?.tokens))
     };
@@ -218,10 +216,11 @@ fn measure(
             *time = seconds;
             peak_bytes = peak_bytes.max(bytes);
         }
-        let [one, two, with_full] = times;
-        rest.push((2.0 * one - two).max(0.0));
-        windowed.push(two - one);
-        full.push(with_full - one);
+        let [one, more, with_full] = times;
+        let layer = (more - one) / MORE_LAYERS as f64;
+        windowed.push(layer);
+        rest.push(one - layer);
+        full.push((with_full - one) / MORE_LAYERS as f64);
     }
     let layer = |seconds: &[f64], seen: usize| {
         let flops = layer_flops(config, patches, seen);

@@ -31,7 +31,9 @@ pub struct Row {
     /// Bytes of the weights, and of the keys and values attended to.
     bytes: u64,
     bytes_per_second: f64,
-    /// Of the bandwidth of a large read in the same round: a token writes next to nothing.
+    /// Of a large read in every round: a token writes next to nothing.
+    read_bytes_per_second: Spread,
+    /// Of it, in the same round.
     of_read: Spread,
     /// Times as fast as f32 in the same round.
     speedup_over_f32: Spread,
@@ -146,6 +148,7 @@ impl<'a> Decoding<'a> {
             ms,
             bytes,
             bytes_per_second: bytes as f64 / ms.median * 1e3,
+            read_bytes_per_second: Spread::of(reads),
             of_read: Spread::of(&of_read.collect::<Vec<_>>()),
             speedup_over_f32: Spread::of(&speedups.collect::<Vec<_>>()),
         }

@@ -19,6 +19,13 @@ use fit::{Answer, LEAST_TEXT, Need, less_text, tensor_bytes};
 /// The remedy where nothing else helps.
 const LARGER: &str = "use a smaller model, or a machine with more memory";
 
+/// The remedy where no tensor may be as large. CUDA takes a share of the card's memory at a time,
+/// other drivers have limits of their own.
+const UNBOUND: &str = match cfg!(feature = "cuda") {
+    true => "use a card with more memory, or the flex backend",
+    false => "use another driver, or the flex backend",
+};
+
 /// The remedy where there is no checkpoint.
 const HOLDS_CONFIG: &str = "give the folder that holds config.json to --model";
 
@@ -243,7 +250,7 @@ impl Report {
             let [largest, most] = [largest, most].map(mebibytes);
             problems.push((
                 format!("the largest tensor has {largest} MiB, {name} takes at most {most} MiB at a time"),
-                "use another driver, or the flex backend",
+                UNBOUND,
             ));
         }
         if problems.is_empty() {
@@ -262,9 +269,10 @@ impl Report {
         if rows > most {
             let what = format!("{rows} tokens do not fit into the model's {most} positions");
             let left = most.saturating_sub(picture.visual_tokens);
-            let remedy = match answer.takes_any_size() && left < LEAST_TEXT {
-                true => "use a smaller --max-pixels".into(),
-                false => less_text(left),
+            let remedy = match (left < LEAST_TEXT, answer.takes_any_size()) {
+                (false, _) => less_text(left),
+                (true, true) => "use a smaller --max-pixels".into(),
+                (true, false) => "use a model of more positions (max_position_embeddings)".into(),
             };
             self.problem(what, remedy);
         }
@@ -489,7 +497,7 @@ mod tests {
                 Some(half.needs()[0].largest - 1),
                 Some("--max-pixels"),
             ),
-            (None, Some(1), Some("another driver")),
+            (None, Some(1), Some(UNBOUND)),
         ] {
             let mut report = report(free, most, DType::F32);
             report.check_answer(&answer, picture);
@@ -506,7 +514,7 @@ mod tests {
             (Some(1 << 30), None, DType::F32, Some("a smaller model")),
             (Some(1 << 30), None, DType::F16, Some("a smaller model")),
             (None, Some(3 << 20), DType::F32, Some("--dtype f16")),
-            (None, Some(1 << 20), DType::F32, Some("another driver")),
+            (None, Some(1 << 20), DType::F32, Some(UNBOUND)),
         ] {
             let mut report = report(free, most, dtype);
             report.check_weights(Parameters {

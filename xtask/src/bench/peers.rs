@@ -126,6 +126,8 @@ pub fn compare(args: &Args, root: &Path, record: &mut Record) -> anyhow::Result<
             if let Err(error) = peer.ask() {
                 let note = format!("peer {} ended in round {round}: {error:#}", peer.name);
                 record.notes.push(note);
+                // It would go on beside the others.
+                let _ = peer.process.kill();
             }
         }
         // The first round does not count.

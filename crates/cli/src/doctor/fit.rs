@@ -65,10 +65,13 @@ impl Answer<'_> {
         let Ok(picture) = self.picture() else {
             return Vec::new();
         };
-        let depth = self.config.decoder().num_layers;
-        let schedules = presets::presets().filter(|preset| !preset.exact);
-        let schedules = schedules
-            .filter_map(|preset| Some((preset.name.clone(), preset.schedule(depth).ok()?)));
+        let (depth, encoder) = (self.config.decoder().num_layers, self.config.encoder());
+        let presets = presets::presets().filter(|preset| !preset.exact);
+        // Those that work with this model, and leave the reduction to the decoder.
+        let schedules = presets.filter_map(|preset| {
+            let plan = preset.plan(depth, &encoder).ok()?;
+            (plan.encoder.is_none()).then(|| (preset.name.clone(), plan.schedule))
+        });
         let need = |(routing, schedule): (String, Schedule)| {
             let numbers = backend::numbers(self.dtype);
             let memory = (self.config).memory(&picture, self.text_tokens, &schedule, numbers);

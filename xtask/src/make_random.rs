@@ -97,7 +97,7 @@ pub fn run(args: &Args, root: &Path) -> anyhow::Result<()> {
         Family::Qwen3Vl => shapes::qwen3_vl(&config)?,
     };
     let is_taken = match args.to.read_dir() {
-        Ok(mut entries) => entries.next().is_some(),
+        Ok(mut entries) => entries.next().is_some() || args.to.is_symlink(),
         Err(_) => args.to.symlink_metadata().is_ok(),
     };
     if is_taken {

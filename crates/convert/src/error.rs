@@ -39,7 +39,7 @@ pub enum ConvertError {
     /// A pickle cannot be read.
     #[error("{}: {problem}", path.display())]
     Pickle {
-        /// The file.
+        /// The file, or the folder that lacks one.
         path: PathBuf,
         /// What is wrong with it.
         problem: String,
@@ -113,7 +113,7 @@ pub enum ConvertError {
     Damaged {
         /// The temporary file.
         path: PathBuf,
-        /// The header, or the first tensor that differs.
+        /// The length, the header, the first tensor that differs, or all of a small file.
         what: String,
     },
 }

@@ -19,6 +19,9 @@ const MAX_BYTES: u64 = 64 << 20;
 const TITLE: &str = "convert ";
 /// What the line of a file of the target begins with.
 const FILE: &str = "file ";
+/// What the journal calls files of weights, and all others.
+const WEIGHTS: &str = "weights";
+const WHOLE: &str = "whole";
 
 /// A line that names the plan, one per file that it writes, then one per finished tensor, in the
 /// order of writing.
@@ -34,7 +37,10 @@ pub(crate) struct Journal {
 /// A file that a run writes. Whoever replaces it makes it begin in another way.
 pub(crate) struct Own {
     name: String,
-    /// Length of its beginning: the header of a file of weights, all of another.
+    /// Whether there is nothing behind its beginning: of all but files of weights, which begin with
+    /// a header.
+    is_whole: bool,
+    /// Length of its beginning.
     bytes: u64,
     /// XXH3 of these bytes.
     checksum: u64,
@@ -83,6 +89,9 @@ impl Journal {
         if lines.next() == Some(&title) {
             let lines = lines.skip_while(|line| line.starts_with(FILE));
             done.extend(lines.map_while(Done::parse));
+        } else if plan.is_in_place() && own.iter().any(|own| own.is(&plan.folder, &own.name)) {
+            // What another plan has left may be what this one reads.
+            return Err(ConvertError::Occupied { path: path.clone() });
         } else {
             own.iter().try_for_each(|own| own.remove(&plan.folder))?;
         }
@@ -157,28 +166,41 @@ fn files_of(text: &str) -> impl Iterator<Item = Own> {
 }
 
 impl Own {
-    pub(crate) fn new(name: &str, beginning: &[u8]) -> Self {
+    /// A file of weights with this header.
+    pub(crate) fn weights(name: &str, header: &[u8]) -> Self {
+        Self {
+            is_whole: false,
+            ..Self::whole(name, header)
+        }
+    }
+
+    /// A file with this content.
+    pub(crate) fn whole(name: &str, beginning: &[u8]) -> Self {
         Self {
             name: name.to_owned(),
+            is_whole: true,
             bytes: beginning.len() as u64,
             checksum: xxh3_64(beginning),
         }
     }
 
     fn line(&self) -> String {
+        let kind = if self.is_whole { WHOLE } else { WEIGHTS };
         format!(
-            "{FILE}{} {:016x} {}\n",
+            "{FILE}{kind} {} {:016x} {}\n",
             self.bytes, self.checksum, self.name
         )
     }
 
     /// Of a line without its first word. Names that lead elsewhere are none.
     fn parse(line: &str) -> Option<Self> {
+        let (kind, line) = line.split_once(' ')?;
         let (bytes, line) = line.split_once(' ')?;
         let (checksum, name) = line.split_once(' ')?;
         let is_plain = Path::new(name).file_name() == Some(OsStr::new(name));
         is_plain.then_some(Self {
             name: name.to_owned(),
+            is_whole: kind == WHOLE,
             bytes: bytes.parse().ok()?,
             checksum: u64::from_str_radix(checksum, 16).ok()?,
         })
@@ -195,7 +217,8 @@ impl Own {
     }
 
     fn begins(&self, path: &Path) -> io::Result<bool> {
-        if !path.symlink_metadata()?.is_file() {
+        let found = path.symlink_metadata()?;
+        if !found.is_file() || self.is_whole && found.len() != self.bytes {
             return Ok(false);
         }
         let mut hasher = Xxh3::new();
@@ -264,6 +287,8 @@ fn fingerprint(plan: &Plan, head: &str) -> u64 {
     for file in &plan.files {
         file.path.hash(&mut hasher);
     }
-    plan.sources.hash(&mut hasher);
+    for stamp in &plan.sources {
+        stamp.hash_resolved(&mut hasher);
+    }
     hasher.finish()
 }

@@ -16,7 +16,7 @@ use serde::Deserialize;
 use zip::{CompressionMethod, ZipArchive};
 
 use crate::ConvertError;
-use crate::source::BLOCK_BYTES;
+use crate::source::{BLOCK_BYTES, Stamp};
 
 mod opcodes;
 mod tensor;
@@ -30,7 +30,7 @@ const PICKLE_MAX_BYTES: u64 = 16 << 20;
 
 /// The pickles of one folder. Their data is read on demand.
 pub(crate) struct Pickles {
-    pub(crate) files: Vec<PathBuf>,
+    pub(crate) files: Vec<Stamp>,
     tensors: BTreeMap<String, Placed>,
 }
 
@@ -98,6 +98,7 @@ impl Pickles {
     /// Reads where the tensors of a file lie.
     fn add(&mut self, file: PathBuf) -> Result<Vec<(String, Placed)>, ConvertError> {
         let refused = |problem: String| refuse(&file, &problem);
+        let stamp = Stamp::of(file.clone())?;
         let archive = Archive::open(&file)?;
         let mut pickle = archive.pickle;
         opcodes::check(&mut pickle).map_err(refused)?;
@@ -111,7 +112,7 @@ impl Pickles {
             return Err(refused("it holds no tensor; is it the model?".to_owned()));
         }
         let at = self.files.len();
-        self.files.push(file);
+        self.files.push(stamp);
         let found = found.into_iter();
         Ok(found.map(|(name, stored)| (name, (at, stored))).collect())
     }
@@ -133,7 +134,7 @@ impl Pickles {
     ) -> Result<(), ConvertError> {
         let found = self.tensors.get(name);
         let (file, stored) = found.ok_or_else(|| refuse(Path::new(name), "no such tensor"))?;
-        let path = &self.files[*file];
+        let path = &self.files[*file].path;
         let failed = ConvertError::io(path);
         let mut file = File::open(path).map_err(&failed)?;
         file.seek(SeekFrom::Start(stored.start)).map_err(&failed)?;
@@ -177,6 +178,10 @@ impl Archive {
             let mut entry = entry.map_err(|error| refused(&error.to_string()))?;
             if entry.compression() != CompressionMethod::Stored {
                 return Err(refused("it is compressed, which PyTorch never does"));
+            }
+            // What is read is bounded by the one, what is noted by the other.
+            if entry.compressed_size() != entry.size() {
+                return Err(refused("its lengths disagree; do not trust it"));
             }
             let left = unclaimed.checked_sub(entry.size());
             unclaimed = left.ok_or_else(|| refused("its parts overlap; do not trust it"))?;

@@ -150,10 +150,15 @@ impl Plan {
         }
         let configs = [Some(&job.from), job.vision_tower.as_ref()];
         let configs = configs.into_iter().flatten().map(|path| path.join(CONFIG));
-        let sources = weights.iter().flat_map(Weights::files);
-        let sources = sources.chain(configs).chain(companions.sources());
+        let mut sources = Vec::new();
+        for weights in &weights {
+            sources.extend(weights.stamps()?);
+        }
+        for path in configs.chain(companions.sources()) {
+            sources.push(Stamp::of(path)?);
+        }
         let plan = Self {
-            sources: sources.map(Stamp::of).collect::<Result<_, _>>()?,
+            sources,
             weights,
             files,
             companions,
@@ -177,9 +182,9 @@ impl Plan {
     /// How everything begins that will be in the folder.
     pub(crate) fn own_files(&self) -> impl Iterator<Item = Result<Own, ConvertError>> {
         let weights = self.files.iter();
-        let weights = weights.map(|file| Ok(Own::new(file.name(), &file.layout.header)));
+        let weights = weights.map(|file| Ok(Own::weights(file.name(), &file.layout.header)));
         let companions = self.companions.contents();
-        weights.chain(companions.map(|file| file.map(|(name, content)| Own::new(name, &content))))
+        weights.chain(companions.map(|file| file.map(|(name, content)| Own::whole(name, &content))))
     }
 
     /// Nothing that is there is overwritten or put in the shade, but what the journal of an
@@ -190,6 +195,14 @@ impl Plan {
         }
         let names = self.files.iter().map(PlannedFile::name);
         check_free(&self.folder, own, names.chain(self.companions()))
+    }
+
+    /// Whether files of the source lie in the folder that everything goes to.
+    pub(crate) fn is_in_place(&self) -> bool {
+        let target = self.folder.canonicalize().ok();
+        let folders = self.sources.iter().map(|source| source.path.parent());
+        let mut folders = folders.map(|folder| folder.and_then(|it| it.canonicalize().ok()));
+        folders.any(|folder| folder == target)
     }
 
     /// What has been read is of one piece: no file of the source has changed.

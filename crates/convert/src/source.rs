@@ -1,5 +1,6 @@
 //! Where tensors come from.
 
+use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -32,7 +33,7 @@ pub(crate) struct SourceTensor {
 }
 
 /// A file of a source, as it was when the plan was made.
-#[derive(Debug, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Stamp {
     pub(crate) path: PathBuf,
     bytes: u64,
@@ -47,6 +48,17 @@ impl Stamp {
             modified: metadata.modified().map_err(ConvertError::io(&path))?,
             path,
         })
+    }
+
+    /// The same however the path is spelled.
+    pub(crate) fn hash_resolved(&self, hasher: &mut impl Hasher) {
+        let path = self.path.canonicalize();
+        (
+            path.as_ref().unwrap_or(&self.path),
+            self.bytes,
+            self.modified,
+        )
+            .hash(hasher);
     }
 
     /// Refuses a file that has changed since.
@@ -94,11 +106,14 @@ impl Weights {
         }
     }
 
-    /// Paths, links resolved.
-    pub(crate) fn files(&self) -> Vec<PathBuf> {
+    /// The files, as they were before they were read; links resolved.
+    pub(crate) fn stamps(&self) -> Result<Vec<Stamp>, ConvertError> {
         match self {
-            Self::Shards(shards) => shards.files().map(Path::to_path_buf).collect(),
-            Self::Pickles(pickles) => pickles.files.clone(),
+            Self::Shards(shards) => shards
+                .files()
+                .map(|file| Stamp::of(file.to_path_buf()))
+                .collect(),
+            Self::Pickles(pickles) => Ok(pickles.files.clone()),
         }
     }
 

@@ -74,6 +74,9 @@ impl Plan {
                 if let ConvertError::Damaged { path, .. } = &error {
                     fs::remove_file(path).map_err(ConvertError::io(path))?;
                     run.journal.forget(first)?;
+                } else if self.check_sources().is_err() {
+                    // Its tensors are of different sources.
+                    run.journal.forget(first)?;
                 }
                 return Err(error);
             }

@@ -49,6 +49,7 @@ fn what_would_take_all_memory_or_stack_is_refused() {
         (long_name.concat(), "too long"),
         (b"N".repeat(17 << 20), "too long"),
         (b"X\xff\xff\xff\xff".to_vec(), "damaged at byte 0"),
+        (b"\x80\x04\x95".to_vec(), "instruction 0x95 (byte 2)"),
         (b"}X\x01\x00\x00\x00aNs".to_vec(), "no tensor"),
     ] {
         let folder = TempDir::new().unwrap();

@@ -206,6 +206,41 @@ fn what_an_interrupted_run_has_left_is_removed_by_one_of_another_form() {
 }
 
 #[test]
+fn a_longer_file_in_the_place_of_a_small_one_stays() {
+    let (from, to) = (small(&[("a", &[1.0])]), Scratch::new());
+    from.write("merges.txt", "");
+    let job = Job::new(from.path(), to.at("new"));
+    interrupted(&job, 1);
+    let merges = to.write("new/merges.txt", "precious");
+    let error = convert(&job).unwrap_err();
+    assert!(matches!(error, ConvertError::Occupied { .. }), "{error}");
+    assert_eq!(fs::read(merges).unwrap(), b"precious");
+}
+
+#[test]
+fn the_source_is_nothing_that_an_interrupted_run_has_left() {
+    let (from, to) = (small(&[("a", &[1.0])]), Scratch::new());
+    from.write("merges.txt", "a b");
+    interrupted(&Job::new(from.path(), to.at("new")), 1);
+    for name in ["config.json", "merges.txt", "model.safetensors"] {
+        to.write(&format!("new/{name}"), from.read(name));
+    }
+    let job = Job::new(to.at("new"), to.at("new/model.bpk"));
+    let error = convert(&job).unwrap_err();
+    assert!(matches!(error, ConvertError::Occupied { .. }), "{error}");
+    assert_eq!(to.read("new/merges.txt"), b"a b");
+}
+
+#[test]
+fn a_run_is_taken_up_under_another_spelling_of_its_source() {
+    let (from, to) = (source("llava"), Scratch::new());
+    let job = Job::new(&from, to.at("model.bpk"));
+    interrupted(&job, Plan::new(&job).unwrap().total_bytes());
+    let other = Job::new(Path::new(&from).join("."), to.at("model.bpk"));
+    assert!(convert(&other).unwrap().resumed > 0);
+}
+
+#[test]
 fn a_file_that_does_not_hold_what_was_written_is_not_kept() {
     let (from, to) = (source("llava"), Scratch::new());
     let job = Job::new(&from, to.at("model.bpk"));

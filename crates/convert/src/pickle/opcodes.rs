@@ -13,6 +13,9 @@ const OBJECT_BYTES: usize = 128;
 /// Most objects that one instruction gathers; Python writes 2000.
 const MAX_GATHERED: usize = 4096;
 
+/// What `burn-store` knows.
+const KNOWN: &[u8] = b"(cNIJKMGUX]})tldQRbasueqrhj.\x80\x81\x85\x86\x87\x88\x89\x8a\x94";
+
 const REDUCE: u8 = b'R';
 const NEWOBJ: u8 = 0x81;
 const EMPTY_TUPLE: u8 = b')';
@@ -48,6 +51,12 @@ pub(super) fn check(pickle: &mut [u8]) -> Result<(), String> {
         let damaged = || format!("its pickle is damaged at byte {at}; download it again");
         if opcode == REDUCE && previous != EMPTY_TUPLE {
             pickle[at] = NEWOBJ;
+        }
+        if !KNOWN.contains(&opcode) {
+            return Err(format!(
+                "its pickle has the instruction {opcode:#04x} (byte {at}), which is not of protocol 2, \
+                 the one of torch.save; save it with that, or as safetensors"
+            ));
         }
         let rest = &pickle[at + 1..];
         let operand = operand_bytes(opcode, rest).and_then(|bytes| rest.get(..bytes));
@@ -129,7 +138,7 @@ impl Machine {
                 self.bytes = self.bytes.saturating_add(noted.bytes);
                 self.stack.push(noted);
             }
-            _ => {} // The end, a version, or what `burn-store` does not know.
+            _ => {} // The end, or a version.
         }
         Some(())
     }

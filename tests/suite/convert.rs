@@ -100,8 +100,8 @@ fn a_hugging_face_folder_has_the_names_shapes_and_values_of_the_source() {
     for family in FAMILIES {
         let (from, to) = (source(family), Scratch::new());
         convert(&Job::new(&from, to.at("burnpack"))).unwrap();
+        // The name says the form.
         let mut job = Job::new(to.at("burnpack"), to.at("hf"));
-        job.form = Some(Form::HuggingFace);
         job.max_shard_bytes = 1_000_000;
         convert(&job).unwrap();
 
@@ -415,12 +415,18 @@ fn nothing_is_overwritten_and_a_plan_writes_nothing() {
     job.form = Some(Form::HuggingFace);
     let error = convert(&job).unwrap_err();
     assert!(matches!(error, ConvertError::Target { .. }), "{error}");
-    for name in ["hf", "burnpack", "safetensors"] {
-        let error = convert(&Job::new(&from, name)).unwrap_err().to_string();
-        let advice = format!("--to DIR --format {name}");
-        assert!(error.contains(&advice), "{error}");
+    // A folder's name says the form where nothing else does.
+    for (name, form, written) in [
+        ("hf", None, "model.safetensors"),
+        ("safetensors", None, "model.safetensors"),
+        ("burnpack", None, "model.bpk"),
+        ("hf", Some(Form::Burnpack), "model.bpk"),
+    ] {
+        let mut job = Job::new(&from, to.at(name));
+        job.form = form;
+        let plan = Plan::new(&job).unwrap();
+        assert_eq!(plan.files()[0].path, job.to.join(written));
     }
-    Plan::new(&Job::new(&from, "./hf")).unwrap();
     let error = convert(&Job::new(&from, to.at("a\n.bpk"))).unwrap_err();
     assert!(matches!(error, ConvertError::Target { .. }), "{error}");
     // It would be opened instead of what is there.

@@ -21,8 +21,8 @@ struct Args {
     /// Folder of the checkpoint: Hugging Face safetensors, Burnpack, or PyTorch `.bin` files.
     #[arg(long)]
     from: PathBuf,
-    /// Folder to make, or a file of weights that ends in .bpk or .safetensors. Its form is what
-    /// --format says: a folder that transformers loads again is --to DIR --format hf.
+    /// Folder to make, or a file of weights that ends in .bpk or .safetensors. What --format leaves
+    /// open the name says: `hf` becomes a folder that transformers loads again.
     #[arg(long)]
     to: PathBuf,
     /// Type of the weights; as they are without it.

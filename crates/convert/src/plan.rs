@@ -99,7 +99,8 @@ pub struct PlannedFile {
 impl Plan {
     /// Opens the source and lays out the target. Reads headers only, but for pickles.
     pub fn new(job: &Job) -> Result<Self, ConvertError> {
-        let form = job.form.or(named_form(&job.to)).unwrap_or(Form::Burnpack);
+        let named = named_form(&job.to).or(folder_form(&job.to));
+        let form = job.form.or(named).unwrap_or(Form::Burnpack);
         let target = Target::new(job, form)?;
         let (weights, mut tensors, mut config) = open(job)?;
         let mut companions = Companions::default();
@@ -359,6 +360,16 @@ fn named_form(to: &Path) -> Option<Form> {
     }
 }
 
+/// What the name of a folder says that is called like a format.
+fn folder_form(to: &Path) -> Option<Form> {
+    match to.file_name()?.to_str()? {
+        "burnpack" => Some(Form::Burnpack),
+        "safetensors" => Some(Form::Safetensors),
+        "hf" => Some(Form::HuggingFace),
+        _ => None,
+    }
+}
+
 /// Where files go.
 struct Target {
     folder: PathBuf,
@@ -399,14 +410,6 @@ impl Target {
         };
         if named.is_some_and(|named| named != form) {
             return refuse("its name and --format disagree; change one of them".to_owned());
-        }
-        let formats = ["burnpack", "safetensors", "hf"];
-        let format = formats.into_iter().find(|name| job.to.as_os_str() == *name);
-        if let (Some(format), None) = (format, job.form) {
-            return refuse(format!(
-                "it is a format; write --to DIR --format {format}, or --to ./{format} for a folder \
-                 of this name"
-            ));
         }
         let name = job.to.file_name().map(|name| name.to_str());
         let is_text = |name: &str| !name.contains(char::is_control);

@@ -66,6 +66,25 @@ fn what_would_take_all_memory_or_stack_is_refused() {
     }
 }
 
+/// What is read is bounded by one of the lengths, what is looked at by the other.
+#[test]
+fn archives_whose_lengths_disagree_are_refused() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("pytorch_model.bin");
+    let mut archive = ZipWriter::new(File::create(&path).unwrap());
+    let stored = SimpleFileOptions::default().compression_method(CompressionMethod::Stored);
+    archive.start_file("archive/data.pkl", stored).unwrap();
+    archive.write_all(b"}.").unwrap();
+    archive.finish().unwrap();
+    let mut bytes = fs::read(&path).unwrap();
+    // The central directory's entry; there the length without compression is at 24.
+    let entry = bytes.windows(4).position(|four| four == b"PK\x01\x02");
+    bytes[entry.unwrap() + 24] = 1;
+    fs::write(&path, bytes).unwrap();
+    let error = refusal(folder.path()).to_string();
+    assert!(error.contains("lengths disagree"), "{error}");
+}
+
 #[cfg(unix)]
 #[test]
 fn links_out_of_the_folder_and_pipes_are_refused() {

@@ -5,32 +5,33 @@ use kernels::{AttentionSizes, Cache, Cached};
 
 use crate::host::{self, HostTensor, Number};
 
-/// Most queries handled at a time: bounds the score matrix to `heads × BLOCK × keys` and lets causal
+/// Most queries handled at a time: bounds the score matrix to `heads × QUERY_BLOCK × keys` and lets causal
 /// attention skip the keys that no query of the block may see, about half of the work.
-const BLOCK: usize = 128;
+pub const QUERY_BLOCK: usize = 128;
 
 /// Most scores held at a time (16 MiB); with many keys a block has fewer queries. With 16 heads over
 /// 4096 keys, blocks of 32 MiB took 1.6 times as long on a CPU: from that size on glibc no longer
 /// reuses freed memory.
-const BLOCK_SCORES: usize = 4 << 20;
+pub(crate) const BLOCK_SCORES: usize = 4 << 20;
 
 /// Makes attention causal: the last query sees every key, the one before it all but the last, …
 ///
-/// One band of `BLOCK` queries serves every block of every layer, because it is aligned to the
+/// One band of `QUERY_BLOCK` queries serves every block of every layer, because it is aligned to the
 /// *last* key: a block that sees fewer keys takes the lower end of the band.
 #[derive(Debug, Clone)]
 pub struct CausalMask<B: Backend> {
-    /// `[keys, BLOCK]`, f32: 0 where the key is visible, a large negative number where it is not.
+    /// `[keys, QUERY_BLOCK]`, f32: 0 where the key is visible, a large negative number where it is not.
     band: Tensor<B, 2>,
 }
 
 impl<B: Backend> CausalMask<B> {
     /// A mask for up to `keys` keys.
     pub fn new(keys: usize, device: &B::Device) -> Self {
-        let keys = keys.max(BLOCK);
+        let keys = keys.max(QUERY_BLOCK);
         let key = Tensor::<B, 1, Int>::arange(0..keys as i64, device).unsqueeze_dim::<2>(1);
-        let query = Tensor::<B, 1, Int>::arange(0..BLOCK as i64, device).unsqueeze_dim::<2>(0);
-        let last_visible = query.add_scalar((keys - BLOCK) as i64);
+        let query =
+            Tensor::<B, 1, Int>::arange(0..QUERY_BLOCK as i64, device).unsqueeze_dim::<2>(0);
+        let last_visible = query.add_scalar((keys - QUERY_BLOCK) as i64);
         let future = key.greater(last_visible);
         let band = future.float().cast(DType::F32).mul_scalar(-1e30);
         Self { band }
@@ -44,6 +45,13 @@ impl<B: Backend> CausalMask<B> {
             .slice([rows - keys..rows, columns - queries..columns])
             .reshape([1, keys * queries])
     }
+}
+
+/// How many queries [`attention`] handles at a time where it holds their scores, `heads × keys` for each:
+/// whole vectors of processors with wide registers.
+pub fn queries_at_a_time(heads: usize, keys: usize) -> usize {
+    let most = BLOCK_SCORES / heads.saturating_mul(keys).max(1);
+    (most & !15).clamp(16, QUERY_BLOCK)
 }
 
 /// Scaled dot-product attention of one sample (arXiv 1706.03762, §3.2.1) with grouped key/value
@@ -74,9 +82,7 @@ pub fn attention<B: Backend>(
     let key = per_group(key).swap_dims(2, 3);
     let value = per_group(value);
 
-    let most = BLOCK_SCORES / (kv_heads * group * keys).max(1);
-    // Whole vectors of processors with wide registers.
-    let most = (most & !15).clamp(16, BLOCK);
+    let most = queries_at_a_time(kv_heads * group, keys);
     let blocks = (0..queries).step_by(most).map(|start| {
         let size = most.min(queries - start);
         let visible = match causal {

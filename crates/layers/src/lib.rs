@@ -23,9 +23,9 @@ mod rows;
 mod vocabulary;
 
 pub use activation::{gelu_tanh, quick_gelu, silu, silu_product};
-pub use attention::{CausalMask, attention};
+pub use attention::{CausalMask, QUERY_BLOCK, attention, queries_at_a_time};
 pub use embedding::{Embedding, EmbeddingConfig};
-pub use linear::{Linear, LinearConfig};
+pub use linear::{Linear, LinearConfig, WIDENED};
 pub use norm::{LayerNorm, LayerNormConfig, RmsNorm, RmsNormConfig};
 pub use received::received_attention;
 pub use rotary::Rotary;

@@ -74,7 +74,7 @@ impl<B: Backend> Linear<B> {
 }
 
 /// Most numbers of a weight that are widened at a time (16 MiB).
-const WIDENED: usize = 4 << 20;
+pub const WIDENED: usize = 4 << 20;
 
 /// `W · x`
 ///

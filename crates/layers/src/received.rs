@@ -2,8 +2,7 @@ use burn::tensor::activation::softmax;
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
 
-/// Most scores held at a time (16 MiB), as in attention itself.
-const BLOCK_SCORES: usize = 4 << 20;
+use crate::attention::BLOCK_SCORES;
 
 /// Attention probability that every row receives: summed over the queries, the mean over heads. In
 /// f32, block by block; never a `rows × rows` matrix.

@@ -1,5 +1,6 @@
 //! How much memory answering takes, predicted from shapes.
 
+use layers::{QUERY_BLOCK, WIDENED, queries_at_a_time};
 use reducers::{Cost, Schedule};
 use vision_encoder::qwen::QwenGeneration;
 
@@ -40,14 +41,6 @@ pub struct Numbers {
 
 /// Bytes of what loops compute.
 const SINGLE: usize = size_of::<f32>();
-
-/// Most numbers of a weight that loops widen at a time, and most scores that are held at a time
-/// (`layers::linear`, `layers::attention`).
-const WIDENED: usize = 4 << 20;
-const BLOCK_SCORES: usize = 4 << 20;
-
-/// Queries that attend at a time, fewest and most; the causal mask has a column for each of the most.
-const BLOCK: [usize; 2] = [16, 128];
 
 /// Scores that exist at a time: as they come, masked, and after softmax.
 const SCORE_COPIES: u64 = 3;
@@ -212,7 +205,8 @@ impl Layer {
     fn peak(&self, rows: usize, numbers: Numbers) -> u64 {
         let Numbers { bytes, loops } = numbers;
         let halves = loops.is_some() && bytes < SINGLE;
-        let mask = if self.causal { SINGLE * BLOCK[1] } else { 0 };
+        // Which has a column for each query of a block.
+        let mask = if self.causal { SINGLE * QUERY_BLOCK } else { 0 };
         let held = bytes * self.held + mask;
         let gate = if self.gated { bytes * self.inner } else { 0 };
         // Halves are widened in one piece, computed with, and narrowed.
@@ -269,9 +263,8 @@ impl Layer {
 
     /// Bytes of the scores of as many queries as attend at a time.
     fn scores(&self, rows: usize) -> u64 {
-        let [fewest, most] = BLOCK;
         let per_query = self.heads.saturating_mul(rows).max(1);
-        let queries = (BLOCK_SCORES / per_query).clamp(fewest, most);
+        let queries = queries_at_a_time(self.heads, rows);
         bytes_of(per_query, SINGLE * queries.min(rows))
     }
 }

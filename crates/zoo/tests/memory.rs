@@ -133,6 +133,10 @@ fn peak(config: &ModelConfig, picture: &Picture, dtype: DType) -> usize {
     HEAP.peak_usage() - before
 }
 
+/// An answer that is told to fit must fit; what allocations are rounded to, and buffers that happen to
+/// be free, may be too much, but not the difference between two budgets.
+const MOST_OVER: f64 = 1.15;
+
 /// Threads have buffers of their own.
 const THREADS: usize = 2;
 
@@ -166,7 +170,7 @@ fn an_estimate_is_no_less_than_what_is_measured_and_close() {
             let measured = pool.install(|| peak(&config, &picture, dtype));
             let ratio = estimate as f64 / measured as f64;
             assert!(
-                (1.0..1.15).contains(&ratio),
+                (1.0..MOST_OVER).contains(&ratio),
                 "{name}, {dtype:?}: {estimate} bytes expected, {measured} measured"
             );
         }

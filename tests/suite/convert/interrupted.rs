@@ -155,6 +155,31 @@ fn a_source_that_changes_meanwhile_is_noticed() {
     }
 }
 
+/// With its time, as a backup is: nothing that was read meanwhile is taken for the source's.
+#[test]
+fn a_source_that_is_put_back_is_read_again() {
+    let (from, to) = (small(&[("a", &[1.0]), ("b", &[2.0])]), Scratch::new());
+    let source = from.at("model.safetensors");
+    let modified = fs::metadata(&source).unwrap().modified().unwrap();
+    let content = from.read("model.safetensors");
+    let job = Job::new(from.path(), to.at("model.bpk"));
+    let mut other = content.clone();
+    *other.last_mut().unwrap() ^= 1;
+    let plan = Plan::new(&job).unwrap();
+    let error = plan.write(&mut |progress| {
+        if progress.phase == Phase::Write {
+            from.write("model.safetensors", &other);
+        }
+    });
+    assert!(matches!(error, Err(ConvertError::SourceChanged { .. })));
+    from.write("model.safetensors", content);
+    let file = fs::File::options().write(true).open(&source).unwrap();
+    file.set_modified(modified).unwrap();
+    assert_eq!(convert(&job).unwrap().resumed, 0);
+    convert(&Job::new(from.path(), to.at("clean.bpk"))).unwrap();
+    assert!(to.read("model.bpk") == to.read("clean.bpk"));
+}
+
 #[test]
 fn a_change_of_the_source_begins_anew() {
     let (from, to) = (small(&[("a", &[1.0]), ("b", &[2.0])]), Scratch::new());

@@ -224,7 +224,8 @@ fn add_weighted<S: Simd, T: Widen, const N: usize>(
     rows: [&[T]; N],
     factors: [f32; N],
 ) {
-    /// Registers at a time: the fewer instructions, the further ahead a processor reads.
+    /// Registers at a time: the fewer instructions, the further ahead a processor reads. With 1, a layer
+    /// of 32 heads over 70 keys took 145 instead of 76 µs.
     const REGISTERS: usize = 4;
     let mut splat = [simd.splat_f32s(0.0); N];
     for (splat, factor) in splat.iter_mut().zip(factors) {

@@ -248,8 +248,33 @@ fn a_type_that_the_backend_does_not_compute_in_is_a_problem() {
 fn more_tokens_than_positions_are_a_problem() {
     let (report, well) = doctor(&["--text-tokens", "4000000000"]);
     assert!(!well);
-    let problems = problems(&report);
-    assert!(problems[0].contains("positions"), "{problems:?}");
+    assert!(problems(&report)[0].contains("positions"), "{report}");
+
+    // Where the picture alone takes all of them, no text is short enough.
+    let folder = Scratch::checkpoint();
+    folder.set(
+        "config.json",
+        "/text_config/max_position_embeddings",
+        json!(4),
+    );
+    let (report, well) = doctor(&["--model", &folder.path()]);
+    assert!(!well);
+    let remedy = report["problems"][0]["remedy"].as_str().expect("a text");
+    assert!(remedy.contains("a model of more positions"), "{report}");
+}
+
+#[test]
+fn routings_that_the_model_refuses_need_no_memory() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/qwen25vl/ckpt");
+    let (report, well) = doctor(&["--model", folder.to_str().expect("UTF-8")]);
+    assert!(well, "{report}");
+    let needs = report["needs"].as_array().expect("a list");
+    let listed = |method: &str| {
+        let mut names = needs.iter().map(|need| need["routing"].as_str());
+        names.any(|name| name.is_some_and(|name| name.starts_with(method)))
+    };
+    // It renumbers positions, of which this family has three axes.
+    assert!(listed("pdrop@") && !listed("pdrop-original@"), "{report}");
 }
 
 #[test]

@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::model::Model;
 use crate::options::Options;
 use crate::peak::Memory;
-use crate::setup::Setup;
+use crate::setup::{Setup, dtype_name};
 use crate::timing::{Spread, repeated_seconds, seconds, wait};
 
 /// The method of the routed cache.
@@ -52,7 +52,7 @@ pub fn run(setup: &Setup, model: &Model, options: &Options) -> anyhow::Result<Ve
         ),
     ];
     let casts = backend::dtypes(&setup.device()).into_iter().map(|dtype| {
-        let cast = (dtype != DType::F32).then(|| setup.cast(model, dtype));
+        let cast = (dtype != setup.dtype()).then(|| setup.cast(model, dtype));
         (dtype, cast)
     });
     let casts: Vec<_> = casts.collect();
@@ -142,7 +142,7 @@ impl<'a> Decoding<'a> {
             .map(|(time, read)| bytes as f64 / time / read);
         let speedups = rounds.zip(f32).map(|(time, f32)| f32 / time);
         Row {
-            dtype: format!("{:?}", self.dtype).to_lowercase(),
+            dtype: dtype_name(self.dtype),
             cache: self.cache_name.to_string(),
             prefill_ms: Spread::milliseconds(&self.prefill),
             ms,

@@ -24,6 +24,7 @@ mod vision;
 use std::io;
 use std::process::ExitCode;
 
+use anyhow::ensure;
 use clap::ValueEnum;
 use mimalloc::MiMalloc;
 use model::{DISTINCT_LAYERS, Model};
@@ -34,7 +35,7 @@ use report::Report;
 use reroute_cli::backend::{self, Device};
 use reroute_cli::heap;
 use serde_json::{Value, json};
-use setup::Setup;
+use setup::{Setup, dtype_name};
 
 #[global_allocator]
 static HEAP: PeakMemAlloc<MiMalloc> = PeakMemAlloc::new(MiMalloc);
@@ -62,8 +63,15 @@ fn run() -> anyhow::Result<()> {
         true => Model::toy()?,
         false => Model::open(&options.model)?,
     };
+    let dtype = options.dtype.burn();
+    ensure!(
+        backend::dtypes(&device).contains(&dtype),
+        "{} has no {} on {adapter}: choose another --dtype",
+        backend::NAME,
+        dtype_name(dtype)
+    );
     if options.names(Section::Peer) {
-        let setup = Setup::new(&model, DISTINCT_LAYERS, &device)?;
+        let setup = Setup::new(&model, DISTINCT_LAYERS, dtype, &device)?;
         return peer::serve(&setup, &adapter, io::stdin().lock(), io::stdout());
     }
     measure(&model, &adapter, &device, &options)
@@ -81,6 +89,7 @@ fn measure(model: &Model, adapter: &str, device: &Device, options: &Options) -> 
         "device": adapter,
         "threads": std::thread::available_parallelism().map_or(1, usize::from),
         "model": options.model,
+        "dtype": dtype_name(options.dtype.burn()),
         "peak": peak,
         "peak_memory": timing::PEAK_MEMORY,
     });
@@ -112,7 +121,12 @@ fn measure_section(
     }
     let setup = match setup {
         Some(setup) => setup,
-        None => setup.insert(Setup::new(model, options.layers, device)?),
+        None => setup.insert(Setup::new(
+            model,
+            options.layers,
+            options.dtype.burn(),
+            device,
+        )?),
     };
     Ok(match section {
         Section::Prefill => json!(prefill::run(setup, model, peak, options)?),

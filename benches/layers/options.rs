@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anyhow::bail;
 use clap::builder::RangedU64ValueParser;
 use clap::{Parser, ValueEnum};
+use reroute_cli::args::Dtype;
 
 /// Those that every method has a preset for.
 const BUDGETS: [usize; 3] = [192, 128, 64];
@@ -30,6 +31,9 @@ pub struct Options {
     #[arg(long, default_value_t = 8,
           value_parser = RangedU64ValueParser::<usize>::new().range(MIN_LAYERS..))]
     pub layers: usize,
+    /// Type of weights and activations, where a section does not measure all of them.
+    #[arg(long, value_enum, default_value = "f32")]
+    pub dtype: Dtype,
     /// Rounds that medians are taken of.
     #[arg(long, default_value_t = 5, value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     pub rounds: usize,

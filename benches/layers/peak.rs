@@ -9,6 +9,7 @@ use reroute_cli::backend::{self, Backend, Device};
 use serde::Serialize;
 
 use crate::options::Options;
+use crate::setup::dtype_name;
 use crate::timing::{repeated_seconds, seconds, wait_for_one};
 
 const REPEATS: usize = 5;
@@ -16,7 +17,7 @@ const REPEATS: usize = 5;
 /// The fastest of several large operations.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct Peak {
-    /// Floating-point operations of a matrix product.
+    /// Floating-point operations of a matrix product in the type that is measured.
     pub flops_per_second: f64,
     /// Bytes that are only read.
     pub read_bytes_per_second: f64,
@@ -34,13 +35,14 @@ impl Peak {
         let read = read.into_iter().fold(0.0, f64::max);
         let copied = memory.copied()?;
         let peak = Self {
-            flops_per_second: product(side, device)?,
+            flops_per_second: product(side, options, device)?,
             read_bytes_per_second: read,
             copied_bytes_per_second: copied,
         };
         println!(
-            "Peak of this device: {:.0} GFLOP/s in a {side}×{side} f32 product; {:.1} GB/s read, {:.1} GB/s copied",
+            "Peak of this device: {:.0} GFLOP/s in a {side}×{side} {} product; {:.1} GB/s read, {:.1} GB/s copied",
             peak.flops_per_second / 1e9,
+            dtype_name(options.dtype.burn()),
             read / 1e9,
             copied / 1e9,
         );
@@ -53,8 +55,11 @@ fn fastest(work: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<f64> {
     Ok(times.into_iter().fold(f64::INFINITY, f64::min))
 }
 
-fn product(side: usize, device: &Device) -> anyhow::Result<f64> {
-    let random = || Tensor::<Backend, 2>::random([side; 2], Distribution::Default, device);
+fn product(side: usize, options: &Options, device: &Device) -> anyhow::Result<f64> {
+    let random = || {
+        let numbers = Tensor::<Backend, 2>::random([side; 2], Distribution::Default, device);
+        numbers.cast(options.dtype.burn())
+    };
     let (a, b) = (random(), random());
     let time = fastest(|| wait_for_one(a.clone().matmul(b.clone())))?;
     Ok(2.0 * (side as f64).powi(3) / time)

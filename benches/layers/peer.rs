@@ -9,7 +9,7 @@ use reroute_cli::backend;
 use serde_json::json;
 
 use crate::decode::next_token;
-use crate::setup::Setup;
+use crate::setup::{Setup, dtype_name};
 use crate::timing::{median, seconds};
 
 /// Tokens of a measurement.
@@ -36,6 +36,8 @@ pub fn serve(
             "num_key_value_heads": config.num_key_value_heads,
             "head_dim": config.head_dim,
             "rows": setup.rows(),
+            "dtype": dtype_name(setup.dtype()),
+            "runs_on": if backend::ON_HOST { "cpu" } else { backend::NAME },
         },
         "first_seconds": setup.first_prefill_seconds,
     });

@@ -30,7 +30,12 @@ pub struct Setup {
 
 impl Setup {
     /// Builds the decoder with random weights of a fixed seed and runs it once.
-    pub fn new(model: &Model, layers: usize, device: &Device) -> anyhow::Result<Self> {
+    pub fn new(
+        model: &Model,
+        layers: usize,
+        dtype: DType,
+        device: &Device,
+    ) -> anyhow::Result<Self> {
         Backend::seed(device, 0);
         let decoder = model.decoder.init::<Backend>(device)?;
         // Parameters are made on first use; clones share them only from then on.
@@ -39,8 +44,8 @@ impl Setup {
             Ok(())
         })?;
         let mut setup = Self {
-            decoder: deepen(decoder, layers),
-            prompt: prompt(model, model.visual, DType::F32, device),
+            decoder: deepen(decoder.map(&mut Cast(dtype)), layers),
+            prompt: prompt(model, model.visual, dtype, device),
             visual: model.visual,
             weights_seconds,
             first_prefill_seconds: 0.0,
@@ -64,6 +69,11 @@ impl Setup {
     /// The device.
     pub fn device(&self) -> Device {
         self.prompt.embeddings.device()
+    }
+
+    /// The type of the weights and of the prompt.
+    pub fn dtype(&self) -> DType {
+        self.prompt.embeddings.dtype()
     }
 
     /// Rows of the prompt.
@@ -116,6 +126,11 @@ impl Setup {
     pub fn nothing_cached(&self) -> KvCache<Backend> {
         KvCache::new(self.decoder.layers().len(), self.prompt.samples.len())
     }
+}
+
+/// `f32`, `f16`, `bf16`: what a type is called in results.
+pub fn dtype_name(dtype: DType) -> String {
+    format!("{dtype:?}").to_lowercase()
 }
 
 /// Waits for a layer's input.
@@ -179,7 +194,8 @@ impl ModuleVisitor<Backend> for MakeParameters {
     }
 }
 
-struct Cast(DType);
+/// Gives all parameters another type.
+pub struct Cast(pub DType);
 
 impl ModuleMapper<Backend> for Cast {
     fn map_float<const D: usize>(

@@ -1,14 +1,12 @@
 //! Prefill against the number of visual tokens: how time and memory grow.
 
 use anyhow::Context;
-use burn::tensor::DType;
 use reducers::{Cost, Schedule};
 use serde::Serialize;
 
 use crate::model::{Model, TEXT};
 use crate::options::Options;
 use crate::peak::Peak;
-use crate::prefill::CACHE_BYTES;
 use crate::setup::{Setup, prompt};
 use crate::timing::{Spread, kv_mebibytes, mebibytes, seconds_and_peak};
 
@@ -69,7 +67,7 @@ pub fn run(setup: &Setup, model: &Model, peak: &Peak, options: &Options) -> anyh
     let shape = setup.decoder.config().shape();
     let mut points = [Vec::new(), Vec::new()];
     for &visual in sizes {
-        let prompt = prompt(model, visual, DType::F32, &setup.device());
+        let prompt = prompt(model, visual, setup.dtype(), &setup.device());
         let mut times = [Vec::new(), Vec::new()];
         let mut last = [(0, None); 2];
         for _ in 0..=options.rounds() {
@@ -87,7 +85,7 @@ pub fn run(setup: &Setup, model: &Model, peak: &Peak, options: &Options) -> anyh
         for (at, (_, schedule)) in schedules.iter().enumerate() {
             let (first, times) = times[at].split_first().context("no rounds")?;
             let ms = Spread::milliseconds(times);
-            let cost = Cost::of(&shape, schedule, visual, TEXT, CACHE_BYTES);
+            let cost = Cost::of(&shape, schedule, visual, TEXT, setup.dtype().size());
             let (kv_bytes, peak_bytes) = last[at];
             points[at].push(Point {
                 visual_tokens: visual,

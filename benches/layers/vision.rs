@@ -1,5 +1,6 @@
 //! The vision tower: CLIP's on its one size of picture, Qwen's against the number of patches.
 
+use burn::module::Module;
 use burn::tensor::{Distribution, Tensor};
 use reroute_cli::backend::{Backend, Device};
 use serde::Serialize;
@@ -10,6 +11,7 @@ use vision_encoder::qwen::{Grid, QwenTowerConfig, QwenVisionTower};
 use crate::model::{Model, Tower, toy_qwen_tower};
 use crate::options::Options;
 use crate::peak::Peak;
+use crate::setup::{Cast, dtype_name};
 use crate::sizes::exponent;
 use crate::timing::{Spread, mebibytes, seconds_and_peak, wait_for_one};
 
@@ -50,9 +52,12 @@ fn clip(
         num_layers: CLIP_LAYERS,
         ..config.clone()
     };
-    let tower = config.init::<Backend>(device);
+    let dtype = options.dtype.burn();
+    let tower = config.init::<Backend>(device).map(&mut Cast(dtype));
     let side = config.image_size;
-    let pixels = Tensor::random([1, 3, side, side], Distribution::Default, device);
+    let pixels: Tensor<Backend, 4> =
+        Tensor::random([1, 3, side, side], Distribution::Default, device);
+    let pixels = pixels.cast(dtype);
     let time =
         |layers| seconds_and_peak(|| wait_for_one(tower.patch_features(pixels.clone(), layers)?));
     let (first, _) = time(CLIP_LAYERS)?;
@@ -126,7 +131,10 @@ fn qwen(
         true => &TOY_SIDES,
         false => &SIDES,
     };
-    println!("\nQwen tower, f32: a windowed and a full-attention layer against the picture's size");
+    println!(
+        "\nQwen tower, {}: a windowed and a full-attention layer against the picture's size",
+        dtype_name(options.dtype.burn())
+    );
     println!(
         "{:>7} {:>8}  {:>24} {:>8}  {:>24} {:>8}  {:>24}  {:>10}",
         "patches",
@@ -190,7 +198,9 @@ fn measure(
     ];
     let patches = side * side;
     let shape = [config.patch_features(), patches];
+    let dtype = options.dtype.burn();
     let input: Tensor<Backend, 2> = Tensor::random(shape, Distribution::Default, device);
+    let input = input.cast(dtype);
     let grid = Grid {
         t: 1,
         h: side,
@@ -198,7 +208,7 @@ fn measure(
     };
     let towers = configs
         .each_ref()
-        .map(|config| config.init::<Backend>(device));
+        .map(|config| config.init::<Backend>(device).map(&mut Cast(dtype)));
     let rounds = options.rounds();
     let call = |tower: &QwenVisionTower<Backend>| {
         seconds_and_peak(|| wait_for_one(tower.forward(input.clone(), &[grid])?.tokens))

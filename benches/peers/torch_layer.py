@@ -11,6 +11,8 @@ import transformers
 
 TOKENS = 4
 
+TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
 
 def config(rows: int, sizes: dict) -> transformers.LlamaConfig:
     return transformers.LlamaConfig(
@@ -21,18 +23,21 @@ def config(rows: int, sizes: dict) -> transformers.LlamaConfig:
 def seconds(work):
     started = time.perf_counter()
     result = work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - started, result
 
 
 @torch.inference_mode()
 def main() -> None:
     sizes = json.loads(sys.stdin.readline())
-    rows = sizes.pop("rows")
+    rows, dtype, runs_on = (sizes.pop(name) for name in ("rows", "dtype", "runs_on"))
+    where = {"dtype": TYPES[dtype], "device": torch.device(runs_on)}
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config(rows, sizes)).eval()
-    embeddings = 0.1 * torch.randn(1, rows, model.config.hidden_size)
-    token = torch.tensor([[1]])
+    model = transformers.LlamaForCausalLM(config(rows, sizes)).eval().to(**where)
+    embeddings = 0.1 * torch.randn(1, rows, model.config.hidden_size, **where)
+    token = torch.tensor([[1]], device=runs_on)
 
     def prefill():
         return model(inputs_embeds=embeddings, use_cache=True, logits_to_keep=1).past_key_values
@@ -49,7 +54,12 @@ def main() -> None:
     first, _ = seconds(measure)
     hello = {
         "peer": f"torch {torch.__version__}, transformers {transformers.__version__}, sdpa",
-        "shape": {"rows": rows, **{name: getattr(model.config, name) for name in sizes}},
+        "shape": {
+            "rows": embeddings.shape[1],
+            "dtype": next(name for name, kind in TYPES.items() if kind == model.dtype),
+            "runs_on": model.device.type,
+            **{name: getattr(model.config, name) for name in sizes},
+        },
         "threads": torch.get_num_threads(),
         "first_seconds": first,
     }

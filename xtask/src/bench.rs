@@ -40,6 +40,9 @@ pub struct Args {
     #[arg(long, default_value_t = 8,
           value_parser = RangedU64ValueParser::<usize>::new().range(MIN_LAYERS..))]
     layers: usize,
+    /// Type of weights and activations; decoding is measured in all that the backend has.
+    #[arg(long, default_value = "f32", value_parser = ["f32", "f16", "bf16"])]
+    dtype: String,
     /// Rounds that medians are taken of.
     #[arg(long, default_value_t = 5, value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     rounds: usize,
@@ -77,10 +80,12 @@ pub fn run(args: &Args, root: &Path) -> anyhow::Result<()> {
         false => root.join("benches/results"),
     };
     let what = match measured[..] {
-        ["scenes"] => "scenes",
-        _ => name(&args.model),
+        ["scenes"] => vec!["scenes"],
+        _ => vec![name(&args.model), &args.dtype],
     };
-    let mut record = Record::new(root, &folder, what)?;
+    let usual = |word: &&str| !["llava", "f32"].contains(word);
+    let what: Vec<&str> = what.into_iter().filter(usual).collect();
+    let mut record = Record::new(root, &folder, &what.join(" "))?;
     record.notes.extend(args.note.clone());
     let mut failed = Vec::new();
     for backend in args.backend.iter().filter(|_| !only_peers) {
@@ -192,6 +197,7 @@ fn program(args: &Args, root: &Path, backend: &str) -> Command {
         .args(["--features", backend, "--", "--model", &args.model])
         .args(["--budgets", &args.budgets.join(",")])
         .args(["--layers", &args.layers.to_string()])
+        .args(["--dtype", &args.dtype])
         .args(["--rounds", &args.rounds.to_string()])
         .args(args.smoke.then_some("--test"));
     command

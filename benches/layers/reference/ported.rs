@@ -46,7 +46,7 @@ impl<'a> PortedLayers<'a> {
     pub fn new(setup: &'a Setup) -> Self {
         let prompt = &setup.prompt;
         let config = setup.decoder.config();
-        let rope = config.rope.table(prompt.positions.clone(), DType::F32);
+        let rope = config.rope.table(prompt.positions.clone(), setup.dtype());
         let (cos, sin) = table(&rope, config.head_dim, setup);
         let distinct = setup.decoder.layers().iter().take(DISTINCT_LAYERS);
         Self {

@@ -28,7 +28,8 @@ const MAX_VIDEO_BYTES: usize = 2 << 30;
 const SHOW_PROGRESS_BYTES: u64 = 256 << 20;
 
 impl Dtype {
-    pub(crate) fn burn(self) -> DType {
+    /// Burn's name of it.
+    pub fn burn(self) -> DType {
         match self {
             Self::F32 => DType::F32,
             Self::F16 => DType::F16,

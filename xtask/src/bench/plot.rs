@@ -51,7 +51,7 @@ pub fn draw(report: &Value, path: &Path) -> anyhow::Result<bool> {
 
 /// What is drawn of one backend.
 struct Row {
-    /// Backend and device.
+    /// What was measured on what.
     title: String,
     methods: Vec<Method>,
     curves: Vec<Curve>,
@@ -90,6 +90,17 @@ fn text(value: &Value) -> String {
     value.as_str().unwrap_or("?").to_string()
 }
 
+/// Backend and device; model and type where they are not the usual ones.
+fn title(backend: &Value) -> String {
+    let known = ["backend", "device"].map(|name| Some(text(&backend[name])));
+    let other = [("model", "llava"), ("dtype", "f32")].map(|(name, usual)| {
+        let name = backend[name].as_str().filter(|name| *name != usual);
+        name.map(str::to_string)
+    });
+    let parts: Vec<String> = known.into_iter().chain(other).flatten().collect();
+    parts.join(", ")
+}
+
 impl Row {
     fn of(backend: &Value) -> Option<Self> {
         let mut methods: Vec<Method> = Vec::new();
@@ -122,11 +133,7 @@ impl Row {
                 .collect(),
         });
         let row = Self {
-            title: format!(
-                "{}, {}",
-                text(&backend["backend"]),
-                text(&backend["device"])
-            ),
+            title: title(backend),
             methods,
             curves: curves.collect(),
         };

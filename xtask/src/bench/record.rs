@@ -20,7 +20,7 @@ pub struct Record {
     date: Option<String>,
     commit: Option<String>,
     uncommitted_changes: Option<bool>,
-    /// The model, or what else tells this run from others of its day.
+    /// What tells this run from others of its day: a model or a type that is not the usual one.
     what: String,
     folder: PathBuf,
     path: Option<PathBuf>,
@@ -50,8 +50,8 @@ impl Record {
     }
 
     /// Writes everything so far, and a picture of it if there is something to draw. The first time
-    /// decides on the file: `DATE-DEVICE.json`, or `DATE-DEVICE-MODEL.json` for other models than the
-    /// default one; with a number if there is one of that name.
+    /// decides on the file: `DATE-DEVICE.json`, or `DATE-DEVICE-MODEL-TYPE.json` for others than the
+    /// default ones; with a number if there is one of that name.
     pub fn keep(&mut self) -> anyhow::Result<PathBuf> {
         let mut measured = self.backends.iter().chain(&self.peers);
         let device = measured.find_map(|it| it["device"].as_str());
@@ -79,9 +79,8 @@ impl Record {
     }
 
     fn name(&self, device: &str) -> String {
-        let what = if self.what == "llava" { "" } else { &self.what };
         let date = self.date.as_deref().unwrap_or("undated");
-        let words = [date, device, what].map(slug);
+        let words = [date, device, &self.what].map(slug);
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
         let words: Vec<&str> = words.into_iter().filter(|word| !word.is_empty()).collect();
         words.join("-")
@@ -126,12 +125,12 @@ mod tests {
     fn a_result_is_named_after_day_device_and_other_models_and_replaces_none() {
         let folder = tempfile::tempdir().unwrap();
         for (model, name) in [
-            ("llava", "2026-01-02-fast-r-processor-2-ghz.json"),
-            ("llava", "2026-01-02-fast-r-processor-2-ghz-2.json"),
+            ("", "2026-01-02-fast-r-processor-2-ghz.json"),
+            ("", "2026-01-02-fast-r-processor-2-ghz-2.json"),
             ("qwen", "2026-01-02-fast-r-processor-2-ghz-qwen.json"),
             (
-                "My_Model",
-                "2026-01-02-fast-r-processor-2-ghz-my-model.json",
+                "My_Model bf16",
+                "2026-01-02-fast-r-processor-2-ghz-my-model-bf16.json",
             ),
         ] {
             let mut record = Record::new(folder.path(), folder.path(), model).unwrap();
@@ -146,7 +145,7 @@ mod tests {
     #[test]
     fn what_comes_later_goes_into_the_same_file() {
         let folder = tempfile::tempdir().unwrap();
-        let mut record = Record::new(folder.path(), folder.path(), "llava").unwrap();
+        let mut record = Record::new(folder.path(), folder.path(), "").unwrap();
         record.backends = vec![json!({"device": "card", "prefill": 1})];
         let first = record.keep().unwrap();
         record.backends = vec![json!({"device": "card", "prefill": 1, "decode": 2})];

@@ -15,7 +15,7 @@ use serde_json::json;
 const TOKENS: usize = 4;
 
 /// What every peer runs: see `../README.md`.
-#[derive(Clone, Copy, Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Shape {
     vocab_size: usize,
@@ -26,9 +26,17 @@ struct Shape {
     num_key_value_heads: usize,
     head_dim: usize,
     rows: usize,
+    dtype: String,
+    runs_on: String,
 }
 
-fn config(shape: Shape) -> anyhow::Result<Config> {
+fn config(shape: &Shape) -> anyhow::Result<Config> {
+    ensure!(
+        (shape.dtype.as_str(), shape.runs_on.as_str()) == ("f32", "cpu"),
+        "candle runs f32 on the CPU here, not {} on {}",
+        shape.dtype,
+        shape.runs_on
+    );
     ensure!(
         shape.head_dim * shape.num_attention_heads == shape.hidden_size,
         "candle's Llama has no heads of {}: they are its width of {} over {}",
@@ -79,7 +87,7 @@ fn run() -> anyhow::Result<()> {
     io::stdin().read_line(&mut line)?;
     let shape: Shape = serde_json::from_str(&line).context("the first line is no shape")?;
     let device = Device::Cpu;
-    let config = config(shape)?;
+    let config = config(&shape)?;
     let model = model(&config, &device)?;
     let rows = shape.rows;
     let embeddings = Tensor::randn(0f32, 0.1, (1, rows, config.hidden_size), &device)?;

@@ -28,4 +28,5 @@ mod reference;
 mod scenes;
 mod support;
 mod text;
+mod threads;
 mod training;

@@ -15,6 +15,9 @@ use crate::{
 };
 
 /// A vision-language model with everything it needs to answer.
+///
+/// Threads may share it. On GPU backends of Burn 0.21 that needs `max_streams = 1` in a `cubecl.toml`: see
+/// "Backends" in the README.
 pub struct Vlm<B: Backend> {
     config: ModelConfig,
     model: Model<B>,

@@ -46,14 +46,14 @@ impl<'a> PortedLayers<'a> {
     pub fn new(setup: &'a Setup) -> Self {
         let prompt = &setup.prompt;
         let config = setup.decoder.config();
-        let rope = config.rope.table(prompt.positions.clone(), setup.dtype());
+        let rope = config.rope.table(prompt.positions.clone(), DType::F32);
         let (cos, sin) = table(&rope, config.head_dim, setup);
         let distinct = setup.decoder.layers().iter().take(DISTINCT_LAYERS);
         Self {
             layers: distinct.map(Layer::of).collect(),
             setup,
-            cos,
-            sin,
+            cos: cos.cast(setup.dtype()),
+            sin: sin.cast(setup.dtype()),
         }
     }
 

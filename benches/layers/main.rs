@@ -4,7 +4,7 @@
 //! - `cargo bench -p benches`: prefill, decode, vision, sizes; about half an hour on two cores.
 //! - `cargo bench -p benches -- scenes`: accuracy, drift and times of every method on the built-in model.
 //! - `cargo bench -p benches -- decode --rounds 3`: some of it; `--help` lists the rest.
-//! - `cargo test -p benches`: everything once, at toy shapes, in seconds.
+//! - `cargo test -p benches`: everything once in every type of the backend, at toy shapes, in seconds.
 
 mod decode;
 mod model;
@@ -32,6 +32,7 @@ use options::{Options, Section};
 use peak::Peak;
 use peakmem_alloc::PeakMemAlloc;
 use report::Report;
+use reroute_cli::args::Dtype;
 use reroute_cli::backend::{self, Device};
 use reroute_cli::heap;
 use serde_json::{Value, json};
@@ -53,7 +54,7 @@ fn main() -> ExitCode {
 }
 
 fn run() -> anyhow::Result<()> {
-    let Some(options) = Options::from_command_line()? else {
+    let Some(mut options) = Options::from_command_line()? else {
         return Ok(());
     };
     // First of all: a backend may tell the card's name only before it computes.
@@ -64,8 +65,9 @@ fn run() -> anyhow::Result<()> {
         false => Model::open(&options.model)?,
     };
     let dtype = options.dtype.burn();
+    let supported = backend::dtypes(&device);
     ensure!(
-        backend::dtypes(&device).contains(&dtype),
+        supported.contains(&dtype),
         "{} has no {} on {adapter}: choose another --dtype",
         backend::NAME,
         dtype_name(dtype)
@@ -74,7 +76,16 @@ fn run() -> anyhow::Result<()> {
         let setup = Setup::new(&model, DISTINCT_LAYERS, dtype, &device)?;
         return peer::serve(&setup, &adapter, io::stdin().lock(), io::stdout());
     }
-    measure(&model, &adapter, &device, &options)
+    if !options.is_test() {
+        return measure(&model, &adapter, &device, &options);
+    }
+    for dtype in Dtype::value_variants() {
+        if supported.contains(&dtype.burn()) {
+            options.dtype = *dtype;
+            measure(&model, &adapter, &device, &options)?;
+        }
+    }
+    Ok(())
 }
 
 /// Measures what the options ask for, section by section: what fails takes no other down.

@@ -94,6 +94,11 @@ impl Options {
         Ok(())
     }
 
+    /// Whether `cargo test` runs this: then in every type that the backend has.
+    pub fn is_test(&self) -> bool {
+        !self.bench
+    }
+
     /// Whether to measure this.
     pub fn wants(&self, section: Section) -> bool {
         match self.sections.is_empty() {

@@ -4,9 +4,9 @@ use std::path::Path;
 
 use reroute::DecoderConfig;
 use reroute_cli::embedded;
+use reroute_zoo::{Folder, ModelConfig};
 use vision_encoder::clip::ClipConfig;
 use vision_encoder::qwen::QwenTowerConfig;
-use zoo::{Folder, ModelConfig};
 
 static LLAVA: &[(&str, &[u8])] = &[("config.json", include_bytes!("../models/llava-1.5-7b.json"))];
 static QWEN: &[(&str, &[u8])] = &[(

@@ -2,7 +2,7 @@
 
 use anyhow::Context;
 use burn::tensor::{Int, Tensor};
-use layers::{CausalMask, attention, silu_product};
+use reroute_layers::{CausalMask, attention, silu_product};
 use serde::Serialize;
 
 use crate::model::TEXT;

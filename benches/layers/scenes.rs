@@ -14,10 +14,10 @@ use reducers::presets::{self, Preset};
 use reducers::{Plan, Schedule};
 use reroute_cli::backend::{Backend, Device};
 use reroute_cli::embedded;
+use reroute_zoo::grounding::iou;
+use reroute_zoo::{OpenOptions, Question, Visual, Vlm};
 use serde::{Deserialize, Serialize};
 use vision_encoder::{DecodeLimits, decode};
-use zoo::grounding::iou;
-use zoo::{OpenOptions, Question, Visual, Vlm};
 
 use crate::options::Options;
 use crate::timing::seconds;

@@ -5,9 +5,9 @@ use reducers::{Action, presets};
 use reroute::{Decision, GenerationOptions};
 use reroute_cli::args::{Args, Command};
 use reroute_cli::chat::run_on;
+use reroute_zoo::messages::{Content, Message, Role};
+use reroute_zoo::{Conversation, PixelTensors, Question, TensorInputs};
 use serde_json::Value;
-use zoo::messages::{Content, Message, Role};
-use zoo::{Conversation, PixelTensors, Question, TensorInputs};
 
 use crate::golden::{fixture, open, picture};
 use crate::program::{BUILT_IN, Scratch, read_image, report, scene, schedule};

@@ -2,8 +2,8 @@
 
 use reducers::encoder::EncoderShape;
 use reducers::presets;
+use reroute_zoo::grounding::{iou, parse_box};
 use serde_json::{Value, json};
-use zoo::grounding::{iou, parse_box};
 
 use crate::program::{
     Scratch, f32s, i64s, read_image, read_tensors, report, reroute, safetensors, scene, schedule,

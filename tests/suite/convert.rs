@@ -8,14 +8,14 @@ use std::fs::{self, File};
 use std::path::Path;
 
 use burn::tensor::DType;
-use checkpoint::{CheckpointError, Dtype, Folder, Layout, LoadOptions, Shards, load_into};
-use convert::{ConvertError, Form, Job, Plan, Report};
 use half::f16;
 use llava::Llava;
+use reroute_checkpoint::{CheckpointError, Dtype, Folder, Layout, LoadOptions, Shards, load_into};
 use reroute_cli::backend::{Backend, Device};
+use reroute_convert::{ConvertError, Form, Job, Plan, Report};
+use reroute_zoo::ModelConfig;
 use safetensors::SafeTensors;
 use serde_json::Value;
-use zoo::ModelConfig;
 
 use crate::golden::fixture;
 use crate::program::{Scratch, f32s, i64s, refuses, report, safetensors};
@@ -262,7 +262,9 @@ fn small_files_are_those_of_the_language_model_and_small() {
     );
     let notes = from.write("notes.txt", "");
     let notes = File::options().write(true).open(notes).unwrap();
-    notes.set_len(checkpoint::TOKENIZER_MAX_BYTES + 1).unwrap();
+    notes
+        .set_len(reroute_checkpoint::TOKENIZER_MAX_BYTES + 1)
+        .unwrap();
     assert_eq!(names(&job).unwrap().len(), 2);
     let left_out = Plan::new(&job).unwrap().left_out().to_vec();
     assert_eq!(left_out, [Path::new(&from.at("notes.txt"))]);

@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 use burn::tensor::backend::Backend as AnyBackend;
 use burn::tensor::{DType, Tensor, TensorData};
 use reroute_cli::backend::{Backend, Device};
+use reroute_zoo::{Folder, OpenOptions, PixelTensors, TensorInputs, TensorOutputs, Vlm};
 use safetensors::SafeTensors;
 use vision_encoder::qwen::Grid;
 use vision_encoder::{DecodeLimits, RgbImage, decode};
-use zoo::{Folder, OpenOptions, PixelTensors, TensorInputs, TensorOutputs, Vlm};
 
 /// f32 against f64 alone moves these logits by 3e-5 to 1.6e-4 (standard deviation 3).
 pub const HIDDEN: f32 = 3e-4;

@@ -3,11 +3,11 @@
 use burn::module::Param;
 use burn::tensor::{DType, Int, Tensor, TensorData};
 use burn_autodiff::Autodiff;
-use layers::{
+use proptest::prelude::*;
+use reroute_layers::{
     CausalMask, EmbeddingConfig, LayerNormConfig, Linear, LinearConfig, RmsNormConfig, Rotary,
     VocabularyConfig, attention, gelu_tanh, quick_gelu, silu, silu_product, write_rows,
 };
-use proptest::prelude::*;
 
 use crate::support::{Backend, Device, Random, cases, distance, values};
 

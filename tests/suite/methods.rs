@@ -10,8 +10,8 @@ use reducers::presets::{self, Preset};
 use reducers::{Action, Keep, Plan, ReducerError, Schedule, Score, Scorer, Stage, Standing};
 use reroute::GenerationOptions;
 use reroute_cli::backend::Backend;
+use reroute_zoo::{Answer, Conversation, EncoderStep, Question, Routing, Vlm};
 use vision_encoder::RgbImage;
-use zoo::{Answer, Conversation, EncoderStep, Question, Routing, Vlm};
 
 use crate::golden::{open, picture};
 use crate::support::gap;

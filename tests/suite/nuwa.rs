@@ -8,7 +8,7 @@ use reducers::encoder::{EncoderMethod, EncoderShape, Nuwa, Seen, Tap, reduce};
 use reducers::{Plan, Schedule, presets};
 use reroute::{Prefill, PrefillOptions, Prompt};
 use reroute_cli::backend::{Backend, Device};
-use zoo::{EncoderStep, Folder, Model, ModelConfig, Routing, VisualTokens};
+use reroute_zoo::{EncoderStep, Folder, Model, ModelConfig, Routing, VisualTokens};
 
 use crate::golden::{
     HIDDEN, ROUTED_LOGITS, Reference, SCORES, assert_close, fixture, rows, values,
@@ -33,7 +33,7 @@ fn run(
     let step: EncoderStep<Backend> = routing.encoder.expect("Nüwa begins before the decoder");
     let inputs = inputs.inputs();
     let grids = match &inputs.pixels {
-        zoo::PixelTensors::Patches { images, .. } => {
+        reroute_zoo::PixelTensors::Patches { images, .. } => {
             images.as_ref().map(|(_, grids)| grids.clone())
         }
         _ => None,

@@ -7,7 +7,7 @@ use burn::tensor::{DType, Tensor};
 use reducers::{ReducerError, Schedule, Scorer, Standing};
 use reroute::RoutingTrace;
 use reroute_cli::backend::{self, Backend, Device};
-use zoo::{PixelTensors, Question, Routing, TensorInputs, TensorOutputs, Visual, Vlm};
+use reroute_zoo::{PixelTensors, Question, Routing, TensorInputs, TensorOutputs, Visual, Vlm};
 
 use crate::golden::{
     HIDDEN, Reference, assert_close, assert_positions, assert_routed, fixture, open, open_as,

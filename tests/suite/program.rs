@@ -10,11 +10,11 @@ use reducers::{Schedule, presets};
 use reroute_cli::args::Args;
 use reroute_cli::backend::{Backend, Device};
 use reroute_cli::embedded;
+use reroute_zoo::{Folder, OpenOptions, Vlm};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::Value;
 use tempfile::TempDir;
 use vision_encoder::{DecodeLimits, RgbImage};
-use zoo::{Folder, OpenOptions, Vlm};
 
 /// The built-in model, opened once.
 pub static BUILT_IN: LazyLock<Vlm<Backend>> = LazyLock::new(|| open(&embedded::checkpoint()));

@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 
 use reducers::Schedule;
 use reroute::{FinishReason, GenerationOptions, RerouteError, SamplingOptions};
-use zoo::{Answer, Question, ZooError};
+use reroute_zoo::{Answer, Question, ZooError};
 
 use crate::program::{BUILT_IN, read_image, report, scene, schedule};
 

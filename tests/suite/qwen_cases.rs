@@ -6,9 +6,9 @@ use std::sync::LazyLock;
 
 use reducers::Schedule;
 use reroute_cli::backend::Backend;
+use reroute_zoo::messages::{Content, Message, Role};
+use reroute_zoo::{PixelTensors, TensorInputs, TensorOutputs, Video, View, Visual, Vlm};
 use serde_json::Value;
-use zoo::messages::{Content, Message, Role};
-use zoo::{PixelTensors, TensorInputs, TensorOutputs, Video, View, Visual, Vlm};
 
 use crate::golden::{
     Reference, assert_close, assert_positions, assert_routed, fixture, open, picture, rows, values,
@@ -108,7 +108,7 @@ impl Case {
         &self,
         message: &Value,
         views: &mut Vec<View>,
-        pixels: &mut Vec<zoo::Prepared>,
+        pixels: &mut Vec<reroute_zoo::Prepared>,
     ) -> Message {
         let mut content = Vec::new();
         let mut see = |visual: Visual| {

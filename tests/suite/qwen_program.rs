@@ -1,9 +1,9 @@
 //! The commands on models of the Qwen family.
 
+use reroute_zoo::grounding::BoxUnits;
+use reroute_zoo::{OpenOptions, Question, Visual, Vlm, ZooError};
 use serde_json::Value;
 use vision_encoder::RgbImage;
-use zoo::grounding::BoxUnits;
-use zoo::{OpenOptions, Question, Visual, Vlm, ZooError};
 
 use crate::golden::{fixture, open};
 use crate::program::{
@@ -383,7 +383,7 @@ fn a_model_without_video_says_so() {
     let vlm = &crate::program::BUILT_IN;
     let frame = read_image(&scene("063"));
     let question = Question {
-        visuals: vec![Visual::Video(zoo::Video {
+        visuals: vec![Visual::Video(reroute_zoo::Video {
             frames: vec![frame],
             fps: 1.0,
         })],

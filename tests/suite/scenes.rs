@@ -11,10 +11,10 @@ use reducers::Schedule;
 use reroute::{GenerationOptions, PrefillOptions, generate};
 use reroute_cli::backend::{Backend, Device};
 use reroute_cli::embedded;
+use reroute_zoo::grounding::{iou, parse_box};
+use reroute_zoo::{Model, OpenOptions, PixelTensors, Question, Vlm};
 use serde::Deserialize;
 use vision_encoder::{DecodeLimits, decode};
-use zoo::grounding::{iou, parse_box};
-use zoo::{Model, OpenOptions, PixelTensors, Question, Vlm};
 
 /// Ties in f32 may flip a scene or two of the 200.
 const MAY_DIFFER: usize = 2;

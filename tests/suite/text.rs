@@ -9,12 +9,12 @@ use std::sync::LazyLock;
 
 use flate2::read::GzDecoder;
 use proptest::prelude::*;
+use reroute_zoo::grounding::{GroundingFormat, parse_box};
+use reroute_zoo::messages::{Content, Message, Role, Slots, patch_seconds};
+use reroute_zoo::{ChatTemplate, Dialect, Folder, Tokenizer, ZooError};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::json;
-use zoo::grounding::{GroundingFormat, parse_box};
-use zoo::messages::{Content, Message, Role, Slots, patch_seconds};
-use zoo::{ChatTemplate, Dialect, Folder, Tokenizer, ZooError};
 
 use crate::program::Scratch;
 

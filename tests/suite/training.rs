@@ -13,7 +13,7 @@ use qwen_vl::QwenSample;
 use reducers::{Action, Schedule, Stage};
 use reroute::{GenerationOptions, Prefill, Prompt};
 use reroute_cli::backend::{Backend, Device};
-use zoo::{PixelTensors, Question, Visual, Vlm};
+use reroute_zoo::{PixelTensors, Question, Visual, Vlm};
 
 use crate::golden::{open_as, picture};
 use crate::support::values;

@@ -14,7 +14,7 @@ pub struct Args {
 
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let status = Command::new(env!("CARGO"))
-        .args(["run", "--quiet", "--release", "-p", "convert", "--"])
+        .args(["run", "--quiet", "--release", "-p", "reroute-convert", "--"])
         .args(&args.rest)
         .status()
         .context("cannot start cargo")?;

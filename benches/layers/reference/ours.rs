@@ -6,10 +6,10 @@ use std::ops::Range;
 use anyhow::Context;
 use burn::tensor::activation::softmax;
 use burn::tensor::{DType, Tensor};
-use layers::Rotary;
 use reducers::Schedule;
 use reroute::{PrefillOptions, Prompt, SampleLayout};
 use reroute_cli::backend::Backend;
+use reroute_layers::Rotary;
 
 use super::{Layers, indices};
 use crate::setup::Setup;

@@ -9,9 +9,9 @@ use burn::tensor::activation::softmax;
 use burn::tensor::module::attention;
 use burn::tensor::ops::AttentionModuleOptions;
 use burn::tensor::{DType, Tensor};
-use layers::Rotary;
 use reroute::DecoderLayer;
 use reroute_cli::backend::Backend;
+use reroute_layers::Rotary;
 
 use super::{Layers, indices};
 use crate::model::DISTINCT_LAYERS;
@@ -197,7 +197,7 @@ impl Layer {
     }
 }
 
-fn linear(linear: &layers::Linear<Backend>) -> Linear<Backend> {
+fn linear(linear: &reroute_layers::Linear<Backend>) -> Linear<Backend> {
     let [output, input] = linear.weight.dims();
     // Through one axis, or the transposed view would stay a view.
     let weight = linear.weight.val().transpose().reshape([output * input]);
@@ -207,7 +207,7 @@ fn linear(linear: &layers::Linear<Backend>) -> Linear<Backend> {
     }
 }
 
-fn norm(norm: &layers::RmsNorm<Backend>) -> RmsNorm<Backend> {
+fn norm(norm: &reroute_layers::RmsNorm<Backend>) -> RmsNorm<Backend> {
     RmsNorm {
         gamma: norm.weight.clone(),
         epsilon: norm.epsilon,

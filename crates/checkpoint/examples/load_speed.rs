@@ -1,6 +1,6 @@
 //! How long loading takes beside reading the files once.
 //!
-//! `cargo run --release -p checkpoint --example load_speed -- read|keep|load FOLDER`, with the page
+//! `cargo run --release -p reroute-checkpoint --example load_speed -- read|keep|load FOLDER`, with the page
 //! cache warm or dropped before. `read` reads all bytes into one small buffer, `keep` into memory
 //! that is kept, as every program that copies its weights must; `load` loads all tensors as f32, then
 //! uses every page of them, which for mapped files is when they are read.
@@ -11,7 +11,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use burn::tensor::{DType, TensorData};
-use checkpoint::{CheckpointError, Folder, Layout, Shards};
+use reroute_checkpoint::{CheckpointError, Folder, Layout, Shards};
 
 /// Bytes that are read at once, as the library does.
 const BLOCK_BYTES: usize = 1 << 20;

@@ -10,7 +10,7 @@
 /// to right, so every spelling needs the same wildcards in the same order as the module path.
 ///
 /// ```
-/// use checkpoint::{NameTable, Rule};
+/// use reroute_checkpoint::{NameTable, Rule};
 ///
 /// const TABLE: NameTable = NameTable {
 ///     rules: &[

@@ -3,7 +3,7 @@
 use std::io::{Write, stderr};
 
 use anyhow::bail;
-use zoo::{Question, Visual, Vlm};
+use reroute_zoo::{Question, Visual, Vlm};
 
 use crate::args::{AskArgs, VisualArgs};
 use crate::backend::Backend;

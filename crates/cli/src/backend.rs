@@ -229,8 +229,8 @@ fn unused_files(stat: &str) -> Option<u64> {
 }
 
 /// How the backend keeps numbers of a type, and what it computes with.
-pub fn numbers(dtype: DType) -> zoo::Numbers {
-    zoo::Numbers {
+pub fn numbers(dtype: DType) -> reroute_zoo::Numbers {
+    reroute_zoo::Numbers {
         bytes: dtype.size(),
         loops: cfg!(feature = "flex").then(rayon::current_num_threads),
     }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use reducers::Plan;
-use zoo::{Conversation, Question, Visual, Vlm};
+use reroute_zoo::{Conversation, Question, Visual, Vlm};
 
 use crate::args::ChatArgs;
 use crate::backend::Backend;

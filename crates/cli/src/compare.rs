@@ -6,10 +6,10 @@ use std::time::Duration;
 use anyhow::ensure;
 use reducers::Plan;
 use reroute::Drift;
+use reroute_zoo::grounding::{BoundingBox, iou};
+use reroute_zoo::{Answer, Question, Visual, Vlm};
 use serde_json::json;
 use vision_encoder::RgbImage;
-use zoo::grounding::{BoundingBox, iou};
-use zoo::{Answer, Question, Visual, Vlm};
 
 use crate::args::CompareArgs;
 use crate::backend::Backend;

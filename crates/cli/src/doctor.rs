@@ -6,10 +6,10 @@ use std::io::Write;
 
 use anyhow::bail;
 use burn::tensor::DType;
-use checkpoint::CheckpointError;
+use reroute_checkpoint::CheckpointError;
+use reroute_zoo::{Checkup, OpenOptions, Parameters, Picture, ZooError};
 use serde_json::{Value, json};
 use vision_encoder::DecodeLimits;
-use zoo::{Checkup, OpenOptions, Parameters, Picture, ZooError};
 
 use crate::args::DoctorArgs;
 use crate::backend::{self, Adapter, Backend};
@@ -109,7 +109,7 @@ fn examine(args: &DoctorArgs) -> Report {
 }
 
 /// What to do about a part of a checkpoint folder that cannot be used.
-fn remedy(problem: &zoo::Problem) -> &'static str {
+fn remedy(problem: &reroute_zoo::Problem) -> &'static str {
     use CheckpointError as Error;
     match &problem.error {
         ZooError::UnknownFamily { .. } => {
@@ -404,7 +404,7 @@ mod tests {
     use std::path::Path;
 
     use clap::Parser;
-    use zoo::Folder;
+    use reroute_zoo::Folder;
 
     use super::fit::LEAST_PIXELS;
     use super::*;

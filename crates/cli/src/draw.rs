@@ -2,8 +2,8 @@
 
 use anyhow::Context;
 use image::{ExtendedColorType, ImageEncoder, codecs::png::PngEncoder};
+use reroute_zoo::{Answer, View};
 use vision_encoder::{Canvas, RgbImage, Window, resize_bicubic};
-use zoo::{Answer, View};
 
 /// Colour of a found box.
 pub(crate) const FOUND: [u8; 3] = [255, 45, 85];

@@ -1,6 +1,6 @@
 //! The model and scenes that are part of the program, for a first look without downloads.
 
-use zoo::Folder;
+use reroute_zoo::Folder;
 
 macro_rules! files {
     ($($name:literal),* $(,)?) => {

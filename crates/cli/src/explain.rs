@@ -6,8 +6,8 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use reducers::{Action, Plan};
+use reroute_zoo::{Answer, Question, View, Vlm};
 use serde_json::json;
-use zoo::{Answer, Question, View, Vlm};
 
 use crate::args::ExplainArgs;
 use crate::backend::Backend;

@@ -8,8 +8,8 @@ use anyhow::{Context, bail};
 use burn::tensor::DType;
 use reducers::{Plan, presets};
 use reroute::{GenerationOptions, SamplingOptions};
+use reroute_zoo::{Folder, ModelConfig, OpenOptions, Video, Visual, Vlm};
 use vision_encoder::{DecodeLimits, RgbImage, decode};
-use zoo::{Folder, ModelConfig, OpenOptions, Video, Visual, Vlm};
 
 use crate::args::{Dtype, GenerationArgs, ModelArgs, VisualArgs};
 use crate::backend::{self, Backend};

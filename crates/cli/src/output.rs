@@ -6,8 +6,8 @@ use std::path::Path;
 use anyhow::Context;
 use reducers::{Cost, Plan, Schedule};
 use reroute::Drift;
+use reroute_zoo::{Answer, View, Vlm};
 use serde_json::{Value, json};
-use zoo::{Answer, View, Vlm};
 
 use crate::backend::{self, Backend};
 

@@ -3,8 +3,8 @@
 use std::io::Write;
 
 use reducers::{Plan, Schedule, Support, presets};
+use reroute_zoo::ModelConfig;
 use serde_json::json;
-use zoo::ModelConfig;
 
 use crate::args::PresetsArgs;
 use crate::{open, output};

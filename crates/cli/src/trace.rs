@@ -8,10 +8,10 @@ use std::io::Write;
 use anyhow::{Context, bail};
 use burn::tensor::{DType, Tensor, TensorData};
 use reroute::{Prompt, SampleLayout};
+use reroute_zoo::{ModelConfig, PixelTensors, TensorInputs, TensorOutputs, VisualTokens, Vlm};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::json;
 use vision_encoder::qwen::Grid;
-use zoo::{ModelConfig, PixelTensors, TensorInputs, TensorOutputs, VisualTokens, Vlm};
 
 use crate::args::TraceArgs;
 use crate::backend::{Backend, Device};

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use checkpoint::{CONFIG_MAX_BYTES, Dtype, Folder, TOKENIZER_MAX_BYTES};
+use reroute_checkpoint::{CONFIG_MAX_BYTES, Dtype, Folder, TOKENIZER_MAX_BYTES};
 use serde_json::Value;
 
 use crate::ConvertError;

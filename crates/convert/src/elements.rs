@@ -1,7 +1,7 @@
 //! Elements of one type from bytes of another.
 
-use checkpoint::Dtype;
 use half::{bf16, f16};
+use reroute_checkpoint::Dtype;
 
 /// The types that weights are converted from, to F32, F16 or BF16; tensors of other types stay what
 /// they are.

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use checkpoint::{CheckpointError, LayoutError};
+use reroute_checkpoint::{CheckpointError, LayoutError};
 
 /// What went wrong, and what to do about it.
 #[derive(Debug, thiserror::Error)]

@@ -6,9 +6,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use checkpoint::Dtype;
 use clap::{Parser, ValueEnum};
-use convert::{ConvertError, Form, Job, Phase, Plan, Progress, Report};
+use reroute_checkpoint::Dtype;
+use reroute_convert::{ConvertError, Form, Job, Phase, Plan, Progress, Report};
 
 /// How often progress is shown.
 const INTERVAL: Duration = Duration::from_millis(500);

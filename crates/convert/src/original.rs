@@ -7,7 +7,7 @@
 
 use std::path::Path;
 
-use checkpoint::{Dtype, NameTable, NewTensor, Rule};
+use reroute_checkpoint::{Dtype, NameTable, NewTensor, Rule};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 

@@ -11,7 +11,7 @@ use std::io::{self, BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use burn_store::pytorch::pickle_reader::{PickleError, read_pickle};
-use checkpoint::{CheckpointError, Folder, INDEX_MAX_BYTES, IndexMismatch, NewTensor};
+use reroute_checkpoint::{CheckpointError, Folder, INDEX_MAX_BYTES, IndexMismatch, NewTensor};
 use serde::Deserialize;
 use zip::{CompressionMethod, ZipArchive};
 

@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use checkpoint::{Dtype, Folder, Format, NewTensor, WeightsFile};
+use reroute_checkpoint::{Dtype, Folder, Format, NewTensor, WeightsFile};
 use serde_json::json;
 
 use crate::ConvertError;

@@ -4,7 +4,7 @@ use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use checkpoint::{CheckpointError, Folder, NewTensor, Shards};
+use reroute_checkpoint::{CheckpointError, Folder, NewTensor, Shards};
 
 use crate::ConvertError;
 use crate::elements::MeanRow;

@@ -20,7 +20,7 @@ pub fn silu_product<B: Backend, const D: usize>(
 ) -> Tensor<B, D> {
     let host = HostTensor::of(&up);
     let product = match host.singles() {
-        Some(up) => host::in_singles(gate, |gate| kernels::swish_product(gate, 1.0, &up)),
+        Some(up) => host::in_singles(gate, |gate| reroute_kernels::swish_product(gate, 1.0, &up)),
         None => Err(gate),
     };
     product.unwrap_or_else(|gate| silu(gate) * up)
@@ -34,7 +34,7 @@ pub fn quick_gelu<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, D> {
 /// GELU with `tanh` for the error function (arXiv 1606.08415, §2):
 /// `x · (1 + tanh u) / 2 = x · σ(2u)`, `u = √(2/π) · (x + 0.044715 x³)`.
 pub fn gelu_tanh<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, D> {
-    by_number(x, kernels::gelu_tanh, |x| {
+    by_number(x, reroute_kernels::gelu_tanh, |x| {
         let scale = -(8.0 / PI).sqrt();
         let square = x.clone() * x.clone();
         sigmoid_weighted(
@@ -48,7 +48,7 @@ pub fn gelu_tanh<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, D> {
 fn swish<B: Backend, const D: usize>(x: Tensor<B, D>, beta: f32) -> Tensor<B, D> {
     by_number(
         x,
-        |x| kernels::swish(x, beta),
+        |x| reroute_kernels::swish(x, beta),
         |x| sigmoid_weighted(x.clone(), x.mul_scalar(-beta)),
     )
 }

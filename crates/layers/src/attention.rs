@@ -1,7 +1,7 @@
 use burn::tensor::activation::softmax;
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Int, Tensor};
-use kernels::{AttentionSizes, Cache, Cached};
+use reroute_kernels::{AttentionSizes, Cache, Cached};
 
 use crate::host::{self, HostTensor, Number};
 
@@ -128,12 +128,12 @@ fn on_host<B: Backend>(
             let cache = (cached(&key, &value).map(Cache::F32))
                 .or_else(|| cached(&key, &value).map(Cache::F16))
                 .or_else(|| cached(&key, &value).map(Cache::BF16))?;
-            kernels::attention_of_few(&query, cache, sizes, causal)
+            reroute_kernels::attention_of_few(&query, cache, sizes, causal)
         }
         _ => {
             // Parts of a cache that has room for more, or of a tower's segments.
             let [key, value] = [key, value].map(HostTensor::packed);
-            kernels::attention(&query, &key.singles()?, &value.singles()?, sizes, causal)
+            reroute_kernels::attention(&query, &key.singles()?, &value.singles()?, sizes, causal)
         }
     };
     let shape = [sizes.heads * head_dim, queries];

@@ -1,4 +1,4 @@
-//! The way from a backend's tensors to [`kernels`], for backends that compute in this program's
+//! The way from a backend's tensors to [`reroute_kernels`], for backends that compute in this program's
 //! memory: the extension point for operations that such a backend runs one number at a time.
 //!
 //! Elsewhere nothing here finds anything, and the caller computes with operations of `B`. That covers
@@ -164,7 +164,7 @@ where
     [E]: HalfFloatSliceExt,
 {
     let mut wide = vec![0.0; halves.len()];
-    kernels::widen(halves, &mut wide);
+    reroute_kernels::widen(halves, &mut wide);
     wide
 }
 
@@ -173,6 +173,6 @@ where
     [E]: HalfFloatSliceExt,
 {
     let mut halves = vec![E::zeroed(); values.len()];
-    kernels::narrow(values, &mut halves);
+    reroute_kernels::narrow(values, &mut halves);
     TensorData::new(halves, shape)
 }

@@ -3,7 +3,7 @@ use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor, TensorData};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
-use kernels::Weight;
+use reroute_kernels::Weight;
 
 use crate::host::{self, HostTensor, Number};
 
@@ -118,10 +118,10 @@ where
     let blocks = matrix.chunks(block * input).zip(y.chunks_mut(block * rows));
     for (matrix, y) in blocks {
         wide.truncate(matrix.len());
-        kernels::widen(matrix, &mut wide);
+        reroute_kernels::widen(matrix, &mut wide);
         let weight = single(wide, [matrix.len() / input, input]);
         let product = weight.clone().matmul(x.clone());
-        kernels::narrow(HostTensor::of(&product).slice()?, y);
+        reroute_kernels::narrow(HostTensor::of(&product).slice()?, y);
         wide = host::into_numbers(weight)?;
     }
     let y = TensorData::new(y, [output, rows]);
@@ -141,7 +141,7 @@ fn matrix_vector<B: Backend>(weight: Tensor<B, 2>, x: Tensor<B, 2>) -> Tensor<B,
         .or_else(|| matrix.slice().map(Weight::F16))
         .or_else(|| matrix.slice().map(Weight::BF16));
     if let (Some(matrix), Some(column)) = (known, column.singles()) {
-        let y = kernels::matrix_vector(matrix, &column, output);
+        let y = reroute_kernels::matrix_vector(matrix, &column, output);
         return host::tensor(y, [output, 1], x.dtype(), &x.device());
     }
     // A product of a row with Wᵀ streams the weight once; W · column does not.

@@ -42,7 +42,7 @@ impl<B: Backend> RmsNorm<B> {
         if D == 2 {
             let (input, weight) = (HostTensor::of(&x), HostTensor::of(&self.weight.val()));
             if let (Some(input), Some(weight)) = (input.singles(), weight.singles()) {
-                let normed = kernels::rms_norm(&input, &weight, self.epsilon as f32);
+                let normed = reroute_kernels::rms_norm(&input, &weight, self.epsilon as f32);
                 return host::tensor(normed, x.dims(), x.dtype(), &x.device());
             }
         }
@@ -97,7 +97,7 @@ impl<B: Backend> LayerNorm<B> {
         if let (Some(input), Some(weight), Some(bias)) =
             (input.singles(), weight.singles(), bias.singles())
         {
-            let normed = kernels::layer_norm(&input, &weight, &bias, self.epsilon as f32);
+            let normed = reroute_kernels::layer_norm(&input, &weight, &bias, self.epsilon as f32);
             return host::tensor(normed, x.dims(), x.dtype(), &x.device());
         }
         let dtype = x.dtype();

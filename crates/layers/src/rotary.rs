@@ -49,7 +49,9 @@ impl<B: Backend> Rotary<B> {
     pub fn apply(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
         let (cos, sin) = (HostTensor::of(&self.cos), HostTensor::of(&self.sin));
         let rotated = match (cos.singles(), sin.singles()) {
-            (Some(cos), Some(sin)) => host::in_singles(x, |x| kernels::rotate(x, &cos, &sin)),
+            (Some(cos), Some(sin)) => {
+                host::in_singles(x, |x| reroute_kernels::rotate(x, &cos, &sin))
+            }
             _ => Err(x),
         };
         rotated.unwrap_or_else(|x| self.turn(x, false))

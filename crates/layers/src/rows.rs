@@ -36,7 +36,7 @@ fn on_host<B: Backend, E: Number>(
     let rows = HostTensor::of(rows).packed();
     match rows.slice::<E>() {
         Some(rows) => host::in_place(buffer, |buffer| {
-            kernels::write_columns(buffer, capacity, start, rows, count);
+            reroute_kernels::write_columns(buffer, capacity, start, rows, count);
         }),
         None => Err(buffer),
     }

@@ -1,4 +1,4 @@
-use checkpoint::{NameTable, Rule};
+use reroute_checkpoint::{NameTable, Rule};
 
 /// What checkpoints call the parameters of [`Llava`](crate::Llava), old spelling and new.
 pub static NAMES: NameTable = NameTable {

@@ -1,4 +1,4 @@
-use checkpoint::{NameTable, Rule};
+use reroute_checkpoint::{NameTable, Rule};
 
 /// A rule for parameters of the vision tower, below `visual` as the hub's Qwen2-VL and Qwen2.5-VL have it,
 /// or below `model.visual` as Qwen3-VL and whatever current libraries save.

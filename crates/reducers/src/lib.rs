@@ -67,7 +67,7 @@
 //! }
 //! ```
 //!
-//! They are used through `zoo::Routing { encoder, schedule, scorer }`, where a plan's own would stand.
+//! They are used through `reroute_zoo::Routing { encoder, schedule, scorer }`, where a plan's own would stand.
 
 mod about;
 pub mod budget;

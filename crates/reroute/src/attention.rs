@@ -1,7 +1,7 @@
 use burn::module::Module;
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
-use layers::{CausalMask, Linear, LinearConfig, RmsNorm, RmsNormConfig, Rotary, attention};
+use reroute_layers::{CausalMask, Linear, LinearConfig, RmsNorm, RmsNormConfig, Rotary, attention};
 
 use crate::DecoderConfig;
 

@@ -1,7 +1,7 @@
 use burn::module::Module;
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
-use layers::{Linear, LinearConfig, RmsNorm, RmsNormConfig, silu_product};
+use reroute_layers::{Linear, LinearConfig, RmsNorm, RmsNormConfig, silu_product};
 
 use crate::{DecoderConfig, SelfAttention};
 

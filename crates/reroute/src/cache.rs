@@ -1,6 +1,6 @@
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
-use layers::write_rows;
+use reroute_layers::write_rows;
 
 use crate::pool::Pool;
 

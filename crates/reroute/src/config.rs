@@ -1,7 +1,7 @@
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Int, Tensor};
-use layers::Rotary;
 use reducers::DecoderShape;
+use reroute_layers::Rotary;
 
 use crate::{Decoder, RerouteError};
 

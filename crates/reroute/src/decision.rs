@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
-use layers::{RmsNorm, Rotary};
 use reducers::{Embedded, ReducerError, ScoreLayer, Standing, top_k};
+use reroute_layers::{RmsNorm, Rotary};
 
 use crate::router::indices;
 use crate::{Decision, SelfAttention};

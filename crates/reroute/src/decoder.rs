@@ -3,8 +3,8 @@ use std::ops::Range;
 use burn::module::Module;
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor};
-use layers::{CausalMask, RmsNorm, RmsNormConfig, Vocabulary, VocabularyConfig};
 use reducers::{Positions, Schedule, Scorer};
+use reroute_layers::{CausalMask, RmsNorm, RmsNormConfig, Vocabulary, VocabularyConfig};
 
 use crate::pool::Past;
 use crate::prompt::ranges;

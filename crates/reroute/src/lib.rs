@@ -8,7 +8,7 @@
 //!   decision (Reroute, arXiv 2606.12412) or forgets them (FastV, PyramidDrop).
 //! - [`generate`]: greedy and sampled generation with streaming.
 //!
-//! Activations are feature-major and packed, see [`layers`]: `[hidden_size, rows]`, the rows of all
+//! Activations are feature-major and packed, see [`reroute_layers`]: `[hidden_size, rows]`, the rows of all
 //! samples side by side, no padding anywhere.
 
 mod attention;

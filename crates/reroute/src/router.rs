@@ -2,8 +2,8 @@ use std::ops::Range;
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor};
-use layers::Rotary;
 use reducers::{Action, Layout, Positions, Schedule, ScoreLayer, Scorer, Stage};
+use reroute_layers::Rotary;
 
 use crate::decision::{self, SampleStanding};
 use crate::pool::{Past, Pool, PooledRows};

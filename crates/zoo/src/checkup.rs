@@ -3,7 +3,7 @@
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
-use checkpoint::{CONFIG_MAX_BYTES, Folder, Shards, TOKENIZER_MAX_BYTES};
+use reroute_checkpoint::{CONFIG_MAX_BYTES, Folder, Shards, TOKENIZER_MAX_BYTES};
 use vision_encoder::qwen::Grid;
 
 use crate::grounding::GroundingFormat;

@@ -1,8 +1,8 @@
-use checkpoint::CheckpointError;
 use llava::LlavaError;
 use qwen_vl::QwenVlError;
 use reducers::ReducerError;
 use reroute::RerouteError;
+use reroute_checkpoint::CheckpointError;
 use vision_encoder::VisionError;
 
 /// Why a checkpoint could not be opened or a question not answered.

@@ -1,13 +1,13 @@
 use burn::module::Module;
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
-use checkpoint::{
-    CONFIG_MAX_BYTES, Folder, LoadOptions, LoadProgress, NameTable, Shards, check_fit, load_into,
-};
 use llava::{Llava, LlavaConfig, LlavaHfConfig};
 use qwen_vl::{QwenSample, QwenVl, QwenVlConfig, QwenVlHfConfig};
 use reducers::encoder::EncoderShape;
 use reroute::{Decoder, DecoderConfig, Prompt, Survivors};
+use reroute_checkpoint::{
+    CONFIG_MAX_BYTES, Folder, LoadOptions, LoadProgress, NameTable, Shards, check_fit, load_into,
+};
 use serde::Deserialize;
 use vision_encoder::qwen::{Grid, QwenGeneration, QwenVisionOutput};
 

@@ -4,7 +4,7 @@
 //! use reducers::presets;
 //! use reroute::GenerationOptions;
 //! use vision_encoder::{DecodeLimits, decode};
-//! use zoo::{Folder, OpenOptions, Question, Vlm};
+//! use reroute_zoo::{Folder, OpenOptions, Question, Vlm};
 //!
 //! fn answer<B: burn::tensor::backend::Backend>(device: &B::Device) -> Result<String, Box<dyn std::error::Error>> {
 //!     let folder = Folder::open("llava-1.5-7b-hf")?;
@@ -26,7 +26,7 @@
 //! use burn::tensor::backend::AutodiffBackend;
 //! use burn::tensor::{Int, Tensor};
 //! use reducers::Schedule;
-//! use zoo::{Model, Question, Vlm, ZooError};
+//! use reroute_zoo::{Model, Question, Vlm, ZooError};
 //!
 //! /// One step towards an answer; also the loss before it.
 //! fn step<B: AutodiffBackend>(
@@ -67,7 +67,6 @@ mod visual;
 mod vlm;
 
 pub use answer::{Answer, Question, Timings};
-pub use checkpoint::Folder;
 pub use checkup::{Checkup, Parameters, Problem};
 pub use conversation::Conversation;
 pub use dialect::Dialect;
@@ -75,6 +74,7 @@ pub use error::ZooError;
 pub use family::{Model, ModelConfig};
 pub use memory::{Memory, Numbers, Picture};
 pub use reduction::Kept;
+pub use reroute_checkpoint::Folder;
 pub use routing::{EncoderStep, Routing};
 pub use template::ChatTemplate;
 pub use tensors::{TensorInputs, TensorOutputs};

@@ -1,7 +1,7 @@
 //! How much memory answering takes, predicted from shapes.
 
-use layers::{QUERY_BLOCK, WIDENED, queries_at_a_time};
 use reducers::{Cost, Schedule};
+use reroute_layers::{QUERY_BLOCK, WIDENED, queries_at_a_time};
 use vision_encoder::qwen::QwenGeneration;
 
 use crate::{ModelConfig, Preprocessor, ZooError};
@@ -34,7 +34,7 @@ pub struct Memory {
 pub struct Numbers {
     /// Bytes of a weight or of an activation: 4, or 2 for f16 and bf16.
     pub bytes: usize,
-    /// Threads, where loops of this program compute with the numbers (`layers::host`): in f32, whatever
+    /// Threads, where loops of this program compute with the numbers (`reroute_layers::host`): in f32, whatever
     /// they are given, and without a matrix of scores in attention.
     pub loops: Option<usize>,
 }

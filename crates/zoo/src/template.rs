@@ -1,7 +1,7 @@
-use checkpoint::Folder;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
 use minijinja::{Environment, Error, ErrorKind, context};
+use reroute_checkpoint::Folder;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -100,11 +100,14 @@ impl ChatTemplate {
     pub fn open(folder: &Folder, dialect: Dialect) -> Result<Self, ZooError> {
         let tokens = "tokenizer_config.json";
         let special_tokens: SpecialTokens = match folder.has(tokens) {
-            true => folder.read_json(tokens, checkpoint::CONFIG_MAX_BYTES)?,
+            true => folder.read_json(tokens, reroute_checkpoint::CONFIG_MAX_BYTES)?,
             false => SpecialTokens::default(),
         };
         if folder.has("chat_template.jinja") {
-            let bytes = folder.read("chat_template.jinja", checkpoint::TEMPLATE_MAX_BYTES)?;
+            let bytes = folder.read(
+                "chat_template.jinja",
+                reroute_checkpoint::TEMPLATE_MAX_BYTES,
+            )?;
             let source = String::from_utf8_lossy(&bytes).into_owned();
             return Self::new("chat_template.jinja", source, special_tokens, dialect);
         }
@@ -114,7 +117,8 @@ impl ChatTemplate {
             "tokenizer_config.json",
         ] {
             if folder.has(name) {
-                let file: HasTemplate = folder.read_json(name, checkpoint::CONFIG_MAX_BYTES)?;
+                let file: HasTemplate =
+                    folder.read_json(name, reroute_checkpoint::CONFIG_MAX_BYTES)?;
                 let source = file.chat_template.and_then(TemplateText::default_source);
                 if let Some(source) = source {
                     return Self::new(name, source, special_tokens, dialect);

@@ -1,7 +1,7 @@
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
-use checkpoint::{CONFIG_MAX_BYTES, Folder};
 use reducers::Positions;
+use reroute_checkpoint::{CONFIG_MAX_BYTES, Folder};
 use vision_encoder::qwen::{
     Grid, QwenPixels, QwenPreprocessor, QwenPreprocessorConfig, QwenTowerConfig, QwenVisionOutput,
     pack,

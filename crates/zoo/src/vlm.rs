@@ -1,9 +1,9 @@
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
-use checkpoint::{CONFIG_MAX_BYTES, Folder, LoadProgress, TOKENIZER_MAX_BYTES};
 use qwen_vl::QwenSample;
 use reducers::encoder::Tap;
 use reroute::{DecoderConfig, Drift, GenerationOptions, Prompt};
+use reroute_checkpoint::{CONFIG_MAX_BYTES, Folder, LoadProgress, TOKENIZER_MAX_BYTES};
 use serde::Deserialize;
 use vision_encoder::RgbImage;
 

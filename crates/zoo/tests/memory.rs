@@ -8,9 +8,9 @@ use llava::LlavaHfConfig;
 use peak_alloc::PeakAlloc;
 use qwen_vl::{QwenSample, QwenVlHfConfig};
 use reducers::Schedule;
+use reroute_zoo::{Model, ModelConfig, Numbers, Picture, PixelTensors};
 use serde_json::json;
 use vision_encoder::qwen::Grid;
-use zoo::{Model, ModelConfig, Numbers, Picture, PixelTensors};
 
 #[global_allocator]
 static HEAP: PeakAlloc = PeakAlloc;

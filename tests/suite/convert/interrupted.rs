@@ -5,7 +5,7 @@ use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
-use convert::{ConvertError, Form, Job, Phase, Plan, Report};
+use reroute_convert::{ConvertError, Form, Job, Phase, Plan, Report};
 
 use super::{contents, convert, small, source};
 use crate::program::{Scratch, f32s, safetensors};

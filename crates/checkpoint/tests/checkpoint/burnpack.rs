@@ -4,7 +4,9 @@ use std::fs;
 
 use burn::tensor::{AllocationProperty, DType, Tensor};
 use burn_store::{BurnpackStore, ModuleSnapshot, ModuleStore};
-use checkpoint::{CheckpointError, Dtype, Folder, Format, Layout, NewTensor, Shards, WeightsFile};
+use reroute_checkpoint::{
+    CheckpointError, Dtype, Folder, Format, Layout, NewTensor, Shards, WeightsFile,
+};
 use tempfile::TempDir;
 
 use crate::fixture::{TestBackend, Tiny, f32_bytes, folder, load, options, tiny_names};

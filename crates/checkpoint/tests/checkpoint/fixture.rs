@@ -6,7 +6,7 @@ use burn::module::{Module, Param, ParamId};
 use burn::nn::{LayerNorm, LayerNormConfig, Linear, LinearConfig};
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
-use checkpoint::{
+use reroute_checkpoint::{
     CheckpointError, Folder, Layout, LoadOptions, LoadProgress, NameTable, Rule, Shards, load_into,
 };
 use tempfile::TempDir;

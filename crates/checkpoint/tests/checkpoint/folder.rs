@@ -1,6 +1,6 @@
 use std::fs;
 
-use checkpoint::{CheckpointError, Folder, Shards};
+use reroute_checkpoint::{CheckpointError, Folder, Shards};
 use serde_json::Value;
 
 use crate::fixture::{counting, folder, safetensors};

@@ -1,4 +1,4 @@
-use checkpoint::{CheckpointError, Shards};
+use reroute_checkpoint::{CheckpointError, Shards};
 
 use crate::fixture::{counting, entry, file, folder, open, safetensors};
 

@@ -1,5 +1,5 @@
 use burn::tensor::DType;
-use checkpoint::{CheckpointError, Disagreement, IndexMismatch, Layout, Shards};
+use reroute_checkpoint::{CheckpointError, Disagreement, IndexMismatch, Layout, Shards};
 
 use crate::fixture::{counting, folder, safetensors};
 

@@ -1,7 +1,7 @@
 use burn::module::{Initializer, Module, Param};
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
-use checkpoint::{
+use reroute_checkpoint::{
     CheckpointError, LoadOptions, LoadProgress, ModuleMismatch, NameTable, Rule, load_into,
 };
 
@@ -218,7 +218,7 @@ fn what_is_declared_unused_is_loaded_where_the_module_has_it() {
 fn a_file_that_shrinks_while_loading_is_an_error() {
     let (dir, folder) =
         crate::fixture::folder(&[("model.safetensors", &counting_file(&tiny_names("old")))]);
-    let shards = checkpoint::Shards::open(&folder).unwrap();
+    let shards = reroute_checkpoint::Shards::open(&folder).unwrap();
     std::fs::write(dir.path().join("model.safetensors"), b"").unwrap();
     let error = load(&shards, &options(), &mut |_| ()).unwrap_err();
     assert!(matches!(error, CheckpointError::Tensor { .. }), "{error}");

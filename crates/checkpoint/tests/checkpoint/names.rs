@@ -1,4 +1,4 @@
-use checkpoint::{NameTable, Rule};
+use reroute_checkpoint::{NameTable, Rule};
 
 /// The spellings in which LLaVA-1.5 checkpoints exist.
 const LLAVA: NameTable = NameTable {

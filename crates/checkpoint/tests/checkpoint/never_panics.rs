@@ -1,8 +1,8 @@
 //! Whatever bytes a folder holds: a module, or an error. Never a panic.
 
 use burn::tensor::DType;
-use checkpoint::{Layout, LoadOptions, Shards};
 use proptest::prelude::*;
+use reroute_checkpoint::{Layout, LoadOptions, Shards};
 
 use crate::burnpack::burnpack;
 use crate::fixture::{TABLE, counting_file, entry, file, folder, load, options, tiny_names};

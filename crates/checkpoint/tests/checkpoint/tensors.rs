@@ -1,6 +1,6 @@
 use burn::tensor::DType;
-use checkpoint::{CheckpointError, Dtype, Layout, TensorError};
 use half::{bf16, f16};
+use reroute_checkpoint::{CheckpointError, Dtype, Layout, TensorError};
 
 use crate::fixture::{counting, f32_bytes, open, safetensors};
 

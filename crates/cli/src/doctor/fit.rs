@@ -2,7 +2,7 @@
 
 use burn::tensor::DType;
 use reducers::{Schedule, presets};
-use zoo::{ModelConfig, Parameters, Picture, Preprocessor, ZooError};
+use reroute_zoo::{ModelConfig, Parameters, Picture, Preprocessor, ZooError};
 
 use super::name;
 use crate::backend::{self, Adapter};
@@ -38,7 +38,7 @@ pub(super) struct Answer<'a> {
     pub(super) image_size: [usize; 2],
     pub(super) text_tokens: usize,
     pub(super) dtype: DType,
-    /// See [`zoo::OpenOptions::max_pixels`].
+    /// See [`reroute_zoo::OpenOptions::max_pixels`].
     pub(super) max_pixels: Option<usize>,
 }
 

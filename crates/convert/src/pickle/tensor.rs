@@ -1,7 +1,7 @@
 //! Where a pickle says that its tensors lie.
 
 use burn_store::pytorch::pickle_reader::Object;
-use checkpoint::{Dtype, NewTensor};
+use reroute_checkpoint::{Dtype, NewTensor};
 
 use super::Storages;
 

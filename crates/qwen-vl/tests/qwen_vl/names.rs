@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 
 use burn::tensor::DType;
 use burn_flex::Flex;
-use checkpoint::{Folder, LoadOptions, Shards, load_into};
 use qwen_vl::{NAMES, QwenVl, TIED_HEAD};
+use reroute_checkpoint::{Folder, LoadOptions, Shards, load_into};
 use safetensors::SafeTensors;
 
 use crate::fixture::{FAMILIES, config, path, read};

@@ -1,7 +1,7 @@
 use burn::module::Module;
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor};
-use layers::{
+use reroute_layers::{
     Linear, LinearConfig, Rotary, attention, gelu_tanh, quick_gelu, received_attention, silu,
 };
 

@@ -2,7 +2,7 @@ use burn::module::Module;
 use burn::tensor::Tensor;
 use burn::tensor::activation::gelu;
 use burn::tensor::backend::Backend;
-use layers::{Linear, LinearConfig};
+use reroute_layers::{Linear, LinearConfig};
 
 use super::norm::Norm;
 use super::{QwenGeneration, QwenTowerConfig};

@@ -1,7 +1,7 @@
 use burn::module::{Initializer, Module, Param};
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
-use layers::{LayerNorm, RmsNorm};
+use reroute_layers::{LayerNorm, RmsNorm};
 
 /// The reference has it written into every norm of the towers.
 const EPSILON: f64 = 1e-6;

@@ -1,6 +1,6 @@
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Int, Tensor};
-use layers::Embedding;
+use reroute_layers::Embedding;
 
 use super::{Grid, QwenTowerConfig};
 

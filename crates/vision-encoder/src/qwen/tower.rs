@@ -1,7 +1,7 @@
 use burn::module::{Initializer, Module, Param};
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
-use layers::{Embedding, EmbeddingConfig, Rotary};
+use reroute_layers::{Embedding, EmbeddingConfig, Rotary};
 
 use super::arrangement::{Arrangement, windows_in_rows};
 use super::block::Block;

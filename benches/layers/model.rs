@@ -62,7 +62,7 @@ impl Model {
 
     fn of(folder: &Folder) -> anyhow::Result<Self> {
         let config = ModelConfig::open(folder)?;
-        let full = config.decoder();
+        let full = config.decoder().clone();
         Ok(Self {
             full_depth: full.num_layers,
             decoder: DecoderConfig {
@@ -71,12 +71,13 @@ impl Model {
                 tie_word_embeddings: false,
                 // Prompts are as long as is measured.
                 max_position_embeddings: 1 << 20,
-                ..full.clone()
+                ..full
             },
             visual: config.typical_visual_tokens(),
             tower: match config {
                 ModelConfig::Llava(config) => Tower::Clip(config.vision),
-                ModelConfig::Qwen(config) => Tower::Qwen(Box::new(config.vision)),
+                ModelConfig::QwenVl(config) => Tower::Qwen(Box::new(config.vision)),
+                _ => anyhow::bail!("no tower of this family is measured"),
             },
         })
     }
@@ -85,7 +86,7 @@ impl Model {
 /// Qwen2.5-VL's tower at toy shapes, for smoke tests: the built-in model has another family's.
 pub fn toy_qwen_tower() -> anyhow::Result<QwenTowerConfig> {
     let config = ModelConfig::open(&Folder::embedded(QWEN))?;
-    let ModelConfig::Qwen(config) = config else {
+    let ModelConfig::QwenVl(config) = config else {
         anyhow::bail!("the configuration of Qwen2.5-VL-7B is not Qwen's");
     };
     let mut tower = config.vision;

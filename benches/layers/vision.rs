@@ -5,8 +5,9 @@ use burn::tensor::{Distribution, Tensor};
 use reroute_cli::backend::{Backend, Device};
 use serde::Serialize;
 use serde_json::{Value, json};
+use vision_encoder::Grid;
 use vision_encoder::clip::ClipConfig;
-use vision_encoder::qwen::{Grid, QwenTowerConfig, QwenVisionTower};
+use vision_encoder::qwen::{QwenTowerConfig, QwenVisionTower};
 
 use crate::model::{Model, Tower, toy_qwen_tower};
 use crate::options::Options;

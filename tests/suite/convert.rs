@@ -13,6 +13,7 @@ use llava::Llava;
 use reroute_checkpoint::{CheckpointError, Dtype, Folder, Layout, LoadOptions, Shards, load_into};
 use reroute_cli::backend::{Backend, Device};
 use reroute_convert::{ConvertError, Form, Job, Plan, Report};
+use reroute_zoo::FamilyModel;
 use reroute_zoo::ModelConfig;
 use safetensors::SafeTensors;
 use serde_json::Value;

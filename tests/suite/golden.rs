@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 use burn::tensor::backend::Backend as AnyBackend;
 use burn::tensor::{DType, Tensor, TensorData};
 use reroute_cli::backend::{Backend, Device};
-use reroute_zoo::{Folder, OpenOptions, PixelTensors, TensorInputs, TensorOutputs, Vlm};
+use reroute_zoo::{Folder, OpenOptions, Pictures, PixelTensors, TensorInputs, TensorOutputs, Vlm};
 use safetensors::SafeTensors;
-use vision_encoder::qwen::Grid;
+use vision_encoder::Grid;
 use vision_encoder::{DecodeLimits, RgbImage, decode};
 
 /// f32 against f64 alone moves these logits by 3e-5 to 1.6e-4 (standard deviation 3).
@@ -144,16 +144,17 @@ impl Reference {
                 self.shape("in.pixel_values"),
             );
             let data = TensorData::new(values, shape);
-            return PixelTensors::Squares(Tensor::from_data(data, (&device, DType::F32)));
+            let pixels = Tensor::from_data(data, (&device, DType::F32));
+            return PixelTensors::images(Pictures::Fixed(pixels));
         }
         let patches = |pixels: &str, grids: &str| {
             self.has(pixels).then(|| {
                 let data = TensorData::new(self.floats(pixels), self.shape(pixels));
                 let values: Tensor<Backend, 2> = Tensor::from_data(data, (&device, DType::F32));
-                (values.transpose(), self.grids(grids))
+                Pictures::Patches(values.transpose(), self.grids(grids))
             })
         };
-        PixelTensors::Patches {
+        PixelTensors {
             images: patches("in.pixel_values", "in.image_grid_thw"),
             videos: patches("in.pixel_values_videos", "in.video_grid_thw"),
         }

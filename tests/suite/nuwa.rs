@@ -32,20 +32,15 @@ fn run(
     let routing: Routing<Backend> = plan.into();
     let step: EncoderStep<Backend> = routing.encoder.expect("Nüwa begins before the decoder");
     let inputs = inputs.inputs();
-    let grids = match &inputs.pixels {
-        reroute_zoo::PixelTensors::Patches { images, .. } => {
-            images.as_ref().map(|(_, grids)| grids.clone())
-        }
-        _ => None,
-    };
-    let sample = qwen_vl::QwenSample {
+    let images = inputs.pixels.images.as_ref();
+    let sample = reroute_zoo::Sample {
         ids: inputs.samples[0].clone(),
-        image_grids: grids.unwrap_or_default(),
+        image_grids: images.map_or(Vec::new(), |images| images.grids().to_vec()),
         ..Default::default()
     };
-    let tokens = model.see_reduced(inputs.pixels, &step, Default::default());
+    let tokens = model.see_reduced(inputs.pixels, Some(&step), Default::default());
     let tokens = tokens.expect("a good picture");
-    let prompt = model.prompt(&[sample], &tokens, &Device::default());
+    let prompt = model.prompt(&[sample], &tokens);
     let prompt = prompt.expect("as many slots as tokens");
     let options = PrefillOptions::default();
     let prefill = model.decoder().prefill(&prompt, routing.schedule, options);
@@ -65,8 +60,8 @@ fn released(name: &str, config: &EncoderShape, layer: usize) -> Plan {
 }
 
 fn places(tokens: &VisualTokens<Backend>) -> Vec<usize> {
-    let left = tokens.left.as_ref().expect("something was reduced");
-    left.images[0]
+    let reduction = tokens.reduction.as_ref().expect("something was reduced");
+    reduction.images[0]
         .places
         .iter()
         .map(|place| place.expect("a place"))
@@ -79,7 +74,7 @@ fn both_stages_on_llava_equal_the_official_code() {
     let inputs = Reference::open("nuwa/llava_inputs");
     for (budget, entering, selected) in [(64, 112, 16), (128, 224, 32), (192, 336, 48)] {
         let reference = Reference::open(&format!("nuwa/llava_{budget}"));
-        let plan = released(&format!("nuwa@{budget}"), &model.encoder(), 16);
+        let plan = released(&format!("nuwa@{budget}"), &model.config().encoder(), 16);
         assert_eq!(plan.entering(576), entering);
         assert_eq!(plan.schedule.keep_counts(entering), [selected]);
         assert_eq!(plan.average_tokens(32, 576), budget as f64);
@@ -135,7 +130,7 @@ fn both_stages_on_qwen_equal_the_official_code() {
         for (percent, budget) in [(25, 144), (50, 288), (75, 432)] {
             let what = format!("{grid} grid, {percent} %");
             let reference = Reference::open(&format!("nuwa/qwen_{grid}_{percent}"));
-            let mut plan = released(&format!("nuwa@{budget}"), &model.encoder(), 15);
+            let mut plan = released(&format!("nuwa@{budget}"), &model.config().encoder(), 15);
             let nuwa = Nuwa {
                 similarity_in_window_order: true,
                 ..Nuwa::default()

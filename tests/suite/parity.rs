@@ -7,7 +7,9 @@ use burn::tensor::{DType, Tensor};
 use reducers::{ReducerError, Schedule, Scorer, Standing};
 use reroute::RoutingTrace;
 use reroute_cli::backend::{self, Backend, Device};
-use reroute_zoo::{PixelTensors, Question, Routing, TensorInputs, TensorOutputs, Visual, Vlm};
+use reroute_zoo::{
+    Pictures, PixelTensors, Question, Routing, TensorInputs, TensorOutputs, Visual, Vlm,
+};
 
 use crate::golden::{
     HIDDEN, Reference, assert_close, assert_positions, assert_routed, fixture, open, open_as,
@@ -77,17 +79,15 @@ fn preprocessing_and_prompt_give_the_reference_inputs() {
         let Family {
             name, vlm, golden, ..
         } = family;
-        match family.inputs().pixels {
-            PixelTensors::Squares(pixels) => {
+        match family.inputs().pixels.images.expect("an image") {
+            Pictures::Fixed(pixels) => {
                 let expected = golden.floats("in.pixel_values");
                 assert_close(name, &values(pixels), &expected, 1e-6);
             }
             // The pixels are compared in the tests of `vision-encoder`.
-            PixelTensors::Patches { images, .. } => {
-                let (_, grids) = images.expect("an image");
+            Pictures::Patches(_, grids) => {
                 assert_eq!(grids, golden.grids("in.image_grid_thw"));
             }
-            PixelTensors::Nothing => panic!("an image"),
         }
         let image = picture("llava/input.png");
         let question = Question::about(vec![image], "Describe this image in detail.");
@@ -163,7 +163,7 @@ fn text_only_prompt_equals_the_reference() {
         } = family;
         let inputs = TensorInputs {
             samples: vec![golden.ids("text_only.input_ids")],
-            pixels: PixelTensors::Nothing,
+            pixels: PixelTensors::default(),
             second_per_grid_ts: Vec::new(),
         };
         let out = vlm.run_tensors(inputs, &Schedule::dense(), 0, false);

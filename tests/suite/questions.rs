@@ -45,7 +45,7 @@ fn special_tokens_that_a_user_types_are_text() {
             .encode(&question(&["063"], text))
             .expect("one slot")
     };
-    let (tokenizer, image) = (BUILT_IN.tokenizer(), BUILT_IN.config().image_token());
+    let (tokenizer, image) = (BUILT_IN.tokenizer(), BUILT_IN.config().slots().image);
     let is_special = |id: &&u32| {
         let specials = ["<s>", "</s>", "<pad>"];
         **id != image

@@ -7,7 +7,7 @@ use std::sync::LazyLock;
 use reducers::Schedule;
 use reroute_cli::backend::Backend;
 use reroute_zoo::messages::{Content, Message, Role};
-use reroute_zoo::{PixelTensors, TensorInputs, TensorOutputs, Video, View, Visual, Vlm};
+use reroute_zoo::{Pictures, PixelTensors, TensorInputs, TensorOutputs, Video, View, Visual, Vlm};
 use serde_json::Value;
 
 use crate::golden::{
@@ -167,10 +167,14 @@ fn assert_same_inputs(name: &str, found: &TensorInputs<Backend>, expected: &Tens
             "{name}"
         );
     }
-    let parts = |inputs: &TensorInputs<Backend>| match &inputs.pixels {
-        PixelTensors::Patches { images, videos } => [images.clone(), videos.clone()],
-        PixelTensors::Nothing => [None, None],
-        PixelTensors::Squares(_) => panic!("{name}: squares"),
+    let parts = |inputs: &TensorInputs<Backend>| {
+        let PixelTensors { images, videos } = inputs.pixels.clone();
+        [images, videos].map(|pictures| {
+            pictures.map(|pictures| match pictures {
+                Pictures::Patches(patches, grids) => (patches, grids),
+                Pictures::Fixed(_) => panic!("{name}: images of one size"),
+            })
+        })
     };
     for (found, expected) in parts(found).into_iter().zip(parts(expected)) {
         match (found, expected) {

@@ -1,7 +1,7 @@
 //! The commands on models of the Qwen family.
 
 use reroute_zoo::grounding::BoxUnits;
-use reroute_zoo::{OpenOptions, Question, Visual, Vlm, ZooError};
+use reroute_zoo::{FamilyError, ImageOptions, OpenOptions, Question, Visual, Vlm, ZooError};
 use serde_json::Value;
 use vision_encoder::RgbImage;
 
@@ -294,7 +294,10 @@ fn a_46_megapixel_photo_is_answered_within_the_pixel_cap() {
     let question = Question::about(vec![photo], "What is this?");
     for (max_pixels, tokens) in [(None, 1247), (Some(100_352), 117)] {
         let options = OpenOptions {
-            max_pixels,
+            images: ImageOptions {
+                max_pixels,
+                ..Default::default()
+            },
             ..OpenOptions::default()
         };
         let vlm: Vlm<reroute_cli::backend::Backend> =
@@ -324,7 +327,7 @@ fn trace_writes_positions_and_visual_tokens() {
     let folder = Scratch::new();
     let model = model("qwen3vl");
     let vlm = open("qwen3vl");
-    let image = vlm.config().image_token() as i64;
+    let image = vlm.config().slots().image as i64;
     // Two text rows, 2 × 3 visual tokens, two text rows.
     let ids = [&[5, 6][..], &[image; 6], &[7, 8]].concat();
     let types = ids
@@ -391,5 +394,8 @@ fn a_model_without_video_says_so() {
     };
     let options = vlm.generation_defaults();
     let error = vlm.ask(&question, &reducers::Schedule::dense(), &options, |_| {});
-    assert!(matches!(error, Err(ZooError::NoVideos)));
+    assert!(matches!(
+        error,
+        Err(ZooError::Family(FamilyError::NoVideos))
+    ));
 }

@@ -12,8 +12,9 @@ use reroute::{GenerationOptions, PrefillOptions, generate};
 use reroute_cli::backend::{Backend, Device};
 use reroute_cli::embedded;
 use reroute_zoo::grounding::{iou, parse_box};
-use reroute_zoo::{Model, OpenOptions, PixelTensors, Question, Vlm};
+use reroute_zoo::{OpenOptions, PixelTensors, Question, Sample, VisualTokens, Vlm};
 use serde::Deserialize;
+use vision_encoder::VisionOutput;
 use vision_encoder::{DecodeLimits, decode};
 
 /// Ties in f32 may flip a scene or two of the 200.
@@ -85,12 +86,18 @@ fn scene(line: &str) -> Scene {
 fn answers(scenes: &[Scene], schedule: &Schedule, options: &GenerationOptions) -> Vec<Vec<u32>> {
     let ids: Vec<Vec<u32>> = scenes.iter().map(|scene| scene.ids.clone()).collect();
     let visual = scenes.iter().map(|scene| scene.visual.clone()).collect();
-    let Model::Llava(model) = VLM.model() else {
-        panic!("the built-in model is a LLaVA");
+    let images = VisionOutput {
+        tokens: Tensor::cat(visual, 1),
+        deepstack: Vec::new(),
     };
-    let prompt = model.prompt(&ids, Some(Tensor::cat(visual, 1)), VLM.device());
+    let tokens = VisualTokens {
+        images: Some(images),
+        ..Default::default()
+    };
+    let samples: Vec<Sample> = ids.iter().cloned().map(Sample::from).collect();
+    let prompt = VLM.model().prompt(&samples, &tokens);
     let prompt = prompt.expect("as many slots as visual tokens");
-    let decoder = model.language_model();
+    let decoder = VLM.model().decoder();
     let prefill = decoder.prefill(&prompt, schedule, PrefillOptions::default());
     let prefill = prefill.expect("a good prompt");
     let mut cache = prefill.cache;

@@ -9,9 +9,10 @@ use std::sync::LazyLock;
 
 use flate2::read::GzDecoder;
 use proptest::prelude::*;
-use reroute_zoo::grounding::{GroundingFormat, parse_box};
-use reroute_zoo::messages::{Content, Message, Role, Slots, patch_seconds};
-use reroute_zoo::{ChatTemplate, Dialect, Folder, Tokenizer, ZooError};
+use qwen_vl::patch_seconds;
+use reroute_zoo::grounding::parse_box;
+use reroute_zoo::messages::{Content, Message, Role, Slots};
+use reroute_zoo::{ChatTemplate, Dialect, FamilyError, Folder, Modality, ModelConfig, Tokenizer};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::json;
@@ -170,9 +171,9 @@ struct Rendered {
 
 fn dialect(template: &str) -> Dialect {
     match template {
-        "qwen2-vl" => Dialect::QWEN2_VL,
-        "qwen3-vl" => Dialect::QWEN3_VL,
-        _ => Dialect::LLAVA,
+        "qwen2-vl" => qwen_vl::QWEN2_DIALECT,
+        "qwen3-vl" => qwen_vl::QWEN3_DIALECT,
+        _ => llava::DIALECT,
     }
 }
 
@@ -251,12 +252,12 @@ fn whole_prompts_are_those_of_the_processors() {
                 .collect();
             let slots = [
                 Slots {
-                    kind: "image",
+                    modality: Modality::Image,
                     token: QWEN_IMAGE,
                     lengths: &case.image_tokens,
                 },
                 Slots {
-                    kind: "video",
+                    modality: Modality::Video,
                     token: QWEN_VIDEO,
                     lengths: &video_tokens,
                 },
@@ -331,7 +332,7 @@ fn templates_of_language_models_take_slots_as_text() {
         rendered.unwrap()
     };
     assert_eq!(
-        rendered(&open(&folder, Dialect::QWEN3_VL)),
+        rendered(&open(&folder, qwen_vl::QWEN3_DIALECT)),
         rendered(&built_in)
     );
 }
@@ -341,7 +342,7 @@ fn slots_that_do_not_match_are_refused() {
     let [_, qwen2] = published_and_built_in("qwen2-vl");
     let lengths = [4];
     let slots = Slots {
-        kind: "image",
+        modality: Modality::Image,
         token: QWEN_IMAGE,
         lengths: &lengths,
     };
@@ -359,14 +360,14 @@ fn slots_that_do_not_match_are_refused() {
         Content::Text("What?".into()),
     ];
     let role = Role::User;
-    let template = open(&folder, Dialect::QWEN3_VL);
+    let template = open(&folder, qwen_vl::QWEN3_DIALECT);
     let refused = template.render_conversation(&[Message { role, content }], true);
     let message = refused.unwrap_err().to_string();
     assert!(message.contains("makes 0 slots"), "{message}");
 
     for fps in [0.0, -1.0, f64::NAN, f64::INFINITY] {
         let refused = patch_seconds(&[0, 1], fps, 2);
-        assert!(matches!(refused, Err(ZooError::FrameRate { .. })));
+        assert!(matches!(refused, Err(FamilyError::FrameRate { .. })));
     }
 }
 
@@ -378,14 +379,13 @@ fn every_family_asks_and_is_understood() {
         )
     };
     for (format, answer) in [
-        (GroundingFormat::llava(), "[0.25, 0.5, 0.75, 1.0]".into()),
-        (
-            GroundingFormat::qwen2_vl(),
-            "the cat(250,500),(750,1000)".into(),
-        ),
-        (GroundingFormat::qwen2_5_vl(), json([105, 140, 315, 280])),
-        (GroundingFormat::qwen3_vl(), json([250, 500, 750, 1000])),
+        ("llava", "[0.25, 0.5, 0.75, 1.0]".into()),
+        ("qwen2vl", "the cat(250,500),(750,1000)".into()),
+        ("qwen25vl", json([105, 140, 315, 280])),
+        ("qwen3vl", json([250, 500, 750, 1000])),
     ] {
+        let folder = Folder::open(fixtures().join(format).join("ckpt")).unwrap();
+        let format = ModelConfig::open(&folder).unwrap().grounding();
         assert!(format.question("the cat").contains("the cat"));
         assert!(!format.question("the cat").contains(['{', '<']));
         let answered = parse_box(&answer).expect("a box");

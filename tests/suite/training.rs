@@ -9,11 +9,10 @@ use burn::tensor::activation::log_softmax;
 use burn::tensor::backend::{AutodiffBackend, Backend as AnyBackend};
 use burn::tensor::{DType, Int, Tensor};
 use burn_autodiff::Autodiff;
-use qwen_vl::QwenSample;
 use reducers::{Action, Schedule, Stage};
 use reroute::{GenerationOptions, Prefill, Prompt};
 use reroute_cli::backend::{Backend, Device};
-use reroute_zoo::{PixelTensors, Question, Visual, Vlm};
+use reroute_zoo::{PixelTensors, Question, Sample, Visual, Vlm};
 
 use crate::golden::{open_as, picture};
 use crate::support::values;
@@ -170,17 +169,17 @@ fn gradients_of_the_whole_path_equal_finite_differences() {
 
 /// The prompt of the question, about a picture that the tower has seen.
 fn prompt(vlm: &Vlm<Ad>) -> Prompt<Ad> {
-    let (model, device) = (vlm.model(), vlm.device());
+    let model = vlm.model();
     let image = Visual::Image(picture("llava/input.png"));
     let (view, prepared) = vlm.preprocessor().prepare(&image).expect("a good picture");
-    let pixels = PixelTensors::of(vec![prepared], device).expect("one picture");
+    let pixels = PixelTensors::of(vec![prepared], vlm.device()).expect("one picture");
     let tokens = model.see(pixels).expect("pixels of the family");
-    let sample = QwenSample {
+    let sample = Sample {
         ids: vlm.encode(&question()).expect("a good question"),
         image_grids: vec![view.grid],
         ..Default::default()
     };
-    let prompt = model.prompt(&[sample], &tokens, device);
+    let prompt = model.prompt(&[sample], &tokens);
     prompt.expect("the picture fills the slots")
 }
 

@@ -229,10 +229,10 @@ fn unused_files(stat: &str) -> Option<u64> {
 }
 
 /// How the backend keeps numbers of a type, and what it computes with.
-pub fn numbers(dtype: DType) -> reroute_zoo::Numbers {
-    reroute_zoo::Numbers {
+pub fn numbers(dtype: DType) -> reroute_zoo::Arithmetic {
+    reroute_zoo::Arithmetic {
         bytes: dtype.size(),
-        loops: cfg!(feature = "flex").then(rayon::current_num_threads),
+        threads: cfg!(feature = "flex").then(rayon::current_num_threads),
     }
 }
 

@@ -96,8 +96,7 @@ fn examine(args: &DoctorArgs) -> Report {
     };
     let options = OpenOptions {
         dtype: report.dtype,
-        pad_to_square: args.model.pad_to_square.then_some(true),
-        max_pixels: args.model.max_pixels,
+        images: open::image_options(&args.model),
     };
     let checkup = Checkup::of::<Backend>(&folder, &options, &device);
     for problem in &checkup.problems {
@@ -174,7 +173,7 @@ impl Report {
         let answer = Answer {
             config,
             parameters,
-            preprocessor,
+            preprocessor: preprocessor.as_ref(),
             image_size: args.image_size,
             text_tokens: args.text_tokens as usize,
             dtype: self.dtype,
@@ -451,7 +450,7 @@ mod tests {
                 elements: 1 << 26,
                 largest_elements: 1 << 10,
             },
-            preprocessor: checkup.preprocessor.as_ref().expect("a good fixture"),
+            preprocessor: checkup.preprocessor.as_deref().expect("a good fixture"),
             image_size: [840, 840],
             text_tokens: 320,
             dtype: DType::F32,

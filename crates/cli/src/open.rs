@@ -8,7 +8,7 @@ use anyhow::{Context, bail};
 use burn::tensor::DType;
 use reducers::{Plan, presets};
 use reroute::{GenerationOptions, SamplingOptions};
-use reroute_zoo::{Folder, ModelConfig, OpenOptions, Video, Visual, Vlm};
+use reroute_zoo::{Folder, ImageOptions, ModelConfig, OpenOptions, Video, Visual, Vlm};
 use vision_encoder::{DecodeLimits, RgbImage, decode};
 
 use crate::args::{Dtype, GenerationArgs, ModelArgs, VisualArgs};
@@ -45,13 +45,20 @@ pub(crate) fn folder(path: Option<&Path>) -> anyhow::Result<Folder> {
     }
 }
 
+/// What the flags ask of preprocessing.
+pub(crate) fn image_options(args: &ModelArgs) -> ImageOptions {
+    ImageOptions {
+        pad_to_square: args.pad_to_square.then_some(true),
+        max_pixels: args.max_pixels,
+    }
+}
+
 pub(crate) fn model(args: &ModelArgs) -> anyhow::Result<Vlm<Backend>> {
     let device = backend::device()?;
     let folder = folder(args.model.as_deref())?;
     let options = OpenOptions {
         dtype: args.dtype.burn(),
-        pad_to_square: args.pad_to_square.then_some(true),
-        max_pixels: args.max_pixels,
+        images: image_options(args),
     };
     let show = stderr().is_terminal();
     let vlm = Vlm::open_with_progress(&folder, &options, &device, &mut |progress| {

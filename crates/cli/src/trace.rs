@@ -8,10 +8,12 @@ use std::io::Write;
 use anyhow::{Context, bail};
 use burn::tensor::{DType, Tensor, TensorData};
 use reroute::{Prompt, SampleLayout};
-use reroute_zoo::{ModelConfig, PixelTensors, TensorInputs, TensorOutputs, VisualTokens, Vlm};
+use reroute_zoo::{
+    ModelConfig, Pictures, PixelTensors, TensorInputs, TensorOutputs, VisualTokens, Vlm,
+};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::json;
-use vision_encoder::qwen::Grid;
+use vision_encoder::Grid;
 
 use crate::args::TraceArgs;
 use crate::backend::{Backend, Device};
@@ -95,8 +97,8 @@ fn check_types(
     }
     for (&id, found) in ids.iter().zip(types) {
         let expected = match u32::try_from(id).ok() {
-            Some(id) if id == config.image_token() => 1,
-            Some(id) if Some(id) == config.video_token() => 2,
+            Some(id) if id == config.slots().image => 1,
+            Some(id) if Some(id) == config.slots().video => 2,
             _ => 0,
         };
         if found != expected {
@@ -119,20 +121,15 @@ fn pixels(tensors: &SafeTensors, device: &Device) -> anyhow::Result<PixelTensors
         };
         let values = floats(view, "in.pixel_values")?;
         let data = TensorData::new(values, [images, channels, height, width]);
-        return Ok(PixelTensors::Squares(Tensor::from_data(
-            data,
-            (device, DType::F32),
-        )));
+        let pixels = Tensor::from_data(data, (device, DType::F32));
+        return Ok(PixelTensors::images(Pictures::Fixed(pixels)));
     }
     let videos = tensors.tensor("in.pixel_values_videos").ok();
-    if images.is_none() && videos.is_none() {
-        return Ok(PixelTensors::Nothing);
-    }
     let patches = |view: Option<TensorView>, pixels, grids| {
         view.map(|view| patches(tensors, &view, pixels, grids, device))
             .transpose()
     };
-    Ok(PixelTensors::Patches {
+    Ok(PixelTensors {
         images: patches(images, "in.pixel_values", "in.image_grid_thw")?,
         videos: patches(videos, "in.pixel_values_videos", "in.video_grid_thw")?,
     })
@@ -145,7 +142,7 @@ fn patches(
     pixels: &str,
     grids: &str,
     device: &Device,
-) -> anyhow::Result<(Tensor<Backend, 2>, Vec<Grid>)> {
+) -> anyhow::Result<Pictures<Backend>> {
     let shape = view.shape();
     let [patches, features] = shape[..] else {
         bail!("{pixels} must be [patches, features], but is {shape:?}");
@@ -172,7 +169,7 @@ fn patches(
         .collect::<anyhow::Result<_>>()?;
     let data = TensorData::new(floats(view, pixels)?, [patches, features]);
     let values: Tensor<Backend, 2> = Tensor::from_data(data, (device, DType::F32));
-    Ok((values.transpose(), grids))
+    Ok(Pictures::Patches(values.transpose(), grids))
 }
 
 fn integers(tensors: &SafeTensors, name: &str) -> anyhow::Result<Option<(Vec<usize>, Vec<i64>)>> {
@@ -258,7 +255,7 @@ impl Written {
                 features,
                 images,
                 videos,
-                left: _,
+                reduction: _,
             } = outputs.tokens;
             let embeddings = outputs.prompt.embeddings;
             for (name, features) in [

@@ -2,7 +2,7 @@ use reroute::{DecoderConfig, RopeConfig};
 use serde::Deserialize;
 use vision_encoder::clip::{ClipConfig, ClipVisionConfig};
 
-use crate::LlavaError;
+use reroute_family::FamilyError;
 
 /// `config.json` of a LLaVA-1.5 checkpoint, hub-era or current, with the library's defaults.
 #[derive(Debug, Clone, Deserialize)]
@@ -126,10 +126,10 @@ pub struct LlavaConfig {
 
 impl LlavaHfConfig {
     /// Checks every number and maps the names.
-    pub fn resolve(&self) -> Result<LlavaConfig, LlavaError> {
+    pub fn resolve(&self) -> Result<LlavaConfig, FamilyError> {
         let vision = self.vision_config.resolve()?;
         let text = self.text_config.resolve(self.tie_word_embeddings)?;
-        let unsupported = |what: String| Err(LlavaError::Config(what));
+        let unsupported = |what: String| Err(FamilyError::Config(what));
         if self.vision_feature_select_strategy != "default" {
             return unsupported(format!(
                 "vision_feature_select_strategy \"{}\" is not supported, only \"default\" (patches \
@@ -177,8 +177,8 @@ impl LlavaHfConfig {
 }
 
 impl TextConfig {
-    fn resolve(&self, tied: Option<bool>) -> Result<DecoderConfig, LlavaError> {
-        let unsupported = |what: String| Err(LlavaError::Config(what));
+    fn resolve(&self, tied: Option<bool>) -> Result<DecoderConfig, FamilyError> {
+        let unsupported = |what: String| Err(FamilyError::Config(what));
         if !["llama", "vicuna"].contains(&self.model_type.as_str()) {
             return unsupported(format!(
                 "text_config.model_type \"{}\" is not LLaMA",

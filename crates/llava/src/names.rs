@@ -38,9 +38,6 @@ pub static NAMES: NameTable = NameTable {
     ],
 };
 
-/// The head that some checkpoints store although the embedding table takes its place.
-pub const TIED_HEAD: &str = "language_model.lm_head.weight";
-
 #[cfg(test)]
 mod tests {
     use super::NAMES;

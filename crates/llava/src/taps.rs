@@ -3,22 +3,11 @@
 use burn::tensor::activation::softmax;
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
-use reducers::encoder::{EncoderShape, Tap, Taps};
+use reducers::encoder::{Tap, Taps};
+use reroute_family::{FamilyError, FamilyModel, MeanHidden};
 use vision_encoder::Inspected;
 
-use crate::{Llava, LlavaConfig, LlavaError};
-
-impl LlavaConfig {
-    /// The vision tower as such methods know it.
-    pub fn encoder(&self) -> EncoderShape {
-        EncoderShape {
-            num_layers: self.vision.num_layers,
-            feature_layer: self.vision_layers,
-            num_heads: self.vision.num_heads,
-            class_token: true,
-        }
-    }
-}
+use crate::Llava;
 
 impl<B: Backend> Llava<B> {
     /// Vision features, and whatever else is asked for, of all images side by side. The tower runs
@@ -27,7 +16,7 @@ impl<B: Backend> Llava<B> {
     /// # Shapes
     /// - `pixels`: `[images, 3, image_size, image_size]`
     /// - returns as each [`Tap`] says, times `images` columns
-    pub fn vision_taps(&self, pixels: Tensor<B, 4>, taps: &[Tap]) -> Result<Taps<B>, LlavaError> {
+    pub fn vision_taps(&self, pixels: Tensor<B, 4>, taps: &[Tap]) -> Result<Taps<B>, FamilyError> {
         let images = pixels.dims()[0];
         let layers = taps.iter().map(|tap| match *tap {
             Tap::ClassAttention { layer }
@@ -63,9 +52,9 @@ impl<B: Backend> Llava<B> {
             rows.features(taps, last);
         }
         let mut seen = rows.seen;
-        if let (true, Some(features)) = (taps.contains(&Tap::Embeddings), seen.get(&Tap::Features))
-        {
-            seen.insert(Tap::Embeddings, self.project(features.clone()));
+        if taps.contains(&Tap::Embeddings) {
+            let embeddings = seen.get(&Tap::Features).and_then(|x| self.project(x));
+            seen.extend(embeddings.map(|embeddings| (Tap::Embeddings, embeddings)));
         }
         Ok(seen)
     }
@@ -99,16 +88,12 @@ impl<B: Backend> Rows<B> {
                     Some(received) => self.patches(received),
                     None => continue,
                 },
-                Tap::MeanHidden { first, last } if first <= after && after <= last => {
-                    let share = 1.0 / (last - first + 1) as f64;
-                    let mut sum = self.patches(&inspected.output) * share;
-                    if first == 0 && here == 0 {
-                        sum = sum + self.patches(&inspected.input) * share;
-                    }
-                    match self.seen.get(&tap) {
-                        Some(before) => before.clone() + sum,
-                        None => sum,
-                    }
+                Tap::MeanHidden { .. } => {
+                    let shown = [&inspected.input, &inspected.output];
+                    let (images, tokens) = (self.images, self.tokens);
+                    let rows = |x: &Tensor<B, 2>| patches(x, images, tokens);
+                    MeanHidden::add(&mut self.seen, tap, here, shown, rows);
+                    continue;
                 }
                 _ => continue,
             };
@@ -125,13 +110,8 @@ impl<B: Backend> Rows<B> {
         }
     }
 
-    /// `[features, images · (1 + patches)]` → `[features, images · patches]`
     fn patches(&self, x: &Tensor<B, 2>) -> Tensor<B, 2> {
-        let features = x.dims()[0];
-        x.clone()
-            .reshape([features, self.images, self.tokens])
-            .narrow(2, 1, self.tokens - 1)
-            .reshape([features, self.images * (self.tokens - 1)])
+        patches(x, self.images, self.tokens)
     }
 
     /// `[features, images · (1 + patches)]` → `[features, images]`
@@ -160,4 +140,13 @@ impl<B: Backend> Rows<B> {
         };
         Tensor::cat((0..self.images).map(of_image).collect(), 1)
     }
+}
+
+/// `[features, images · (1 + patches)]` → `[features, images · patches]`
+fn patches<B: Backend>(x: &Tensor<B, 2>, images: usize, tokens: usize) -> Tensor<B, 2> {
+    let features = x.dims()[0];
+    x.clone()
+        .reshape([features, images, tokens])
+        .narrow(2, 1, tokens - 1)
+        .reshape([features, images * (tokens - 1)])
 }

@@ -2,7 +2,7 @@ use reroute::{DecoderConfig, MAX_HEAD_DIM, RopeConfig};
 use serde::Deserialize;
 use vision_encoder::qwen::{QwenGeneration, QwenTowerConfig, QwenVisionConfig};
 
-use crate::QwenVlError;
+use reroute_family::FamilyError;
 
 /// `config.json` of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint: hub-era (the first two have the
 /// text model's fields at the top level) or current, with the library's defaults.
@@ -118,13 +118,13 @@ pub struct QwenVlConfig {
     pub video_token: u32,
 }
 
-fn unsupported<T>(what: String) -> Result<T, QwenVlError> {
-    Err(QwenVlError::Config(what))
+fn unsupported<T>(what: String) -> Result<T, FamilyError> {
+    Err(FamilyError::Config(what))
 }
 
 impl QwenVlHfConfig {
     /// Checks every number and maps the names.
-    pub fn resolve(&self) -> Result<QwenVlConfig, QwenVlError> {
+    pub fn resolve(&self) -> Result<QwenVlConfig, FamilyError> {
         let generation = match self.model_type.as_str() {
             "qwen2_vl" => QwenGeneration::Qwen2,
             "qwen2_5_vl" => QwenGeneration::Qwen2_5,
@@ -174,7 +174,7 @@ impl TextConfig {
         &self,
         generation: QwenGeneration,
         tied: bool,
-    ) -> Result<DecoderConfig, QwenVlError> {
+    ) -> Result<DecoderConfig, FamilyError> {
         let is_qwen3 = generation == QwenGeneration::Qwen3;
         let default = if is_qwen3 { QWEN3 } else { QWEN2 };
         if let Some(act) = self.hidden_act.as_deref().filter(|act| *act != "silu") {
@@ -245,7 +245,7 @@ impl TextConfig {
         head_dim: usize,
         interleaved: bool,
         default: &Defaults,
-    ) -> Result<RopeConfig, QwenVlError> {
+    ) -> Result<RopeConfig, FamilyError> {
         let given = self.rope_scaling.as_ref().or(self.rope_parameters.as_ref());
         let rope = given.cloned().unwrap_or_default();
         for kind in [&rope.rope_type, &rope.r#type].into_iter().flatten() {

@@ -36,6 +36,3 @@ pub static NAMES: NameTable = NameTable {
     // Buffers that old libraries saved.
     ignore: &["*.rotary_emb.inv_freq", "*.rotary_pos_emb.inv_freq"],
 };
-
-/// The head that some checkpoints store although the embedding table takes its place.
-pub const TIED_HEAD: &str = "language_model.lm_head.weight";

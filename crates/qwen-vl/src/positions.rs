@@ -1,37 +1,11 @@
-use std::fmt;
 use std::iter::repeat_n;
 
-use vision_encoder::qwen::{Grid, QwenGeneration};
+use vision_encoder::Grid;
+use vision_encoder::qwen::QwenGeneration;
 
-use crate::{QwenSample, QwenVlConfig, QwenVlError};
+use reroute_family::{FamilyConfig, FamilyError, Modality, RowPositions, Sample};
 
-/// What a slot stands for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Modality {
-    /// A visual token of an image.
-    Image,
-    /// A visual token of a video.
-    Video,
-}
-
-impl fmt::Display for Modality {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Image => "image",
-            Self::Video => "video",
-        })
-    }
-}
-
-/// M-RoPE positions of one prompt (arXiv 2409.12191, §2.1).
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct MropePositions {
-    /// `[3][rows]`: time, height, width; all three are equal in text.
-    pub axes: [Vec<i64>; 3],
-    /// Position of the first generated token, one above the largest of all; less the number of rows,
-    /// this is what the library calls `rope_deltas`.
-    pub next: i64,
-}
+use crate::QwenVlConfig;
 
 /// Visual tokens that follow one another without text: an image, a video, or a frame of Qwen3-VL.
 #[derive(Debug, Clone, Copy)]
@@ -43,29 +17,20 @@ struct Block {
 }
 
 impl QwenVlConfig {
-    /// What a token id is a slot of, `None` for text.
-    pub fn modality(&self, id: u32) -> Option<Modality> {
-        match id {
-            _ if id == self.image_token => Some(Modality::Image),
-            _ if id == self.video_token => Some(Modality::Video),
-            _ => None,
-        }
-    }
-
-    /// Where every token of a prompt stands, as the library's `get_rope_index` (transformers 5.23) has it.
+    /// M-RoPE positions of a prompt, time, height and width (arXiv 2409.12191, §2.1), as the library's `get_rope_index` (transformers 5.23) has it.
     ///
     /// Text advances all axes by one. A block of visual tokens counts time, height and width from where it
     /// begins, and what follows stands behind the longer of its two spatial sides, however long it lasts.
-    pub fn positions(&self, sample: &QwenSample) -> Result<MropePositions, QwenVlError> {
+    pub fn mrope(&self, sample: &Sample) -> Result<RowPositions, FamilyError> {
         let mut images = self.images(sample)?.into_iter();
         let mut frames = self
             .videos(sample)?
             .into_iter()
             .flat_map(|video| self.split(video));
-        let mut positions = MropePositions::default();
+        let (slots, mut positions) = (self.slots(), Mrope::default());
         let (mut row, mut next) = (0, 0);
         while let Some(&id) = sample.ids.get(row) {
-            let Some(modality) = self.modality(id) else {
+            let Some(modality) = slots.modality(id) else {
                 positions.push([next; 3]);
                 row += 1;
                 next += 1;
@@ -75,15 +40,15 @@ impl QwenVlConfig {
                 Modality::Image => images.next(),
                 Modality::Video => frames.next(),
             };
-            let block = block.ok_or(QwenVlError::TooManySlots { modality, row })?;
+            let block = block.ok_or(FamilyError::TooManySlots { modality, row })?;
             let tokens = block.tokens();
             let run = sample.ids[row..].iter().take(tokens);
-            let slots = run.take_while(|&&other| other == id).count();
-            if slots < tokens {
-                return Err(QwenVlError::Slots {
+            let found = run.take_while(|&&other| other == id).count();
+            if found < tokens {
+                return Err(FamilyError::Slots {
                     modality,
                     row,
-                    slots,
+                    slots: found,
                     tokens,
                 });
             }
@@ -98,22 +63,25 @@ impl QwenVlConfig {
             (Modality::Video, frames.next(), sample.video_grids.len()),
         ] {
             if left.is_some() {
-                return Err(QwenVlError::TooFewSlots { modality, given });
+                return Err(FamilyError::TooFewSlots { modality, given });
             }
         }
-        Ok(positions)
+        Ok(RowPositions {
+            axes: positions.axes.into(),
+            next: positions.next,
+        })
     }
 
-    fn images(&self, sample: &QwenSample) -> Result<Vec<Block>, QwenVlError> {
+    fn images(&self, sample: &Sample) -> Result<Vec<Block>, FamilyError> {
         let grids = sample.image_grids.iter();
         grids.map(|&grid| self.block(grid, 1.0)).collect()
     }
 
-    fn videos(&self, sample: &QwenSample) -> Result<Vec<Block>, QwenVlError> {
+    fn videos(&self, sample: &Sample) -> Result<Vec<Block>, FamilyError> {
         let (videos, given) = (sample.video_grids.len(), &sample.second_per_grid_ts);
         let is_duration = |seconds: &f32| seconds.is_finite() && *seconds >= 0.0;
         if !(given.is_empty() || given.len() == videos) || !given.iter().all(is_duration) {
-            return Err(QwenVlError::SecondsPerGrid {
+            return Err(FamilyError::SecondsPerGrid {
                 given: given.clone(),
                 videos,
             });
@@ -127,7 +95,7 @@ impl QwenVlConfig {
         sample.video_grids.iter().enumerate().map(block).collect()
     }
 
-    fn block(&self, grid: Grid, interval: f32) -> Result<Block, QwenVlError> {
+    fn block(&self, grid: Grid, interval: f32) -> Result<Block, FamilyError> {
         let merge = self.vision.spatial_merge_size;
         let size = [grid.t, grid.h / merge, grid.w / merge];
         let tokens = size[0]
@@ -136,7 +104,7 @@ impl QwenVlConfig {
         let whole = grid.h.is_multiple_of(merge) && grid.w.is_multiple_of(merge);
         match tokens {
             Some(1..) if whole => Ok(Block { size, interval }),
-            _ => Err(QwenVlError::Grid { grid, merge }),
+            _ => Err(FamilyError::Grid { grid, merge }),
         }
     }
 
@@ -169,7 +137,14 @@ impl Block {
     }
 }
 
-impl MropePositions {
+/// Positions as they are counted.
+#[derive(Default)]
+struct Mrope {
+    axes: [Vec<i64>; 3],
+    next: i64,
+}
+
+impl Mrope {
     fn push(&mut self, place: [i64; 3]) {
         for (axis, position) in self.axes.iter_mut().zip(place) {
             axis.push(position);

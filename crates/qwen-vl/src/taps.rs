@@ -2,23 +2,12 @@
 
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
-use reducers::encoder::{EncoderShape, Tap, Taps};
+use reducers::encoder::{Tap, Taps};
+use reroute_family::{FamilyError, FamilyModel, MeanHidden};
 use vision_encoder::Inspected;
-use vision_encoder::qwen::{Grid, QwenVisionOutput};
+use vision_encoder::{Grid, VisionOutput};
 
-use crate::{QwenVl, QwenVlConfig, QwenVlError};
-
-impl QwenVlConfig {
-    /// The vision tower as such methods know it.
-    pub fn encoder(&self) -> EncoderShape {
-        EncoderShape {
-            num_layers: self.vision.num_layers,
-            feature_layer: self.vision.num_layers,
-            num_heads: self.vision.num_heads,
-            class_token: false,
-        }
-    }
-}
+use crate::QwenVl;
 
 impl<B: Backend> QwenVl<B> {
     /// The tower's output, and whatever else is asked for, one column per visual token.
@@ -31,7 +20,7 @@ impl<B: Backend> QwenVl<B> {
         patches: Tensor<B, 2>,
         grids: &[Grid],
         taps: &[Tap],
-    ) -> Result<(QwenVisionOutput<B>, Taps<B>), QwenVlError> {
+    ) -> Result<(VisionOutput<B>, Taps<B>), FamilyError> {
         let received: Vec<usize> = taps
             .iter()
             .filter_map(|tap| match *tap {
@@ -73,7 +62,6 @@ fn see<B: Backend>(
     inspected: &Inspected<B>,
     patches_per_token: usize,
 ) {
-    let after = inspected.layer + 1;
     let shown = match tap {
         Tap::Keys { layer } if layer == inspected.layer => {
             token_means(&inspected.keys, patches_per_token)
@@ -83,18 +71,10 @@ fn see<B: Backend>(
             None => return,
         },
         // Per patch; merged when all are there.
-        Tap::MeanHidden { first, last } | Tap::MeanHiddenInWindows { first, last }
-            if first <= after && after <= last =>
-        {
-            let share = 1.0 / (last - first + 1) as f64;
-            let mut sum = inspected.output.clone() * share;
-            if first == 0 && inspected.layer == 0 {
-                sum = sum + inspected.input.clone() * share;
-            }
-            match seen.get(&tap) {
-                Some(before) => before.clone() + sum,
-                None => sum,
-            }
+        Tap::MeanHidden { .. } | Tap::MeanHiddenInWindows { .. } => {
+            let shown = [&inspected.input, &inspected.output];
+            MeanHidden::add(seen, tap, inspected.layer, shown, Tensor::clone);
+            return;
         }
         _ => return,
     };

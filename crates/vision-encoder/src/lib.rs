@@ -2,18 +2,23 @@
 //!
 //! [`decode`] → [`RgbImage`], and from there
 //! - [`ClipPreprocessor`] → [`Pixels`] → [`to_tensor`] → [`clip::ClipVisionTower`], or
-//! - [`qwen::QwenPreprocessor`] → [`qwen::QwenPixels`] → [`qwen::pack`] → [`qwen::QwenVisionTower`].
+//! - [`qwen::QwenPreprocessor`] → [`qwen::PatchPixels`] → [`qwen::pack`] → [`qwen::QwenVisionTower`].
 
 pub mod clip;
 mod error;
+mod grid;
 mod image;
 mod inspect;
 mod normalise;
+mod output;
 pub mod qwen;
 mod resize;
 
 pub use clip::{ClipPreprocessor, ClipPreprocessorConfig, Pixels, to_tensor};
 pub use error::VisionError;
+pub use grid::Grid;
 pub use image::{DecodeLimits, RgbImage, decode};
 pub use inspect::Inspected;
+pub use output::VisionOutput;
+pub use qwen::{PatchPixels, pack};
 pub use resize::{Canvas, Window, resize_bicubic};

@@ -8,7 +8,6 @@
 mod arrangement;
 mod block;
 mod config;
-mod grid;
 mod merger;
 mod norm;
 mod position;
@@ -17,8 +16,7 @@ mod smart_resize;
 mod tower;
 
 pub use config::{QwenGeneration, QwenTowerConfig, QwenVisionConfig, WindowConfig};
-pub use grid::Grid;
 pub use preprocess::{
-    DEFAULT_MAX_PIXELS, QwenPixels, QwenPreprocessor, QwenPreprocessorConfig, pack,
+    DEFAULT_MAX_PIXELS, PatchPixels, QwenPreprocessor, QwenPreprocessorConfig, pack,
 };
-pub use tower::{QwenVisionOutput, QwenVisionTower};
+pub use tower::QwenVisionTower;

@@ -3,9 +3,10 @@
 use burn::tensor::{DType, Tensor};
 use burn_flex::Flex;
 use serde_json::{Value, json};
+use vision_encoder::Grid;
 use vision_encoder::VisionError;
 use vision_encoder::qwen::{
-    Grid, QwenGeneration, QwenTowerConfig, QwenVisionConfig, QwenVisionTower, WindowConfig,
+    QwenGeneration, QwenTowerConfig, QwenVisionConfig, QwenVisionTower, WindowConfig,
 };
 
 use QwenGeneration::{Qwen2, Qwen2_5, Qwen3};

@@ -4,7 +4,8 @@ use burn::tensor::{DType, Tensor};
 use burn_flex::Flex;
 use peak_alloc::PeakAlloc;
 use serde_json::json;
-use vision_encoder::qwen::{Grid, QwenGeneration, QwenVisionConfig, QwenVisionTower};
+use vision_encoder::Grid;
+use vision_encoder::qwen::{QwenGeneration, QwenVisionConfig, QwenVisionTower};
 
 #[global_allocator]
 static HEAP: PeakAlloc = PeakAlloc;

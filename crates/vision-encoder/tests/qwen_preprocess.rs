@@ -7,8 +7,9 @@ use burn_flex::Flex;
 use proptest::prelude::*;
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
+use vision_encoder::Grid;
 use vision_encoder::qwen::{
-    DEFAULT_MAX_PIXELS, Grid, QwenGeneration, QwenPixels, QwenPreprocessor, QwenPreprocessorConfig,
+    DEFAULT_MAX_PIXELS, PatchPixels, QwenGeneration, QwenPreprocessor, QwenPreprocessorConfig,
     QwenTowerConfig, QwenVisionConfig, pack,
 };
 use vision_encoder::{DecodeLimits, RgbImage, VisionError, decode};
@@ -364,7 +365,7 @@ fn patches_of_different_preprocessors_or_none_are_not_packed() {
         let preprocessor = plain(Qwen2, side, 64, 4096);
         preprocessor.image(&pattern(24, 24, 0)).expect("pixels")
     };
-    let huge = QwenPixels {
+    let huge = PatchPixels {
         grid: Grid {
             t: usize::MAX,
             h: usize::MAX,

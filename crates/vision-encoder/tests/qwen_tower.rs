@@ -11,9 +11,8 @@ use proptest::prelude::*;
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 use vision_encoder::VisionError;
-use vision_encoder::qwen::{
-    Grid, QwenGeneration, QwenTowerConfig, QwenVisionConfig, QwenVisionOutput, QwenVisionTower,
-};
+use vision_encoder::qwen::{QwenGeneration, QwenTowerConfig, QwenVisionConfig, QwenVisionTower};
+use vision_encoder::{Grid, VisionOutput};
 
 const GENERATIONS: [(QwenGeneration, &str); 3] = [
     (QwenGeneration::Qwen2, "qwen2"),
@@ -141,7 +140,7 @@ fn inspected(
     tower: &QwenVisionTower<Flex>,
     patches: Tensor<Flex, 2>,
     grids: &[Grid],
-) -> (QwenVisionOutput<Flex>, Vec<Tensor<Flex, 2>>) {
+) -> (VisionOutput<Flex>, Vec<Tensor<Flex, 2>>) {
     let mut states = Vec::new();
     let output = tower.forward_inspected(patches, grids, &[], &mut |seen| {
         if seen.layer == 0 {

@@ -9,8 +9,7 @@ use reroute::{
 use vision_encoder::RgbImage;
 
 use crate::messages::{Content, Message, Role};
-use crate::visual::Leftover;
-use crate::{Routing, VideoTime, View, Visual, Vlm, ZooError};
+use crate::{Reduction, Routing, VideoTime, View, Visual, Vlm, ZooError};
 
 /// A question about any number of images and videos.
 #[derive(Debug, Clone)]
@@ -92,7 +91,7 @@ pub(crate) struct Prefilled<B: Backend> {
     pub(crate) ids: Vec<Vec<u32>>,
     /// Views of each sample.
     pub(crate) views: Vec<Vec<View>>,
-    pub(crate) left: Option<Leftover>,
+    pub(crate) reduction: Option<Reduction>,
     pub(crate) prompt: Prompt<B>,
     pub(crate) prefill: Prefill<B>,
     pub(crate) timings: Timings,
@@ -151,7 +150,7 @@ impl<B: Backend> Vlm<B> {
         let prefilled = Prefilled {
             ids,
             views,
-            left: tokens.left,
+            reduction: tokens.reduction,
             prompt,
             prefill,
             timings,
@@ -169,12 +168,12 @@ impl<B: Backend> Vlm<B> {
         let Prefilled {
             ids,
             views,
-            left,
+            reduction,
             prompt,
             prefill,
             mut timings,
         } = prefilled;
-        let mut left = left.map(|left| [left.images, left.videos].map(Vec::into_iter));
+        let mut kept = reduction.map(|kept| [kept.images, kept.videos].map(Vec::into_iter));
         let decoder = self.model().decoder();
         let started = Instant::now();
         let mut cache = prefill.cache;
@@ -190,7 +189,7 @@ impl<B: Backend> Vlm<B> {
             let text = self.tokenizer().decode(&generation.tokens)?;
             let cells = views.iter().enumerate().map(|(view, seen)| {
                 let kind = usize::from(seen.time.is_some());
-                let kept = left.as_mut().and_then(|left| left[kind].next());
+                let kept = kept.as_mut().and_then(|kept| kept[kind].next());
                 let places = match kept {
                     Some(kept) => kept.places,
                     None => (0..seen.token_count()).map(Some).collect(),

@@ -1,10 +1,12 @@
 //! What is wrong with a checkpoint folder, all of it, before a weight is read.
 
+use std::sync::Arc;
+
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
 use reroute_checkpoint::{CONFIG_MAX_BYTES, Folder, Shards, TOKENIZER_MAX_BYTES};
-use vision_encoder::qwen::Grid;
+use vision_encoder::Grid;
 
 use crate::grounding::GroundingFormat;
 use crate::messages::{Content, Message, Role};
@@ -20,7 +22,7 @@ pub struct Checkup {
     /// The resolved configuration.
     pub config: Option<ModelConfig>,
     /// Preprocessing of images and videos.
-    pub preprocessor: Option<Preprocessor>,
+    pub preprocessor: Option<Arc<dyn Preprocessor>>,
     /// Parameters of the model that the configuration describes.
     pub parameters: Option<Parameters>,
     /// Everything found, in the order in which files are opened.
@@ -61,10 +63,9 @@ impl Checkup {
         let shards = Shards::open(folder).map_err(ZooError::from);
         let shards = found.note("weights", shards);
         if let Some(config) = found.config.clone() {
-            found.preprocessor = found.note(
-                "preprocessor_config.json",
-                Preprocessor::open(folder, &config, options),
-            );
+            let preprocessor = config.preprocessor(folder, &options.images);
+            let preprocessor = preprocessor.map_err(ZooError::from);
+            found.preprocessor = found.note("preprocessor_config.json", preprocessor);
             let template = ChatTemplate::open(folder, config.dialect());
             let template = found.note("chat template", template);
             if let (Some(tokenizer), Some(template)) = (tokenizer, template) {
@@ -118,7 +119,7 @@ fn ask(
 /// The tokenizer, if it can be read, and belongs to the model as far as that is known.
 fn tokenizer(folder: &Folder, config: Option<&ModelConfig>) -> Result<Tokenizer, ZooError> {
     let json = folder.read("tokenizer.json", TOKENIZER_MAX_BYTES)?;
-    let slots = config.map_or_else(Vec::new, ModelConfig::slot_tokens);
+    let slots = config.map_or_else(Vec::new, |config| config.slots().all());
     let tokenizer = Tokenizer::from_json(&json, &slots)?;
     if let Some(config) = config {
         check_vocabulary(config, &tokenizer)?;

@@ -74,7 +74,7 @@ impl<'a, B: Backend> Conversation<'a, B> {
         let started = Instant::now();
         let ids = vec![vlm.encode_messages(&messages, &views)?];
         let samples = vec![views.clone()];
-        let (prompt, left) = vlm.prompt(&ids, &samples, &tokens)?;
+        let (prompt, kept) = vlm.prompt(&ids, &samples, &tokens)?;
         let options = PrefillOptions {
             keep_pool: true,
             ..Default::default()
@@ -86,7 +86,7 @@ impl<'a, B: Backend> Conversation<'a, B> {
             Some((mut cache, known)) => {
                 let same = known
                     .iter()
-                    .zip(&left[0])
+                    .zip(&kept[0])
                     .take_while(|(a, b)| a == b)
                     .count();
                 cache.truncate(0, same);
@@ -96,14 +96,14 @@ impl<'a, B: Backend> Conversation<'a, B> {
         };
         vlm.finish(started, &mut timings.prefill);
 
-        let mut known = left[0].clone();
+        let mut known = kept[0].clone();
         // After a video the text goes on behind its longer side, but an answer behind its last
         // moment (as in transformers): such an answer is computed again where it stands in the text.
         let keeps_answer = views.iter().all(|view| view.time.is_none());
         let prefilled = Prefilled {
             ids,
             views: samples,
-            left: tokens.left.clone(),
+            reduction: tokens.reduction.clone(),
             prompt,
             prefill,
             timings,

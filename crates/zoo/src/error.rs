@@ -1,8 +1,7 @@
-use llava::LlavaError;
-use qwen_vl::QwenVlError;
 use reducers::ReducerError;
 use reroute::RerouteError;
 use reroute_checkpoint::CheckpointError;
+use reroute_family::FamilyError;
 use vision_encoder::VisionError;
 
 /// Why a checkpoint could not be opened or a question not answered.
@@ -18,25 +17,11 @@ pub enum ZooError {
         /// What config.json says.
         found: String,
         /// What can be opened.
-        known: &'static str,
+        known: String,
     },
-    /// LLaVA.
+    /// The family: its configuration, preprocessing or prompts.
     #[error(transparent)]
-    Llava(#[from] LlavaError),
-    /// Qwen-VL.
-    #[error(transparent)]
-    Qwen(#[from] QwenVlError),
-    /// LLaVA has never seen a video.
-    #[error("this model takes images only, no videos; give single frames as images")]
-    NoVideos,
-    /// Pixel tensors of another family.
-    #[error("the pixels are {given}, this model takes {wanted}")]
-    WrongPixels {
-        /// What was given.
-        given: &'static str,
-        /// What the model takes.
-        wanted: &'static str,
-    },
+    Family(#[from] FamilyError),
     /// Images.
     #[error(transparent)]
     Vision(#[from] VisionError),
@@ -72,22 +57,6 @@ pub enum ZooError {
         name: String,
         /// What is wrong with it.
         reason: String,
-    },
-    /// The preprocessor cannot make what the model wants.
-    #[error(
-        "preprocessor_config.json makes {made} pixel images, the vision tower wants {wanted}: the files do not belong together"
-    )]
-    ImageSize {
-        /// Size the preprocessor makes.
-        made: String,
-        /// Size the tower wants.
-        wanted: String,
-    },
-    /// A video without a frame rate has no times.
-    #[error("{fps} is no frame rate: times in the video need frames per second, greater than zero")]
-    FrameRate {
-        /// Frames per second.
-        fps: f64,
     },
     /// No box in an answer that should have one.
     #[error("the answer \"{answer}\" has no box in it (four numbers in brackets)")]

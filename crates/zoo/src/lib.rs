@@ -51,35 +51,30 @@
 mod answer;
 mod checkup;
 mod conversation;
-mod dialect;
 mod error;
-mod family;
+mod families;
 pub mod grounding;
-mod memory;
 pub mod messages;
-mod reduction;
 mod routing;
 mod template;
 mod tensors;
 mod tokenizer;
 mod training;
-mod visual;
 mod vlm;
 
 pub use answer::{Answer, Question, Timings};
 pub use checkup::{Checkup, Parameters, Problem};
 pub use conversation::Conversation;
-pub use dialect::Dialect;
 pub use error::ZooError;
-pub use family::{Model, ModelConfig};
-pub use memory::{Memory, Numbers, Picture};
-pub use reduction::Kept;
+pub use families::{Model, ModelConfig};
 pub use reroute_checkpoint::Folder;
-pub use routing::{EncoderStep, Routing};
+pub use reroute_family::{
+    Arithmetic, Dialect, EncoderStep, FamilyConfig, FamilyError, FamilyModel, ImageOptions,
+    KeptTokens, Memory, Modality, Picture, Pictures, PixelTensors, Prepared, Preprocessor,
+    Reduction, Sample, Video, VideoTime, View, Visual, VisualTokens,
+};
+pub use routing::Routing;
 pub use template::ChatTemplate;
 pub use tensors::{TensorInputs, TensorOutputs};
 pub use tokenizer::Tokenizer;
-pub use visual::{
-    Leftover, PixelTensors, Prepared, Preprocessor, Video, VideoTime, View, Visual, VisualTokens,
-};
 pub use vlm::{Grounding, OpenOptions, Vlm};

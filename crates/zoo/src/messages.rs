@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::{Dialect, Tokenizer, ZooError};
+use crate::{Dialect, Modality, Tokenizer};
 
 /// One turn of a conversation.
 #[derive(Debug, Clone, PartialEq)]
@@ -31,7 +31,7 @@ pub enum Content {
     Image,
     /// A video.
     Video {
-        /// The time of each temporal patch, see [`patch_seconds`]; written into the prompt by models
+        /// The time of each temporal patch, see [`VideoTime`](reroute_family::VideoTime); written into the prompt by models
         /// that read it there.
         seconds: Vec<f64>,
     },
@@ -42,8 +42,8 @@ pub enum Content {
 /// The slots that one kind of media has in a prompt.
 #[derive(Debug, Clone, Copy)]
 pub struct Slots<'a> {
-    /// What is shown, in a word.
-    pub kind: &'a str,
+    /// What is shown.
+    pub modality: Modality,
     /// The token that stands for a visual token.
     pub token: u32,
     /// Visual tokens of each slot, in order.
@@ -103,29 +103,11 @@ impl Message {
     }
 }
 
-/// The time of each temporal patch of a video in seconds: midway between its first and its last frame.
-///
-/// `frames` are the numbers of the frames that were taken from a video of `fps` frames per second. The
-/// last one is repeated to fill the last patch, as the Qwen3-VL processor does.
-pub fn patch_seconds(
-    frames: &[usize],
-    fps: f64,
-    temporal_patch_size: usize,
-) -> Result<Vec<f64>, ZooError> {
-    if !fps.is_finite() || fps <= 0.0 {
-        return Err(ZooError::FrameRate { fps });
-    }
-    let seconds = |frame: Option<&usize>| frame.map(|&frame| frame as f64 / fps);
-    let patches = frames.chunks(temporal_patch_size.max(1));
-    let middle = |patch: &[usize]| Some((seconds(patch.first())? + seconds(patch.last())?) / 2.0);
-    Ok(patches.filter_map(middle).collect())
-}
-
 /// Repeats the token of each slot as often as the slot has visual tokens. Fails with what is wrong,
 /// as the end of a sentence about the template, unless there are as many slots as lengths.
 pub(crate) fn expand(ids: &[u32], slots: &[Slots]) -> Result<Vec<u32>, String> {
     for Slots {
-        kind,
+        modality,
         token,
         lengths,
     } in slots
@@ -133,7 +115,7 @@ pub(crate) fn expand(ids: &[u32], slots: &[Slots]) -> Result<Vec<u32>, String> {
         let made = ids.iter().filter(|&id| id == token).count();
         if made != lengths.len() {
             return Err(format!(
-                "makes {made} {kind} slots for {} {kind}s (the {kind} token of config.json is {token})",
+                "makes {made} {modality} slots for {} {modality}s (the {modality} token of config.json is {token})",
                 lengths.len()
             ));
         }

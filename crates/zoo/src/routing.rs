@@ -1,6 +1,7 @@
 use burn::tensor::backend::Backend;
 use reducers::encoder::EncoderReducer;
-use reducers::{Keep, Plan, Positions, Rest, Schedule, Scorer};
+use reducers::{Plan, Schedule, Scorer};
+use reroute_family::EncoderStep;
 
 /// How visual tokens are reduced: the data of a [`Plan`] or [`Schedule`] (both convert), or rules of
 /// one's own in place of the built-in ones.
@@ -12,19 +13,6 @@ pub struct Routing<'a, B: Backend> {
     pub schedule: &'a Schedule,
     /// Ranks instead of the schedule's own scores.
     pub scorer: Option<&'a dyn Scorer<B>>,
-}
-
-/// A reduction of every picture before the decoder.
-#[derive(Clone, Copy)]
-pub struct EncoderStep<'a, B: Backend> {
-    /// Which tokens, and what they are made of.
-    pub reducer: &'a dyn EncoderReducer<B>,
-    /// How many of a picture, or of a time step of a video.
-    pub keep: Keep,
-    /// What becomes of the others.
-    pub rest: Rest,
-    /// The positions of those kept.
-    pub positions: Positions,
 }
 
 impl<'a, B: Backend> From<&'a Schedule> for Routing<'a, B> {

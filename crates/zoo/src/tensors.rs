@@ -2,12 +2,12 @@ use std::ops::ControlFlow;
 
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
-use qwen_vl::QwenSample;
 use reroute::{
     Generation, GenerationOptions, HiddenStates, KvCache, PrefillOptions, Prompt, RoutingTrace,
     generate,
 };
-use vision_encoder::qwen::Grid;
+use reroute_family::{Modality, Sample};
+use vision_encoder::Grid;
 
 use crate::{PixelTensors, Routing, VisualTokens, Vlm, ZooError};
 
@@ -55,11 +55,8 @@ impl<B: Backend> Vlm<B> {
         let samples = self.with_grids(&inputs);
         let routing = routing.into();
         let pixels = inputs.pixels.cast(self.dtype());
-        let tokens = match &routing.encoder {
-            Some(step) => model.see_reduced(pixels, step, Default::default())?,
-            None => model.see(pixels)?,
-        };
-        let prompt = model.prompt(&samples, &tokens, self.device())?;
+        let tokens = model.see_reduced(pixels, routing.encoder.as_ref(), Default::default())?;
+        let prompt = model.prompt(&samples, &tokens)?;
         let decoder = model.decoder();
         let options = PrefillOptions {
             hidden_states,
@@ -99,15 +96,18 @@ impl<B: Backend> Vlm<B> {
     }
 
     /// Gives every sample the images and videos that its slots ask for, in order.
-    fn with_grids(&self, inputs: &TensorInputs<B>) -> Vec<QwenSample> {
-        let [images, videos] = inputs.pixels.grids();
-        let images = self.split(images, &inputs.samples, Some(self.config().image_token()));
-        let videos = self.split(videos, &inputs.samples, self.config().video_token());
+    fn with_grids(&self, inputs: &TensorInputs<B>) -> Vec<Sample> {
+        let [images, videos] = Modality::ALL.map(|modality| {
+            let pictures = inputs.pixels.of_modality(modality);
+            let grids = pictures.map_or(&[][..], |pictures| pictures.grids());
+            let slot = self.config().slots().of(modality);
+            self.split(grids, &inputs.samples, slot)
+        });
         let mut seconds = inputs.second_per_grid_ts.iter().copied();
         let visuals = images.into_iter().zip(videos);
         let samples = inputs.samples.iter().zip(visuals);
         samples
-            .map(|(ids, (image_grids, video_grids))| QwenSample {
+            .map(|(ids, (image_grids, video_grids))| Sample {
                 ids: ids.clone(),
                 second_per_grid_ts: seconds.by_ref().take(video_grids.len()).collect(),
                 image_grids,

@@ -1,17 +1,20 @@
+use std::sync::Arc;
+
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
-use qwen_vl::QwenSample;
 use reducers::encoder::Tap;
 use reroute::{DecoderConfig, Drift, GenerationOptions, Prompt};
 use reroute_checkpoint::{CONFIG_MAX_BYTES, Folder, LoadProgress, TOKENIZER_MAX_BYTES};
+use reroute_family::kept_rows;
 use serde::Deserialize;
 use vision_encoder::RgbImage;
 
 use crate::grounding::{BoundingBox, GroundingFormat, parse_box};
 use crate::messages::{Message, Slots};
 use crate::{
-    Answer, ChatTemplate, EncoderStep, Model, ModelConfig, PixelTensors, Prepared, Preprocessor,
-    Question, Routing, Tokenizer, View, Visual, VisualTokens, ZooError,
+    Answer, ChatTemplate, EncoderStep, ImageOptions, Modality, Model, ModelConfig, PixelTensors,
+    Prepared, Preprocessor, Question, Routing, Sample, Tokenizer, View, Visual, VisualTokens,
+    ZooError,
 };
 
 /// A vision-language model with everything it needs to answer.
@@ -23,7 +26,7 @@ pub struct Vlm<B: Backend> {
     model: Model<B>,
     tokenizer: Tokenizer,
     template: ChatTemplate,
-    preprocessor: Preprocessor,
+    preprocessor: Arc<dyn Preprocessor>,
     grounding: GroundingFormat,
     generation: GenerationOptions,
     dtype: DType,
@@ -35,20 +38,15 @@ pub struct Vlm<B: Backend> {
 pub struct OpenOptions {
     /// Type that weights are converted to: f32, f16 or bf16.
     pub dtype: DType,
-    /// LLaVA: pad images to a square instead of cropping, as the original code does; `None` follows
-    /// `preprocessor_config.json`.
-    pub pad_to_square: Option<bool>,
-    /// Qwen: largest area of an image in pixels; `None` is the checkpoint's own limit, but at most
-    /// [`DEFAULT_MAX_PIXELS`](vision_encoder::qwen::DEFAULT_MAX_PIXELS).
-    pub max_pixels: Option<usize>,
+    /// What preprocessing does beyond what the checkpoint says.
+    pub images: ImageOptions,
 }
 
 impl Default for OpenOptions {
     fn default() -> Self {
         Self {
             dtype: DType::F32,
-            pad_to_square: None,
-            max_pixels: None,
+            images: ImageOptions::default(),
         }
     }
 }
@@ -98,10 +96,10 @@ impl<B: Backend> Vlm<B> {
     ) -> Result<Self, ZooError> {
         let config = ModelConfig::open(folder)?;
         let tokenizer = folder.read("tokenizer.json", TOKENIZER_MAX_BYTES)?;
-        let tokenizer = Tokenizer::from_json(&tokenizer, &config.slot_tokens())?;
+        let tokenizer = Tokenizer::from_json(&tokenizer, &config.slots().all())?;
         check_vocabulary(&config, &tokenizer)?;
         let generation: GenerationConfig = optional(folder, "generation_config.json")?;
-        let preprocessor = Preprocessor::open(folder, &config, options)?;
+        let preprocessor = config.preprocessor(folder, &options.images)?;
         let grounding = match folder.has("grounding.json") {
             true => folder.read_json("grounding.json", CONFIG_MAX_BYTES)?,
             false => config.grounding(),
@@ -194,8 +192,8 @@ impl<B: Backend> Vlm<B> {
     }
 
     /// Preprocessing of images and videos.
-    pub fn preprocessor(&self) -> &Preprocessor {
-        &self.preprocessor
+    pub fn preprocessor(&self) -> &dyn Preprocessor {
+        self.preprocessor.as_ref()
     }
 
     /// Token ids of a question, slots repeated once per visual token.
@@ -222,7 +220,7 @@ impl<B: Backend> Vlm<B> {
 
     /// Preprocesses images and videos.
     pub(crate) fn prepare(&self, visuals: &[Visual]) -> Result<Vec<(View, Prepared)>, ZooError> {
-        let prepare = |visual| self.preprocessor.prepare(visual);
+        let prepare = |visual| Ok(self.preprocessor.prepare(visual)?);
         visuals.iter().map(prepare).collect()
     }
 
@@ -238,7 +236,7 @@ impl<B: Backend> Vlm<B> {
         let Some(step) = step else {
             return self.model.see(pixels);
         };
-        let needs = step.reducer.needs(&self.model.encoder())?;
+        let needs = step.reducer.needs(&self.config.encoder())?;
         let mut questions = [Vec::new(), Vec::new()];
         if needs.contains(&Tap::Question) {
             for (view, text) in views.iter().zip(texts) {
@@ -246,7 +244,7 @@ impl<B: Backend> Vlm<B> {
                 questions[kind].push(self.embed_text(text)?);
             }
         }
-        self.model.see_reduced(pixels, step, questions)
+        self.model.see_reduced(pixels, Some(step), questions)
     }
 
     /// The words of a text as the decoder embeds them, `[hidden_size, tokens]`.
@@ -270,28 +268,12 @@ impl<B: Backend> Vlm<B> {
         views: &[Vec<View>],
         tokens: &VisualTokens<B>,
     ) -> Result<(Prompt<B>, Vec<Vec<u32>>), ZooError> {
-        let sample = |(ids, views): (&Vec<u32>, &Vec<View>)| {
-            let times = views.iter().filter_map(|view| view.time.as_ref());
-            QwenSample {
-                ids: ids.clone(),
-                image_grids: views
-                    .iter()
-                    .filter(|v| v.time.is_none())
-                    .map(|v| v.grid)
-                    .collect(),
-                video_grids: views
-                    .iter()
-                    .filter(|v| v.time.is_some())
-                    .map(|v| v.grid)
-                    .collect(),
-                second_per_grid_ts: times.map(|time| time.seconds_per_step as f32).collect(),
-            }
-        };
-        let samples: Vec<QwenSample> = ids.iter().zip(views).map(sample).collect();
-        let survivors = self.model.survivors(&samples, tokens);
-        let left = ids.iter().zip(survivors).map(|(ids, left)| left.of(ids));
-        let left = left.collect::<Result<_, _>>()?;
-        Ok((self.model.prompt(&samples, tokens, &self.device)?, left))
+        let samples = ids.iter().zip(views);
+        let samples: Vec<Sample> = samples.map(|(ids, views)| sample(ids, views)).collect();
+        let kept = kept_rows(self.model.config(), &samples, tokens.reduction.as_ref());
+        let kept = ids.iter().zip(kept).map(|(ids, kept)| kept.of(ids));
+        let kept = kept.collect::<Result<_, _>>()?;
+        Ok((self.model.prompt(&samples, tokens)?, kept))
     }
 
     /// The prompt of one question.
@@ -358,6 +340,18 @@ impl<B: Backend> Vlm<B> {
     }
 }
 
+/// A prompt whose visuals are seen like this.
+fn sample(ids: &[u32], views: &[View]) -> Sample {
+    let (videos, images): (Vec<&View>, Vec<&View>) = views.iter().partition(|v| v.time.is_some());
+    let times = videos.iter().filter_map(|view| view.time.as_ref());
+    Sample {
+        ids: ids.to_vec(),
+        second_per_grid_ts: times.map(|time| time.seconds_per_step as f32).collect(),
+        image_grids: images.iter().map(|view| view.grid).collect(),
+        video_grids: videos.iter().map(|view| view.grid).collect(),
+    }
+}
+
 /// Token ids of a conversation about visuals that are seen like this, and the cue for an answer.
 pub(crate) fn encode_messages(
     config: &ModelConfig,
@@ -375,17 +369,20 @@ pub(crate) fn encode_messages(
             Some(_) => videos.extend(template.dialect().video_slots(steps, rows * columns)),
         }
     }
-    let image = Slots {
-        kind: "image",
-        token: config.image_token(),
-        lengths: &images,
-    };
-    let video = config.video_token().map(|token| Slots {
-        kind: "video",
-        token,
-        lengths: &videos,
-    });
-    let slots: Vec<Slots> = [Some(image), video].into_iter().flatten().collect();
+    let tokens = config.slots();
+    let lengths = [&images, &videos];
+    let slots = Modality::ALL
+        .into_iter()
+        .zip(lengths)
+        .filter_map(|(modality, lengths)| {
+            let token = tokens.of(modality)?;
+            Some(Slots {
+                modality,
+                token,
+                lengths,
+            })
+        });
+    let slots: Vec<Slots> = slots.collect();
     template.expand(&ids, &slots)
 }
 
@@ -406,7 +403,7 @@ pub(crate) fn check_vocabulary(
     tokenizer: &Tokenizer,
 ) -> Result<(), ZooError> {
     let vocab_size = config.decoder().vocab_size;
-    let slots = config.slot_tokens().into_iter().max();
+    let slots = config.slots().all().into_iter().max();
     let slots = slots.map_or(0, |last| last as usize + 1);
     if tokenizer.vocab_size() > vocab_size.max(slots) {
         return Err(ZooError::Tokenizer {

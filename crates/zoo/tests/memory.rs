@@ -6,11 +6,13 @@ use burn::tensor::{DType, Tensor};
 use burn_flex::Flex;
 use llava::LlavaHfConfig;
 use peak_alloc::PeakAlloc;
-use qwen_vl::{QwenSample, QwenVlHfConfig};
+use qwen_vl::QwenVlHfConfig;
 use reducers::Schedule;
-use reroute_zoo::{Model, ModelConfig, Numbers, Picture, PixelTensors};
+use reroute_zoo::{
+    Arithmetic, Memory, Model, ModelConfig, Picture, Pictures, PixelTensors, Sample,
+};
 use serde_json::json;
-use vision_encoder::qwen::Grid;
+use vision_encoder::Grid;
 
 #[global_allocator]
 static HEAP: PeakAlloc = PeakAlloc;
@@ -54,7 +56,7 @@ fn qwen(generation: &str, text: [usize; 2], tower: [usize; 2]) -> ModelConfig {
         },
     });
     let config: QwenVlHfConfig = serde_json::from_value(config).expect("parses");
-    ModelConfig::Qwen(config.resolve().expect("resolves"))
+    ModelConfig::QwenVl(config.resolve().expect("resolves"))
 }
 
 fn llava(text: [usize; 2], tower: [usize; 2]) -> ModelConfig {
@@ -84,7 +86,7 @@ fn llava(text: [usize; 2], tower: [usize; 2]) -> ModelConfig {
 fn picture(config: &ModelConfig, side: usize) -> Picture {
     let (side, merge) = match config {
         ModelConfig::Llava(config) => (config.vision.grid(), 1),
-        ModelConfig::Qwen(config) => (side, config.vision.spatial_merge_size),
+        config => (side, config.spatial_merge_size()),
     };
     Picture {
         resized: [14 * side; 2],
@@ -102,29 +104,28 @@ fn peak(config: &ModelConfig, picture: &Picture, dtype: DType) -> usize {
     let (t, h, w) = (1, side, side);
     let grids = vec![Grid { t, h, w }];
     let mut ids = vec![1; TEXT];
-    ids.splice(1..1, vec![config.image_token(); picture.visual_tokens]);
+    ids.splice(1..1, vec![config.slots().image; picture.visual_tokens]);
     HEAP.reset_peak_usage();
     let before = HEAP.current_usage();
     let pixels = match config {
         ModelConfig::Llava(config) => {
             let size = config.vision.image_size;
-            PixelTensors::Squares(Tensor::ones([1, 3, size, size], &device))
+            Pictures::Fixed(Tensor::ones([1, 3, size, size], &device))
         }
-        ModelConfig::Qwen(config) => {
+        ModelConfig::QwenVl(config) => {
             let size = [config.vision.patch_features(), side * side];
-            PixelTensors::Patches {
-                images: Some((Tensor::ones(size, &device), grids.clone())),
-                videos: None,
-            }
+            Pictures::Patches(Tensor::ones(size, &device), grids.clone())
         }
+        _ => panic!("no other family is measured here"),
     };
+    let pixels = PixelTensors::images(pixels);
     let tokens = model.see(pixels.cast(dtype)).expect("its pixels");
-    let sample = QwenSample {
+    let sample = Sample {
         ids,
         image_grids: grids,
         ..Default::default()
     };
-    let prompt = model.prompt(&[sample], &tokens, &device);
+    let prompt = model.prompt(&[sample], &tokens);
     let prompt = prompt.expect("its prompt");
     let prefill = model
         .decoder()
@@ -161,11 +162,11 @@ fn an_estimate_is_no_less_than_what_is_measured_and_close() {
     ] {
         let picture = picture(&config, side);
         for dtype in [DType::F32, DType::F16] {
-            let numbers = Numbers {
+            let numbers = Arithmetic {
                 bytes: dtype.size(),
-                loops: Some(THREADS),
+                threads: Some(THREADS),
             };
-            let memory = config.memory(&picture, TEXT, &Schedule::dense(), numbers);
+            let memory = Memory::of(&*config, &picture, TEXT, &Schedule::dense(), numbers);
             let estimate = memory.activations + memory.kv;
             let measured = pool.install(|| peak(&config, &picture, dtype));
             let ratio = estimate as f64 / measured as f64;

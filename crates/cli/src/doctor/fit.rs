@@ -2,7 +2,7 @@
 
 use burn::tensor::DType;
 use reducers::{Schedule, presets};
-use reroute_zoo::{ModelConfig, Parameters, Picture, Preprocessor, ZooError};
+use reroute_zoo::{Memory, ModelConfig, Parameters, Picture, Preprocessor, ZooError};
 
 use super::name;
 use crate::backend::{self, Adapter};
@@ -34,29 +34,26 @@ impl Need {
 pub(super) struct Answer<'a> {
     pub(super) config: &'a ModelConfig,
     pub(super) parameters: Parameters,
-    pub(super) preprocessor: &'a Preprocessor,
+    pub(super) preprocessor: &'a dyn Preprocessor,
     pub(super) image_size: [usize; 2],
     pub(super) text_tokens: usize,
     pub(super) dtype: DType,
-    /// See [`reroute_zoo::OpenOptions::max_pixels`].
+    /// See [`reroute_zoo::ImageOptions::max_pixels`].
     pub(super) max_pixels: Option<usize>,
 }
 
 impl Answer<'_> {
     /// Whether the model sees pictures at their own size.
     pub(super) fn takes_any_size(&self) -> bool {
-        matches!(self.preprocessor, Preprocessor::Qwen { .. })
+        self.preprocessor.with_max_pixels(LEAST_PIXELS).is_some()
     }
 
     /// The picture as the model would see it.
     pub(super) fn picture(&self) -> Result<Picture, ZooError> {
-        let mut preprocessor = self.preprocessor.clone();
-        if let (Preprocessor::Qwen { preprocessor, .. }, Some(most)) =
-            (&mut preprocessor, self.max_pixels)
-        {
-            *preprocessor = preprocessor.clone().with_max_pixels(most);
-        }
-        preprocessor.picture(self.image_size)
+        let most = self.max_pixels;
+        let bounded = most.and_then(|most| self.preprocessor.with_max_pixels(most));
+        let preprocessor = bounded.as_deref().unwrap_or(self.preprocessor);
+        Ok(preprocessor.picture(self.image_size)?)
     }
 
     /// What the dense model and every preset need; `dense` is the first. Nothing for a picture that
@@ -74,7 +71,8 @@ impl Answer<'_> {
         });
         let need = |(routing, schedule): (String, Schedule)| {
             let numbers = backend::numbers(self.dtype);
-            let memory = (self.config).memory(&picture, self.text_tokens, &schedule, numbers);
+            let text = self.text_tokens;
+            let memory = Memory::of(&**self.config, &picture, text, &schedule, numbers);
             let weight = tensor_bytes(self.parameters.largest_elements, self.dtype);
             // What the allocator keeps of the memory that weights were read into.
             let kept = if backend::ON_HOST { weight } else { 0 };

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use qwen_vl::{QwenVlConfig, QwenVlHfConfig};
 use safetensors::SafeTensors;
 use serde_json::Value;
-use vision_encoder::qwen::Grid;
+use vision_encoder::Grid;
 
 pub const FAMILIES: [&str; 3] = ["qwen2vl", "qwen25vl", "qwen3vl"];
 
@@ -22,7 +22,7 @@ pub fn json(name: &str) -> Value {
     serde_json::from_slice(&read(name)).unwrap()
 }
 
-pub fn resolve(json: Value) -> Result<QwenVlConfig, qwen_vl::QwenVlError> {
+pub fn resolve(json: Value) -> Result<QwenVlConfig, reroute_family::FamilyError> {
     serde_json::from_value::<QwenVlHfConfig>(json)
         .unwrap()
         .resolve()

@@ -4,8 +4,9 @@ use std::collections::BTreeSet;
 
 use burn::tensor::DType;
 use burn_flex::Flex;
-use qwen_vl::{NAMES, QwenVl, TIED_HEAD};
+use qwen_vl::{NAMES, QwenVl};
 use reroute_checkpoint::{Folder, LoadOptions, Shards, load_into};
+use reroute_family::{FamilyConfig, FamilyModel};
 use safetensors::SafeTensors;
 
 use crate::fixture::{FAMILIES, config, path, read};
@@ -72,6 +73,6 @@ fn every_parameter_has_its_tensor() {
 fn the_head_of_a_tied_checkpoint_is_known() {
     assert_eq!(
         NAMES.module_path("lm_head.weight").as_deref(),
-        Some(TIED_HEAD)
+        Some(config("qwen2vl").tied_head())
     );
 }

@@ -1,9 +1,10 @@
 //! M-RoPE positions, against the library and against a restatement that knows where inputs begin.
 
 use proptest::prelude::*;
-use qwen_vl::{Modality, MropePositions, QwenSample, QwenVlError};
+use reroute_family::{FamilyConfig, FamilyError, Modality, RowPositions, Sample};
 use safetensors::SafeTensors;
-use vision_encoder::qwen::{Grid, QwenGeneration};
+use vision_encoder::Grid;
+use vision_encoder::qwen::QwenGeneration;
 
 use crate::fixture::{FAMILIES, config, floats, grids, integers, read};
 
@@ -14,11 +15,7 @@ const VIDEO: u32 = 350;
 type Inputs = &'static [(usize, usize)];
 
 /// Every sample of a recorded prompt, cut out of its padding, with its positions as recorded.
-fn recorded(
-    prompt: &str,
-    inputs: &str,
-    counts: Inputs,
-) -> Vec<(QwenSample, Vec<i64>, Option<i64>)> {
+fn recorded(prompt: &str, inputs: &str, counts: Inputs) -> Vec<(Sample, Vec<i64>, Option<i64>)> {
     let files = [prompt, inputs].map(|name| read(&format!("{name}.safetensors")));
     let [outputs, inputs] =
         [&files[0], &files[1]].map(|file| SafeTensors::deserialize(file).unwrap());
@@ -36,7 +33,7 @@ fn recorded(
     let sample = |(index, &(of_images, of_videos)): (usize, &(usize, usize))| {
         let real = (index * rows..(index + 1) * rows).filter(|&at| mask.get(at) != Some(&0));
         let real: Vec<usize> = real.collect();
-        let sample = QwenSample {
+        let sample = Sample {
             ids: real.iter().map(|&at| ids[at] as u32).collect(),
             image_grids: images.by_ref().take(of_images).collect(),
             video_grids: videos.by_ref().take(of_videos).collect(),
@@ -108,8 +105,8 @@ fn part() -> impl Strategy<Value = Part> {
 }
 
 /// The prompt, and where every token of it stands.
-fn restated(generation: QwenGeneration, parts: &[Part]) -> (QwenSample, Vec<[i64; 3]>) {
-    let (mut sample, mut places) = (QwenSample::default(), Vec::new());
+fn restated(generation: QwenGeneration, parts: &[Part]) -> (Sample, Vec<[i64; 3]>) {
+    let (mut sample, mut places) = (Sample::default(), Vec::new());
     let mut next = 0;
     let grid = |t: usize, [h, w]: [usize; 2]| Grid {
         t,
@@ -177,7 +174,7 @@ proptest! {
         for family in FAMILIES {
             let config = config(family);
             let (sample, places) = restated(config.vision.generation, &parts);
-            let MropePositions { axes, next } = config.positions(&sample).unwrap();
+            let RowPositions { axes, next } = config.positions(&sample).unwrap();
             let found: Vec<[i64; 3]> = (0..places.len()).map(|row| [0, 1, 2].map(|axis| axes[axis][row])).collect();
             prop_assert_eq!(&found, &places);
             let last = places.iter().flatten().max();
@@ -207,9 +204,9 @@ proptest! {
     }
 }
 
-fn one_video(t: usize, seconds: &[f32]) -> QwenSample {
+fn one_video(t: usize, seconds: &[f32]) -> Sample {
     let tokens = if t < 100 { t } else { 1 };
-    QwenSample {
+    Sample {
         ids: vec![VIDEO; tokens],
         video_grids: vec![Grid { t, h: 2, w: 2 }],
         second_per_grid_ts: seconds.to_vec(),
@@ -237,7 +234,7 @@ fn refusals_say_what_does_not_fit() {
     let config = config("qwen25vl");
     let image = |ids: &[u32], grids: &[[usize; 3]]| {
         config
-            .positions(&QwenSample {
+            .positions(&Sample {
                 ids: ids.to_vec(),
                 image_grids: grids.iter().map(|&[t, h, w]| Grid { t, h, w }).collect(),
                 ..Default::default()
@@ -283,7 +280,7 @@ fn refusals_say_what_does_not_fit() {
     for seconds in [&[1.0, 1.0][..], &[f32::NAN], &[f32::INFINITY], &[-1.0]] {
         let error = config.positions(&one_video(2, seconds)).unwrap_err();
         assert!(
-            matches!(error, QwenVlError::SecondsPerGrid { videos: 1, .. }),
+            matches!(error, FamilyError::SecondsPerGrid { videos: 1, .. }),
             "{error}"
         );
     }
@@ -298,10 +295,10 @@ fn absurd_lengths_are_refused_at_once() {
             .unwrap_err();
         let named = matches!(
             error,
-            QwenVlError::Slots {
+            FamilyError::Slots {
                 modality: Modality::Video,
                 ..
-            } | QwenVlError::TooFewSlots {
+            } | FamilyError::TooFewSlots {
                 modality: Modality::Video,
                 ..
             }

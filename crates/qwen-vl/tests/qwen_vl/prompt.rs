@@ -2,9 +2,10 @@
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use burn_flex::Flex;
-use qwen_vl::{Modality, QwenSample, QwenVl, QwenVlError};
-use reroute::RerouteError;
-use vision_encoder::qwen::{Grid, QwenVisionOutput};
+use qwen_vl::QwenVl;
+use reroute::{Prompt, RerouteError};
+use reroute_family::{FamilyError, FamilyModel, Modality, Sample, kept_rows};
+use vision_encoder::{Grid, VisionOutput};
 
 use crate::fixture::config;
 
@@ -20,7 +21,7 @@ fn model() -> QwenVl<Flex> {
 }
 
 /// Visual tokens all of whose features are `first`, `first + 1`, …; DeepStack adds 100 per layer.
-fn output(first: usize, tokens: usize) -> QwenVisionOutput<Flex> {
+fn output(first: usize, tokens: usize) -> VisionOutput<Flex> {
     let features = |add: usize| {
         let row: Vec<f32> = (0..tokens)
             .map(|token| (first + token + add) as f32)
@@ -28,10 +29,20 @@ fn output(first: usize, tokens: usize) -> QwenVisionOutput<Flex> {
         let row = TensorData::new(row, [1, tokens]);
         Tensor::<Flex, 2>::from_data(row, (&device(), DType::F32)).repeat_dim(0, 96)
     };
-    QwenVisionOutput {
+    VisionOutput {
         tokens: features(0),
         deepstack: vec![features(100), features(200), features(300)],
     }
+}
+
+fn prompt(
+    model: &QwenVl<Flex>,
+    samples: &[Sample],
+    images: Option<&VisionOutput<Flex>>,
+    videos: Option<&VisionOutput<Flex>>,
+) -> Result<Prompt<Flex>, FamilyError> {
+    let all = kept_rows(model.config(), samples, None);
+    reroute_family::prompt(model, samples, &all, images, videos)
 }
 
 fn first_row(tensor: &Tensor<Flex, 2>) -> Vec<f32> {
@@ -39,21 +50,21 @@ fn first_row(tensor: &Tensor<Flex, 2>) -> Vec<f32> {
 }
 
 /// A video of two frames (split by text) before an image of two tokens; then an image alone; then text.
-fn samples() -> Vec<QwenSample> {
+fn samples() -> Vec<Sample> {
     let grid = |t, w| Grid { t, h: 2, w };
     vec![
-        QwenSample {
+        Sample {
             ids: vec![7, VIDEO, 8, VIDEO, 9, IMAGE, IMAGE, 10],
             image_grids: vec![grid(1, 4)],
             video_grids: vec![grid(2, 2)],
             ..Default::default()
         },
-        QwenSample {
+        Sample {
             ids: vec![IMAGE, 11],
             image_grids: vec![grid(1, 2)],
             ..Default::default()
         },
-        QwenSample {
+        Sample {
             ids: vec![12, 13],
             ..Default::default()
         },
@@ -64,10 +75,8 @@ fn samples() -> Vec<QwenSample> {
 fn slots_are_filled_in_order_from_images_and_videos() {
     let model = model();
     let (images, videos) = (output(10, 3), output(20, 2));
-    let prompt = model
-        .prompt(&samples(), Some(&images), Some(&videos))
-        .unwrap();
-    let text = first_row(&model.language_model().embed(&[7, 8, 9, 10, 11, 12, 13]));
+    let prompt = prompt(&model, &samples(), Some(&images), Some(&videos)).unwrap();
+    let text = first_row(&model.decoder().embed(&[7, 8, 9, 10, 11, 12, 13]));
     let [a, b, c, d, e, f, g] = text[..] else {
         panic!("{text:?}")
     };
@@ -103,7 +112,7 @@ fn slots_are_filled_in_order_from_images_and_videos() {
 
 #[test]
 fn text_alone_has_no_deepstack_features() {
-    let prompt = model().prompt(&samples()[2..], None, None).unwrap();
+    let prompt = prompt(&model(), &samples()[2..], None, None).unwrap();
     assert!(prompt.deepstack.is_empty());
     assert_eq!(prompt.positions.dims(), [3, 2]);
 }
@@ -111,59 +120,53 @@ fn text_alone_has_no_deepstack_features() {
 #[test]
 fn visual_tokens_of_other_inputs_are_refused() {
     let (images, videos) = (output(10, 3), output(20, 2));
-    let error = model()
-        .prompt(&samples(), Some(&videos), Some(&videos))
-        .unwrap_err();
+    let error = prompt(&model(), &samples(), Some(&videos), Some(&videos)).unwrap_err();
     let named = matches!(
         error,
-        QwenVlError::VisualTokens {
+        FamilyError::VisualTokens {
             modality: Modality::Image,
             slots: 3,
             tokens: 2
         }
     );
     assert!(named, "{error}");
-    let error = model().prompt(&samples(), Some(&images), None).unwrap_err();
+    let error = prompt(&model(), &samples(), Some(&images), None).unwrap_err();
     let named = matches!(
         error,
-        QwenVlError::VisualTokens {
+        FamilyError::VisualTokens {
             modality: Modality::Video,
             slots: 2,
             tokens: 0
         }
     );
     assert!(named, "{error}");
-    let without_taps = QwenVisionOutput {
+    let without_taps = VisionOutput {
         deepstack: Vec::new(),
         ..images
     };
-    let error = model()
-        .prompt(&samples(), Some(&without_taps), Some(&videos))
-        .unwrap_err();
+    let error = prompt(&model(), &samples(), Some(&without_taps), Some(&videos)).unwrap_err();
     assert!(
-        matches!(error, QwenVlError::Reroute(RerouteError::Prompt(_))),
+        matches!(error, FamilyError::Reroute(RerouteError::Prompt(_))),
         "{error}"
     );
 }
 
 #[test]
 fn ids_outside_the_vocabulary_and_empty_prompts_are_refused() {
-    let sample = |ids: &[u32]| QwenSample {
+    let sample = |ids: &[u32]| Sample {
         ids: ids.to_vec(),
         ..Default::default()
     };
-    let error = model()
-        .prompt(&[sample(&[1, 384])], None, None)
-        .unwrap_err();
+    let error = prompt(&model(), &[sample(&[1, 384])], None, None).unwrap_err();
     let named = matches!(
         error,
-        QwenVlError::Reroute(RerouteError::TokenId {
+        FamilyError::Reroute(RerouteError::TokenId {
             id: 384,
             vocab_size: 384
         })
     );
     assert!(named, "{error}");
     for samples in [&[][..], &[sample(&[])]] {
-        assert!(model().prompt(samples, None, None).is_err());
+        assert!(prompt(&model(), samples, None, None).is_err());
     }
 }

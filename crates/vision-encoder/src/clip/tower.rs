@@ -203,12 +203,13 @@ impl<B: Backend> ClipVisionTower<B> {
         let tokens = 1 + grid * grid;
         // A convolution whose stride is its kernel is a product with every patch as a column.
         let side = grid * patch;
+        let weight = self.embeddings.patch_embedding.weight.val();
         let columns = pixels
+            .cast(weight.dtype())
             .slice([0..images, 0..3, 0..side, 0..side])
             .reshape([images, 3, grid, patch, grid, patch])
             .permute([1, 3, 5, 0, 2, 4])
             .reshape([3 * patch * patch, images * grid * grid]);
-        let weight = self.embeddings.patch_embedding.weight.val();
         let patches = weight
             .reshape([hidden, 3 * patch * patch])
             .matmul(columns)

@@ -3,7 +3,8 @@ use std::cmp::Reverse;
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor};
 
-use super::{Grid, QwenTowerConfig};
+use super::QwenTowerConfig;
+use crate::Grid;
 
 /// Segments of equal length, side by side; a row attends to the rows of its segment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

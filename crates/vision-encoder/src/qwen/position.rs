@@ -2,7 +2,8 @@ use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Int, Tensor};
 use reroute_layers::Embedding;
 
-use super::{Grid, QwenTowerConfig};
+use super::QwenTowerConfig;
+use crate::Grid;
 
 /// Angles of the 2-D rotary positions: half of the channel pairs turn with the row of a patch,
 /// half with its column (arXiv 2409.12191, §2.1).

@@ -14,11 +14,10 @@ use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor, TensorData};
 
 use self::config::Recipe;
-use super::Grid;
 use super::smart_resize::{PixelBounds, smart_resize, smart_resize_video};
 use crate::normalise::Normalisation;
 use crate::resize::{Canvas, Window, resize_bicubic};
-use crate::{RgbImage, VisionError};
+use crate::{Grid, RgbImage, VisionError};
 
 pub use self::config::QwenPreprocessorConfig;
 
@@ -45,7 +44,7 @@ pub struct QwenPreprocessor {
 
 /// A preprocessed image or video.
 #[derive(Debug, Clone, PartialEq)]
-pub struct QwenPixels {
+pub struct PatchPixels {
     /// How the patches are arranged.
     pub grid: Grid,
     /// `[patches, features]`: patches in the order that [`Grid`] says; of each patch channels,
@@ -94,14 +93,14 @@ impl QwenPreprocessor {
     }
 
     /// Resizes, normalises and cuts an image; every patch repeats it in time.
-    pub fn image(&self, image: &RgbImage) -> Result<QwenPixels, VisionError> {
+    pub fn image(&self, image: &RgbImage) -> Result<PatchPixels, VisionError> {
         let resized = self.image_size([image.width(), image.height()])?;
         self.patches(&self.images, slice::from_ref(image), resized)
     }
 
     /// Resizes, normalises and cuts the pictures of a video, all of one size; the last is repeated
     /// to fill its group of `temporal_patch_size`.
-    pub fn video(&self, frames: &[RgbImage]) -> Result<QwenPixels, VisionError> {
+    pub fn video(&self, frames: &[RgbImage]) -> Result<PatchPixels, VisionError> {
         let size = |frame: &RgbImage| [frame.width(), frame.height()];
         let expected = frames.first().map(size).ok_or(VisionError::NoFrames)?;
         for (frame, found) in frames.iter().map(size).enumerate() {
@@ -152,7 +151,7 @@ impl QwenPreprocessor {
         recipe: &Recipe,
         frames: &[RgbImage],
         resized: [usize; 2],
-    ) -> Result<QwenPixels, VisionError> {
+    ) -> Result<PatchPixels, VisionError> {
         let [width, height] = resized;
         let grid = Grid {
             t: frames.len().div_ceil(self.temporal_patch_size),
@@ -181,7 +180,7 @@ impl QwenPreprocessor {
         }
         let original = [frames[0].width(), frames[0].height()];
         let unbounded = self.size(recipe, frames.len(), original, recipe.bounds)?;
-        Ok(QwenPixels {
+        Ok(PatchPixels {
             grid,
             data,
             original,
@@ -219,7 +218,7 @@ impl QwenPreprocessor {
 /// # Shapes
 /// - returns `[features, patches]`, f32
 pub fn pack<B: Backend>(
-    pixels: Vec<QwenPixels>,
+    pixels: Vec<PatchPixels>,
     device: &B::Device,
 ) -> Result<(Tensor<B, 2>, Vec<Grid>), VisionError> {
     let grids: Vec<Grid> = pixels.iter().map(|pixels| pixels.grid).collect();
@@ -227,7 +226,7 @@ pub fn pack<B: Backend>(
     let patches = patches.fold(0, usize::saturating_add);
     let total: usize = pixels.iter().map(|pixels| pixels.data.len()).sum();
     let features = total.checked_div(patches).unwrap_or(0);
-    let fits = |pixels: &QwenPixels| pixels.data.len() == features * pixels.grid.patches();
+    let fits = |pixels: &PatchPixels| pixels.data.len() == features * pixels.grid.patches();
     if features == 0 || !pixels.iter().all(fits) {
         return Err(VisionError::Patches(
             "patches of one call must not be none, and of the same preprocessor".into(),

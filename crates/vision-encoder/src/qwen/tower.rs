@@ -7,8 +7,8 @@ use super::arrangement::{Arrangement, windows_in_rows};
 use super::block::Block;
 use super::merger::PatchMerger;
 use super::position::{interpolate, rotary_angles};
-use super::{Grid, QwenGeneration, QwenTowerConfig, grid};
-use crate::{Inspected, VisionError};
+use super::{QwenGeneration, QwenTowerConfig};
+use crate::{Grid, Inspected, VisionError, VisionOutput, grid};
 
 /// A vision transformer of the Qwen family.
 #[derive(Module, Debug)]
@@ -31,15 +31,6 @@ struct PatchEmbed<B: Backend> {
     weight: Param<Tensor<B, 5>>,
     /// `[hidden_size]`
     bias: Option<Param<Tensor<B, 1>>>,
-}
-
-/// What the tower makes of images and videos.
-#[derive(Debug, Clone)]
-pub struct QwenVisionOutput<B: Backend> {
-    /// `[output_size, tokens]`: visual tokens row by row, frame after frame, image after image.
-    pub tokens: Tensor<B, 2>,
-    /// One `[output_size, tokens]` for each of the decoder's first layers (Qwen3-VL).
-    pub deepstack: Vec<Tensor<B, 2>>,
 }
 
 impl<B: Backend> QwenVisionTower<B> {
@@ -82,7 +73,7 @@ impl<B: Backend> QwenVisionTower<B> {
         &self,
         patches: Tensor<B, 2>,
         grids: &[Grid],
-    ) -> Result<QwenVisionOutput<B>, VisionError> {
+    ) -> Result<VisionOutput<B>, VisionError> {
         self.run(patches, grids, &[], |_, _| {})
     }
 
@@ -96,7 +87,7 @@ impl<B: Backend> QwenVisionTower<B> {
         grids: &[Grid],
         received: &[usize],
         inspect: &mut dyn FnMut(Inspected<B>),
-    ) -> Result<QwenVisionOutput<B>, VisionError> {
+    ) -> Result<VisionOutput<B>, VisionError> {
         self.run(patches, grids, received, |arrangement, seen| {
             inspect(Inspected {
                 layer: seen.layer,
@@ -141,7 +132,7 @@ impl<B: Backend> QwenVisionTower<B> {
         grids: &[Grid],
         received: &[usize],
         mut inspect: impl FnMut(&Arrangement<B>, Inspected<B>),
-    ) -> Result<QwenVisionOutput<B>, VisionError> {
+    ) -> Result<VisionOutput<B>, VisionError> {
         let (config, device) = (&self.config, patches.device());
         let [features, count] = patches.dims();
         if features != config.patch_features() {
@@ -186,7 +177,7 @@ impl<B: Backend> QwenVisionTower<B> {
                 deepstack.push(arrangement.restore(merged));
             }
         }
-        Ok(QwenVisionOutput {
+        Ok(VisionOutput {
             tokens: arrangement.restore(self.merger.forward(hidden_states)),
             deepstack,
         })

@@ -1,10 +1,10 @@
 //! How much memory answering takes, predicted from shapes.
 
 use reducers::{Cost, Schedule};
+use reroute::DecoderConfig;
 use reroute_layers::{QUERY_BLOCK, WIDENED, queries_at_a_time};
-use vision_encoder::qwen::QwenGeneration;
 
-use crate::{ModelConfig, Preprocessor, ZooError};
+use crate::FamilyConfig;
 
 /// A picture as the model would see it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,12 +31,12 @@ pub struct Memory {
 
 /// How a backend keeps numbers, and what it computes with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Numbers {
+pub struct Arithmetic {
     /// Bytes of a weight or of an activation: 4, or 2 for f16 and bf16.
     pub bytes: usize,
     /// Threads, where loops of this program compute with the numbers (`reroute_layers::host`): in f32, whatever
     /// they are given, and without a matrix of scores in attention.
-    pub loops: Option<usize>,
+    pub threads: Option<usize>,
 }
 
 /// Bytes of what loops compute.
@@ -48,88 +48,89 @@ const SCORE_COPIES: u64 = 3;
 /// Most bytes that a thread keeps for products.
 const BUFFER: usize = 2 << 20;
 
-impl Preprocessor {
-    /// What becomes of a picture of this width and height in pixels.
-    pub fn picture(&self, size: [usize; 2]) -> Result<Picture, ZooError> {
-        match self {
-            Self::Clip { preprocessor, grid } => {
-                let [height, width] = preprocessor.output_size();
-                Ok(Picture {
-                    resized: [width, height],
-                    patches: grid * grid,
-                    visual_tokens: grid * grid,
-                })
-            }
-            Self::Qwen {
-                preprocessor,
-                tower,
-            } => {
-                let resized = preprocessor.image_size(size)?;
-                let patches = resized.map(|side| side / tower.patch_size).iter().product();
-                Ok(Picture {
-                    resized,
-                    patches,
-                    visual_tokens: patches / tower.spatial_merge_size.pow(2),
-                })
-            }
-        }
-    }
-}
-
-impl ModelConfig {
+impl Memory {
     /// Memory of an answer to a question about one picture, beside the weights. `text_tokens` are
     /// those of the prompt and of the answer.
-    pub fn memory(
-        &self,
+    pub fn of(
+        config: &dyn FamilyConfig,
         picture: &Picture,
         text_tokens: usize,
         schedule: &Schedule,
-        numbers: Numbers,
-    ) -> Memory {
-        let shape = self.decoder().shape();
+        numbers: Arithmetic,
+    ) -> Self {
+        let shape = config.decoder().shape();
         let visual = picture.visual_tokens;
         let cost = Cost::of(&shape, schedule, visual, text_tokens, numbers.bytes);
         let rows = cost.rows.iter().copied().max().unwrap_or(0);
         let layers = [
-            (self.tower_layer(), picture.patches),
-            (self.decoder_layer(), rows),
+            (config.tower_memory(), picture.patches),
+            (decoder_layer(config.decoder()), rows),
         ];
-        let largest = |of: &dyn Fn(&Layer, usize) -> u64| {
+        let largest = |of: &dyn Fn(&LayerMemory, usize) -> u64| {
             let bytes = layers.iter().map(|(layer, rows)| of(layer, *rows));
             bytes.max().unwrap_or(0)
         };
-        Memory {
+        Self {
             kv: cost.total_kv_bytes(),
             activations: largest(&|layer, rows| layer.peak(rows, numbers)),
             largest: largest(&|layer, rows| layer.largest_product(rows, numbers)),
         }
     }
+}
 
-    fn decoder_layer(&self) -> Layer {
-        let config = self.decoder();
-        let (hidden, queries) = (
-            config.hidden_size,
-            config.num_attention_heads * config.head_dim,
-        );
-        Layer {
-            heads: config.num_attention_heads,
-            // Visual tokens, the prompt, the residual stream, queries, a rotary table.
-            held: 3 * hidden + queries + 2 * config.head_dim,
-            hidden,
-            queries,
-            keys: config.num_key_value_heads * config.head_dim,
-            projected: queries,
-            // Keys and values lie in the cache.
-            copies: 0,
-            inner: config.intermediate_size,
-            gated: true,
-            causal: true,
-            input: 0,
-        }
+fn decoder_layer(config: &DecoderConfig) -> LayerMemory {
+    let (hidden, queries) = (
+        config.hidden_size,
+        config.num_attention_heads * config.head_dim,
+    );
+    LayerMemory {
+        heads: config.num_attention_heads,
+        // Visual tokens, the prompt, the residual stream, queries, a rotary table.
+        held: 3 * hidden + queries + 2 * config.head_dim,
+        hidden,
+        queries,
+        keys: config.num_key_value_heads * config.head_dim,
+        projected: queries,
+        // Keys and values lie in the cache.
+        copies: 0,
+        inner: config.intermediate_size,
+        gated: true,
+        causal: true,
+        input: 0,
     }
+}
 
-    fn tower_layer(&self) -> Layer {
-        let ungated = |heads, hidden: usize, inner| Layer {
+/// Arithmetic that a row has in a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LayerMemory {
+    /// Attention heads.
+    pub heads: usize,
+    /// There from the first to the last operation.
+    pub held: usize,
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Width of all queries.
+    pub queries: usize,
+    /// Width of all keys, and of all values.
+    pub keys: usize,
+    /// The widest output of a projection before attention.
+    pub projected: usize,
+    /// Held while rows attend.
+    pub copies: usize,
+    /// Width of the MLP.
+    pub inner: usize,
+    /// Whether the MLP has a gate.
+    pub gated: bool,
+    /// Whether a row attends to earlier rows alone.
+    pub causal: bool,
+    /// What the first layer's input is made of, if that is in memory at the same time.
+    pub input: usize,
+}
+
+impl LayerMemory {
+    /// A layer of a vision transformer whose MLP has no gate, and whose rows attend to all others.
+    pub fn vision(heads: usize, hidden: usize, inner: usize) -> Self {
+        Self {
             heads,
             // The input of the layer, the residual stream, queries and keys, a rotary table.
             held: 4 * hidden + 2 * hidden / heads.max(1),
@@ -143,67 +144,16 @@ impl ModelConfig {
             gated: false,
             causal: false,
             input: 0,
-        };
-        match self {
-            Self::Llava(config) => {
-                let vision = &config.vision;
-                let layer = ungated(
-                    vision.num_heads,
-                    vision.hidden_size,
-                    vision.intermediate_size,
-                );
-                Layer {
-                    input: 3 * vision.patch_size.pow(2),
-                    ..layer
-                }
-            }
-            Self::Qwen(config) => {
-                let vision = &config.vision;
-                let hidden = vision.hidden_size;
-                let layer = ungated(vision.num_heads, hidden, vision.intermediate_size);
-                // Visual tokens for the decoder's first layers.
-                let merged = vision.output_size / vision.spatial_merge_size.pow(2);
-                Layer {
-                    held: layer.held + vision.deepstack_layers.len() * merged,
-                    projected: 3 * hidden,
-                    // Queries, keys and values as they are projected, and window by window.
-                    copies: 6 * hidden,
-                    gated: vision.generation == QwenGeneration::Qwen2_5,
-                    input: vision.patch_features(),
-                    ..layer
-                }
-            }
         }
     }
-}
 
-/// Numbers that a row has in a layer.
-struct Layer {
-    heads: usize,
-    /// There from the first to the last operation.
-    held: usize,
-    /// Width of the residual stream, and of all queries, all keys, all values.
-    hidden: usize,
-    queries: usize,
-    keys: usize,
-    /// The widest output of a projection before attention.
-    projected: usize,
-    /// Held while rows attend.
-    copies: usize,
-    /// Width of the MLP.
-    inner: usize,
-    /// Whether the MLP has a gate.
-    gated: bool,
-    causal: bool,
-    /// What the first layer's input is made of, if that is in memory at the same time.
-    input: usize,
-}
-
-impl Layer {
     /// Bytes at the peak: where patches are embedded, rows attend, or the MLP widens, activates and
     /// narrows them.
-    fn peak(&self, rows: usize, numbers: Numbers) -> u64 {
-        let Numbers { bytes, loops } = numbers;
+    fn peak(&self, rows: usize, numbers: Arithmetic) -> u64 {
+        let Arithmetic {
+            bytes,
+            threads: loops,
+        } = numbers;
         let halves = loops.is_some() && bytes < SINGLE;
         // Which has a column for each query of a block.
         let mask = if self.causal { SINGLE * QUERY_BLOCK } else { 0 };
@@ -252,10 +202,10 @@ impl Layer {
     }
 
     /// Bytes of the largest tensor that a product of matrices makes.
-    fn largest_product(&self, rows: usize, numbers: Numbers) -> u64 {
+    fn largest_product(&self, rows: usize, numbers: Arithmetic) -> u64 {
         let widest = self.projected.max(self.inner).max(self.hidden);
         let output = bytes_of(rows, numbers.bytes * widest);
-        match numbers.loops {
+        match numbers.threads {
             Some(_) => output,
             None => output.max(self.scores(rows)),
         }
@@ -269,11 +219,11 @@ impl Layer {
     }
 }
 
-impl Numbers {
+impl Arithmetic {
     /// Bytes of a row in a product with a weight, what goes in and what comes out.
     fn product(self, input: usize, output: usize) -> usize {
         let given = self.bytes * (input + output);
-        match (self.loops, self.bytes < SINGLE) {
+        match (self.threads, self.bytes < SINGLE) {
             (None, _) => given,
             // The product is made and copied.
             (Some(_), false) => given + SINGLE * output,

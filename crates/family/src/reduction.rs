@@ -1,58 +1,83 @@
 //! Visual tokens on their way to the decoder: every picture is reduced by itself, and the prompt keeps
-//! the slots that are left.
+//! the slots of the tokens kept.
 
 use std::ops::Range;
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor};
-use reducers::encoder::{self, EncoderShape, Reduced, Seen, Tap, Taps};
-use reducers::{Positions, ReducerError, Rest};
+use reducers::encoder::{self, EncoderReducer, EncoderShape, Reduced, Seen, Tap, Taps};
+use reducers::{Keep, Positions, ReducerError, Rest};
 use reroute::Survivors;
 
-use crate::{EncoderStep, ZooError};
+use crate::{FamilyError, Look};
 
-/// What a vision tower showed of images, or of videos, side by side.
-pub(crate) struct Shown<B: Backend> {
-    pub(crate) taps: Taps<B>,
-    /// See [`reroute::Prompt::deepstack`].
-    pub(crate) deepstack: Vec<Tensor<B, 2>>,
-    /// Time steps, rows and columns of tokens of each image or video.
-    pub(crate) grids: Vec<[usize; 3]>,
-    /// The text asked about each, as embeddings `[hidden_size, tokens]`; empty if nobody needs it.
-    pub(crate) questions: Vec<Tensor<B, 2>>,
+/// A reduction of every picture before the decoder.
+#[derive(Clone, Copy)]
+pub struct EncoderStep<'a, B: Backend> {
+    /// Which tokens, and what they are made of.
+    pub reducer: &'a dyn EncoderReducer<B>,
+    /// How many of a picture, or of a time step of a video.
+    pub keep: Keep,
+    /// What becomes of the others.
+    pub rest: Rest,
+    /// The positions of those kept.
+    pub positions: Positions,
 }
 
-/// What is left of them.
-pub(crate) struct Left<B: Backend> {
+/// What a reduction before the decoder kept of images and videos.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Reduction {
+    /// Of each image, in order of appearance.
+    pub images: Vec<KeptTokens>,
+    /// Of each video, in order of appearance.
+    pub videos: Vec<KeptTokens>,
+    /// The positions of the tokens kept.
+    pub positions: Positions,
+}
+
+impl Reduction {
+    /// These images and videos, then those.
+    pub(crate) fn followed_by(self, more: Self) -> Self {
+        Self {
+            images: [self.images, more.images].concat(),
+            videos: [self.videos, more.videos].concat(),
+            positions: more.positions,
+        }
+    }
+}
+
+/// What a reduction made of images, or of videos.
+pub(crate) struct Pictures<B: Backend> {
     /// As [`Tap::Features`].
     pub(crate) features: Tensor<B, 2>,
     pub(crate) deepstack: Vec<Tensor<B, 2>>,
     /// Of each image or video.
-    pub(crate) kept: Vec<Kept>,
+    pub(crate) kept: Vec<KeptTokens>,
 }
 
-/// What is left of an image or a video.
+/// What a reduction kept of an image or a video.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Kept {
+pub struct KeptTokens {
     /// Visual tokens before.
     pub tokens: usize,
-    /// Where each token that is left stood among them; `None`: nowhere, before the first.
+    /// Where each token kept stood among them; `None`: nowhere, before the first.
     pub places: Vec<Option<usize>>,
-    /// How the reduction ranks those that are left, if it left all of them.
+    /// How the reduction ranks them, if it kept all of them.
     pub salience: Option<Vec<f32>>,
 }
 
 /// Reduces every picture.
 pub(crate) fn reduce<B: Backend>(
-    shown: &Shown<B>,
+    look: &Look<B>,
+    questions: &[Tensor<B, 2>],
     step: &EncoderStep<'_, B>,
     encoder: EncoderShape,
-) -> Result<Left<B>, ZooError> {
+) -> Result<Pictures<B>, FamilyError> {
     let (mut features, mut kept) = (Vec::new(), Vec::new());
-    let mut deepstack = vec![Vec::new(); shown.deepstack.len()];
+    let mut deepstack = vec![Vec::new(); look.deepstack.len()];
     let (mut start, mut picture) = (0, 0);
-    for (visual, &[steps, rows, columns]) in shown.grids.iter().enumerate() {
-        let mut of_visual = Kept {
+    for (visual, &[steps, rows, columns]) in look.grids.iter().enumerate() {
+        let mut of_visual = KeptTokens {
             tokens: steps * rows * columns,
             places: Vec::new(),
             salience: None,
@@ -61,7 +86,7 @@ pub(crate) fn reduce<B: Backend>(
             let range = start..start + rows * columns;
             let seen = Seen {
                 grid: [rows, columns],
-                taps: shown.slice(visual, picture, &range),
+                taps: of_picture(&look.taps, questions.get(visual), picture, &range),
                 encoder,
             };
             let reduced = encoder::reduce(step.reducer, &seen, step.keep.count(range.len()))?;
@@ -72,7 +97,7 @@ pub(crate) fn reduce<B: Backend>(
                 &reduced,
                 step.rest,
             )?);
-            for (layers, all) in deepstack.iter_mut().zip(&shown.deepstack) {
+            for (layers, all) in deepstack.iter_mut().zip(&look.deepstack) {
                 let all = all.clone().narrow(1, start, range.len());
                 layers.push(apply(&all, None, &reduced, step.rest)?);
             }
@@ -81,7 +106,7 @@ pub(crate) fn reduce<B: Backend>(
         }
         kept.push(of_visual);
     }
-    Ok(Left {
+    Ok(Pictures {
         features: Tensor::cat(features, 1),
         deepstack: deepstack
             .into_iter()
@@ -91,25 +116,26 @@ pub(crate) fn reduce<B: Backend>(
     })
 }
 
-impl<B: Backend> Shown<B> {
-    /// What belongs to one picture.
-    fn slice(&self, visual: usize, picture: usize, range: &Range<usize>) -> Taps<B> {
-        let mut taps = Taps::new();
-        for (&tap, all) in &self.taps {
-            let (start, columns) = match tap {
-                Tap::ClassToken | Tap::ClassQuery { .. } | Tap::ClassKey { .. } => (picture, 1),
-                _ => (range.start, range.len()),
-            };
-            taps.insert(tap, all.clone().narrow(1, start, columns));
-        }
-        if let Some(question) = self.questions.get(visual) {
-            taps.insert(Tap::Question, question.clone());
-        }
-        taps
+/// The taps of one picture.
+fn of_picture<B: Backend>(
+    all: &Taps<B>,
+    question: Option<&Tensor<B, 2>>,
+    picture: usize,
+    range: &Range<usize>,
+) -> Taps<B> {
+    let mut taps = Taps::new();
+    for (&tap, all) in all {
+        let (start, columns) = match tap {
+            Tap::ClassToken | Tap::ClassQuery { .. } | Tap::ClassKey { .. } => (picture, 1),
+            _ => (range.start, range.len()),
+        };
+        taps.insert(tap, all.clone().narrow(1, start, columns));
     }
+    taps.extend(question.map(|question| (Tap::Question, question.clone())));
+    taps
 }
 
-impl Kept {
+impl KeptTokens {
     fn add<B: Backend>(&mut self, before: usize, tokens: usize, reduced: &Reduced<B>, rest: Rest) {
         match rest {
             Rest::Drop => {
@@ -138,7 +164,7 @@ fn apply<B: Backend>(
     class: Option<&Tensor<B, 2>>,
     reduced: &Reduced<B>,
     rest: Rest,
-) -> Result<Tensor<B, 2>, ZooError> {
+) -> Result<Tensor<B, 2>, FamilyError> {
     let (device, tokens) = (features.device(), features.dims()[1]);
     let columns = |columns: &[usize]| {
         let columns: Vec<i64> = columns.iter().map(|&column| column as i64).collect();
@@ -173,17 +199,17 @@ fn apply<B: Backend>(
     Ok(Tensor::cat(vec![features.clone(), kept], 1).select(1, columns(&order)))
 }
 
-/// The rows of a prompt that are left when each visual keeps some of its slots.
+/// The rows of a prompt that stay when each visual keeps some of its slots.
 ///
-/// `slots` are the rows of the slots of images, and of videos; `kept` what is left of each image, and
-/// of each video, taken from the front.
-pub(crate) fn survivors(
+/// `slots` are the rows of the slots of images, and of videos; `kept` what each image, and each video,
+/// keeps, taken from the front.
+pub(crate) fn kept_of_slots(
     rows: usize,
     slots: [Vec<usize>; 2],
-    kept: &mut [&[Kept]; 2],
+    kept: &mut [&[KeptTokens]; 2],
     positions: Positions,
 ) -> Survivors {
-    let mut left: Vec<(usize, Option<f32>)> = Vec::new();
+    let mut chosen: Vec<(usize, Option<f32>)> = Vec::new();
     let mut is_slot = vec![false; rows];
     for (slots, kept) in slots.iter().zip(kept) {
         let mut rest = &slots[..];
@@ -194,24 +220,24 @@ pub(crate) fn survivors(
             for (at, place) in visual.places.iter().enumerate() {
                 let salience = visual.salience.as_ref().map(|salience| salience[at]);
                 let row = of_visual.get(place.unwrap_or(0));
-                left.extend(row.map(|&row| (row, salience)));
+                chosen.extend(row.map(|&row| (row, salience)));
             }
             (rest, *kept) = (after, others);
         }
     }
     let text = (0..rows).filter(|&row| !is_slot[row]);
-    let salience: Option<Vec<f32>> = match left.is_empty() {
+    let salience: Option<Vec<f32>> = match chosen.is_empty() {
         true => None,
         false => {
-            let mut visual = left.clone();
+            let mut visual = chosen.clone();
             visual.sort_by_key(|&(row, _)| row);
             visual.into_iter().map(|(_, salience)| salience).collect()
         }
     };
-    let mut left: Vec<usize> = left.into_iter().map(|(row, _)| row).chain(text).collect();
-    left.sort_unstable();
+    let mut rows: Vec<usize> = chosen.into_iter().map(|(row, _)| row).chain(text).collect();
+    rows.sort_unstable();
     Survivors {
-        rows: left,
+        rows,
         salience,
         positions,
     }

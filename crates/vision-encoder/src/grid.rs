@@ -26,7 +26,7 @@ impl Grid {
     }
 
     /// Row and column of every patch, in merge order, frame by frame.
-    pub(super) fn places(self, merge: usize) -> impl Iterator<Item = [usize; 2]> {
+    pub(crate) fn places(self, merge: usize) -> impl Iterator<Item = [usize; 2]> {
         let Self { t, h, w } = self;
         let place = move |patch: usize| {
             let (group, inside) = (patch / (merge * merge), patch % (merge * merge));
@@ -41,7 +41,7 @@ impl Grid {
 }
 
 /// Whether `patches` patches are those of the grids, and every frame divides into merge groups.
-pub(super) fn check(grids: &[Grid], patches: usize, merge: usize) -> Result<(), VisionError> {
+pub(crate) fn check(grids: &[Grid], patches: usize, merge: usize) -> Result<(), VisionError> {
     let wrong = |reason| Err(VisionError::Patches(reason));
     for &Grid { t, h, w } in grids {
         if t == 0 || h == 0 || w == 0 || !h.is_multiple_of(merge) || !w.is_multiple_of(merge) {

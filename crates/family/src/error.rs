@@ -1,15 +1,20 @@
+use reducers::ReducerError;
 use reroute::RerouteError;
-use vision_encoder::VisionError;
-use vision_encoder::qwen::Grid;
+use reroute_checkpoint::CheckpointError;
+use vision_encoder::{Grid, VisionError};
 
 use crate::Modality;
 
-/// What can go wrong in building or running Qwen-VL.
+/// What can go wrong in configuring or running a model of a family.
 #[derive(Debug, thiserror::Error)]
-pub enum QwenVlError {
-    /// config.json asks for something that this model does not do, or contradicts itself.
+#[non_exhaustive]
+pub enum FamilyError {
+    /// config.json asks for something that the family does not do, or contradicts itself.
     #[error("config.json: {0}")]
     Config(String),
+    /// The folder or a file of it.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
     /// A grid cannot be merged into visual tokens.
     #[error(
         "a grid of {}×{}×{} patches (time, height, width) gives no whole number of visual tokens: \
@@ -48,7 +53,7 @@ pub enum QwenVlError {
         /// Row of the first slot.
         row: usize,
     },
-    /// Inputs are left over.
+    /// Inputs without slots.
     #[error(
         "the prompt has too few {modality} slots for {given} given: write one placeholder per {modality}"
     )]
@@ -69,10 +74,11 @@ pub enum QwenVlError {
         /// Number of videos.
         videos: usize,
     },
-    /// Vision features are of other inputs than the prompt's.
+    /// Visual tokens are of other inputs than the prompt's.
     #[error(
         "the prompts have {slots} {modality} slots but the vision tower gave {tokens} visual tokens: \
-         run it on the {modality}s of these prompts, in order of appearance"
+         write each slot once per visual token, and run the tower on the {modality}s of these prompts, in \
+         order of appearance"
     )]
     VisualTokens {
         /// Of what.
@@ -82,10 +88,56 @@ pub enum QwenVlError {
         /// Visual tokens given.
         tokens: usize,
     },
+    /// Samples and what a reduction kept of them are not the same in number.
+    #[error("{samples} samples come with the rows kept of {kept}: give one for each")]
+    Samples {
+        /// Samples.
+        samples: usize,
+        /// Entries of rows kept.
+        kept: usize,
+    },
+    /// The model has never seen a video.
+    #[error("this model takes images only, no videos; give single frames as images")]
+    NoVideos,
+    /// Pixels in a form that another tower takes.
+    #[error("the pixels are {given}, this model takes {wanted}")]
+    WrongPixels {
+        /// What was given.
+        given: &'static str,
+        /// What the model takes.
+        wanted: &'static str,
+    },
+    /// The preprocessor cannot make what the model wants.
+    #[error(
+        "preprocessor_config.json makes {made} pixel images, the vision tower wants {wanted}: the files do not belong together"
+    )]
+    ImageSize {
+        /// Size the preprocessor makes.
+        made: String,
+        /// Size the tower wants.
+        wanted: String,
+    },
+    /// An option that the family's preprocessing does not have.
+    #[error("{option} means nothing to this model: {reason}")]
+    Option {
+        /// The option.
+        option: &'static str,
+        /// What its preprocessing does instead.
+        reason: &'static str,
+    },
+    /// A video without a frame rate has no times.
+    #[error("{fps} is no frame rate: times in the video need frames per second, greater than zero")]
+    FrameRate {
+        /// Frames per second.
+        fps: f64,
+    },
     /// Vision tower or preprocessing.
     #[error(transparent)]
     Vision(#[from] VisionError),
     /// Decoder or routing.
     #[error(transparent)]
     Reroute(#[from] RerouteError),
+    /// A method of reduction.
+    #[error(transparent)]
+    Reducer(#[from] ReducerError),
 }

@@ -1,0 +1,169 @@
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use burn::module::Module;
+use burn::tensor::Tensor;
+use burn::tensor::backend::Backend;
+use reducers::encoder::{EncoderShape, Tap, Taps};
+use reroute::{Decoder, DecoderConfig};
+use reroute_checkpoint::{Folder, NameTable};
+use vision_encoder::Grid;
+
+use crate::prompt::{Modality, RowPositions, Sample};
+use crate::{
+    Dialect, FamilyError, GroundingFormat, ImageOptions, LayerMemory, Pictures, Preprocessor,
+};
+
+/// The resolved configuration of a model: everything that is known of it before its weights are read.
+pub trait FamilyConfig: Debug + Send + Sync {
+    /// What `config.json` calls models of this family (`model_type`), and what people call them.
+    fn model_types() -> &'static [(&'static str, &'static str)]
+    where
+        Self: Sized;
+
+    /// Reads and checks `config.json`.
+    fn open(folder: &Folder) -> Result<Self, FamilyError>
+    where
+        Self: Sized;
+
+    /// The decoder.
+    fn decoder(&self) -> &DecoderConfig;
+
+    /// The vision tower as methods that reduce before the decoder know it.
+    fn encoder(&self) -> EncoderShape;
+
+    /// The tokens that stand for visual tokens.
+    fn slots(&self) -> SlotTokens;
+
+    /// What checkpoints call the parameters of the model.
+    fn names(&self) -> &'static NameTable;
+
+    /// Path of the head that checkpoints may store although the embedding table takes its place.
+    fn tied_head(&self) -> &'static str {
+        "language_model.lm_head.weight"
+    }
+
+    /// How prompts are written where the checkpoint does not say.
+    fn dialect(&self) -> Dialect;
+
+    /// How the model is asked for boxes where the checkpoint does not say.
+    fn grounding(&self) -> GroundingFormat;
+
+    /// Reads and checks the preprocessing of images and videos.
+    fn preprocessor(
+        &self,
+        folder: &Folder,
+        options: &ImageOptions,
+    ) -> Result<Arc<dyn Preprocessor>, FamilyError>;
+
+    /// Visual tokens of one image: as many as every image has, or as many as one of ordinary size.
+    fn typical_visual_tokens(&self) -> usize;
+
+    /// Patches along each side of the square that becomes one visual token.
+    fn spatial_merge_size(&self) -> usize {
+        1
+    }
+
+    /// Decoder layers that DeepStack features are added behind (arXiv 2406.04334).
+    fn deepstack_layers(&self) -> usize {
+        0
+    }
+
+    /// Numbers that a patch has in a layer of the vision tower.
+    fn tower_memory(&self) -> LayerMemory;
+
+    /// Where every row of a full prompt stands; by default the rows are counted.
+    ///
+    /// # Errors
+    /// Slots and grids that do not belong together.
+    fn positions(&self, sample: &Sample) -> Result<RowPositions, FamilyError> {
+        Ok(RowPositions::counted(sample.ids.len()))
+    }
+
+    /// Row and column in its picture of each visual token of an image or of a video, in the order of
+    /// their slots; empty if a picture has no such grid.
+    fn cells(&self, sample: &Sample, modality: Modality) -> Vec<[usize; 2]> {
+        let merge = self.spatial_merge_size();
+        let of_grid = |grid: &Grid| {
+            let [height, width] = [grid.h / merge, grid.w / merge];
+            let cells = (0..height * width).map(move |cell| [cell / width, cell % width]);
+            (0..grid.t).flat_map(move |_| cells.clone())
+        };
+        sample.grids(modality).iter().flat_map(of_grid).collect()
+    }
+}
+
+/// The tokens that stand for visual tokens in a prompt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SlotTokens {
+    /// Of an image.
+    pub image: u32,
+    /// Of a video; `None` if the model takes none.
+    pub video: Option<u32>,
+}
+
+impl SlotTokens {
+    /// What a token is a slot of, `None` for text.
+    pub fn modality(&self, id: u32) -> Option<Modality> {
+        match id {
+            _ if id == self.image => Some(Modality::Image),
+            _ if Some(id) == self.video => Some(Modality::Video),
+            _ => None,
+        }
+    }
+
+    /// The slot token of a modality.
+    pub fn of(&self, modality: Modality) -> Option<u32> {
+        match modality {
+            Modality::Image => Some(self.image),
+            Modality::Video => self.video,
+        }
+    }
+
+    /// All of them.
+    pub fn all(&self) -> Vec<u32> {
+        [Some(self.image), self.video]
+            .into_iter()
+            .flatten()
+            .collect()
+    }
+}
+
+/// The network of a family. Its fields are parameters called as [`FamilyConfig::names`] says.
+pub trait FamilyModel<B: Backend>: Module<B> {
+    /// Its configuration.
+    type Config: FamilyConfig;
+
+    /// Builds the model; parameters are not made before they are loaded or used.
+    fn new(config: &Self::Config, device: &B::Device) -> Result<Self, FamilyError>;
+
+    /// The resolved configuration.
+    fn config(&self) -> &Self::Config;
+
+    /// The decoder.
+    fn decoder(&self) -> &Decoder<B>;
+
+    /// What the vision tower shows of pictures: [`Tap::Features`], and whatever else is asked for.
+    ///
+    /// # Errors
+    /// [`FamilyError::WrongPixels`] for pictures in another form than this tower takes.
+    fn look(&self, pictures: Pictures<B>, taps: &[Tap]) -> Result<Look<B>, FamilyError>;
+
+    /// Visual tokens of [`Tap::Features`]; `None` where those are visual tokens already.
+    ///
+    /// # Shapes
+    /// - `features`: `[vision hidden_size, rows]`
+    /// - returns `[hidden_size, rows]`
+    fn project(&self, features: &Tensor<B, 2>) -> Option<Tensor<B, 2>>;
+}
+
+/// What a vision tower shows of images, or of videos, side by side.
+#[derive(Debug, Clone)]
+pub struct Look<B: Backend> {
+    /// Time steps, rows and columns of tokens of each.
+    pub grids: Vec<[usize; 3]>,
+    /// What was asked for, and [`Tap::Features`].
+    pub taps: Taps<B>,
+    /// See [`reroute::Prompt::deepstack`].
+    pub deepstack: Vec<Tensor<B, 2>>,
+}

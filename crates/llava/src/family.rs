@@ -1,0 +1,104 @@
+use std::sync::Arc;
+
+use reducers::encoder::EncoderShape;
+use reroute::DecoderConfig;
+use reroute_checkpoint::{CONFIG_MAX_BYTES, Folder, NameTable};
+use reroute_family::{
+    BoxUnits, Dialect, FamilyConfig, FamilyError, GroundingFormat, ImageOptions, LayerMemory,
+    Modality, Preprocessor, Sample, SlotTokens,
+};
+
+use crate::{LlavaConfig, LlavaHfConfig, LlavaPreprocessor, NAMES};
+
+/// The prompt that LLaVA-1.5 was trained on for referring expressions (arXiv 2310.03744, Table 9); the
+/// answer is `[0.12, 0.34, 0.56, 0.78]`.
+const GROUNDING_PROMPT: &str = "Bounding box coordinates are specified in the format (top-left x, \
+    top-left y, bottom-right x, bottom-right y). All values are floating point numbers bounded \
+    between 0 and 1. Please provide the bounding box coordinate of the region this sentence \
+    describes: {expression}";
+
+/// How prompts of LLaVA-1.5 are written.
+pub const DIALECT: Dialect = Dialect {
+    template: include_str!("templates/llava.jinja"),
+    image: "<image>\n",
+    video: "",
+    timed: false,
+};
+
+impl FamilyConfig for LlavaConfig {
+    fn model_types() -> &'static [(&'static str, &'static str)] {
+        &[("llava", "LLaVA-1.5")]
+    }
+
+    fn open(folder: &Folder) -> Result<Self, FamilyError> {
+        let config: LlavaHfConfig = folder.read_json("config.json", CONFIG_MAX_BYTES)?;
+        config.resolve()
+    }
+
+    fn decoder(&self) -> &DecoderConfig {
+        &self.text
+    }
+
+    fn encoder(&self) -> EncoderShape {
+        EncoderShape {
+            num_layers: self.vision.num_layers,
+            feature_layer: self.vision_layers,
+            num_heads: self.vision.num_heads,
+            class_token: true,
+        }
+    }
+
+    fn slots(&self) -> SlotTokens {
+        SlotTokens {
+            image: self.image_token,
+            video: None,
+        }
+    }
+
+    fn names(&self) -> &'static NameTable {
+        &NAMES
+    }
+
+    fn dialect(&self) -> Dialect {
+        DIALECT
+    }
+
+    fn grounding(&self) -> GroundingFormat {
+        GroundingFormat::new(GROUNDING_PROMPT, BoxUnits::Normalized)
+    }
+
+    fn preprocessor(
+        &self,
+        folder: &Folder,
+        options: &ImageOptions,
+    ) -> Result<Arc<dyn Preprocessor>, FamilyError> {
+        Ok(Arc::new(LlavaPreprocessor::open(folder, self, options)?))
+    }
+
+    fn typical_visual_tokens(&self) -> usize {
+        self.vision.patches()
+    }
+
+    fn tower_memory(&self) -> LayerMemory {
+        let vision = &self.vision;
+        LayerMemory {
+            input: 3 * vision.patch_size.pow(2),
+            ..LayerMemory::vision(
+                vision.num_heads,
+                vision.hidden_size,
+                vision.intermediate_size,
+            )
+        }
+    }
+
+    /// Every image has the same grid, so that samples need not say it.
+    fn cells(&self, sample: &Sample, modality: Modality) -> Vec<[usize; 2]> {
+        let is_slot = |id: &&u32| self.slots().modality(**id) == Some(modality);
+        let side = self.vision.grid();
+        let cells = sample.ids.iter().filter(is_slot).enumerate();
+        cells
+            .map(|(slot, _)| slot % (side * side))
+            .map(|cell| [cell / side, cell % side])
+            .collect()
+    }
+}

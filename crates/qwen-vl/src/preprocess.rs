@@ -1,0 +1,143 @@
+use std::sync::Arc;
+
+use reroute_checkpoint::{CONFIG_MAX_BYTES, Folder};
+use reroute_family::{
+    BoundingBox, BoxUnits, FamilyError, ImageOptions, Modality, Picture, Prepared, Preprocessor,
+    Video, VideoTime, View, Visual,
+};
+use vision_encoder::qwen::{QwenPreprocessor, QwenPreprocessorConfig, QwenTowerConfig};
+use vision_encoder::{Canvas, Grid, PatchPixels, RgbImage, Window, resize_bicubic};
+
+use crate::QwenVlConfig;
+
+/// Images and videos as whole patches, as many as the picture has.
+#[derive(Debug, Clone)]
+pub struct QwenVlPreprocessor {
+    pixels: QwenPreprocessor,
+    tower: QwenTowerConfig,
+}
+
+impl QwenVlPreprocessor {
+    /// Reads `preprocessor_config.json`, and `video_preprocessor_config.json` where there is one.
+    pub fn open(
+        folder: &Folder,
+        config: &QwenVlConfig,
+        options: &ImageOptions,
+    ) -> Result<Self, FamilyError> {
+        const VIDEOS: &str = "video_preprocessor_config.json";
+        if options.pad_to_square.is_some() {
+            return Err(FamilyError::Option {
+                option: "pad_to_square",
+                reason: "it sees every picture whole, at its own proportions",
+            });
+        }
+        let file: QwenPreprocessorConfig =
+            folder.read_json("preprocessor_config.json", CONFIG_MAX_BYTES)?;
+        let videos: Option<QwenPreprocessorConfig> = match folder.has(VIDEOS) {
+            true => Some(folder.read_json(VIDEOS, CONFIG_MAX_BYTES)?),
+            false => None,
+        };
+        let mut pixels = file.resolve(videos.as_ref(), &config.vision)?;
+        if let Some(max_pixels) = options.max_pixels {
+            pixels = pixels.with_max_pixels(max_pixels);
+        }
+        let tower = config.vision.clone();
+        Ok(Self { pixels, tower })
+    }
+
+    fn view(&self, pixels: &PatchPixels, time: Option<VideoTime>) -> View {
+        let Grid { t, h, w } = pixels.grid;
+        let merge = self.tower.spatial_merge_size;
+        View {
+            original: pixels.original,
+            resized: pixels.resized,
+            grid: pixels.grid,
+            tokens: [t, h / merge, w / merge],
+            time,
+            allowed: pixels.unbounded,
+        }
+    }
+}
+
+impl Preprocessor for QwenVlPreprocessor {
+    fn prepare(&self, visual: &Visual) -> Result<(View, Prepared), FamilyError> {
+        match visual {
+            Visual::Image(image) => {
+                let pixels = self.pixels.image(image)?;
+                let view = self.view(&pixels, None);
+                Ok((view, Prepared::patches(Modality::Image, pixels)))
+            }
+            Visual::Video(Video { frames, fps }) => {
+                let pixels = self.pixels.video(frames)?;
+                let numbers: Vec<usize> = (0..frames.len()).collect();
+                let steps = self.tower.temporal_patch_size;
+                let time = VideoTime {
+                    seconds: patch_seconds(&numbers, *fps, steps)?,
+                    seconds_per_step: steps as f64 / fps,
+                };
+                let view = self.view(&pixels, Some(time));
+                Ok((view, Prepared::patches(Modality::Video, pixels)))
+            }
+        }
+    }
+
+    fn pictures(&self, visual: &Visual, view: &View) -> Result<Vec<RgbImage>, FamilyError> {
+        let [width, height] = view.resized;
+        let (x, y) = (0..width, 0..height);
+        let window = Window { x, y };
+        let resize = |image: &RgbImage| resize_bicubic(&Canvas::of(image), width, height, &window);
+        let seen = match visual {
+            Visual::Image(image) => std::slice::from_ref(image),
+            Visual::Video(Video { frames, .. }) => frames,
+        };
+        let firsts = seen.iter().step_by(self.tower.temporal_patch_size);
+        Ok(firsts.map(resize).collect::<Result<_, _>>()?)
+    }
+
+    fn picture(&self, size: [usize; 2]) -> Result<Picture, FamilyError> {
+        let resized = self.pixels.image_size(size)?;
+        let sides = resized.map(|side| side / self.tower.patch_size);
+        let patches = sides.iter().product();
+        Ok(Picture {
+            resized,
+            patches,
+            visual_tokens: patches / self.tower.spatial_merge_size.pow(2),
+        })
+    }
+
+    fn box_to_pixels(
+        &self,
+        _: &RgbImage,
+        view: &View,
+        units: BoxUnits,
+        answered: BoundingBox,
+    ) -> BoundingBox {
+        let [resized, original] =
+            [view.resized, view.original].map(|size| size.map(|side| side as f64));
+        units.to_pixels(answered, resized, original)
+    }
+
+    fn with_max_pixels(&self, max_pixels: usize) -> Option<Arc<dyn Preprocessor>> {
+        let pixels = self.pixels.clone().with_max_pixels(max_pixels);
+        let tower = self.tower.clone();
+        Some(Arc::new(Self { pixels, tower }))
+    }
+}
+
+/// The time of each temporal patch of a video in seconds: midway between its first and its last frame.
+///
+/// `frames` are the numbers of the frames that were taken from a video of `fps` frames per second. The
+/// last one is repeated to fill the last patch, as the Qwen3-VL processor does.
+pub fn patch_seconds(
+    frames: &[usize],
+    fps: f64,
+    temporal_patch_size: usize,
+) -> Result<Vec<f64>, FamilyError> {
+    if !fps.is_finite() || fps <= 0.0 {
+        return Err(FamilyError::FrameRate { fps });
+    }
+    let seconds = |frame: Option<&usize>| frame.map(|&frame| frame as f64 / fps);
+    let patches = frames.chunks(temporal_patch_size.max(1));
+    let middle = |patch: &[usize]| Some((seconds(patch.first())? + seconds(patch.last())?) / 2.0);
+    Ok(patches.filter_map(middle).collect())
+}

@@ -1,0 +1,211 @@
+//! The families that this zoo opens. A further one is one more line in the list below.
+
+use std::ops::Deref;
+
+use burn::module::Module;
+use burn::tensor::backend::Backend;
+use burn::tensor::{DType, Tensor};
+use reroute::{Decoder, Prompt};
+use reroute_checkpoint::{
+    CONFIG_MAX_BYTES, CheckpointError, Folder, LoadOptions, LoadProgress, NameTable, Shards,
+    check_fit, load_into,
+};
+use reroute_family::{
+    EncoderStep, FamilyConfig, FamilyModel, PixelTensors, Sample, VisualTokens, kept_rows,
+};
+use serde::Deserialize;
+
+use crate::ZooError;
+
+/// Writes everything that has a case for each family, from a list of families: what the zoo calls one,
+/// its crate, and there its configuration and its model.
+macro_rules! families {
+    ($($(#[$doc:meta])* $family:ident => $krate:ident::{$config:ident, $model:ident},)+) => {
+        /// The resolved configuration of a model of one of the families.
+        #[derive(Debug, Clone, PartialEq)]
+        #[non_exhaustive]
+        pub enum ModelConfig {
+            $($(#[$doc])* $family($krate::$config),)+
+        }
+
+        /// A model of one of the families.
+        #[derive(Module, Debug)]
+        #[expect(clippy::large_enum_variant, reason = "a Box is no Module")]
+        pub enum Model<B: Backend> {
+            $($(#[$doc])* $family($krate::$model<B>),)+
+        }
+
+        /// `model_type` and name of everything that can be opened.
+        fn known() -> Vec<(&'static str, &'static str)> {
+            let all = [$($krate::$config::model_types(),)+];
+            all.concat()
+        }
+
+        /// A configuration is what its family says of the model.
+        impl Deref for ModelConfig {
+            type Target = dyn FamilyConfig;
+
+            fn deref(&self) -> &Self::Target {
+                match self {
+                    $(Self::$family(config) => config,)+
+                }
+            }
+        }
+
+        impl ModelConfig {
+            fn open_as(model_type: &str, folder: &Folder) -> Result<Option<Self>, ZooError> {
+                let is = |types: &[(&str, &str)]| types.iter().any(|(known, _)| *known == model_type);
+                $(if is($krate::$config::model_types()) {
+                    return Ok(Some(Self::$family($krate::$config::open(folder)?)));
+                })+
+                Ok(None)
+            }
+        }
+
+        impl<B: Backend> Model<B> {
+            /// Builds the model that the configuration describes; parameters are not made before they
+            /// are loaded or used.
+            pub fn new(config: &ModelConfig, device: &B::Device) -> Result<Self, ZooError> {
+                Ok(match config {
+                    $(ModelConfig::$family(config) => Self::$family(FamilyModel::new(config, device)?),)+
+                })
+            }
+
+            /// The same with the weights of a checkpoint.
+            fn load(
+                self,
+                shards: &Shards,
+                names: &NameTable,
+                options: &LoadOptions,
+                progress: &mut dyn FnMut(LoadProgress),
+            ) -> Result<Self, CheckpointError> {
+                Ok(match self {
+                    $(Self::$family(model) => {
+                        Self::$family(load_into(model, shards, names, options, progress)?)
+                    })+
+                })
+            }
+
+            /// Whether every parameter has its tensor.
+            fn fits(
+                &self,
+                shards: &Shards,
+                names: &NameTable,
+                options: &LoadOptions,
+            ) -> Result<(), CheckpointError> {
+                match self {
+                    $(Self::$family(model) => check_fit(model, shards, names, options),)+
+                }
+            }
+
+            /// What the family says of the model.
+            pub fn config(&self) -> &dyn FamilyConfig {
+                match self {
+                    $(Self::$family(model) => FamilyModel::config(model),)+
+                }
+            }
+
+            /// The decoder.
+            pub fn decoder(&self) -> &Decoder<B> {
+                match self {
+                    $(Self::$family(model) => FamilyModel::decoder(model),)+
+                }
+            }
+
+            /// Visual tokens of preprocessed images and videos; with a `step`, every picture reduced by
+            /// itself. `questions` are embeddings of the text asked about each image, and about each
+            /// video, for methods that want to see it.
+            pub fn see_reduced(
+                &self,
+                pixels: PixelTensors<B>,
+                step: Option<&EncoderStep<'_, B>>,
+                questions: [Vec<Tensor<B, 2>>; 2],
+            ) -> Result<VisualTokens<B>, ZooError> {
+                Ok(match self {
+                    $(Self::$family(model) => reroute_family::see(model, pixels, step, questions)?,)+
+                })
+            }
+
+            /// Packs token ids (slots repeated) and visual tokens into a prompt.
+            pub fn prompt(
+                &self,
+                samples: &[Sample],
+                tokens: &VisualTokens<B>,
+            ) -> Result<Prompt<B>, ZooError> {
+                let kept = kept_rows(self.config(), samples, tokens.reduction.as_ref());
+                let (images, videos) = (tokens.images.as_ref(), tokens.videos.as_ref());
+                Ok(match self {
+                    $(Self::$family(model) => {
+                        reroute_family::prompt(model, samples, &kept, images, videos)?
+                    })+
+                })
+            }
+        }
+    };
+}
+
+families! {
+    /// LLaVA-1.5.
+    Llava => llava::{LlavaConfig, Llava},
+    /// Qwen2-VL, Qwen2.5-VL or Qwen3-VL.
+    QwenVl => qwen_vl::{QwenVlConfig, QwenVl},
+}
+
+#[derive(Deserialize)]
+struct HasModelType {
+    #[serde(default)]
+    model_type: String,
+}
+
+impl ModelConfig {
+    /// Reads and checks `config.json`.
+    pub fn open(folder: &Folder) -> Result<Self, ZooError> {
+        let HasModelType { model_type } = folder.read_json("config.json", CONFIG_MAX_BYTES)?;
+        match Self::open_as(&model_type, folder)? {
+            Some(config) => Ok(config),
+            None => {
+                let name = |(model_type, name): (&str, &str)| format!("{model_type} ({name})");
+                let known: Vec<String> = known().into_iter().map(name).collect();
+                Err(ZooError::UnknownFamily {
+                    found: model_type,
+                    known: known.join(", "),
+                })
+            }
+        }
+    }
+
+    /// How weights are loaded.
+    fn load_options(&self, dtype: DType) -> LoadOptions {
+        let mut options = LoadOptions::new(dtype);
+        if self.decoder().tie_word_embeddings {
+            options.unused.push(self.tied_head().into());
+        }
+        options
+    }
+}
+
+impl<B: Backend> Model<B> {
+    /// Builds the model that the configuration describes and streams its weights in.
+    pub fn open(
+        config: &ModelConfig,
+        folder: &Folder,
+        dtype: DType,
+        device: &B::Device,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Self, ZooError> {
+        let shards = Shards::open(folder)?;
+        let (names, options) = (config.names(), config.load_options(dtype));
+        Ok(Self::new(config, device)?.load(&shards, names, &options, progress)?)
+    }
+
+    /// Whether every parameter has its tensor.
+    pub(crate) fn check_fit(&self, config: &ModelConfig, shards: &Shards) -> Result<(), ZooError> {
+        let (names, options) = (config.names(), config.load_options(DType::F32));
+        Ok(self.fits(shards, names, &options)?)
+    }
+
+    /// Visual tokens of preprocessed images and videos.
+    pub fn see(&self, pixels: PixelTensors<B>) -> Result<VisualTokens<B>, ZooError> {
+        self.see_reduced(pixels, None, Default::default())
+    }
+}

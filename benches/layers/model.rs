@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use reroute::DecoderConfig;
-use reroute_cli::embedded;
+use reroute_zoo::embedded;
 use reroute_zoo::{Folder, ModelConfig};
 use vision_encoder::clip::ClipConfig;
 use vision_encoder::qwen::QwenTowerConfig;

@@ -13,7 +13,7 @@ use reducers::encoder::{Seen, Tap, reduce};
 use reducers::presets::{self, Preset};
 use reducers::{Plan, Schedule};
 use reroute_cli::backend::{Backend, Device};
-use reroute_cli::embedded;
+use reroute_zoo::embedded;
 use reroute_zoo::grounding::iou;
 use reroute_zoo::{OpenOptions, Question, Visual, Vlm};
 use serde::{Deserialize, Serialize};

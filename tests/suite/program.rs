@@ -9,7 +9,7 @@ use clap::Parser;
 use reducers::{Schedule, presets};
 use reroute_cli::args::Args;
 use reroute_cli::backend::{Backend, Device};
-use reroute_cli::embedded;
+use reroute_zoo::embedded;
 use reroute_zoo::{Folder, OpenOptions, Vlm};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::Value;
@@ -76,7 +76,7 @@ pub fn refuses<S: AsRef<str>>(flags: &[S], expected: &[&str]) {
 
 /// One of the scenes of `assets/scenes`.
 pub fn scene(name: &str) -> String {
-    let scenes = Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/scenes");
+    let scenes = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/zoo/assets/scenes");
     text(&scenes.join(name).with_extension("png"))
 }
 

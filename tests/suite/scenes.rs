@@ -10,7 +10,7 @@ use burn::tensor::Tensor;
 use reducers::Schedule;
 use reroute::{GenerationOptions, PrefillOptions, generate};
 use reroute_cli::backend::{Backend, Device};
-use reroute_cli::embedded;
+use reroute_zoo::embedded;
 use reroute_zoo::grounding::{iou, parse_box};
 use reroute_zoo::{OpenOptions, PixelTensors, Question, Sample, VisualTokens, Vlm};
 use serde::Deserialize;
@@ -182,7 +182,8 @@ fn the_built_in_scene_is_found() {
     let schedule = Schedule::dense();
     let found = VLM.ground(&image, embedded::SCENE.expression, &schedule, &options);
     let found = found.expect("it answers with a box");
-    let scenes = Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/scenes/scenes.json");
+    let scenes =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/zoo/assets/scenes/scenes.json");
     let scenes = std::fs::read(scenes).expect("the assets are complete");
     let scenes: Vec<SceneFile> = serde_json::from_slice(&scenes).expect("valid");
     let truth = scenes

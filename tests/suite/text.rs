@@ -384,7 +384,7 @@ fn every_family_asks_and_is_understood() {
         ("qwen25vl", json([105, 140, 315, 280])),
         ("qwen3vl", json([250, 500, 750, 1000])),
     ] {
-        let folder = Folder::open(fixtures().join(format).join("ckpt")).unwrap();
+        let folder = Folder::open(fixtures().join("..").join(format).join("ckpt")).unwrap();
         let format = ModelConfig::open(&folder).unwrap().grounding();
         assert!(format.question("the cat").contains("the cat"));
         assert!(!format.question("the cat").contains(['{', '<']));

@@ -7,7 +7,8 @@ use reroute_zoo::{Question, Visual, Vlm};
 
 use crate::args::{AskArgs, VisualArgs};
 use crate::backend::Backend;
-use crate::{embedded, open, output};
+use crate::{open, output};
+use reroute_zoo::embedded;
 
 /// Runs the command.
 pub fn run(args: &AskArgs, out: &mut dyn Write) -> anyhow::Result<()> {

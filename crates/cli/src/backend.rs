@@ -1,4 +1,4 @@
-//! The one place that names backends: exactly one is compiled in, by feature.
+//! The backend that the program is built with: exactly one, by feature.
 
 use burn::tensor::DType;
 
@@ -47,28 +47,28 @@ pub const ON_HOST: bool = cfg!(any(feature = "flex", feature = "ndarray"));
     feature = "flex",
     not(any(feature = "ndarray", feature = "webgpu", feature = "cuda"))
 ))]
-pub type Backend = burn_flex::Flex;
+pub type Backend = reroute_zoo::backend::Flex;
 
 /// Portable reference CPU backend.
 #[cfg(all(
     feature = "ndarray",
     not(any(feature = "flex", feature = "webgpu", feature = "cuda"))
 ))]
-pub type Backend = burn_ndarray::NdArray<f32>;
+pub type Backend = reroute_zoo::backend::NdArray;
 
 /// GPUs through Vulkan, or through what WebGPU stands on.
 #[cfg(all(
     feature = "webgpu",
     not(any(feature = "flex", feature = "ndarray", feature = "cuda"))
 ))]
-pub type Backend = burn_wgpu::Wgpu<f32, i32>;
+pub type Backend = reroute_zoo::backend::Wgpu;
 
 /// NVIDIA GPUs; the driver is loaded at run time.
 #[cfg(all(
     feature = "cuda",
     not(any(feature = "flex", feature = "ndarray", feature = "webgpu"))
 ))]
-pub type Backend = burn_cuda::Cuda<f32, i32>;
+pub type Backend = reroute_zoo::backend::Cuda;
 
 /// Device of the backend.
 pub type Device = burn::tensor::Device<Backend>;

@@ -7,7 +7,8 @@ use anyhow::bail;
 use serde_json::json;
 
 use crate::args::GroundArgs;
-use crate::{draw, embedded, open, output};
+use crate::{draw, open, output};
+use reroute_zoo::embedded;
 
 /// Where the box of the built-in scene is drawn.
 const DEFAULT_OVERLAY: &str = "reroute-ground.png";

@@ -1,5 +1,5 @@
-//! The `reroute` program. Other leaf packages share its [`backend`], the one place where a backend
-//! is named, its [`embedded`] default model and the setting of its [`heap`].
+//! The `reroute` program. Other leaf packages share its [`backend`], the one that is compiled in,
+//! and the setting of its [`heap`].
 
 pub mod args;
 pub mod ask;
@@ -8,7 +8,6 @@ pub mod chat;
 pub mod compare;
 pub mod doctor;
 mod draw;
-pub mod embedded;
 pub mod explain;
 pub mod ground;
 pub mod heap;

@@ -13,7 +13,7 @@ use vision_encoder::{DecodeLimits, RgbImage, decode};
 
 use crate::args::{Dtype, GenerationArgs, ModelArgs, VisualArgs};
 use crate::backend::{self, Backend};
-use crate::embedded;
+use reroute_zoo::embedded;
 
 /// Largest image and schedule files that are read.
 const MAX_IMAGE_BYTES: u64 = 256 << 20;

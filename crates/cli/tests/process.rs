@@ -109,7 +109,7 @@ fn answers_go_to_stdout_and_notes_and_errors_to_stderr() {
 /// The limits of the system, not ours, would end these: no memory, no stack.
 #[test]
 fn checkpoints_made_to_exhaust_memory_or_stack_exit_with_2() {
-    let checkpoint = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../assets/tiny-llava");
+    let checkpoint = Path::new(env!("CARGO_MANIFEST_DIR")).join("../zoo/assets/tiny-llava");
     let config = std::fs::read_to_string(checkpoint.join("config.json")).expect("it is there");
     let many = "\"num_hidden_layers\": 1000000000";
     let layers = config.replace("\"num_hidden_layers\": 8", many);

@@ -76,7 +76,7 @@ pub enum FamilyError {
     },
     /// Visual tokens are of other inputs than the prompt's.
     #[error(
-        "the prompts have {slots} {modality} slots but the vision tower gave {tokens} visual tokens: \
+        "the prompts have {slots} {modality} slots but the {modality}s give {tokens} visual tokens: \
          write each slot once per visual token, and run the tower on the {modality}s of these prompts, in \
          order of appearance"
     )]

@@ -34,7 +34,7 @@ impl<B: Backend> Pictures<B> {
     /// The form, for messages.
     pub fn describe(&self) -> &'static str {
         match self {
-            Self::Fixed(_) => "images of one size [images, 3, height, width]",
+            Self::Fixed(_) => "squares [images, 3, height, width]",
             Self::Patches(..) => "patches [patches, features] with their grids",
         }
     }

@@ -65,7 +65,7 @@ impl<B: Backend> FamilyModel<B> for Llava<B> {
         let Pictures::Fixed(pixels) = pictures else {
             return Err(FamilyError::WrongPixels {
                 given: pictures.describe(),
-                wanted: "images of one size [images, 3, height, width]",
+                wanted: "squares [images, 3, height, width]",
             });
         };
         let side = self.config.vision.grid();

@@ -1,21 +1,23 @@
-//! The front door: open any checkpoint folder, ask about images, get text, boxes and a trace.
+//! The one crate to depend on: open any checkpoint folder, ask about images, get text, boxes and a trace.
 //!
 //! ```no_run
-//! use reducers::presets;
-//! use reroute::GenerationOptions;
-//! use vision_encoder::{DecodeLimits, decode};
-//! use reroute_zoo::{Folder, OpenOptions, Question, Vlm};
+//! use reroute_zoo::{DecodeLimits, Folder, OpenOptions, Question, Vlm, decode, presets};
 //!
 //! fn answer<B: burn::tensor::backend::Backend>(device: &B::Device) -> Result<String, Box<dyn std::error::Error>> {
 //!     let folder = Folder::open("llava-1.5-7b-hf")?;
 //!     let vlm = Vlm::<B>::open(&folder, &OpenOptions::default(), device)?;
 //!     let image = decode(&std::fs::read("photo.jpg")?, &DecodeLimits::default())?;
 //!     let question = Question::about(vec![image], "What is this?");
-//!     let schedule = presets::find("reroute-pdrop@192")?.schedule(vlm.decoder_config().num_layers)?;
-//!     let options = GenerationOptions { max_new_tokens: 64, ..vlm.generation_defaults() };
-//!     Ok(vlm.ask(&question, &schedule, &options, |_| {})?.text)
+//!     let plan = presets::find("reroute-pdrop@192")?
+//!         .plan(vlm.config().decoder().num_layers, &vlm.config().encoder())?;
+//!     Ok(vlm.ask(&question, &plan, &vlm.generation_defaults(), |_| {})?.text)
 //! }
 //! ```
+//!
+//! `B` is any backend of Burn; [`backend`] names those that the features of this crate bring, each with
+//! what makes it fast. What lies below is re-exported whole: [`burn`], [`vision_encoder`], [`reducers`]
+//! (methods, schedules, rules of one's own), [`reroute`] (the routed decoder), [`reroute_family`] (what a
+//! family implements), [`llava`] and [`qwen_vl`].
 //!
 //! Fine-tuning through a routed prefill: a [`Model`] is a Burn [`Module`](burn::module::Module), and
 //! [`Vlm::logits`] are those behind each token of a known answer.
@@ -25,8 +27,7 @@
 //! use burn::tensor::activation::log_softmax;
 //! use burn::tensor::backend::AutodiffBackend;
 //! use burn::tensor::{Int, Tensor};
-//! use reducers::Schedule;
-//! use reroute_zoo::{Model, Question, Vlm, ZooError};
+//! use reroute_zoo::{Model, Question, Schedule, Vlm, ZooError};
 //!
 //! /// One step towards an answer; also the loss before it.
 //! fn step<B: AutodiffBackend>(
@@ -49,8 +50,11 @@
 //! ```
 
 mod answer;
+pub mod backend;
 mod checkup;
 mod conversation;
+#[cfg(feature = "embedded")]
+pub mod embedded;
 mod error;
 mod families;
 pub mod grounding;
@@ -67,6 +71,8 @@ pub use checkup::{Checkup, Parameters, Problem};
 pub use conversation::Conversation;
 pub use error::ZooError;
 pub use families::{Model, ModelConfig};
+pub use reducers::{Plan, Schedule, presets};
+pub use reroute::{FinishReason, GenerationOptions, SamplingOptions};
 pub use reroute_checkpoint::Folder;
 pub use reroute_family::{
     Arithmetic, Dialect, EncoderStep, FamilyConfig, FamilyError, FamilyModel, ImageOptions,
@@ -77,4 +83,14 @@ pub use routing::Routing;
 pub use template::ChatTemplate;
 pub use tensors::{TensorInputs, TensorOutputs};
 pub use tokenizer::Tokenizer;
+pub use vision_encoder::{DecodeLimits, RgbImage, decode};
 pub use vlm::{Grounding, OpenOptions, Vlm};
+
+pub use burn;
+pub use llava;
+pub use qwen_vl;
+pub use reducers;
+pub use reroute;
+pub use reroute_checkpoint;
+pub use reroute_family;
+pub use vision_encoder;

@@ -1,10 +1,10 @@
 //! The model and scenes that are part of the program, for a first look without downloads.
 
-use reroute_zoo::Folder;
+use crate::Folder;
 
 macro_rules! files {
     ($($name:literal),* $(,)?) => {
-        &[$(($name, include_bytes!(concat!("../../../assets/tiny-llava/", $name)))),*]
+        &[$(($name, include_bytes!(concat!("../assets/tiny-llava/", $name)))),*]
     };
 }
 
@@ -32,7 +32,7 @@ pub struct Scene {
 
 /// The scene that commands show without `--image`.
 pub static SCENE: Scene = Scene {
-    image: include_bytes!("../../../assets/scenes/063.png"),
+    image: include_bytes!("../assets/scenes/063.png"),
     expression: "the large cyan square",
 };
 

@@ -67,7 +67,12 @@ fn slots_are_filled_in_order_from_images_and_videos() {
     let prompt = model
         .prompt(&samples(), Some(&images), Some(&videos))
         .unwrap();
-    let text = first_row(&model.language_model().embed(&[7, 8, 9, 10, 11, 12, 13]));
+    let text = first_row(
+        &model
+            .language_model()
+            .embed(&[7, 8, 9, 10, 11, 12, 13])
+            .unwrap(),
+    );
     let [a, b, c, d, e, f, g] = text[..] else {
         panic!("{text:?}")
     };

@@ -290,3 +290,45 @@ fn write<B: Backend>(
     };
     Ok(write_rows(all, start, new)?)
 }
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::Tensor;
+    use burn_flex::{Flex, FlexDevice};
+
+    use super::*;
+
+    /// Every copy of a full buffer makes room for a share of what it holds: few copies, and little room
+    /// that nothing is in.
+    #[test]
+    fn copies_of_a_growing_cache_are_few() {
+        let mut cache = KvCache::<Flex>::new(1, 1);
+        let (mut copies, mut capacity, mut copied) = (0, 0, 0);
+        for row in 0..4096 {
+            let number = Tensor::full([2, 4, 1], row as f32, &FlexDevice);
+            let run = Run {
+                sample: 0,
+                packed: 0..1,
+                rows: vec![row],
+            };
+            let new = [number.clone(), number];
+            let [keys, _] = cache.layer(0).append(&run, new).unwrap();
+            assert_eq!(keys.dims(), [2, 4, row + 1]);
+            let [buffer, _] = cache.layers[0][0].buffers.as_ref().unwrap();
+            let [_, _, now] = buffer.dims();
+            if now != capacity {
+                (copies, capacity, copied) = (copies + 1, now, copied + row);
+                assert!(now <= row + 1 + GROWTH.max((row + 1) / GROWTH_SHARE));
+            }
+        }
+        assert!(copies <= 20, "{copies} copies");
+        assert!(copied <= 5 * 4096, "{copied} rows copied");
+        let [keys, _] = cache.layers[0][0].held().unwrap();
+        let keys: Vec<f32> = keys.into_data().into_vec().unwrap();
+        assert!(
+            keys.chunks(4096)
+                .flat_map(|rows| rows.iter().enumerate())
+                .all(|(row, &key)| key == row as f32)
+        );
+    }
+}

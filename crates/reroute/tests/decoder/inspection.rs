@@ -50,8 +50,9 @@ impl Visit for Fields<'_> {
 }
 
 impl Subscriber for Spans {
-    fn enabled(&self, _: &Metadata<'_>) -> bool {
-        true
+    /// Other crates have spans too.
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        metadata.target().starts_with("reroute::")
     }
 
     fn new_span(&self, span: &Attributes<'_>) -> Id {

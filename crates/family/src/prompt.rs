@@ -3,7 +3,7 @@ use std::fmt;
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor, TensorData};
 use reducers::Positions;
-use reroute::{Prompt, RerouteError, SampleLayout, Survivors, interleave};
+use reroute::{KeptRows, Prompt, RerouteError, SampleLayout, interleave};
 use vision_encoder::{Grid, VisionOutput};
 
 use crate::reduction::{Reduction, kept_of_slots};
@@ -89,11 +89,9 @@ pub fn kept_rows(
     config: &dyn FamilyConfig,
     samples: &[Sample],
     reduction: Option<&Reduction>,
-) -> Vec<Survivors> {
+) -> Vec<KeptRows> {
     let Some(reduction) = reduction else {
-        let all = samples
-            .iter()
-            .map(|sample| Survivors::all(sample.ids.len()));
+        let all = samples.iter().map(|sample| KeptRows::all(sample.ids.len()));
         return all.collect();
     };
     let slots = config.slots();
@@ -116,7 +114,7 @@ pub fn kept_rows(
 pub fn prompt<B: Backend, M: FamilyModel<B>>(
     model: &M,
     samples: &[Sample],
-    kept: &[Survivors],
+    kept: &[KeptRows],
     images: Option<&VisionOutput<B>>,
     videos: Option<&VisionOutput<B>>,
 ) -> Result<Prompt<B>, FamilyError> {
@@ -192,7 +190,7 @@ impl Packed {
         &mut self,
         config: &dyn FamilyConfig,
         sample: &Sample,
-        kept: &Survivors,
+        kept: &KeptRows,
     ) -> Result<(), FamilyError> {
         let full = config.positions(sample)?;
         let ids = kept.of(&sample.ids)?;

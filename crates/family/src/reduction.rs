@@ -7,7 +7,7 @@ use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor};
 use reducers::encoder::{self, EncoderReducer, EncoderShape, Reduced, Seen, Tap, Taps};
 use reducers::{Keep, Positions, ReducerError, Rest};
-use reroute::Survivors;
+use reroute::KeptRows;
 
 use crate::{FamilyError, Look};
 
@@ -208,7 +208,7 @@ pub(crate) fn kept_of_slots(
     slots: [Vec<usize>; 2],
     kept: &mut [&[KeptTokens]; 2],
     positions: Positions,
-) -> Survivors {
+) -> KeptRows {
     let mut chosen: Vec<(usize, Option<f32>)> = Vec::new();
     let mut is_slot = vec![false; rows];
     for (slots, kept) in slots.iter().zip(kept) {
@@ -236,7 +236,7 @@ pub(crate) fn kept_of_slots(
     };
     let mut rows: Vec<usize> = chosen.into_iter().map(|(row, _)| row).chain(text).collect();
     rows.sort_unstable();
-    Survivors {
+    KeptRows {
         rows,
         salience,
         positions,

@@ -12,5 +12,5 @@ mod taps;
 pub use config::{QwenVlConfig, QwenVlHfConfig};
 pub use error::QwenVlError;
 pub use model::{QwenSample, QwenVl};
-pub use names::{NAMES, TIED_HEAD};
+pub use names::{NAMES, TIED_HEAD, file_name};
 pub use positions::{Modality, MropePositions};

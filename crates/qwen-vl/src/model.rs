@@ -87,6 +87,12 @@ impl<B: Backend> QwenVl<B> {
                 return Err(RerouteError::Renumber.into());
             }
             let places = self.config.positions(sample)?;
+            // Before they become a tensor: backends count in 32 bits.
+            let needed = usize::try_from(places.next).unwrap_or(usize::MAX);
+            let available = self.config.text.max_position_embeddings;
+            if needed > available {
+                return Err(RerouteError::ContextLength { needed, available }.into());
+            }
             let left = survivors.of(&sample.ids)?;
             for (all, of_sample) in positions.iter_mut().zip(&places.axes) {
                 all.extend(survivors.of(of_sample)?);

@@ -8,7 +8,9 @@ pub mod clip;
 mod error;
 mod image;
 mod inspect;
+mod jpeg;
 mod normalise;
+mod orientation;
 pub mod qwen;
 mod resize;
 

@@ -1,6 +1,6 @@
 //! Conversations: who said what, and how many tokens the slots of images and videos have.
 
-use serde_json::{Value, json};
+use minijinja::{Value, context};
 
 use crate::{Dialect, Tokenizer, ZooError};
 
@@ -83,12 +83,12 @@ impl Message {
     /// The message as templates of vision-language models take it.
     pub(crate) fn with_parts(&self) -> Value {
         let part = |part: &Content| match part {
-            Content::Image => json!({"type": "image"}),
-            Content::Video { .. } => json!({"type": "video"}),
-            Content::Text(text) => json!({"type": "text", "text": text}),
+            Content::Image => context!(type => "image"),
+            Content::Video { .. } => context!(type => "video"),
+            Content::Text(text) => context!(type => "text", text),
         };
-        let parts: Vec<Value> = self.content.iter().map(part).collect();
-        json!({"role": self.role.name(), "content": parts})
+        let parts: Value = self.content.iter().map(part).collect();
+        context!(role => self.role.name(), content => parts)
     }
 
     /// The message as templates of language models take it: one string.
@@ -99,7 +99,7 @@ impl Message {
             Content::Text(text) => text.clone(),
         };
         let content: String = self.content.iter().map(part).collect();
-        json!({"role": self.role.name(), "content": content})
+        context!(role => self.role.name(), content)
     }
 }
 
@@ -112,10 +112,14 @@ pub fn patch_seconds(
     fps: f64,
     temporal_patch_size: usize,
 ) -> Result<Vec<f64>, ZooError> {
-    if !fps.is_finite() || fps <= 0.0 {
+    let seconds = |frame: Option<&usize>| frame.map(|&frame| frame as f64 / fps);
+    // Models are told in f32 how long a patch lasts.
+    let longest = f64::from(f32::MAX) / temporal_patch_size.max(1) as f64;
+    let is_short = |frame: f64| frame / fps <= longest;
+    let last = frames.iter().max().map_or(0.0, |&frame| frame as f64);
+    if !(fps.is_finite() && fps > 0.0 && is_short(1.0) && is_short(last)) {
         return Err(ZooError::FrameRate { fps });
     }
-    let seconds = |frame: Option<&usize>| frame.map(|&frame| frame as f64 / fps);
     let patches = frames.chunks(temporal_patch_size.max(1));
     let middle = |patch: &[usize]| Some((seconds(patch.first())? + seconds(patch.last())?) / 2.0);
     Ok(patches.filter_map(middle).collect())

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use burn::tensor::DType;
 use burn_flex::Flex;
-use qwen_vl::{NAMES, QwenVl, TIED_HEAD};
+use qwen_vl::{NAMES, QwenVl, TIED_HEAD, file_name};
 use reroute_checkpoint::{Folder, LoadOptions, Shards, load_into};
 use safetensors::SafeTensors;
 
@@ -53,6 +53,22 @@ fn old_and_new_spelling_mean_the_same_parameter() {
             })
             .collect();
         assert_eq!(paths.len(), names.len(), "{family}");
+    }
+}
+
+/// Whatever a checkpoint of the hub is read from is what it is written to.
+#[test]
+fn every_parameter_is_written_as_the_hub_has_it() {
+    for family in FAMILIES {
+        let generation = config(family).vision.generation;
+        for name in names(family) {
+            let path = NAMES.module_path(&name).unwrap();
+            let written = file_name(generation, &path);
+            assert_eq!(written, Some(name), "{family}");
+            let any = NAMES.file_name(&path).unwrap();
+            assert_eq!(NAMES.module_path(&any), Some(path), "{any}");
+        }
+        assert_eq!(file_name(generation, "projector.weight"), None);
     }
 }
 

@@ -71,7 +71,7 @@ fn files_that_are_missing() {
         &ask(&folder),
         &[
             "\"pytorch_model.bin\", a pickle",
-            "cargo xtask convert --allow-pickle",
+            "reroute convert --allow-pickle",
         ],
     );
 }

@@ -295,6 +295,15 @@ fn values_beyond_the_range_of_f16_are_counted_and_become_the_largest() {
     let from = small(&[("fits", &[0.5, -65504.0]), ("wide", &values)]);
     let mut job = Job::new(from.path(), from.at("half.safetensors"));
     job.dtype = Some(Dtype::F16);
+    // As when it is loaded, unless asked otherwise; nothing is left then.
+    let error = convert(&job).unwrap_err();
+    assert!(
+        matches!(&error, ConvertError::Overflow { name, values: 2, .. } if name == "wide"),
+        "{error}"
+    );
+    assert!(error.to_string().contains("--clamp"), "{error}");
+    assert!(!Path::new(&from.at("half.safetensors")).exists());
+    job.clamp = true;
     let report = convert(&job).unwrap();
     assert_eq!(report.overflows, [("wide".to_owned(), 2)]);
     let found = contents(from.at("half.safetensors"));
@@ -330,6 +339,7 @@ fn doubles_become_what_is_asked_for() {
     ] {
         let mut job = Job::new(from.path(), to.at(&format!("{dtype}.safetensors")));
         job.dtype = Some(dtype);
+        job.clamp = true;
         assert_eq!(convert(&job).unwrap().overflows, [("a".to_owned(), lost)]);
         let (found, _, bytes) = &contents(&job.to)["a"];
         let expected = expected.iter().flat_map(|value: &f32| match dtype {

@@ -216,7 +216,7 @@ fn visuals_that_cannot_be_seen_are_refused() {
     let mixed = clip(1);
     mixed.write("other.png", std::fs::read(picture("small.png")).unwrap());
     let broken = clip(1);
-    broken.write("zz.txt", "no picture");
+    broken.write("zz.png", "no picture");
     let thin = Scratch::new();
     let strip = RgbImage::new(1000, 2, vec![7; 6000]).unwrap();
     thin.write("thin.png", png(&strip));
@@ -238,7 +238,7 @@ fn visuals_that_cannot_be_seen_are_refused() {
         (&["--video", &mixed.path()], &["62×93", "90×59"]),
         (
             &["--video", &broken.path()],
-            &["zz.txt", "PNG, JPEG or WebP"],
+            &["zz.png", "PNG, JPEG or WebP"],
         ),
         (
             &["--video", &frames.path(), "--fps", "0"],

@@ -365,7 +365,7 @@ fn slots_that_do_not_match_are_refused() {
     let message = refused.unwrap_err().to_string();
     assert!(message.contains("makes 0 slots"), "{message}");
 
-    for fps in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+    for fps in [0.0, -1.0, f64::NAN, f64::INFINITY, 1e-39, 5e-324] {
         let refused = patch_seconds(&[0, 1], fps, 2);
         assert!(matches!(refused, Err(FamilyError::FrameRate { .. })));
     }

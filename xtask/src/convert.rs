@@ -1,4 +1,4 @@
-//! `cargo xtask convert`: a checkpoint in another form, by the program of `crates/convert`.
+//! `cargo xtask convert`: a checkpoint in another form, by `reroute convert`.
 
 use std::process::{Command, exit};
 
@@ -7,14 +7,22 @@ use anyhow::Context;
 #[derive(clap::Args)]
 #[command(disable_help_flag = true)]
 pub struct Args {
-    /// What the program takes; `--help` lists it.
+    /// What `reroute convert` takes; `--help` lists it.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     rest: Vec<String>,
 }
 
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let status = Command::new(env!("CARGO"))
-        .args(["run", "--quiet", "--release", "-p", "reroute-convert", "--"])
+        .args([
+            "run",
+            "--quiet",
+            "--release",
+            "-p",
+            "reroute-cli",
+            "--",
+            "convert",
+        ])
         .args(&args.rest)
         .status()
         .context("cannot start cargo")?;

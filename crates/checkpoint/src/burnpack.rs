@@ -4,6 +4,7 @@
 //! the header in CBOR, and the tensors, each at a multiple of [`ALIGNMENT`] bytes
 //! (`burn-store` 0.21, module `burnpack`).
 
+use std::collections::BTreeMap;
 use std::io::Read;
 
 use burn::tensor::{BoolStore, DType};
@@ -29,6 +30,15 @@ const MAX_DEPTH: usize = 16;
 #[derive(Deserialize)]
 struct Header {
     tensors: Entries<Descriptor>,
+    #[serde(default)]
+    metadata: BTreeMap<String, String>,
+}
+
+/// What a header says.
+pub(crate) struct Contents {
+    pub(crate) tensors: Vec<(String, TensorInfo)>,
+    /// Notes of whoever wrote the file.
+    pub(crate) notes: BTreeMap<String, String>,
 }
 
 #[derive(Deserialize)]
@@ -41,10 +51,7 @@ struct Descriptor {
 
 /// Reads and checks a header: behind it, tensors lie as close as their alignment allows to the end
 /// of the file, each as long as its shape and dtype say. `file` is the file's path, for messages.
-pub(crate) fn read(
-    source: &Source,
-    file: &str,
-) -> Result<Vec<(String, TensorInfo)>, CheckpointError> {
+pub(crate) fn read(source: &Source, file: &str) -> Result<Contents, CheckpointError> {
     let (cbor, file_bytes) = read_cbor(source, file)?;
     let header: Header = ciborium::de::from_reader_with_recursion_limit(&cbor[..], MAX_DEPTH)
         .map_err(|source| CheckpointError::BurnpackHeader {
@@ -73,7 +80,10 @@ pub(crate) fn read(
         infos.push((name, info));
     }
     check_length(file, data_start.saturating_add(end), file_bytes)?;
-    Ok(infos)
+    Ok(Contents {
+        tensors: infos,
+        notes: header.metadata,
+    })
 }
 
 /// Where the data begins behind a header of so many bytes.

@@ -49,8 +49,11 @@ pub enum TensorError {
         dtype: DType,
     },
 
-    /// A value became infinite as f16.
-    #[error("it holds values beyond the range of f16 (±65504): load the weights as F32")]
+    /// A finite value would become infinite.
+    #[error(
+        "it holds values beyond the range of the type asked for (f16 ends at ±65504): load the weights \
+         as BF16 or F32, or make its largest value of them once and for all by reroute convert --clamp"
+    )]
     Overflow,
 
     /// Only matrices can be transposed.
@@ -65,7 +68,8 @@ pub enum TensorError {
     Memory(#[from] TryReserveError),
 }
 
-/// Reads a whole tensor; `reader` stands at its first byte.
+/// Reads a whole tensor; `reader` stands at its first byte. A finite value that would become infinite
+/// is an error: one infinite weight makes every output NaN.
 pub(crate) fn read(
     reader: &mut impl Read,
     info: &TensorInfo,
@@ -88,13 +92,7 @@ pub(crate) fn read(
     };
     match dtype {
         DType::F32 => Ok(TensorData::new(stored.read::<f32>(reader)?, shape)),
-        DType::F16 => {
-            let values = stored.read::<f16>(reader)?;
-            if info.dtype != Dtype::F16 && values.iter().any(|value| value.is_infinite()) {
-                return Err(TensorError::Overflow);
-            }
-            Ok(TensorData::new(values, shape))
-        }
+        DType::F16 => Ok(TensorData::new(stored.read::<f16>(reader)?, shape)),
         DType::BF16 => Ok(TensorData::new(stored.read::<bf16>(reader)?, shape)),
         dtype => Err(TensorError::Target { dtype }),
     }
@@ -104,9 +102,14 @@ pub(crate) fn read(
 trait Float: Copy + Default {
     fn from_f32(value: f32) -> Self;
     fn from_f16(value: f16) -> Self;
+    fn is_infinite(self) -> bool;
 }
 
 impl Float for f32 {
+    fn is_infinite(self) -> bool {
+        self.is_infinite()
+    }
+
     fn from_f32(value: f32) -> Self {
         value
     }
@@ -117,6 +120,10 @@ impl Float for f32 {
 }
 
 impl Float for f16 {
+    fn is_infinite(self) -> bool {
+        self.is_infinite()
+    }
+
     fn from_f32(value: f32) -> Self {
         f16::from_f32(value)
     }
@@ -127,6 +134,10 @@ impl Float for f16 {
 }
 
 impl Float for bf16 {
+    fn is_infinite(self) -> bool {
+        self.is_infinite()
+    }
+
     fn from_f32(value: f32) -> Self {
         bf16::from_f32(value)
     }
@@ -146,20 +157,29 @@ struct Stored {
 
 impl Stored {
     fn read<T: Float>(&self, reader: &mut impl Read) -> Result<Vec<T>, TensorError> {
-        match self.dtype {
-            Dtype::F32 => self.decode(reader, |raw| T::from_f32(f32::from_le_bytes(raw))),
+        // Infinite values less those that were infinite in the file.
+        let mut lost = 0_isize;
+        let mut narrow = |wide: f32| {
+            let value = T::from_f32(wide);
+            lost += isize::from(value.is_infinite()) - isize::from(wide.is_infinite());
+            value
+        };
+        let values = match self.dtype {
+            Dtype::F32 => self.decode(reader, |raw| narrow(f32::from_le_bytes(raw))),
             Dtype::F16 => self.decode(reader, |raw| T::from_f16(f16::from_le_bytes(raw))),
-            Dtype::BF16 => {
-                self.decode(reader, |raw| T::from_f32(bf16::from_le_bytes(raw).to_f32()))
-            }
+            Dtype::BF16 => self.decode(reader, |raw| narrow(bf16::from_le_bytes(raw).to_f32())),
             dtype => Err(TensorError::Dtype { dtype }),
+        }?;
+        match lost {
+            0 => Ok(values),
+            _ => Err(TensorError::Overflow),
         }
     }
 
     fn decode<T: Float, const BYTES: usize>(
         &self,
         reader: &mut impl Read,
-        element: impl Fn([u8; BYTES]) -> T,
+        element: impl FnMut([u8; BYTES]) -> T,
     ) -> Result<Vec<T>, TensorError> {
         let mut values = Vec::new();
         values.try_reserve_exact(self.elements)?;
@@ -179,12 +199,18 @@ fn copy<T, const BYTES: usize>(
     reader: &mut impl Read,
     values: &mut Vec<T>,
     elements: usize,
-    element: impl Fn([u8; BYTES]) -> T,
+    mut element: impl FnMut([u8; BYTES]) -> T,
 ) -> io::Result<()> {
     let mut block = Block::default();
     while values.len() < elements {
         let wanted = (elements - values.len()).min(BLOCK_BYTES / BYTES);
-        values.extend(block.read(reader, wanted)?.iter().copied().map(&element));
+        values.extend(
+            block
+                .read(reader, wanted)?
+                .iter()
+                .copied()
+                .map(&mut element),
+        );
     }
     Ok(())
 }
@@ -197,7 +223,7 @@ fn transpose<T, const BYTES: usize>(
     values: &mut [T],
     rows: usize,
     columns: usize,
-    element: impl Fn([u8; BYTES]) -> T,
+    mut element: impl FnMut([u8; BYTES]) -> T,
 ) -> io::Result<()> {
     if values.is_empty() {
         return Ok(()); // However many rows of nothing there are.

@@ -29,6 +29,19 @@ pub enum CheckpointError {
         path: PathBuf,
     },
 
+    /// The path leads to the Hugging Face cache, or to a repository in it.
+    #[error(
+        "{} is of the Hugging Face cache, where checkpoints lie in snapshots; give {}",
+        path.display(),
+        some(&snapshots.iter().map(|path| path.display().to_string()).collect::<Vec<_>>())
+    )]
+    CacheRoot {
+        /// As given.
+        path: PathBuf,
+        /// The snapshots in it, the current one of each repository first.
+        snapshots: Vec<PathBuf>,
+    },
+
     /// A file name that might lead out of the folder.
     #[error(
         "{} is not a plain file name in {folder}; use a name without separators",
@@ -116,7 +129,7 @@ pub enum CheckpointError {
     /// The folder holds weights only as pickle, which runs code when it is opened.
     #[error(
         "{folder} has its weights in {}, a pickle, which can run any code when opened and is never read; \
-         if you trust its author: cargo xtask convert --allow-pickle",
+         if you trust its author: reroute convert --allow-pickle",
         quoted(file)
     )]
     Pickle {
@@ -146,6 +159,33 @@ pub enum CheckpointError {
         folder: String,
         /// Names of the files.
         shards: Vec<String>,
+    },
+
+    /// There are shards of several sets, and nothing says which to open.
+    #[error(
+        "{folder} has shards of several sets (of {}) and no model.safetensors.index.json, which says \
+         which belong together; download it, or remove those that do not belong",
+        counts.iter().map(u32::to_string).collect::<Vec<_>>().join(", of ")
+    )]
+    SeveralSets {
+        /// The folder.
+        folder: String,
+        /// The numbers of shards that the names tell.
+        counts: Vec<u32>,
+    },
+
+    /// A converted file lies beside weights that it was not converted from.
+    #[error(
+        "{folder} has {converted} beside {original}, but not converted from it as it is now: remove \
+         {converted} to load {original} (and convert that again), or remove {original} to load {converted}"
+    )]
+    Stale {
+        /// The folder.
+        folder: String,
+        /// Name of the converted file.
+        converted: String,
+        /// Name of a file beside it.
+        original: String,
     },
 
     /// The index and the shards contradict each other.

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, Cursor, ErrorKind, Read, Seek, SeekFrom};
 use std::path::{Component, Path, PathBuf};
+use std::time::SystemTime;
 
 use serde::de::DeserializeOwned;
 
@@ -48,6 +49,13 @@ impl Folder {
                 });
             }
         };
+        let snapshots = cache_snapshots(&root);
+        if !snapshots.is_empty() {
+            return Err(CheckpointError::CacheRoot {
+                path: given,
+                snapshots,
+            });
+        }
         let blobs = cache_blobs(&root);
         Ok(Self(Place::Disk { given, root, blobs }))
     }
@@ -168,12 +176,28 @@ impl Folder {
 
     /// The first entry, by name, that `wanted` accepts.
     pub(crate) fn find(&self, wanted: impl Fn(&str) -> bool) -> Option<String> {
-        let Place::Disk { root, .. } = &self.0 else {
-            return None;
-        };
-        let entries = root.read_dir().ok()?.flatten();
-        let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+        let names = self.names().into_iter();
         names.filter(|name| wanted(name)).min()
+    }
+
+    /// Names of all entries that are UTF-8; none of a folder that cannot be listed.
+    pub(crate) fn names(&self) -> Vec<String> {
+        match &self.0 {
+            Place::Disk { root, .. } => {
+                let entries = root.read_dir().into_iter().flatten().flatten();
+                let names = entries.map(|entry| entry.file_name().into_string());
+                names.filter_map(Result::ok).collect()
+            }
+            Place::Memory(files) => files.iter().map(|(name, _)| (*name).to_owned()).collect(),
+        }
+    }
+
+    /// When a file was written, where that is known.
+    pub(crate) fn modified(&self, name: &str) -> Option<SystemTime> {
+        match self.locate(name).ok()? {
+            Source::Disk(path) => path.metadata().ok()?.modified().ok(),
+            Source::Memory(_) => None,
+        }
     }
 
     fn read_error(&self, name: &str, source: io::Error) -> CheckpointError {
@@ -200,6 +224,38 @@ fn cache_blobs(root: &Path) -> Option<PathBuf> {
         return None;
     }
     snapshots.parent()?.join("blobs").canonicalize().ok()
+}
+
+/// The snapshots in a repository of the Hugging Face cache, or in the cache itself, the current one
+/// of each repository first; none if this is something else.
+fn cache_snapshots(root: &Path) -> Vec<PathBuf> {
+    let in_repository = |repository: &Path| {
+        let folder = repository.join("snapshots");
+        let entries = folder.read_dir().into_iter().flatten().flatten();
+        let folders = entries
+            .map(|entry| entry.path())
+            .filter(|path| path.is_dir());
+        let mut snapshots: Vec<PathBuf> = folders.collect();
+        let current = std::fs::read_to_string(repository.join("refs").join("main"));
+        let current = current.map(|revision| folder.join(revision.trim())).ok();
+        snapshots.sort_by_key(|path| (Some(path) != current.as_ref(), path.clone()));
+        snapshots
+    };
+    if root.join("config.json").exists() {
+        return Vec::new();
+    }
+    let repositories = root.read_dir().into_iter().flatten().flatten();
+    let names = repositories.map(|entry| entry.file_name());
+    let is_repository = |name: &std::ffi::OsString| {
+        name.to_str()
+            .is_some_and(|name| name.starts_with("models--"))
+    };
+    let mut names: Vec<_> = names.filter(is_repository).collect();
+    names.sort();
+    let in_cache = names
+        .iter()
+        .flat_map(|name| in_repository(&root.join(name)));
+    in_repository(root).into_iter().chain(in_cache).collect()
 }
 
 /// Where the bytes of one file are.

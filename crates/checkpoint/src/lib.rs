@@ -40,5 +40,5 @@ pub use load::{LoadOptions, LoadProgress, check_fit, load_into};
 pub use mismatch::{Disagreement, Duplicate, IndexMismatch, Misshapen, ModuleMismatch, Unreadable};
 pub use names::{NameTable, Rule};
 pub use safetensors::Dtype;
-pub use shards::{Shards, TensorInfo};
+pub use shards::{CONVERTED_FROM, Shards, TensorInfo};
 pub use weights_file::{Format, LayoutError, NewTensor, WeightsFile};

@@ -6,6 +6,8 @@
 /// - `{}` stands for one index: a whole segment, decimal, without leading zeros;
 /// - `*`, at most once, stands for one or more whole segments.
 ///
+/// The first spelling is the one that is written ([`NameTable::file_name`]).
+///
 /// What a spelling's wildcards stand for takes the place of the module path's wildcards, from left
 /// to right, so every spelling needs the same wildcards in the same order as the module path.
 ///
@@ -34,7 +36,7 @@
 pub struct Rule {
     /// Path of the parameter in the module.
     pub module: &'static str,
-    /// Names it goes by in checkpoints.
+    /// Names it goes by in checkpoints; the first is the one that is written.
     pub file: &'static [&'static str],
 }
 
@@ -53,6 +55,27 @@ impl NameTable {
         self.rules.iter().find_map(|rule| {
             let wildcards = rule.file.iter().find_map(|file| wildcards(file, name))?;
             fill(rule.module, &wildcards)
+        })
+    }
+
+    /// What checkpoints call a parameter: the first spelling that [`module_path`](Self::module_path)
+    /// leads back to it.
+    ///
+    /// ```
+    /// # use reroute_checkpoint::{NameTable, Rule};
+    /// # const TABLE: NameTable = NameTable {
+    /// #     rules: &[Rule { module: "decoder.*", file: &["language_model.model.*", "model.*"] }],
+    /// #     ignore: &[],
+    /// # };
+    /// let name = TABLE.file_name("decoder.norm.gamma");
+    /// assert_eq!(name.as_deref(), Some("language_model.model.norm.gamma"));
+    /// ```
+    pub fn file_name(&self, path: &str) -> Option<String> {
+        self.rules.iter().find_map(|rule| {
+            let wildcards = wildcards(rule.module, path)?;
+            let names = rule.file.iter().filter_map(|file| fill(file, &wildcards));
+            // An exception further up may take a name for itself.
+            { names }.find(|name| self.module_path(name).as_deref() == Some(path))
         })
     }
 

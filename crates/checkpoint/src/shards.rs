@@ -1,14 +1,16 @@
 //! Which tensor lies where: one `model.bpk` or `model.safetensors`, or the shards that an index
-//! lists.
+//! lists or whose names say that all are there.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::ops::Range;
 use std::path::Path;
+use std::time::Duration;
 
 use burn::tensor::{DType, TensorData};
 use safetensors::Dtype;
 use serde::Deserialize;
+use xxhash_rust::xxh3::Xxh3;
 
 use crate::convert::{self, BLOCK_BYTES, Layout};
 use crate::folder::{Source, is_plain_name};
@@ -21,11 +23,19 @@ const BURNPACK: &str = "model.bpk";
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
+/// Note in a Burnpack file: the [fingerprint](Shards::fingerprint) of what it was converted from.
+pub const CONVERTED_FROM: &str = "converted_from";
+/// Bytes at both ends of a tensor that a fingerprint is made of.
+const SAMPLE_BYTES: u64 = 256;
+/// Times of files closer than this say nothing: some systems count in steps of it.
+const SAME_TIME: Duration = Duration::from_secs(2);
+
 /// All tensors of a checkpoint. Their headers are checked; their data is read on demand.
 #[derive(Debug)]
 pub struct Shards {
     shards: Vec<Shard>,
     tensors: BTreeMap<String, TensorInfo>,
+    converted_from: Option<String>,
 }
 
 /// One file of weights.
@@ -79,17 +89,65 @@ struct Index {
 impl Shards {
     /// Finds the weights of a folder and checks all their headers.
     ///
-    /// A Burnpack file goes before what it may have been converted from. An index is believed to
-    /// the letter, and the files must agree with it; no other file of the folder is looked at.
+    /// A Burnpack file goes before the safetensors files that it was converted from, and is refused
+    /// beside others. An index is believed to the letter, and the files must agree with it; without
+    /// one, the numbers in the names of shards say whether all are there.
     pub fn open(folder: &Folder) -> Result<Self, CheckpointError> {
         if folder.has(BURNPACK) {
-            Self::open_file(folder, BURNPACK)
-        } else if folder.has(INDEX) {
+            let converted = Self::open_file(folder, BURNPACK)?;
+            converted.check_source(folder)?;
+            return Ok(converted);
+        }
+        Self::open_safetensors(folder)
+    }
+
+    fn open_safetensors(folder: &Folder) -> Result<Self, CheckpointError> {
+        if folder.has(INDEX) {
             Self::open_index(folder)
         } else if folder.has(SINGLE) {
             Self::open_file(folder, SINGLE)
+        } else if folder
+            .find(|name| Numbered::parse(name).is_some())
+            .is_some()
+        {
+            Self::open_numbered(folder)
         } else {
             Err(no_weights(folder))
+        }
+    }
+
+    /// Refuses a Burnpack file beside safetensors files that it was not converted from. Where it does
+    /// not say from what, they must not be newer.
+    fn check_source(&self, folder: &Folder) -> Result<(), CheckpointError> {
+        let is_source =
+            |name: &str| [SINGLE, INDEX].contains(&name) || Numbered::parse(name).is_some();
+        let Some(original) = folder.find(is_source) else {
+            return Ok(());
+        };
+        let is_stale = match &self.converted_from {
+            Some(known) => {
+                let found = Self::open_safetensors(folder).and_then(|shards| shards.fingerprint());
+                !found.is_ok_and(|found| found == *known)
+            }
+            None => {
+                let converted = folder.modified(BURNPACK);
+                let newest = (folder.names().into_iter())
+                    .filter(|name| is_source(name))
+                    .filter_map(|name| folder.modified(&name))
+                    .max();
+                let limit = converted.and_then(|time| time.checked_add(SAME_TIME));
+                newest
+                    .zip(limit)
+                    .is_some_and(|(newest, limit)| newest > limit)
+            }
+        };
+        match is_stale {
+            true => Err(CheckpointError::Stale {
+                folder: folder.describe(),
+                converted: BURNPACK.to_owned(),
+                original,
+            }),
+            false => Ok(()),
         }
     }
 
@@ -114,6 +172,32 @@ impl Shards {
     /// Size of all tensors in their files, in bytes.
     pub fn total_bytes(&self) -> u64 {
         self.tensors.values().map(|info| info.bytes).sum()
+    }
+
+    /// Tells these tensors from others of the same names and shapes by the bytes at both ends of each,
+    /// whatever files they lie in.
+    pub fn fingerprint(&self) -> Result<String, CheckpointError> {
+        let mut hasher = Xxh3::new();
+        for (name, info) in &self.tensors {
+            hasher.update(format!("{name:?} {} {:?}", info.dtype, info.shape).as_bytes());
+            let shard = self.find(name)?.1;
+            let sample = info.bytes.min(SAMPLE_BYTES);
+            for skipped in [0, info.bytes - sample] {
+                let mut part = info.clone();
+                (part.offset, part.bytes) = (info.offset + skipped, sample);
+                let mut bytes = Vec::new();
+                let read = shard.reader(&part);
+                let read = read.and_then(|mut reader| reader.read_to_end(&mut bytes));
+                read.map_err(|source| shard.error(name, source.into()))?;
+                hasher.update(&bytes);
+            }
+        }
+        Ok(format!("{:016x}", hasher.digest()))
+    }
+
+    /// The fingerprint of what a Burnpack file was converted from, if it says so.
+    pub fn converted_from(&self) -> Option<&str> {
+        self.converted_from.as_deref()
     }
 
     /// Paths of the files, links resolved. Embedded files have none.
@@ -202,6 +286,7 @@ impl Shards {
         Self {
             shards: Vec::new(),
             tensors: BTreeMap::new(),
+            converted_from: None,
         }
     }
 
@@ -214,8 +299,9 @@ impl Shards {
         let source = folder.locate(name)?;
         let file = folder.path_of(name);
         let (mut tensors, mapped) = if name.ends_with(".bpk") {
-            let tensors = burnpack::read(&source, &file)?;
-            (tensors, Mapped::open(&source, &file)?)
+            let mut contents = burnpack::read(&source, &file)?;
+            self.converted_from = contents.notes.remove(CONVERTED_FROM);
+            (contents.tensors, Mapped::open(&source, &file)?)
         } else {
             (header::read(&source, &file)?, None)
         };
@@ -255,6 +341,62 @@ impl Shards {
             .map_err(CheckpointError::Index)?;
         shards.tensors = found.into_iter().map(|(tensor, _)| tensor).collect();
         Ok(shards)
+    }
+
+    /// Opens shards without an index: all whose names say that they belong together.
+    fn open_numbered(folder: &Folder) -> Result<Self, CheckpointError> {
+        let names = folder.names().into_iter();
+        let found: BTreeSet<Numbered> = names.filter_map(|name| Numbered::parse(&name)).collect();
+        let counts: BTreeSet<u32> = found.iter().map(|shard| shard.of).collect();
+        let (Some(&of), 1) = (counts.first(), counts.len()) else {
+            return Err(CheckpointError::SeveralSets {
+                folder: folder.describe(),
+                counts: counts.into_iter().collect(),
+            });
+        };
+        let wanted = (1..=of).map(|at| Numbered { of, at });
+        let missing = wanted.clone().filter(|shard| !found.contains(shard));
+        let missing: Vec<String> = missing.map(|shard| shard.name()).collect();
+        if !missing.is_empty() {
+            return Err(CheckpointError::MissingShards {
+                folder: folder.describe(),
+                shards: missing,
+            });
+        }
+        let mut shards = Self::empty();
+        for shard in wanted {
+            for (tensor, info) in shards.add(folder, &shard.name())? {
+                if let Some((key, _)) = shards.tensors.remove_entry(&tensor) {
+                    let file = folder.path_of(&shard.name());
+                    return Err(CheckpointError::DuplicateKey { file, key });
+                }
+                shards.tensors.insert(tensor, info);
+            }
+        }
+        Ok(shards)
+    }
+}
+
+/// A shard whose name says which of how many it is: `model-00002-of-00003.safetensors`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Numbered {
+    of: u32,
+    at: u32,
+}
+
+impl Numbered {
+    fn parse(name: &str) -> Option<Self> {
+        let numbers = name.strip_prefix("model-")?.strip_suffix(".safetensors")?;
+        let (at, of) = numbers.split_once("-of-")?;
+        let shard = Self {
+            of: of.parse().ok()?,
+            at: at.parse().ok()?,
+        };
+        (shard.name() == name).then_some(shard)
+    }
+
+    fn name(self) -> String {
+        format!("model-{:05}-of-{:05}.safetensors", self.at, self.of)
     }
 }
 

@@ -92,6 +92,15 @@ impl NewTensor {
 impl WeightsFile {
     /// Lays out tensors of different names in the order given.
     pub fn new(format: Format, tensors: &[NewTensor]) -> Result<Self, LayoutError> {
+        Self::with_notes(format, tensors, &BTreeMap::new())
+    }
+
+    /// The same with notes in the header, for whoever reads it.
+    pub fn with_notes(
+        format: Format,
+        tensors: &[NewTensor],
+        notes: &BTreeMap<String, String>,
+    ) -> Result<Self, LayoutError> {
         let alignment = match format {
             Format::Burnpack => ALIGNMENT,
             Format::Safetensors => 1,
@@ -108,8 +117,8 @@ impl WeightsFile {
             extents.push((start, end));
         }
         let header = match format {
-            Format::Burnpack => burnpack_header(tensors, &extents)?,
-            Format::Safetensors => safetensors_header(tensors, &extents)?,
+            Format::Burnpack => burnpack_header(tensors, &extents, notes)?,
+            Format::Safetensors => safetensors_header(tensors, &extents, notes)?,
         };
         let data_start = header.len() as u64;
         Ok(Self {
@@ -126,6 +135,8 @@ impl WeightsFile {
 #[derive(Serialize)]
 struct BurnpackHeader<'a> {
     tensors: BTreeMap<&'a str, BurnpackTensor<'a>>,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    metadata: &'a BTreeMap<String, String>,
 }
 
 #[derive(Serialize)]
@@ -135,7 +146,11 @@ struct BurnpackTensor<'a> {
     data_offsets: (u64, u64),
 }
 
-fn burnpack_header(tensors: &[NewTensor], extents: &[(u64, u64)]) -> Result<Vec<u8>, LayoutError> {
+fn burnpack_header(
+    tensors: &[NewTensor],
+    extents: &[(u64, u64)],
+    metadata: &BTreeMap<String, String>,
+) -> Result<Vec<u8>, LayoutError> {
     let entries = tensors.iter().zip(extents).map(|(tensor, &data_offsets)| {
         let dtype = burnpack::burn_dtype(tensor.dtype);
         let dtype = dtype.ok_or_else(|| LayoutError::Dtype {
@@ -154,6 +169,7 @@ fn burnpack_header(tensors: &[NewTensor], extents: &[(u64, u64)]) -> Result<Vec<
     });
     let header = BurnpackHeader {
         tensors: entries.collect::<Result<_, LayoutError>>()?,
+        metadata,
     };
     let mut cbor = Vec::new();
     ciborium::into_writer(&header, &mut cbor).map_err(|_| LayoutError::Header)?;
@@ -170,6 +186,7 @@ fn burnpack_header(tensors: &[NewTensor], extents: &[(u64, u64)]) -> Result<Vec<
 fn safetensors_header(
     tensors: &[NewTensor],
     extents: &[(u64, u64)],
+    notes: &BTreeMap<String, String>,
 ) -> Result<Vec<u8>, LayoutError> {
     let entries = tensors.iter().zip(extents).map(|(tensor, &(start, end))| {
         let info = TensorInfo {
@@ -180,7 +197,8 @@ fn safetensors_header(
         (tensor.name.clone(), info)
     });
     // What transformers asks for before it loads a file.
-    let notes = [("format".to_owned(), "pt".to_owned())].into();
+    let format = ("format".to_owned(), "pt".to_owned());
+    let notes = notes.clone().into_iter().chain([format]).collect();
     let metadata = Metadata::new(Some(notes), entries.collect());
     let metadata = metadata.map_err(|_| LayoutError::Header)?;
     let mut json = serde_json::to_vec(&metadata).map_err(|_| LayoutError::Header)?;

@@ -31,6 +31,8 @@ pub enum Command {
     Trace(TraceArgs),
     /// List every routing preset with its counts and costs for a model.
     Presets(PresetsArgs),
+    /// Convert a checkpoint into a form that loads fast, or back into one that transformers loads.
+    Convert(ConvertArgs),
     /// Say what keeps a checkpoint from running here, and how much memory it needs.
     Doctor(DoctorArgs),
 }
@@ -57,11 +59,12 @@ pub struct ModelArgs {
 /// What to look at.
 #[derive(Debug, clap::Args)]
 pub struct VisualArgs {
-    /// Images (PNG, JPEG, WebP), in the order in which the question speaks of them.
+    /// Images (PNG, JPEG, WebP), in the order in which the question speaks of them: files, `data:` and
+    /// `file:` URLs, or - for the standard input.
     #[arg(long, value_name = "FILE", num_args = 1..)]
     pub image: Vec<PathBuf>,
     /// Videos, after the images: each a folder of frames (PNG, JPEG, WebP), in the order of their
-    /// names.
+    /// names; frame 2 comes before frame 10.
     #[arg(long, value_name = "DIR", num_args = 1..)]
     pub video: Vec<PathBuf>,
     /// Frames per second of the frames given.
@@ -311,6 +314,53 @@ pub struct PresetsArgs {
     /// Print one JSON object.
     #[arg(long)]
     pub json: bool,
+}
+
+/// `reroute convert`
+#[derive(Debug, clap::Args)]
+pub struct ConvertArgs {
+    /// Folder of the checkpoint: Hugging Face safetensors, Burnpack, or PyTorch `.bin` files.
+    #[arg(long, value_name = "DIR")]
+    pub from: PathBuf,
+    /// Folder to make, or a file of weights that ends in .bpk or .safetensors. What --format leaves
+    /// open the name says: `hf` becomes a folder that transformers loads again.
+    #[arg(long, value_name = "DIR|FILE")]
+    pub to: PathBuf,
+    /// Type of the weights; as they are without it.
+    #[arg(long, value_enum)]
+    pub dtype: Option<Dtype>,
+    /// Make the largest value of the type of values beyond its range, instead of refusing them.
+    #[arg(long)]
+    pub clamp: bool,
+    /// What to write; Burnpack, unless --to names a .safetensors file.
+    #[arg(long, value_enum)]
+    pub format: Option<ConvertForm>,
+    /// Folder of the CLIP model, for LLaVA as its authors published it.
+    #[arg(long, value_name = "DIR")]
+    pub vision_tower: Option<PathBuf>,
+    /// Folder whose tokenizer and chat template are used where --from has none.
+    #[arg(long, value_name = "DIR")]
+    pub tokenizer: Option<PathBuf>,
+    /// Read PyTorch's `.bin` files. Their code is never run, but their makers must be trusted.
+    #[arg(long)]
+    pub allow_pickle: bool,
+    /// Largest shard of --format hf, in bytes.
+    #[arg(long, value_name = "N", default_value_t = 5_000_000_000)]
+    pub max_shard_bytes: u64,
+    /// List what would be written, and write nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// What `reroute convert` writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ConvertForm {
+    /// model.bpk, which is mapped into memory
+    Burnpack,
+    /// model.safetensors
+    Safetensors,
+    /// Shards and an index, as transformers saves and loads them
+    Hf,
 }
 
 /// `reroute doctor`

@@ -9,6 +9,7 @@ use reroute_zoo::{Conversation, Question, Visual, Vlm};
 
 use crate::args::ChatArgs;
 use crate::backend::Backend;
+use crate::source::is_stdin;
 use crate::{open, output};
 
 const HELP: &str = "\
@@ -38,6 +39,9 @@ pub fn run_on(
     let vlm = open::model(&args.model)?;
     let plan = open::plan(&args.routing.routing, vlm.config())?;
     let options = open::generation(&args.generation, vlm.generation_defaults())?;
+    if args.visual.image.iter().any(|path| is_stdin(path)) {
+        bail!("chat reads its questions from the standard input; give the image as a file");
+    }
     let start = || Conversation::new(&vlm, plan.clone(), options.clone());
     let mut conversation = start();
     let mut visuals = open::visuals(&args.visual)?;
@@ -64,6 +68,9 @@ pub fn run_on(
                 visuals.clear();
                 continue;
             }
+            ("/image", path) if is_stdin(Path::new(path.trim())) => Err(anyhow::anyhow!(
+                "chat reads its questions from the standard input; give the image as a file"
+            )),
             ("/image", path) => open::image(Path::new(path.trim())).map(|image| {
                 visuals.push(Visual::Image(image));
             }),

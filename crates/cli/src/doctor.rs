@@ -119,7 +119,7 @@ fn remedy(problem: &reroute_zoo::Problem) -> &'static str {
         }
         ZooError::Checkpoint(error) => match error {
             Error::Pickle { .. } => {
-                return "cargo xtask convert --from DIR --to NEW --allow-pickle; LLaVA as its authors published it \
+                return "reroute convert --from DIR --to NEW --allow-pickle; LLaVA as its authors published it \
                         also takes --vision-tower and --tokenizer (README, \"Checkpoints that load at once\")";
             }
             Error::Module(_) => {

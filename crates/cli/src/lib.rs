@@ -6,14 +6,17 @@ pub mod ask;
 pub mod backend;
 pub mod chat;
 pub mod compare;
+pub mod convert;
 pub mod doctor;
 mod draw;
 pub mod explain;
 pub mod ground;
 pub mod heap;
+mod natural;
 mod open;
 mod output;
 pub mod presets;
+mod source;
 pub mod trace;
 
 use std::io::Write;
@@ -30,6 +33,7 @@ pub fn run(command: &Command, out: &mut dyn Write) -> anyhow::Result<()> {
         Command::Compare(args) => compare::run(args, out),
         Command::Trace(args) => trace::run(args, out),
         Command::Presets(args) => presets::run(args, out),
+        Command::Convert(args) => convert::run(args, out),
         Command::Doctor(args) => doctor::run(args, out),
     }
 }

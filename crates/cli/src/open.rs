@@ -2,18 +2,20 @@
 
 use std::fs::File;
 use std::io::{IsTerminal, Read, Write, stderr};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use burn::tensor::DType;
 use reducers::{Plan, presets};
 use reroute::{GenerationOptions, SamplingOptions};
+use reroute_zoo::embedded;
 use reroute_zoo::{Folder, ImageOptions, ModelConfig, OpenOptions, Video, Visual, Vlm};
 use vision_encoder::{DecodeLimits, RgbImage, decode};
 
 use crate::args::{Dtype, GenerationArgs, ModelArgs, VisualArgs};
 use crate::backend::{self, Backend};
-use reroute_zoo::embedded;
+use crate::natural;
+use crate::source::{is_stdin, read, shown};
 
 /// Largest image and schedule files that are read.
 const MAX_IMAGE_BYTES: u64 = 256 << 20;
@@ -23,6 +25,13 @@ const MAX_TENSOR_BYTES: u64 = 4 << 30;
 /// Most frames of a video, and most memory that they may take.
 const MAX_FRAMES: usize = 768;
 const MAX_VIDEO_BYTES: usize = 2 << 30;
+
+/// Most files of a folder of frames, pictures or not.
+const MAX_FILES: usize = 8192;
+/// Bytes at the start of a file that tell what it is.
+const MAGIC_BYTES: u64 = 32;
+/// Endings of names that only pictures have.
+const PICTURES: [&str; 4] = ["jpeg", "jpg", "png", "webp"];
 
 /// Loading shows its progress from this size on.
 const SHOW_PROGRESS_BYTES: u64 = 256 << 20;
@@ -73,6 +82,9 @@ pub(crate) fn model(args: &ModelArgs) -> anyhow::Result<Vlm<Backend>> {
 
 /// Images, then videos.
 pub(crate) fn visuals(args: &VisualArgs) -> anyhow::Result<Vec<Visual>> {
+    if args.image.iter().filter(|path| is_stdin(path)).count() > 1 {
+        bail!("the standard input holds one image; give `-` once");
+    }
     let images = args
         .image
         .iter()
@@ -84,29 +96,29 @@ pub(crate) fn visuals(args: &VisualArgs) -> anyhow::Result<Vec<Visual>> {
     images.chain(videos).collect()
 }
 
-/// A folder of frames, in the order of their names.
+/// A folder of frames, in the order of their names: a number in a name counts as a number.
 pub(crate) fn video(folder: &Path, fps: f64) -> anyhow::Result<Video> {
     let shown = folder.display();
-    let cannot = || format!("cannot read the folder of frames {shown}");
-    let entries = folder.read_dir().with_context(cannot)?;
-    let mut paths = Vec::new();
-    for entry in entries {
-        let path = entry.with_context(cannot)?.path();
-        if path.is_file() {
-            paths.push(path);
-        }
-        if paths.len() > MAX_FRAMES {
-            bail!("{shown} has more than {MAX_FRAMES} files; keep fewer frames per second");
-        }
+    let paths = frames(folder)?;
+    if paths.len() > MAX_FRAMES {
+        bail!("{shown} has more than {MAX_FRAMES} frames; keep fewer frames per second");
     }
-    paths.sort();
-    if paths.is_empty() {
-        bail!("{shown} has no frames in it");
-    }
-    let mut frames = Vec::new();
+    let mut frames: Vec<RgbImage> = Vec::with_capacity(paths.len());
     let mut bytes = 0;
-    for path in paths {
-        let frame = image(&path)?;
+    for path in &paths {
+        let frame = image(path)?;
+        let size = |image: &RgbImage| (image.width(), image.height());
+        if let Some(first) = frames.first()
+            && size(first) != size(&frame)
+        {
+            let ((width, height), (first_width, first_height)) = (size(&frame), size(first));
+            bail!(
+                "{} is {width}×{height} pixels, {} is {first_width}×{first_height}; the frames of a \
+                 video must have one size",
+                path.display(),
+                paths[0].display()
+            );
+        }
         bytes += frame.data().len();
         if bytes > MAX_VIDEO_BYTES {
             bail!(
@@ -119,9 +131,74 @@ pub(crate) fn video(folder: &Path, fps: f64) -> anyhow::Result<Video> {
     Ok(Video { frames, fps })
 }
 
+/// The pictures of a folder, at least one. Other files are left out with a note, but not those that
+/// are called pictures.
+fn frames(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    let shown = folder.display();
+    let cannot = || format!("cannot read the folder of frames {shown}");
+    if folder.is_file() {
+        bail!(
+            "{shown} is a file; videos are read as folders of frames, such as \
+             `ffmpeg -i {shown} -vf fps=2 frames/%04d.png` makes"
+        );
+    }
+    let (mut pictures, mut others) = (Vec::new(), Vec::new());
+    for entry in folder.read_dir().with_context(cannot)? {
+        let path = entry.with_context(cannot)?.path();
+        if !path.is_file() {
+            continue;
+        }
+        match is_picture(&path)? {
+            true => pictures.push(path),
+            false => others.push(path),
+        }
+        if pictures.len() + others.len() > MAX_FILES {
+            bail!("{shown} has more than {MAX_FILES} files; give a folder of frames alone");
+        }
+    }
+    pictures.sort_by_cached_key(|path| natural::key(path));
+    others.sort();
+    let names = others.iter().filter_map(|path| path.file_name());
+    let mut names: Vec<_> = names.map(|name| name.display().to_string()).collect();
+    if names.len() > 5 {
+        names.splice(5.., ["…".to_owned()]);
+    }
+    let names = names.join(", ");
+    if pictures.is_empty() {
+        match others.is_empty() {
+            true => bail!("{shown} has no frames in it"),
+            false => bail!("{shown} has no frames in it: {names} is no PNG, JPEG or WebP image"),
+        }
+    }
+    if !others.is_empty() {
+        let _ = writeln!(
+            stderr(),
+            "note: left out of {shown}, for they are no pictures: {names}"
+        );
+    }
+    Ok(pictures)
+}
+
+/// Whether a file is a picture by its first bytes, or by its name: then it may be a damaged one.
+fn is_picture(path: &Path) -> anyhow::Result<bool> {
+    let extension = path.extension().and_then(|end| end.to_str());
+    let is_called = |end: &str| PICTURES.iter().any(|known| known.eq_ignore_ascii_case(end));
+    let hidden = path
+        .file_name()
+        .is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
+    if extension.is_some_and(is_called) && !hidden {
+        return Ok(true);
+    }
+    let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+    let mut magic = Vec::new();
+    let read = file.take(MAGIC_BYTES).read_to_end(&mut magic);
+    read.with_context(|| format!("cannot read {}", path.display()))?;
+    Ok(image::guess_format(&magic).is_ok())
+}
+
 pub(crate) fn image(path: &Path) -> anyhow::Result<RgbImage> {
     let bytes = read(path, MAX_IMAGE_BYTES)?;
-    decode(&bytes, &DecodeLimits::default()).with_context(|| format!("image {}", path.display()))
+    decode(&bytes, &DecodeLimits::default()).with_context(|| format!("image {}", shown(path)))
 }
 
 /// The contents of a safetensors file.
@@ -167,19 +244,4 @@ pub(crate) fn generation(
         sampling,
         ..defaults
     })
-}
-
-fn read(path: &Path, limit: u64) -> anyhow::Result<Vec<u8>> {
-    let shown = path.display();
-    let file = File::open(path).with_context(|| format!("cannot open {shown}"))?;
-    let mut bytes = Vec::new();
-    let read = file.take(limit + 1).read_to_end(&mut bytes);
-    read.with_context(|| format!("cannot read {shown}"))?;
-    if bytes.len() as u64 > limit {
-        bail!(
-            "{shown} is larger than {} MiB; give a smaller file",
-            limit >> 20
-        );
-    }
-    Ok(bytes)
 }

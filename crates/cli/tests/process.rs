@@ -32,6 +32,32 @@ fn without_anything_a_box_is_drawn() {
 }
 
 #[test]
+fn an_image_comes_through_a_pipe() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let scene = concat!(env!("CARGO_MANIFEST_DIR"), "/../../assets/scenes/063.png");
+    let question = ["--prompt", "How many rings are there?"];
+    let expected = reroute(
+        &[&["ask", "--image", scene], &question[..]].concat(),
+        folder.path(),
+    );
+    let mut program = Command::new(env!("CARGO_BIN_EXE_reroute"))
+        .args(["ask", "--image", "-"])
+        .args(question)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("the program starts");
+    let bytes = std::fs::read(scene).expect("the scene exists");
+    let mut input = program.stdin.take().expect("a pipe");
+    std::io::Write::write_all(&mut input, &bytes).expect("it is read");
+    drop(input);
+    let output = program.wait_with_output().expect("it ends");
+    assert_eq!(output.status.code(), Some(0));
+    assert_eq!(output.stdout, expected.stdout);
+    assert!(!output.stdout.is_empty());
+}
+
+#[test]
 fn ask_explain_and_presets_answer() {
     let folder = tempfile::tempdir().expect("a folder");
     for flags in [

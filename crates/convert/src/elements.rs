@@ -14,8 +14,8 @@ pub(crate) fn is_weight(dtype: Dtype) -> bool {
 pub(crate) struct Narrow {
     from: Dtype,
     to: Dtype,
-    /// Finite values beyond the range of `to` so far. They become its largest value, because one
-    /// infinite weight makes every output NaN.
+    /// Finite values beyond the range of `to` so far. Here they become its largest value; whether that
+    /// is wanted is for the caller to say.
     pub(crate) overflows: u64,
 }
 

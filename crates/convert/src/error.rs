@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use reroute_checkpoint::{CheckpointError, LayoutError};
+use reroute_checkpoint::{CheckpointError, Dtype, LayoutError};
 
 /// What went wrong, and what to do about it.
 #[derive(Debug, thiserror::Error)]
@@ -59,6 +59,20 @@ pub enum ConvertError {
     Duplicate {
         /// Its name.
         name: String,
+    },
+
+    /// Finite values would become infinite.
+    #[error(
+        "tensor {name:?} has {values} values beyond the range of {dtype}; --dtype bf16 or f32 keeps them, \
+         --clamp makes the largest value of the type of them"
+    )]
+    Overflow {
+        /// The tensor.
+        name: String,
+        /// How many.
+        values: u64,
+        /// The type.
+        dtype: Dtype,
     },
 
     /// The target is the source, or it holds something else.

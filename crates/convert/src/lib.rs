@@ -1,4 +1,4 @@
-//! Checkpoints in another form: what `cargo xtask convert` runs.
+//! Checkpoints in another form: what `reroute convert` runs.
 //!
 //! Top-down:
 //!

@@ -1,10 +1,10 @@
 //! What will be written, to the byte, before anything is.
 
 use std::cmp::Reverse;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use reroute_checkpoint::{Dtype, Folder, Format, NewTensor, WeightsFile};
+use reroute_checkpoint::{CONVERTED_FROM, Dtype, Folder, Format, NewTensor, WeightsFile};
 use serde_json::json;
 
 use crate::ConvertError;
@@ -49,6 +49,9 @@ pub struct Job {
     pub tokenizer: Option<PathBuf>,
     /// Whether PyTorch's own files may be read.
     pub allow_pickle: bool,
+    /// Whether finite values beyond the range of the new type become its largest value. Without it they
+    /// are refused, as they are when weights are loaded: infinite, one would make every output NaN.
+    pub clamp: bool,
     /// Largest shard of a Hugging Face folder, in bytes of data; one larger tensor is a shard, too.
     pub max_shard_bytes: u64,
 }
@@ -64,6 +67,7 @@ impl Job {
             vision_tower: None,
             tokenizer: None,
             allow_pickle: false,
+            clamp: false,
             max_shard_bytes: 5_000_000_000,
         }
     }
@@ -82,6 +86,7 @@ pub struct Plan {
     pub(crate) journal: PathBuf,
     /// What all this was read from.
     pub(crate) sources: Vec<Stamp>,
+    pub(crate) clamp: bool,
 }
 
 /// One file of weights.
@@ -132,6 +137,12 @@ impl Plan {
             Form::HuggingFace => split(tensors, job)?,
             Form::Burnpack | Form::Safetensors => vec![tensors],
         };
+        let origin = weights.first().map(Weights::origin).transpose()?.flatten();
+        let notes = match format {
+            Format::Burnpack => origin.map(|origin| (CONVERTED_FROM.to_owned(), origin)),
+            Format::Safetensors => None,
+        };
+        let notes: BTreeMap<String, String> = notes.into_iter().collect();
         let mut files = Vec::with_capacity(shards.len());
         let count = shards.len();
         for (at, sources) in shards.into_iter().enumerate() {
@@ -141,7 +152,7 @@ impl Plan {
                 .collect();
             files.push(PlannedFile {
                 path: target.file(at, count),
-                layout: WeightsFile::new(format, &tensors)?,
+                layout: WeightsFile::with_notes(format, &tensors, &notes)?,
                 tensors,
                 sources,
             });
@@ -166,6 +177,7 @@ impl Plan {
             folder: target.folder,
             shades: target.shades,
             journal: target.journal,
+            clamp: job.clamp,
         };
         plan.check_free(&journal::files(&plan.journal))?;
         // What cannot be read is noticed now, and not after the weights.

@@ -117,6 +117,17 @@ impl Weights {
         }
     }
 
+    /// What a converted file shall say that it was converted from: files that can lie beside it.
+    pub(crate) fn origin(&self) -> Result<Option<String>, ConvertError> {
+        match self {
+            Self::Shards(shards) => match shards.converted_from() {
+                Some(origin) => Ok(Some(origin.to_owned())),
+                None => Ok(Some(shards.fingerprint()?)),
+            },
+            Self::Pickles(_) => Ok(None),
+        }
+    }
+
     /// Hands on the bytes of a tensor, rows that are not stored included, in blocks of whole
     /// elements.
     pub(crate) fn stream(

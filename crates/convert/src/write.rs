@@ -39,7 +39,7 @@ pub struct Report {
     /// Tensors that an interrupted run had written before.
     pub resumed: usize,
     /// Tensors with finite values beyond the range of their new type, and how many. They became the
-    /// largest value of that type.
+    /// largest value of that type, as [`Job::clamp`](crate::Job::clamp) asked.
     pub overflows: Vec<(String, u64)>,
 }
 
@@ -199,6 +199,13 @@ impl Run<'_> {
             file.write_all(block)
                 .map_err(ConvertError::io(&planned.path))
         })?;
+        if narrow.overflows > 0 && !self.plan.clamp {
+            return Err(ConvertError::Overflow {
+                name: source.tensor.name.clone(),
+                values: narrow.overflows,
+                dtype: planned.tensors[at].dtype,
+            });
+        }
         Ok(Done {
             checksum: hasher.digest(),
             overflows: narrow.overflows,

@@ -2,11 +2,14 @@
 
 #![cfg(target_os = "linux")] // Other systems do not tell the peak.
 
+use std::env;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::Path;
 use std::process::Command;
 
+use reroute_checkpoint::Dtype;
+use reroute_convert::{Form, Job, Plan};
 use tempfile::TempDir;
 use zip::CompressionMethod;
 use zip::write::{SimpleFileOptions, ZipWriter};
@@ -70,47 +73,77 @@ fn pickle(folder: &Path, bytes: u64) {
     archive.finish().unwrap();
 }
 
-/// The most memory that the program says it has held, in MiB.
-fn peak(make: impl Fn(&Path), flags: &[&str]) -> f64 {
+/// What the test below reads, if it is the process that converts.
+const FROM: &str = "PEAK_MEMORY_FROM";
+const TO: &str = "PEAK_MEMORY_TO";
+const HOW: &str = "PEAK_MEMORY_HOW";
+
+/// Converts where it is told to, and says the most memory that the process has held. Told nothing, it
+/// does nothing.
+#[test]
+fn the_process_that_converts() {
+    let (Some(from), Some(to)) = (env::var_os(FROM), env::var_os(TO)) else {
+        return;
+    };
+    let mut job = Job::new(from, to);
+    match env::var(HOW).unwrap().as_str() {
+        "f16" => job.dtype = Some(Dtype::F16),
+        "hf" => job.form = Some(Form::HuggingFace),
+        "pickle" => job.allow_pickle = true,
+        _ => {}
+    }
+    Plan::new(&job).unwrap().write(&mut |_| ()).unwrap();
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = { status.lines() }.find_map(|line| line.strip_prefix("VmHWM:"));
+    let kib: f64 = { line.unwrap() }
+        .split_whitespace()
+        .next()
+        .unwrap()
+        .parse()
+        .unwrap();
+    println!("peak memory: {:.1} MiB", kib / 1024.0);
+}
+
+/// The most memory that a process of its own holds, in MiB.
+fn peak(make: impl Fn(&Path), how: &str) -> f64 {
     let scratch = TempDir::new().unwrap();
     let (from, to) = (scratch.path().join("from"), scratch.path().join("to"));
     make(&from);
-    let output = Command::new(env!("CARGO_BIN_EXE_convert"))
-        .arg("--from")
-        .arg(from)
-        .arg("--to")
-        .arg(to)
-        .args(flags)
+    let output = Command::new(env::current_exe().unwrap())
+        .args(["--exact", "the_process_that_converts", "--nocapture"])
+        .env(FROM, from)
+        .env(TO, to)
+        .env(HOW, how)
         .output()
         .unwrap();
     let printed = String::from_utf8(output.stdout).unwrap();
-    let line = printed
-        .lines()
-        .find_map(|line| line.strip_prefix("peak memory: "));
-    let line =
-        line.unwrap_or_else(|| panic!("{printed}{}", String::from_utf8_lossy(&output.stderr)));
-    line.strip_suffix(" MiB").unwrap().parse().unwrap()
+    let said = printed
+        .split_once("peak memory: ")
+        .and_then(|(_, said)| said.split_once(" MiB"));
+    let (mib, _) =
+        said.unwrap_or_else(|| panic!("{printed}{}", String::from_utf8_lossy(&output.stderr)));
+    mib.parse().unwrap()
 }
 
 #[test]
 fn the_peak_is_that_of_one_tensor_whatever_the_size_of_the_model() {
     let tensor = 8 * MIB;
-    for flags in [&[][..], &["--dtype", "f16"], &["--format", "hf"]] {
-        let peak = |tensors, bytes| peak(|from| checkpoint(from, tensors, bytes), flags);
+    for how in ["", "f16", "hf"] {
+        let peak = |tensors, bytes| peak(|from| checkpoint(from, tensors, bytes), how);
         let (nothing, few, many) = (peak(1, 4), peak(2, tensor), peak(32, tensor));
         let group = (tensor / MIB) as f64;
         assert!(
             many - nothing <= 1.2 * group,
-            "{nothing} → {many} MiB: {flags:?}"
+            "{nothing} → {many} MiB: {how:?}"
         );
-        assert!(many - few <= 0.1 * group, "{few} → {many} MiB: {flags:?}");
+        assert!(many - few <= 0.1 * group, "{few} → {many} MiB: {how:?}");
     }
 }
 
 #[test]
 fn a_pickle_is_not_read_into_memory_either() {
     let tensor = 64 * MIB;
-    let peak = |bytes| peak(|from| pickle(from, bytes), &["--allow-pickle"]);
+    let peak = |bytes| peak(|from| pickle(from, bytes), "pickle");
     let (nothing, large) = (peak(4), peak(tensor));
     let group = (tensor / MIB) as f64;
     assert!(large - nothing <= 0.1 * group, "{nothing} → {large} MiB");

@@ -38,6 +38,11 @@ pub trait FamilyConfig: Debug + Send + Sync {
     /// What checkpoints call the parameters of the model.
     fn names(&self) -> &'static NameTable;
 
+    /// What a checkpoint of this model calls the parameter at a path of the network: for saving.
+    fn file_name(&self, path: &str) -> Option<String> {
+        self.names().file_name(path)
+    }
+
     /// Path of the head that checkpoints may store although the embedding table takes its place.
     fn tied_head(&self) -> &'static str {
         "language_model.lm_head.weight"

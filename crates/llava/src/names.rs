@@ -42,6 +42,32 @@ pub static NAMES: NameTable = NameTable {
 mod tests {
     use super::NAMES;
 
+    /// What is written reads back, as the hub spells it.
+    #[test]
+    fn every_parameter_has_a_name_to_be_written_by() {
+        for (path, name) in [
+            (
+                "language_model.lm_head.weight",
+                "language_model.lm_head.weight",
+            ),
+            (
+                "language_model.norm.gamma",
+                "language_model.model.norm.gamma",
+            ),
+            (
+                "multi_modal_projector.linear_1.bias",
+                "multi_modal_projector.linear_1.bias",
+            ),
+            (
+                "vision_tower.encoder.layers.3.mlp.fc1.weight",
+                "vision_tower.vision_model.encoder.layers.3.mlp.fc1.weight",
+            ),
+        ] {
+            assert_eq!(NAMES.file_name(path).as_deref(), Some(name));
+            assert_eq!(NAMES.module_path(name).as_deref(), Some(path));
+        }
+    }
+
     /// Libraries have written the tower with and without `model`, with and without `vision_model`.
     #[test]
     fn the_tower_is_found_in_every_spelling() {

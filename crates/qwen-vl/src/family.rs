@@ -74,6 +74,11 @@ impl FamilyConfig for QwenVlConfig {
         &NAMES
     }
 
+    /// Generations write other names.
+    fn file_name(&self, path: &str) -> Option<String> {
+        crate::file_name(self.vision.generation, path)
+    }
+
     fn dialect(&self) -> Dialect {
         match self.vision.generation {
             QwenGeneration::Qwen2 | QwenGeneration::Qwen2_5 => QWEN2_DIALECT,

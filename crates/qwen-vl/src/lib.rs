@@ -23,4 +23,5 @@ pub use config::{QwenVlConfig, QwenVlHfConfig};
 pub use family::{QWEN2_DIALECT, QWEN3_DIALECT};
 pub use model::QwenVl;
 pub use names::NAMES;
+pub(crate) use names::file_name;
 pub use preprocess::{QwenVlPreprocessor, patch_seconds};

@@ -133,10 +133,14 @@ pub fn patch_seconds(
     fps: f64,
     temporal_patch_size: usize,
 ) -> Result<Vec<f64>, FamilyError> {
-    if !fps.is_finite() || fps <= 0.0 {
+    let seconds = |frame: Option<&usize>| frame.map(|&frame| frame as f64 / fps);
+    // Models are told in f32 how long a patch lasts.
+    let longest = f64::from(f32::MAX) / temporal_patch_size.max(1) as f64;
+    let is_short = |frame: f64| frame / fps <= longest;
+    let last = frames.iter().max().map_or(0.0, |&frame| frame as f64);
+    if !(fps.is_finite() && fps > 0.0 && is_short(1.0) && is_short(last)) {
         return Err(FamilyError::FrameRate { fps });
     }
-    let seconds = |frame: Option<&usize>| frame.map(|&frame| frame as f64 / fps);
     let patches = frames.chunks(temporal_patch_size.max(1));
     let middle = |patch: &[usize]| Some((seconds(patch.first())? + seconds(patch.last())?) / 2.0);
     Ok(patches.filter_map(middle).collect())

@@ -1,10 +1,10 @@
 //! Decoding image files within limits.
 
-use std::io::{self, Cursor};
+use std::io::Cursor;
 
 use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Limits};
 
-use crate::VisionError;
+use crate::{VisionError, jpeg, orientation};
 
 /// An RGB image, 8 bits per channel, rows from top to bottom.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -111,60 +111,54 @@ impl DecodeLimits {
 ///
 /// The size is checked from the header before anything is decoded. As Pillow's `convert("RGB")`
 /// does, grey becomes three equal channels, transparency is dropped, and 16-bit channels keep their
-/// high byte; the orientation that cameras store in EXIF is applied, as Hugging Face's image loading
-/// does. Of an animation, the first picture is read.
+/// high byte; JPEG is decoded to the pixels of libjpeg-turbo, which Pillow uses; the orientation that
+/// EXIF or XMP asks for is applied, as Hugging Face's image loading does by Pillow's
+/// `ImageOps.exif_transpose`. Of an animation, the first picture is read.
 ///
-/// One deviation: 16-bit grey keeps its high byte like 16-bit colour, where Pillow clips it to 255
-/// and leaves a white picture.
+/// Two deviations: 16-bit grey keeps its high byte like 16-bit colour, where Pillow clips it to 255
+/// and leaves a white picture; JPEG files of four channels of which black is stored at a lower
+/// resolution, which few programs write, may differ by some levels.
 pub fn decode(bytes: &[u8], limits: &DecodeLimits) -> Result<RgbImage, VisionError> {
+    let format = match image::guess_format(bytes) {
+        Ok(format @ (ImageFormat::Png | ImageFormat::Jpeg | ImageFormat::WebP)) => format,
+        _ => return Err(VisionError::Format),
+    };
+    let decoded = match format {
+        ImageFormat::Jpeg => jpeg::decode(bytes, limits)?,
+        _ => None,
+    };
+    let mut image = match decoded {
+        Some(image) => image,
+        None => decode_as(format, bytes, limits)?,
+    };
+    image.apply_orientation(orientation::find(bytes, format));
+    let (width, height) = (image.width() as usize, image.height() as usize);
+    RgbImage::new(width, height, rgb8(image))
+}
+
+/// Decodes a file by the `image` crate.
+fn decode_as(
+    format: ImageFormat,
+    bytes: &[u8],
+    limits: &DecodeLimits,
+) -> Result<DynamicImage, VisionError> {
     let max_bytes = limits.max_bytes;
     let broken = |source| match source {
         ImageError::Limits(_) => VisionError::TooManyBytes { max_bytes },
         source => VisionError::Decode { source },
     };
-    let mut reader = ImageReader::new(Cursor::new(bytes));
-    let format = match image::guess_format(bytes) {
-        Ok(format @ (ImageFormat::Png | ImageFormat::Jpeg | ImageFormat::WebP)) => format,
-        _ => return Err(VisionError::Format),
-    };
-    reader.set_format(format);
+    let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
     let mut decoder_limits = Limits::default();
     decoder_limits.max_alloc = Some(max_bytes);
     reader.limits(decoder_limits);
-    let mut decoder = reader.into_decoder().map_err(broken)?;
+    let decoder = reader.into_decoder().map_err(broken)?;
     let (width, height) = decoder.dimensions();
     limits.check(width, height)?;
     // `DynamicImage::from_decoder` does not look at the limits.
     if decoder.total_bytes() > max_bytes {
         return Err(VisionError::TooManyBytes { max_bytes });
     }
-    if format == ImageFormat::Jpeg && !reaches_end(bytes) {
-        return Err(broken(io::Error::from(io::ErrorKind::UnexpectedEof).into()));
-    }
-    let orientation = decoder.orientation().map_err(broken)?;
-    let mut image = DynamicImage::from_decoder(decoder).map_err(broken)?;
-    image.apply_orientation(orientation);
-    let (width, height) = (image.width() as usize, image.height() as usize);
-    RgbImage::new(width, height, rgb8(image))
-}
-
-/// Whether a JPEG file has its end marker; the decoder paints over what a cut-off file lacks.
-fn reaches_end(bytes: &[u8]) -> bool {
-    let mut at = 0;
-    while let Some(&[first, marker]) = bytes.get(at..at + 2) {
-        at += match (first, marker) {
-            (0xff, 0xd9) => return true,
-            // Not a marker, or one that stands alone: stuffing, restarts, the start of the file.
-            (0xff, 0x00 | 0x01 | 0xd0..=0xd8) => 2,
-            (0xff, 0x02..=0xfe) => match bytes.get(at + 2..at + 4) {
-                // The length counts itself; thumbnails inside have end markers of their own.
-                Some(&[high, low]) => 2 + usize::from(u16::from_be_bytes([high, low])),
-                _ => return false,
-            },
-            _ => 1,
-        };
-    }
-    false
+    DynamicImage::from_decoder(decoder).map_err(broken)
 }
 
 fn rgb8(image: DynamicImage) -> Vec<u8> {

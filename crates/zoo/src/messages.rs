@@ -1,6 +1,6 @@
 //! Conversations: who said what, and how many tokens the slots of images and videos have.
 
-use serde_json::{Value, json};
+use minijinja::{Value, context};
 
 use crate::{Dialect, Modality, Tokenizer};
 
@@ -83,12 +83,12 @@ impl Message {
     /// The message as templates of vision-language models take it.
     pub(crate) fn with_parts(&self) -> Value {
         let part = |part: &Content| match part {
-            Content::Image => json!({"type": "image"}),
-            Content::Video { .. } => json!({"type": "video"}),
-            Content::Text(text) => json!({"type": "text", "text": text}),
+            Content::Image => context!(type => "image"),
+            Content::Video { .. } => context!(type => "video"),
+            Content::Text(text) => context!(type => "text", text),
         };
-        let parts: Vec<Value> = self.content.iter().map(part).collect();
-        json!({"role": self.role.name(), "content": parts})
+        let parts: Value = self.content.iter().map(part).collect();
+        context!(role => self.role.name(), content => parts)
     }
 
     /// The message as templates of language models take it: one string.
@@ -99,7 +99,7 @@ impl Message {
             Content::Text(text) => text.clone(),
         };
         let content: String = self.content.iter().map(part).collect();
-        json!({"role": self.role.name(), "content": content})
+        context!(role => self.role.name(), content)
     }
 }
 

@@ -1,9 +1,13 @@
-use minijinja::syntax::SyntaxConfig;
-use minijinja::value::Serde;
-use minijinja::{Environment, Error, ErrorKind, context};
+mod environment;
+mod json;
+
+use std::collections::BTreeMap;
+use std::time::SystemTime;
+
+use minijinja::{Environment, Value};
 use reroute_checkpoint::Folder;
 use serde::Deserialize;
-use serde_json::Value;
+use serde::de::IgnoredAny;
 
 use crate::messages::{Content, Message, Role, Slots, expand};
 use crate::{Dialect, Tokenizer, ZooError};
@@ -35,13 +39,32 @@ pub struct ChatTemplate {
     numbers_media: bool,
 }
 
-/// Texts that templates refer to.
+/// What `tokenizer_config.json` calls `bos_token`, `eos_token`, `pad_token` and so on, which templates
+/// refer to by these names.
 #[derive(Debug, Clone, Default, Deserialize)]
-struct SpecialTokens {
-    #[serde(default)]
-    bos_token: Option<TokenText>,
-    #[serde(default)]
-    eos_token: Option<TokenText>,
+struct SpecialTokens(BTreeMap<String, Setting>);
+
+impl SpecialTokens {
+    fn get(&self, name: &str) -> Option<&str> {
+        match self.0.get(name)? {
+            Setting::Token(token) => Some(token.text()),
+            Setting::Other(_) => None,
+        }
+    }
+
+    fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
+        let names = self.0.keys().map(String::as_str);
+        let names = names.filter(|name| name.ends_with("_token"));
+        names.filter_map(|name| Some((name, self.get(name)?)))
+    }
+}
+
+/// The value of any key.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(untagged)]
+enum Setting {
+    Token(TokenText),
+    Other(IgnoredAny),
 }
 
 /// A token, plain or as the object that older tokenizers write.
@@ -150,17 +173,7 @@ impl ChatTemplate {
                 source.len()
             )));
         }
-        let mut environment = Environment::new();
-        environment.set_syntax(syntax().map_err(failed)?);
-        environment.set_fuel(Some(FUEL));
-        environment
-            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_function(
-            "raise_exception",
-            |message: String| -> Result<String, Error> {
-                Err(Error::new(ErrorKind::InvalidOperation, message))
-            },
-        );
+        let mut environment = environment::environment().map_err(failed)?;
         let source = without_generation_marks(&source);
         let stack = STACK + source.len() * STACK_PER_BYTE;
         let compiled = std::thread::scope(|scope| {
@@ -187,6 +200,13 @@ impl ChatTemplate {
     /// Writes "Picture 1: ", "Video 1: " and so on before each image and video, if the template can.
     pub fn with_numbered_media(mut self, numbers_media: bool) -> Self {
         self.numbers_media = numbers_media;
+        self
+    }
+
+    /// Stops the clock of `strftime_now` at a time, shown as UTC. Without this, templates see the
+    /// local time at which they are rendered.
+    pub fn with_now(mut self, now: SystemTime) -> Self {
+        environment::set_now(&mut self.environment, now);
         self
     }
 
@@ -265,15 +285,17 @@ impl ChatTemplate {
             true => message.with_parts(),
             false => message.with_string(&self.dialect),
         };
-        let messages: Vec<Value> = messages.iter().map(value).collect();
-        let token = |token: &Option<TokenText>| token.as_ref().map(|t| t.text().to_string());
-        let values = context! {
-            messages => minijinja::Value::from(Serde(&messages)),
-            add_generation_prompt,
-            add_vision_id => self.numbers_media,
-            bos_token => token(&self.special_tokens.bos_token),
-            eos_token => token(&self.special_tokens.eos_token),
-        };
+        let messages: Value = messages.iter().map(value).collect();
+        let tokens = self.special_tokens.iter();
+        let tokens = tokens.map(|(name, text)| (name, Value::from(text)));
+        let values = [
+            ("messages", messages),
+            ("tools", Value::from(())),
+            ("documents", Value::from(())),
+            ("add_generation_prompt", add_generation_prompt.into()),
+            ("add_vision_id", self.numbers_media.into()),
+        ];
+        let values: Value = tokens.chain(values).collect();
         let mut output = Bounded(Vec::new());
         let template = self.environment.get_template("chat");
         let rendered =
@@ -293,12 +315,12 @@ impl ChatTemplate {
     }
 
     fn bos_token(&self) -> Option<&str> {
-        self.special_tokens.bos_token.as_ref().map(TokenText::text)
+        self.special_tokens.get("bos_token")
     }
 
     /// The token that ends an answer, according to `tokenizer_config.json`.
     pub fn eos_token(&self) -> Option<&str> {
-        self.special_tokens.eos_token.as_ref().map(TokenText::text)
+        self.special_tokens.get("eos_token")
     }
 }
 
@@ -320,14 +342,6 @@ fn without_generation_marks(source: &str) -> String {
         plain.extend(["{%", &replacement, "%}", after]);
     }
     plain
-}
-
-/// White space around blocks is dropped, as Hugging Face configures Jinja.
-fn syntax() -> Result<SyntaxConfig, Error> {
-    SyntaxConfig::builder()
-        .trim_blocks(true)
-        .lstrip_blocks(true)
-        .build()
 }
 
 /// A buffer that refuses to grow past [`MAX_OUTPUT`].

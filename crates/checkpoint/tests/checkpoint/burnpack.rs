@@ -1,18 +1,31 @@
 //! Burnpack files: ours, Burn's, and damaged ones.
 
-use std::fs;
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::time::{Duration, SystemTime};
 
 use burn::tensor::{AllocationProperty, DType, Tensor};
 use burn_store::{BurnpackStore, ModuleSnapshot, ModuleStore};
 use reroute_checkpoint::{
-    CheckpointError, Dtype, Folder, Format, Layout, NewTensor, Shards, WeightsFile,
+    CONVERTED_FROM, CheckpointError, Dtype, Folder, Format, Layout, NewTensor, Shards, WeightsFile,
 };
 use tempfile::TempDir;
 
-use crate::fixture::{TestBackend, Tiny, f32_bytes, folder, load, options, tiny_names};
+use crate::fixture::{
+    TestBackend, Tiny, counting, f32_bytes, folder, load, options, safetensors, tiny_names,
+};
 
 /// A file of counting f32 tensors.
 pub fn burnpack(tensors: &[(String, Vec<usize>)]) -> Vec<u8> {
+    noted(tensors, &[])
+}
+
+/// The same with notes.
+fn noted(tensors: &[(String, Vec<usize>)], notes: &[(&str, &str)]) -> Vec<u8> {
+    let notes = notes
+        .iter()
+        .map(|(key, note)| ((*key).into(), (*note).into()));
+    let notes: BTreeMap<String, String> = notes.collect();
     let tensors: Vec<NewTensor> = tensors
         .iter()
         .map(|(name, shape)| NewTensor {
@@ -21,7 +34,7 @@ pub fn burnpack(tensors: &[(String, Vec<usize>)]) -> Vec<u8> {
             shape: shape.clone(),
         })
         .collect();
-    let layout = WeightsFile::new(Format::Burnpack, &tensors).unwrap();
+    let layout = WeightsFile::with_notes(Format::Burnpack, &tensors, &notes).unwrap();
     let mut file = layout.header;
     for (tensor, offset) in tensors.iter().zip(layout.offsets) {
         file.resize(offset as usize, 0);
@@ -132,6 +145,80 @@ fn a_burnpack_file_goes_before_safetensors() {
     assert_eq!(Shards::open(&folder).unwrap().names().count(), names.len());
     fs::remove_file(dir.path().join("model.bpk")).unwrap();
     assert!(Shards::open(&folder).is_err());
+}
+
+fn is_stale(folder: &Folder) -> bool {
+    match Shards::open(folder) {
+        Ok(_) => false,
+        Err(error @ CheckpointError::Stale { .. }) => {
+            let text = error.to_string();
+            assert!(text.contains("remove model.bpk"), "{text}");
+            true
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// The file says what it was converted from; other weights beside it are not hidden by it.
+#[test]
+fn a_burnpack_file_beside_weights_that_it_was_not_converted_from_is_refused() {
+    let write = |dir: &TempDir, name: &str, content: &[u8]| {
+        fs::write(dir.path().join(name), content).unwrap();
+    };
+    let source = safetensors(&[counting("a", &[300]), counting("b", &[2])]);
+    let (dir, folder) = folder(&[("model.safetensors", &source)]);
+    let fingerprint = Shards::open(&folder).unwrap().fingerprint().unwrap();
+    let converted = noted(&tiny_names("old"), &[(CONVERTED_FROM, &fingerprint)]);
+    write(&dir, "model.bpk", &converted);
+    assert!(!is_stale(&folder));
+    let shards = Shards::open(&folder).unwrap();
+    assert_eq!(shards.converted_from(), Some(fingerprint.as_str()));
+    // The same weights, in other files.
+    fs::remove_file(dir.path().join("model.safetensors")).unwrap();
+    write(
+        &dir,
+        "model-00001-of-00002.safetensors",
+        &safetensors(&[counting("a", &[300])]),
+    );
+    write(
+        &dir,
+        "model-00002-of-00002.safetensors",
+        &safetensors(&[counting("b", &[2])]),
+    );
+    assert!(!is_stale(&folder));
+    // Another number, another shape, a shard less.
+    let mut other = counting("b", &[2]);
+    other.3[7] ^= 1;
+    for other in [other, counting("b", &[1, 2])] {
+        write(
+            &dir,
+            "model-00002-of-00002.safetensors",
+            &safetensors(&[other]),
+        );
+        assert!(is_stale(&folder));
+    }
+    fs::remove_file(dir.path().join("model-00002-of-00002.safetensors")).unwrap();
+    assert!(is_stale(&folder));
+}
+
+/// Burn's own files do not say what they were made of; time must do.
+#[test]
+fn a_burnpack_file_that_is_older_than_weights_beside_it_is_refused() {
+    let (dir, folder) = folder(&[
+        ("model.bpk", &tiny_file()),
+        ("model.safetensors", &safetensors(&[counting("a", &[1])])),
+    ]);
+    assert!(!is_stale(&folder));
+    let now = SystemTime::now();
+    for (age, expected) in [(3600, true), (0, false)] {
+        let file = File::options()
+            .write(true)
+            .open(dir.path().join("model.bpk"));
+        file.unwrap()
+            .set_modified(now - Duration::from_secs(age))
+            .unwrap();
+        assert_eq!(is_stale(&folder), expected);
+    }
 }
 
 #[test]

@@ -144,3 +144,28 @@ fn an_embedded_folder_reads_like_one_on_disk() {
     assert_eq!(shards.names().collect::<Vec<_>>(), ["a"]);
     assert_eq!(shards.total_bytes(), 8);
 }
+
+/// The cache and a repository in it are not the checkpoint: the snapshot is, the current one first.
+#[test]
+fn a_cache_points_to_its_snapshots() {
+    let (dir, _folder) = folder(&[]);
+    let repository = dir.path().join("models--org--name");
+    for revision in ["aaa", "bbb"] {
+        fs::create_dir_all(repository.join("snapshots").join(revision)).unwrap();
+    }
+    fs::create_dir(repository.join("refs")).unwrap();
+    fs::write(repository.join("refs").join("main"), "bbb\n").unwrap();
+    for path in [dir.path(), &repository] {
+        let error = Folder::open(path).unwrap_err();
+        let CheckpointError::CacheRoot { snapshots, .. } = &error else {
+            panic!("{error}");
+        };
+        let expected = ["bbb", "aaa"].map(|revision| repository.join("snapshots").join(revision));
+        assert_eq!(snapshots[..], expected);
+        assert!(error.to_string().contains("snapshots/bbb"), "{error}");
+    }
+    assert!(Folder::open(repository.join("snapshots").join("bbb")).is_ok());
+    // A checkpoint may have a folder of this name.
+    fs::write(repository.join("config.json"), "{}").unwrap();
+    assert!(Folder::open(repository).is_ok());
+}

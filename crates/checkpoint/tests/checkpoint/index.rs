@@ -146,3 +146,40 @@ fn a_tensor_listed_twice_is_refused() {
     let error = open(&[("a", A), ("b", A), ("c", B), ("a", B)]).unwrap_err();
     assert!(matches!(error, CheckpointError::DuplicateKey { key, .. } if key == "a"));
 }
+
+/// The numbers in the names say that nothing is missing.
+#[test]
+fn numbered_shards_without_an_index_are_opened() {
+    let (a, b) = (
+        safetensors(&[counting("a", &[1]), counting("b", &[2])]),
+        safetensors(&[counting("c", &[3])]),
+    );
+    let (dir, folder) = folder(&[
+        (A, &a),
+        (B, &b),
+        ("model-1-of-2.safetensors", b"not looked at"),
+        ("adapter-00001-of-00001.safetensors", b"not looked at"),
+    ]);
+    let shards = Shards::open(&folder).unwrap();
+    assert_eq!(shards.names().collect::<Vec<_>>(), ["a", "b", "c"]);
+    let c = shards.read("c", DType::F32, Layout::AsStored).unwrap();
+    assert_eq!(c.to_vec::<f32>().unwrap(), [0.0, 1.0, 2.0]);
+
+    let write =
+        |name: &str, content: &[u8]| std::fs::write(dir.path().join(name), content).unwrap();
+    write(B, &a);
+    let error = Shards::open(&folder).unwrap_err();
+    assert!(matches!(&error, CheckpointError::DuplicateKey { key, .. } if key == "a"));
+    assert!(error.to_string().contains(B), "{error}");
+
+    std::fs::remove_file(dir.path().join(A)).unwrap();
+    match Shards::open(&folder).unwrap_err() {
+        CheckpointError::MissingShards { shards, .. } => assert_eq!(shards, [A]),
+        other => panic!("{other}"),
+    }
+
+    write("model-00001-of-00003.safetensors", &b);
+    let error = Shards::open(&folder).unwrap_err();
+    assert!(matches!(&error, CheckpointError::SeveralSets { counts, .. } if counts[..] == [2, 3]));
+    assert!(error.to_string().contains(INDEX), "{error}");
+}

@@ -1,3 +1,4 @@
+use proptest::prelude::*;
 use reroute_checkpoint::{NameTable, Rule};
 
 /// The spellings in which LLaVA-1.5 checkpoints exist.
@@ -127,4 +128,59 @@ fn exceptions_come_first() {
         path("model.layers.0.mlp.weight").as_deref(),
         Some("layers.0.mlp.weight")
     );
+}
+
+#[test]
+fn the_first_spelling_that_leads_back_is_written() {
+    const TABLE: NameTable = NameTable {
+        rules: &[
+            Rule {
+                module: "*.norm.gamma",
+                file: &["model.*.norm.weight"],
+            },
+            Rule {
+                module: "blocks.{}.parts.{}.gamma",
+                // The first is taken for something else when it is read.
+                file: &["model.{}.{}.norm.weight", "h.{}.{}.weight"],
+            },
+            Rule {
+                module: "*",
+                file: &["model.*"],
+            },
+        ],
+        ignore: &[],
+    };
+    let name = |path| TABLE.file_name(path);
+    assert_eq!(
+        name("layers.0.norm.gamma").as_deref(),
+        Some("model.layers.0.norm.weight")
+    );
+    assert_eq!(
+        name("blocks.1.parts.20.gamma").as_deref(),
+        Some("h.1.20.weight")
+    );
+    // No name leads to it.
+    assert_eq!(name("layers.0.norm.weight"), None);
+    assert_eq!(LLAVA.file_name("tower.0.weight"), None);
+}
+
+proptest! {
+    #[test]
+    fn names_and_paths_lead_to_each_other(
+        start in prop::sample::select(vec![
+            "vision_tower", "projector", "decoder", "decoder.lm_head", "language_model.model",
+            "model.language_model", "language_model", "lm_head", "model.vision_tower",
+            "vision_tower.vision_model", "multi_modal_projector", "",
+        ]),
+        rest in prop::collection::vec("[a-z_]{1,6}|[0-9]{1,3}|weight|vision_model|lm_head", 0..5),
+    ) {
+        let text = [&[start.to_owned()], &rest[..]].concat().join(".");
+        if let Some(name) = LLAVA.file_name(&text) {
+            prop_assert_eq!(LLAVA.module_path(&name), Some(text.clone()));
+        }
+        if let Some(path) = LLAVA.module_path(&text) {
+            let name = LLAVA.file_name(&path);
+            prop_assert_eq!(name.and_then(|name| LLAVA.module_path(&name)), Some(path));
+        }
+    }
 }

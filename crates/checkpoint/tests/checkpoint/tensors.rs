@@ -96,6 +96,8 @@ fn what_cannot_be_read_is_said() {
         ("double", "F64", &[1], vec![0; 8]),
         ("vector", "F32", &[2], vec![0; 8]),
         ("large", "F32", &[1], f32_bytes([65520.0])),
+        ("end", "F32", &[1], f32_bytes([f32::MAX])),
+        ("infinite", "F32", &[1], f32_bytes([f32::NEG_INFINITY])),
         ("huge", "BF16", &[1], bf16::MAX.to_le_bytes().to_vec()),
     ]))
     .unwrap();
@@ -122,6 +124,16 @@ fn what_cannot_be_read_is_said() {
             TensorError::Overflow
         ));
         assert!(shards.read(name, DType::F32, as_stored).is_ok());
+    }
+    // Near the end of f32, bf16 ends earlier.
+    assert!(matches!(
+        read("end", DType::BF16, as_stored),
+        TensorError::Overflow
+    ));
+    // What is infinite in the file stays so: nothing is lost.
+    for dtype in [DType::F16, DType::BF16, DType::F32] {
+        let infinite = shards.read("infinite", dtype, as_stored).unwrap();
+        assert_eq!(infinite.iter::<f32>().next(), Some(f32::NEG_INFINITY));
     }
     assert!(matches!(
         shards.read("nothing", DType::F32, as_stored),

@@ -57,6 +57,22 @@ fn old_and_new_spelling_mean_the_same_parameter() {
     }
 }
 
+/// Whatever a checkpoint of the hub is read from is what it is written to.
+#[test]
+fn every_parameter_is_written_as_the_hub_has_it() {
+    for family in FAMILIES {
+        let config = config(family);
+        for name in names(family) {
+            let path = NAMES.module_path(&name).unwrap();
+            let written = config.file_name(&path);
+            assert_eq!(written, Some(name), "{family}");
+            let any = NAMES.file_name(&path).unwrap();
+            assert_eq!(NAMES.module_path(&any), Some(path), "{any}");
+        }
+        assert_eq!(config.file_name("projector.weight"), None);
+    }
+}
+
 #[test]
 fn every_parameter_has_its_tensor() {
     for family in FAMILIES {

@@ -6,17 +6,16 @@ use std::path::PathBuf;
 use safetensors::SafeTensors;
 use vision_encoder::RgbImage;
 
+/// The folder of all fixtures.
+pub fn fixtures() -> PathBuf {
+    [env!("CARGO_MANIFEST_DIR"), "tests", "fixtures"]
+        .iter()
+        .collect()
+}
+
 /// A file in `fixtures/pillow`.
 pub fn path(name: &str) -> PathBuf {
-    [
-        env!("CARGO_MANIFEST_DIR"),
-        "tests",
-        "fixtures",
-        "pillow",
-        name,
-    ]
-    .iter()
-    .collect()
+    fixtures().join("pillow").join(name)
 }
 
 /// The bytes of a file in `fixtures/pillow`.

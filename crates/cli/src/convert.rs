@@ -1,100 +1,42 @@
-//! `cargo xtask convert`: a checkpoint in another form.
+//! `reroute convert`: a checkpoint in another form.
 
 use std::fmt::{self, Write as _};
-use std::io::{IsTerminal, Write, stderr, stdout};
-use std::path::PathBuf;
-use std::process::ExitCode;
+use std::io::{IsTerminal, Write, stderr};
 use std::time::{Duration, Instant};
 
-use clap::{Parser, ValueEnum};
+use anyhow::Result;
 use reroute_checkpoint::Dtype;
-use reroute_convert::{ConvertError, Form, Job, Phase, Plan, Progress, Report};
+use reroute_convert::{Form, Job, Phase, Plan, Progress, Report};
+
+use crate::args::{self, ConvertArgs, ConvertForm};
 
 /// How often progress is shown.
 const INTERVAL: Duration = Duration::from_millis(500);
 const MIB: f64 = (1 << 20) as f64;
 
-/// Convert a checkpoint into a form that loads fast, or back into one that transformers loads.
-#[derive(Parser)]
-#[command(name = "cargo xtask convert")]
-struct Args {
-    /// Folder of the checkpoint: Hugging Face safetensors, Burnpack, or PyTorch `.bin` files.
-    #[arg(long)]
-    from: PathBuf,
-    /// Folder to make, or a file of weights that ends in .bpk or .safetensors. What --format leaves
-    /// open the name says: `hf` becomes a folder that transformers loads again.
-    #[arg(long)]
-    to: PathBuf,
-    /// Type of the weights; as they are without it.
-    #[arg(long)]
-    dtype: Option<DtypeFlag>,
-    /// What to write; Burnpack, unless --to names a .safetensors file.
-    #[arg(long)]
-    format: Option<FormatFlag>,
-    /// Folder of the CLIP model, for LLaVA as its authors published it.
-    #[arg(long)]
-    vision_tower: Option<PathBuf>,
-    /// Folder whose tokenizer and chat template are used where --from has none.
-    #[arg(long)]
-    tokenizer: Option<PathBuf>,
-    /// Read PyTorch's `.bin` files. Their code is never run, but their makers must be trusted.
-    #[arg(long)]
-    allow_pickle: bool,
-    /// Largest shard of --format hf, in bytes.
-    #[arg(long, default_value_t = 5_000_000_000)]
-    max_shard_bytes: u64,
-    /// List what would be written, and write nothing.
-    #[arg(long)]
-    dry_run: bool,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum DtypeFlag {
-    F32,
-    F16,
-    Bf16,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum FormatFlag {
-    /// model.bpk, which is mapped into memory
-    Burnpack,
-    /// model.safetensors
-    Safetensors,
-    /// Shards and an index, as transformers saves and loads them
-    Hf,
-}
-
-fn main() -> ExitCode {
-    match run(Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::from(2)
-        }
-    }
-}
-
-fn run(args: Args) -> Result<(), ConvertError> {
+/// Runs the command.
+pub fn run(args: &ConvertArgs, out: &mut dyn Write) -> Result<()> {
     if args.allow_pickle {
-        eprintln!("comparing the checksums of .bin files, if there are any …");
+        let what = "comparing the checksums of .bin files, if there are any …";
+        let _ = writeln!(stderr(), "{what}");
     }
     let plan = Plan::new(&Job {
-        from: args.from,
-        to: args.to,
+        from: args.from.clone(),
+        to: args.to.clone(),
         dtype: args.dtype.map(|dtype| match dtype {
-            DtypeFlag::F32 => Dtype::F32,
-            DtypeFlag::F16 => Dtype::F16,
-            DtypeFlag::Bf16 => Dtype::BF16,
+            args::Dtype::F32 => Dtype::F32,
+            args::Dtype::F16 => Dtype::F16,
+            args::Dtype::Bf16 => Dtype::BF16,
         }),
         form: args.format.map(|format| match format {
-            FormatFlag::Burnpack => Form::Burnpack,
-            FormatFlag::Safetensors => Form::Safetensors,
-            FormatFlag::Hf => Form::HuggingFace,
+            ConvertForm::Burnpack => Form::Burnpack,
+            ConvertForm::Safetensors => Form::Safetensors,
+            ConvertForm::Hf => Form::HuggingFace,
         }),
-        vision_tower: args.vision_tower,
-        tokenizer: args.tokenizer,
+        vision_tower: args.vision_tower.clone(),
+        tokenizer: args.tokenizer.clone(),
         allow_pickle: args.allow_pickle,
+        clamp: args.clamp,
         max_shard_bytes: args.max_shard_bytes,
     })?;
     let mut text = String::new();
@@ -110,9 +52,7 @@ fn run(args: Args) -> Result<(), ConvertError> {
     for path in plan.left_out() {
         let _ = writeln!(text, "left out, for it is too large: {}", path.display());
     }
-    // A reader that has seen enough (`| head`) is no failure.
-    let _ = stdout().write_all(text.as_bytes());
-    Ok(())
+    Ok(out.write_all(text.as_bytes())?)
 }
 
 /// What would be written.

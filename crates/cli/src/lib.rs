@@ -12,9 +12,11 @@ pub mod embedded;
 pub mod explain;
 pub mod ground;
 pub mod heap;
+mod known;
 mod open;
 mod output;
 pub mod presets;
+mod shell;
 pub mod trace;
 
 use std::io::Write;
@@ -32,5 +34,7 @@ pub fn run(command: &Command, out: &mut dyn Write) -> anyhow::Result<()> {
         Command::Trace(args) => trace::run(args, out),
         Command::Presets(args) => presets::run(args, out),
         Command::Doctor(args) => doctor::run(args, out),
+        Command::Completions(args) => shell::completions(args, out),
+        Command::Man => shell::manual(out),
     }
 }

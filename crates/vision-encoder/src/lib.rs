@@ -6,6 +6,7 @@
 
 pub mod clip;
 mod error;
+mod geometry;
 mod image;
 mod inspect;
 mod normalise;
@@ -14,6 +15,7 @@ mod resize;
 
 pub use clip::{ClipPreprocessor, ClipPreprocessorConfig, Pixels, to_tensor};
 pub use error::VisionError;
+pub use geometry::Geometry;
 pub use image::{DecodeLimits, RgbImage, decode};
 pub use inspect::Inspected;
 pub use resize::{Canvas, Window, resize_bicubic};

@@ -90,9 +90,33 @@ pub enum ZooError {
         fps: f64,
     },
     /// No box in an answer that should have one.
-    #[error("the answer \"{answer}\" has no box in it (four numbers in brackets)")]
+    #[error(
+        "the answer \"{answer}\" has no box in it (four numbers in brackets){}",
+        if *.cut_off { "; it is cut off: allow more tokens (max_new_tokens)" } else { "" }
+    )]
     NoBox {
         /// What the model said.
         answer: String,
+        /// Whether it was still speaking.
+        cut_off: bool,
     },
+    /// An option that has no meaning for the model.
+    #[error("{option} is for {meant} models, this one {instead}; leave it out")]
+    Option {
+        /// The option.
+        option: &'static str,
+        /// The family that it is for.
+        meant: &'static str,
+        /// What this model does.
+        instead: &'static str,
+    },
+    /// A bound of no pixels.
+    #[error("max_pixels is 0: a picture has one pixel at least")]
+    NoPixels,
+    /// A reduction that looks at the question has none.
+    #[error(
+        "this reduction before the decoder reads the question, which prepared tensors do not have: \
+         ask it instead, or use one that looks at pictures alone"
+    )]
+    NoQuestion,
 }

@@ -67,19 +67,20 @@ mod visual;
 mod vlm;
 
 pub use answer::{Answer, Question, Timings};
-pub use checkup::{Checkup, Parameters, Problem};
+pub use checkup::{Checkup, Outline, Parameters, Part, Problem};
 pub use conversation::Conversation;
 pub use dialect::Dialect;
 pub use error::ZooError;
 pub use family::{Model, ModelConfig};
+pub use grounding::Grounding;
 pub use memory::{Memory, Numbers, Picture};
 pub use reduction::Kept;
 pub use reroute_checkpoint::Folder;
 pub use routing::{EncoderStep, Routing};
 pub use template::ChatTemplate;
 pub use tensors::{TensorInputs, TensorOutputs};
-pub use tokenizer::Tokenizer;
+pub use tokenizer::{TextStream, Tokenizer};
 pub use visual::{
     Leftover, PixelTensors, Prepared, Preprocessor, Video, VideoTime, View, Visual, VisualTokens,
 };
-pub use vlm::{Grounding, OpenOptions, Vlm};
+pub use vlm::{OpenOptions, Vlm};

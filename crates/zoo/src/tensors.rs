@@ -3,6 +3,7 @@ use std::ops::ControlFlow;
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
 use qwen_vl::QwenSample;
+use reducers::encoder::Tap;
 use reroute::{
     Generation, GenerationOptions, HiddenStates, KvCache, PrefillOptions, Prompt, RoutingTrace,
     generate,
@@ -56,6 +57,14 @@ impl<B: Backend> Vlm<B> {
         let routing = routing.into();
         let pixels = inputs.pixels.cast(self.dtype());
         let tokens = match &routing.encoder {
+            Some(step)
+                if step
+                    .reducer
+                    .needs(&model.encoder())?
+                    .contains(&Tap::Question) =>
+            {
+                return Err(ZooError::NoQuestion);
+            }
             Some(step) => model.see_reduced(pixels, step, Default::default())?,
             None => model.see(pixels)?,
         };

@@ -7,11 +7,10 @@ use vision_encoder::qwen::{
     pack,
 };
 use vision_encoder::{
-    Canvas, ClipPreprocessor, ClipPreprocessorConfig, Pixels as ClipPixels, RgbImage, Window,
-    resize_bicubic, to_tensor,
+    Canvas, ClipPreprocessor, ClipPreprocessorConfig, Geometry, Pixels as ClipPixels, RgbImage,
+    Window, resize_bicubic, to_tensor,
 };
 
-use crate::grounding::{BoundingBox, BoxUnits};
 use crate::messages::patch_seconds;
 use crate::reduction::Kept;
 use crate::{ModelConfig, OpenOptions, ZooError};
@@ -120,7 +119,20 @@ impl Preprocessor {
     ) -> Result<Self, ZooError> {
         const NAME: &str = "preprocessor_config.json";
         const VIDEO_NAME: &str = "video_preprocessor_config.json";
+        if options.max_pixels == Some(0) {
+            return Err(ZooError::NoPixels);
+        }
         match config {
+            ModelConfig::Llava(_) if options.max_pixels.is_some() => Err(ZooError::Option {
+                option: "max_pixels",
+                meant: "Qwen-VL",
+                instead: "sees every picture at one size",
+            }),
+            ModelConfig::Qwen(_) if options.pad_to_square == Some(true) => Err(ZooError::Option {
+                option: "pad_to_square",
+                meant: "LLaVA",
+                instead: "sees every picture whole, at its own shape",
+            }),
             ModelConfig::Llava(config) => {
                 let file: ClipPreprocessorConfig = folder.read_json(NAME, CONFIG_MAX_BYTES)?;
                 let mut preprocessor = file.resolve()?;
@@ -219,22 +231,11 @@ impl Preprocessor {
         }
     }
 
-    /// A box as a model answered it, in pixels of the image as given.
-    pub fn box_to_pixels(
-        &self,
-        image: &RgbImage,
-        view: &View,
-        units: BoxUnits,
-        answered: BoundingBox,
-    ) -> BoundingBox {
-        let resized = view.resized.map(|side| side as f64);
+    /// What of a picture the model sees, and where.
+    pub fn geometry(&self, view: &View) -> Geometry {
         match self {
-            Self::Clip { preprocessor, .. } => {
-                preprocessor.box_to_pixels(image, units.normalized(answered, resized))
-            }
-            Self::Qwen { .. } => {
-                units.to_pixels(answered, resized, view.original.map(|side| side as f64))
-            }
+            Self::Clip { preprocessor, .. } => preprocessor.geometry(view.original),
+            Self::Qwen { .. } => Geometry::whole(view.original),
         }
     }
 

@@ -137,7 +137,7 @@ fn answers(vlm: &Vlm<Backend>, scenes: &[Scene], plan: &Plan) -> anyhow::Result<
                 continue;
             };
             let size = [image.width(), image.height(), image.width(), image.height()];
-            let found = vlm.answered_box(image, answer).map(|found| {
+            let found = vlm.answered_box(answer).map(|found| {
                 let mut shares = found;
                 for (share, size) in shares.iter_mut().zip(size) {
                     *share /= size as f64;

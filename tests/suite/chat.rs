@@ -194,6 +194,32 @@ fn a_person_may_try_again_and_a_script_may_not() {
     }
 }
 
+/// Editors of some systems put a mark in front of text.
+#[test]
+fn a_byte_order_mark_and_quotation_marks_are_no_part_of_a_line() {
+    let folder = Scratch::new();
+    folder.write("a b.png", std::fs::read(scene("063")).unwrap());
+    let path = folder.at("a b.png");
+    for quoted in [format!("\"{path}\""), format!("'{path}'"), path] {
+        let lines = format!("\u{FEFF}/image {quoted}\r\nfind the cross\r\n");
+        let reports = reports(&["--max-new-tokens", "1"], &lines);
+        assert_eq!(reports.len(), 1, "{quoted}");
+        assert_eq!(reports[0]["visual_tokens"], 64, "{quoted}");
+    }
+    // Only at the start.
+    let lines = "/reset\n\u{FEFF}/image x.png\n";
+    let reports = reports(&["--max-new-tokens", "1"], lines);
+    assert_eq!(reports[0]["visual_tokens"], 0);
+}
+
+#[test]
+fn a_full_conversation_points_to_the_way_out() {
+    let lines = format!("{}\n", "find the red cross ".repeat(200));
+    let error = chat(&["--max-new-tokens", "1"], lines.as_bytes(), false).unwrap_err();
+    assert!(error.contains("/reset"), "{error}");
+    assert!(error.contains("max_position_embeddings"), "{error}");
+}
+
 /// A question that cannot be answered is not part of the conversation.
 #[test]
 fn a_failed_question_leaves_the_conversation_as_it_was() {

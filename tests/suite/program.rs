@@ -80,6 +80,17 @@ pub fn scene(name: &str) -> String {
     text(&scenes.join(name).with_extension("png"))
 }
 
+/// Writes an image as PNG.
+pub fn write_image(scratch: &Scratch, name: &str, image: &RgbImage) -> String {
+    let mut bytes = Vec::new();
+    let (width, height) = (image.width() as u32, image.height() as u32);
+    let encoder = image::codecs::png::PngEncoder::new(&mut bytes);
+    let colour = image::ExtendedColorType::Rgb8;
+    image::ImageEncoder::write_image(encoder, image.data(), width, height, colour)
+        .expect("a good image");
+    scratch.write(name, bytes)
+}
+
 pub fn read_image(path: &str) -> RgbImage {
     let bytes = std::fs::read(path).expect("the image exists");
     vision_encoder::decode(&bytes, &DecodeLimits::default()).expect("a good image")
@@ -104,9 +115,19 @@ impl Scratch {
 
     /// A folder with the files of the fixture's checkpoint.
     pub fn checkpoint() -> Self {
+        Self::copy(&fixture())
+    }
+
+    /// A folder with the files of the built-in model.
+    pub fn built_in() -> Self {
+        Self::copy(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/tiny-llava"))
+    }
+
+    /// A folder with the files of another.
+    pub fn copy(folder: &Path) -> Self {
         let scratch = Self::new();
-        for entry in fixture().read_dir().expect("the fixture is complete") {
-            let entry = entry.expect("the fixture is readable");
+        for entry in folder.read_dir().expect("the folder is complete") {
+            let entry = entry.expect("the folder is readable");
             let target = scratch.0.path().join(entry.file_name());
             std::fs::copy(entry.path(), target).expect("a temporary file");
         }

@@ -1,13 +1,13 @@
 //! The commands on models of the Qwen family.
 
-use reroute_zoo::grounding::BoxUnits;
+use reroute_zoo::grounding::{BoxUnits, Found, Named, Place};
 use reroute_zoo::{FamilyError, ImageOptions, OpenOptions, Question, Visual, Vlm, ZooError};
 use serde_json::Value;
 use vision_encoder::RgbImage;
 
 use crate::golden::{fixture, open};
 use crate::program::{
-    Scratch, f32s, i64s, read_image, read_tensors, refuses, report, safetensors, scene,
+    Scratch, f32s, i64s, read_image, read_tensors, refuses, report, safetensors, scene, write_image,
 };
 
 const FAMILIES: [&str; 3] = ["qwen2vl", "qwen25vl", "qwen3vl"];
@@ -164,10 +164,18 @@ fn boxes_are_in_pixels_of_the_image_as_given() {
         assert_eq!(vlm.grounding().units, units, "{family}");
         let visual = Visual::Image(image.clone());
         let (view, _) = vlm.preprocessor().prepare(&visual).unwrap();
-        let pixels = vlm
-            .preprocessor()
-            .box_to_pixels(&image, &view, units, answered);
-        assert_eq!(pixels, [45.0, 14.75, 90.0, 29.5], "{family}");
+        let named = Named {
+            label: None,
+            place: Place::Box(answered),
+        };
+        let resized = view.resized.map(|side| side as f64);
+        let geometry = vlm.preprocessor().geometry(&view);
+        let found = Found::of(named, units, resized, &geometry);
+        assert_eq!(
+            found.pixels,
+            Place::Box([45.0, 14.75, 90.0, 29.5]),
+            "{family}"
+        );
     }
 }
 
@@ -219,7 +227,7 @@ fn visuals_that_cannot_be_seen_are_refused() {
     broken.write("zz.png", "no picture");
     let thin = Scratch::new();
     let strip = RgbImage::new(1000, 2, vec![7; 6000]).unwrap();
-    thin.write("thin.png", png(&strip));
+    write_image(&thin, "thin.png", &strip);
     let ask = [
         "ask",
         "--model",
@@ -261,15 +269,6 @@ fn visuals_that_cannot_be_seen_are_refused() {
         &["ask", "--video", &frames.path()],
         &["images only, no videos"],
     );
-}
-
-fn png(image: &RgbImage) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    let (width, height) = (image.width() as u32, image.height() as u32);
-    let encoder = image::codecs::png::PngEncoder::new(&mut bytes);
-    let colour = image::ExtendedColorType::Rgb8;
-    image::ImageEncoder::write_image(encoder, image.data(), width, height, colour).unwrap();
-    bytes
 }
 
 /// 46 megapixels become at most as many visual tokens as the cap allows, and it is said.

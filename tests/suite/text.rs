@@ -67,9 +67,9 @@ fn real_tokenizers_encode_and_decode_as_in_python() {
             assert_eq!(tokenizer.encode(&text, false).unwrap(), ids, "{text:?}");
             assert_eq!(tokenizer.decode(&ids).unwrap(), decoded, "{text:?}");
             let mut streamed = String::new();
-            ids.iter()
-                .copied()
-                .for_each(tokenizer.stream(|piece| streamed.push_str(piece)));
+            let mut stream = tokenizer.stream(|piece| streamed.push_str(piece));
+            ids.iter().for_each(|&id| stream.push(id));
+            stream.finish();
             assert_eq!(streamed, decoded, "{text:?}");
         }
     }

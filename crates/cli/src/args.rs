@@ -3,11 +3,15 @@
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+use reroute_zoo::{ImageOptions, OpenOptions};
+
+use crate::backend::version;
 
 /// Ask vision-language models about images, with FastV, PyramidDrop or Reroute deciding which
 /// visual tokens each decoder layer works on.
 #[derive(Debug, Parser)]
-#[command(name = "reroute", version)]
+#[command(name = "reroute", version, long_version = version())]
 pub struct Args {
     /// What to do.
     #[command(subcommand)]
@@ -35,6 +39,10 @@ pub enum Command {
     Convert(ConvertArgs),
     /// Say what keeps a checkpoint from running here, and how much memory it needs.
     Doctor(DoctorArgs),
+    /// Print what completes commands and flags in a shell.
+    Completions(CompletionsArgs),
+    /// Print the manual page.
+    Man,
 }
 
 /// Which model, and how it is loaded.
@@ -47,13 +55,26 @@ pub struct ModelArgs {
     /// Type of the weights in memory.
     #[arg(long, value_enum, default_value = "f32")]
     pub dtype: Dtype,
-    /// Pad images to a square instead of cropping them, as the original LLaVA code does.
+    /// Pad images to a square instead of cropping them, as the original LLaVA code does (LLaVA).
     #[arg(long)]
     pub pad_to_square: bool,
     /// Largest area of an image or video frame in pixels; larger ones are scaled down (Qwen). The
     /// default is the checkpoint's own limit, but at most 1003520, which is 1280 visual tokens of 28×28.
-    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = one_or_more)]
     pub max_pixels: Option<usize>,
+}
+
+impl ModelArgs {
+    /// How the checkpoint is opened.
+    pub fn options(&self) -> OpenOptions {
+        OpenOptions {
+            dtype: self.dtype.burn(),
+            images: ImageOptions {
+                pad_to_square: self.pad_to_square.then_some(true),
+                max_pixels: self.max_pixels,
+            },
+        }
+    }
 }
 
 /// What to look at.
@@ -175,8 +196,8 @@ pub struct GroundArgs {
     /// What to find.
     #[arg(long, value_name = "TEXT")]
     pub expression: Option<String>,
-    /// Where to draw the box.
-    #[arg(long, value_name = "OUT.png")]
+    /// Where to draw what is found (PNG, JPEG or WebP, as the name ends).
+    #[arg(long, value_name = "FILE")]
     pub overlay: Option<PathBuf>,
     /// Routing.
     #[command(flatten)]
@@ -242,8 +263,8 @@ pub struct CompareArgs {
     /// Times each routing is asked; times are medians.
     #[arg(long, value_name = "N", default_value_t = 3)]
     pub rounds: usize,
-    /// Where the picture goes: a row per routing, a column per stage.
-    #[arg(long, value_name = "OUT.png", default_value = "reroute-compare.png")]
+    /// Where the picture goes (PNG, JPEG or WebP, as the name ends): a row per routing, a column per stage.
+    #[arg(long, value_name = "FILE", default_value = "reroute-compare.png")]
     pub out: PathBuf,
     /// Generation.
     #[command(flatten)]
@@ -383,6 +404,23 @@ pub struct DoctorArgs {
     /// Print one JSON object.
     #[arg(long)]
     pub json: bool,
+}
+
+/// A number that is not zero.
+fn one_or_more(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("give 1 or more".into()),
+        Ok(number) => Ok(number),
+        Err(error) => Err(format!("{error}")),
+    }
+}
+
+/// `reroute completions`
+#[derive(Debug, clap::Args)]
+pub struct CompletionsArgs {
+    /// The shell.
+    #[arg(value_enum)]
+    pub shell: Shell,
 }
 
 /// `1024x768`

@@ -7,47 +7,68 @@ use reroute_zoo::{Question, Visual, Vlm};
 
 use crate::args::{AskArgs, VisualArgs};
 use crate::backend::Backend;
+use crate::known::{self, Known};
 use crate::{open, output};
 use reroute_zoo::embedded;
 
 /// Runs the command.
 pub fn run(args: &AskArgs, out: &mut dyn Write) -> anyhow::Result<()> {
-    let vlm = open::model(&args.model)?;
-    let plan = open::plan(&args.routing.routing, vlm.config())?;
-    let options = open::generation(&args.generation, vlm.generation_defaults())?;
+    let known = Known::of(&args.model)?;
+    let plan = known.plan(&args.routing.routing)?;
+    known::check_generation(&args.generation)?;
     let built_in = args.model.model.is_none();
-    let question = question(&vlm, &args.visual, args.prompt.as_deref(), built_in)?;
+    let asked = Asked::of(&known, &args.visual, args.prompt.as_deref(), built_in)?;
+    let vlm = open::model(&args.model)?;
+    let options = open::generation(&args.generation, vlm.generation_defaults())?;
     let mut written = Ok(());
-    let answer = vlm.ask(&question, &plan, &options, |piece| {
+    let answer = vlm.ask(&asked.question(&vlm), &plan, &options, |piece| {
         if !args.json && written.is_ok() {
             written = write!(out, "{piece}").and_then(|()| out.flush());
         }
     })?;
     written?;
-    output::print_notices(&answer);
     if args.json {
+        output::print_notices(&answer);
         return output::print_json(out, &output::answer_json(&vlm, &plan, &answer));
     }
     writeln!(out)?;
+    output::print_notices(&answer);
     let _ = writeln!(stderr(), "{}", output::summary(&vlm, &plan, &answer));
     Ok(())
 }
 
-/// The user's question; with the built-in model, its scene and expression fill the gaps.
-pub(crate) fn question(
-    vlm: &Vlm<Backend>,
-    visual: &VisualArgs,
-    prompt: Option<&str>,
-    built_in: bool,
-) -> anyhow::Result<Question> {
-    let mut visuals = open::visuals(visual)?;
-    if visuals.is_empty() && built_in {
-        visuals.push(Visual::Image(open::scene()?));
+/// A question as the flags put it.
+pub(crate) struct Asked {
+    visuals: Vec<Visual>,
+    /// The prompt, if it is not for the model to say.
+    prompt: Option<String>,
+}
+
+impl Asked {
+    /// The user's question; with the built-in model, its scene and expression fill the gaps.
+    pub(crate) fn of(
+        known: &Known,
+        visual: &VisualArgs,
+        prompt: Option<&str>,
+        built_in: bool,
+    ) -> anyhow::Result<Self> {
+        if prompt.is_none() && !built_in {
+            bail!("--prompt is missing: say what you want to know");
+        }
+        let mut visuals = known.visuals(visual)?;
+        if visuals.is_empty() && built_in {
+            visuals.push(Visual::Image(open::scene()?));
+        }
+        let prompt = prompt.map(ToString::to_string);
+        Ok(Self { visuals, prompt })
     }
-    let text = match prompt {
-        Some(prompt) => prompt.to_string(),
-        None if built_in => vlm.grounding().question(embedded::SCENE.expression),
-        None => bail!("--prompt is missing: say what you want to know"),
-    };
-    Ok(Question { visuals, text })
+
+    /// The question to this model.
+    pub(crate) fn question(self, vlm: &Vlm<Backend>) -> Question {
+        let ask_for = || vlm.grounding().question(embedded::SCENE.expression);
+        Question {
+            visuals: self.visuals,
+            text: self.prompt.unwrap_or_else(ask_for),
+        }
+    }
 }

@@ -1,5 +1,7 @@
 //! The backend that the program is built with: exactly one, by feature.
 
+use std::sync::LazyLock;
+
 use burn::tensor::DType;
 
 #[cfg(not(any(
@@ -38,6 +40,27 @@ pub const NAME: &str = if cfg!(feature = "flex") {
 } else {
     "cuda"
 };
+
+/// Version of the program, and what it was built with.
+pub fn version() -> &'static str {
+    static VERSION: LazyLock<String> = LazyLock::new(|| {
+        let features = [
+            ("flex", cfg!(feature = "flex")),
+            ("ndarray", cfg!(feature = "ndarray")),
+            ("wgpu", cfg!(feature = "wgpu")),
+            ("webgpu", cfg!(feature = "webgpu")),
+            ("cuda", cfg!(feature = "cuda")),
+        ];
+        let built = features.iter().filter(|(_, is_built)| *is_built);
+        let names: Vec<&str> = built.map(|(name, _)| *name).collect();
+        format!(
+            "{}\nbackend: {NAME}\nfeatures: {}",
+            env!("CARGO_PKG_VERSION"),
+            names.join(", ")
+        )
+    });
+    &VERSION
+}
 
 /// Whether tensors lie in the machine's own memory.
 pub const ON_HOST: bool = cfg!(any(feature = "flex", feature = "ndarray"));

@@ -1,24 +1,29 @@
 //! `reroute chat`: questions that follow one another.
 
 use std::io::{BufRead, IsTerminal, Write, stderr, stdin};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, bail};
 use reducers::Plan;
-use reroute_zoo::{Conversation, Question, Visual, Vlm};
+use reroute::RerouteError;
+use reroute_zoo::{Conversation, Question, Visual, Vlm, ZooError};
 
 use crate::args::ChatArgs;
 use crate::backend::Backend;
+use crate::known::{self, Known};
 use crate::source::is_stdin;
 use crate::{open, output};
 
 const HELP: &str = "\
 A line is a question; the answer follows. Images and videos stay in the conversation.
-  /image FILE   the next question is also about this image
+  /image FILE   the next question is also about this image; a name may stand in quotation marks
   /video DIR    the next question is also about this video, a folder of frames
   /reset        forget everything
   /help         this text
   /quit         leave; so does the end of the input";
+
+/// What to do about a conversation that is too long.
+const FULL: &str = "the conversation is full: /reset forgets it, then ask again";
 
 /// Longest line that is read, in bytes.
 const MAX_LINE_BYTES: usize = 1 << 20;
@@ -36,15 +41,18 @@ pub fn run_on(
     is_person: bool,
     out: &mut dyn Write,
 ) -> anyhow::Result<()> {
+    let known = Known::of(&args.model)?;
+    let plan = known.plan(&args.routing.routing)?;
+    known::check_generation(&args.generation)?;
+    let mut visuals = known.visuals(&args.visual)?;
     let vlm = open::model(&args.model)?;
-    let plan = open::plan(&args.routing.routing, vlm.config())?;
     let options = open::generation(&args.generation, vlm.generation_defaults())?;
     if args.visual.image.iter().any(|path| is_stdin(path)) {
         bail!("chat reads its questions from the standard input; give the image as a file");
     }
     let start = || Conversation::new(&vlm, plan.clone(), options.clone());
     let mut conversation = start();
-    let mut visuals = open::visuals(&args.visual)?;
+    let mut is_first = true;
     if is_person {
         let _ = writeln!(stderr(), "{HELP}");
     }
@@ -55,7 +63,13 @@ pub fn run_on(
         let Some(line) = read_line(input)? else {
             return Ok(());
         };
-        let line = line.trim();
+        // What some editors put in front of UTF-8 text.
+        let mark = if std::mem::take(&mut is_first) {
+            "\u{FEFF}"
+        } else {
+            ""
+        };
+        let line = line.strip_prefix(mark).unwrap_or(&line).trim();
         let done = match line.split_once(char::is_whitespace).unwrap_or((line, "")) {
             ("", _) => continue,
             ("/quit", _) => return Ok(()),
@@ -68,13 +82,13 @@ pub fn run_on(
                 visuals.clear();
                 continue;
             }
-            ("/image", path) if is_stdin(Path::new(path.trim())) => Err(anyhow::anyhow!(
+            ("/image", path) if is_stdin(Path::new(unquoted(path))) => Err(anyhow::anyhow!(
                 "chat reads its questions from the standard input; give the image as a file"
             )),
-            ("/image", path) => open::image(Path::new(path.trim())).map(|image| {
+            ("/image", path) => open::image(Path::new(unquoted(path))).map(|image| {
                 visuals.push(Visual::Image(image));
             }),
-            ("/video", path) => open::video(&PathBuf::from(path.trim()), args.visual.fps)
+            ("/video", path) => open::video(Path::new(unquoted(path)), args.visual.fps)
                 .map(|video| visuals.push(Visual::Video(video))),
             (command, _) if command.starts_with('/') => {
                 Err(anyhow::anyhow!("{command} is no command; /help lists them"))
@@ -85,10 +99,14 @@ pub fn run_on(
                     text: line.to_string(),
                 };
                 let told = tell(args, &vlm, &plan, &mut conversation, &question, out);
-                if told.is_ok() {
-                    visuals.clear();
+                match told {
+                    Ok(()) => {
+                        visuals.clear();
+                        Ok(())
+                    }
+                    Err(error) if is_full(&error) => Err(error.context(FULL)),
+                    failed => failed,
                 }
-                told
             }
         };
         match done {
@@ -98,6 +116,21 @@ pub fn run_on(
             done => done?,
         }
     }
+}
+
+/// A name without the quotation marks around it.
+fn unquoted(name: &str) -> &str {
+    let name = name.trim();
+    let inside = |mark| name.strip_prefix(mark)?.strip_suffix(mark);
+    inside('"').or_else(|| inside('\'')).unwrap_or(name)
+}
+
+/// Whether the conversation has become too long.
+fn is_full(error: &anyhow::Error) -> bool {
+    matches!(
+        error.downcast_ref(),
+        Some(ZooError::Reroute(RerouteError::ContextLength { .. }))
+    )
 }
 
 /// Asks one question and prints its answer.
@@ -116,12 +149,13 @@ fn tell(
         }
     })?;
     written?;
-    output::print_notices(&answer);
     if args.json {
+        output::print_notices(&answer);
         let report = output::answer_json(vlm, plan, &answer);
         writeln!(out, "{report}")?;
     } else {
         writeln!(out)?;
+        output::print_notices(&answer);
         let _ = writeln!(stderr(), "{}", output::turn_summary(vlm, plan, &answer));
     }
     Ok(out.flush()?)

@@ -12,8 +12,10 @@ use serde_json::json;
 use vision_encoder::RgbImage;
 
 use crate::args::CompareArgs;
+use crate::ask::Asked;
 use crate::backend::Backend;
-use crate::{ask, draw, open, output};
+use crate::known::{self, Known};
+use crate::{draw, open, output};
 
 /// What one routing came to.
 struct Row {
@@ -31,14 +33,17 @@ struct Row {
 /// Runs the command.
 pub fn run(args: &CompareArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     ensure!(args.rounds > 0, "--rounds is 0: ask at least once");
+    let known = Known::of(&args.model)?;
+    let plans = args.routing.iter();
+    let plans = plans.map(|routing| Ok((routing.clone(), known.plan(routing)?)));
+    let plans = plans.collect::<anyhow::Result<Vec<(String, Plan)>>>()?;
+    known::check_generation(&args.generation)?;
+    known::check_picture(&args.out)?;
+    let built_in = args.model.model.is_none();
+    let asked = Asked::of(&known, &args.visual, args.prompt.as_deref(), built_in)?;
     let vlm = open::model(&args.model)?;
     let options = open::generation(&args.generation, vlm.generation_defaults())?;
-    let built_in = args.model.model.is_none();
-    let question = ask::question(&vlm, &args.visual, args.prompt.as_deref(), built_in)?;
-    let mut plans = Vec::new();
-    for routing in &args.routing {
-        plans.push((routing.clone(), open::plan(routing, vlm.config())?));
-    }
+    let question = asked.question(&vlm);
     // Rounds take turns, so that what disturbs the machine disturbs every routing.
     let mut answers: Vec<Vec<Answer>> = plans.iter().map(|_| Vec::new()).collect();
     for _ in 0..args.rounds {
@@ -46,10 +51,7 @@ pub fn run(args: &CompareArgs, out: &mut dyn Write) -> anyhow::Result<()> {
             answers.push(vlm.ask(&question, plan, &options, |_| {})?);
         }
     }
-    let image = match question.visuals.first() {
-        Some(Visual::Image(image)) => Some(image),
-        _ => None,
-    };
+    let is_image = matches!(question.visuals.first(), Some(Visual::Image(_)));
     let mut rows = Vec::new();
     for ((name, plan), mut answers) in plans.into_iter().zip(answers) {
         let median = |of: &dyn Fn(&Answer) -> Duration| {
@@ -62,7 +64,7 @@ pub fn run(args: &CompareArgs, out: &mut dyn Write) -> anyhow::Result<()> {
         let decode = median(&|answer| answer.timings.decode);
         let answer = answers.remove(0);
         rows.push(Row {
-            found: image.and_then(|image| vlm.answered_box(image, &answer)),
+            found: is_image.then(|| vlm.answered_box(&answer)).flatten(),
             drifts: vlm.drift(&question, &plan)?,
             name,
             plan,
@@ -75,24 +77,31 @@ pub fn run(args: &CompareArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     if let Some(row) = rows.first() {
         output::print_notices(&row.answer);
     }
-    let picture = picture(&vlm, &question, &rows)?;
-    if let Some(picture) = &picture {
-        output::write_file(&args.out, &draw::png(picture)?)?;
-    }
+    // The answers are told whatever becomes of the picture.
+    let picture = picture(&vlm, &question, &rows).and_then(|picture| {
+        let Some(picture) = picture else {
+            return Ok(None);
+        };
+        let bytes = draw::Format::of(&args.out)?.encode(&picture)?;
+        output::write_file(&args.out, &bytes)?;
+        Ok(Some(&args.out))
+    });
     if args.json {
         let routings: Vec<_> = rows.iter().map(|row| report(&vlm, row, &rows[0])).collect();
-        let picture = picture.map(|_| &args.out);
-        return output::print_json(out, &json!({"routings": routings, "picture": picture}));
+        let written = picture.as_ref().ok().and_then(|picture| *picture);
+        let written = written.map(|path| output::path(path));
+        output::print_json(out, &json!({"routings": routings, "picture": written}))?;
+        return picture.map(drop);
     }
     writeln!(out, "{}\n", question.text)?;
     print_table(out, &vlm, &rows)?;
     print_drifts(out, &rows)?;
-    if picture.is_some() {
+    if let Some(path) = picture? {
         writeln!(
             out,
             "\npicture: {} (rows as numbered; answer, then what each stage works on: as it is \
              active, dark not, green frame came back)",
-            args.out.display()
+            path.display()
         )?;
     }
     Ok(())

@@ -1,13 +1,13 @@
 //! `reroute doctor`: what keeps a checkpoint from running on this machine, found before it fails.
 
 mod fit;
+mod remedy;
 
 use std::io::Write;
 
 use anyhow::bail;
 use burn::tensor::DType;
-use reroute_checkpoint::CheckpointError;
-use reroute_zoo::{Checkup, OpenOptions, Parameters, Picture, ZooError};
+use reroute_zoo::{Checkup, Parameters, Picture, ZooError};
 use serde_json::{Value, json};
 use vision_encoder::DecodeLimits;
 
@@ -15,6 +15,7 @@ use crate::args::DoctorArgs;
 use crate::backend::{self, Adapter, Backend};
 use crate::{open, output};
 use fit::{Answer, LEAST_TEXT, Need, less_text, tensor_bytes};
+use remedy::{Contents, HOLDS_CONFIG};
 
 /// The remedy where nothing else helps.
 const LARGER: &str = "use a smaller model, or a machine with more memory";
@@ -25,9 +26,6 @@ const UNBOUND: &str = match cfg!(feature = "cuda") {
     true => "use a card with more memory, or the flex backend",
     false => "use another driver, or the flex backend",
 };
-
-/// The remedy where there is no checkpoint.
-const HOLDS_CONFIG: &str = "give the folder that holds config.json to --model";
 
 /// Something that keeps the model from running, or from running well.
 struct Problem {
@@ -94,55 +92,15 @@ fn examine(args: &DoctorArgs) -> Report {
             return report;
         }
     };
-    let options = OpenOptions {
-        dtype: report.dtype,
-        images: open::image_options(&args.model),
-    };
-    let checkup = Checkup::of::<Backend>(&folder, &options, &device);
+    let checkup = Checkup::of::<Backend>(&folder, &args.model.options(), &device);
+    let model = args.model.model.as_deref();
+    let contents = model.map_or_else(Contents::default, Contents::of);
     for problem in &checkup.problems {
         let what = format!("{}: {}", problem.part, problem.error);
-        report.problem(what, remedy(problem));
+        report.problem(what, contents.remedy(problem));
     }
     report.check_memory(&checkup, args);
     report
-}
-
-/// What to do about a part of a checkpoint folder that cannot be used.
-fn remedy(problem: &reroute_zoo::Problem) -> &'static str {
-    use CheckpointError as Error;
-    match &problem.error {
-        ZooError::UnknownFamily { .. } => {
-            return "give a checkpoint of LLaVA-1.5, Qwen2-VL, Qwen2.5-VL or Qwen3-VL to --model";
-        }
-        ZooError::TemplateOutput { .. } => {
-            return "take the chat template, tokenizer.json and config.json of one revision";
-        }
-        ZooError::Checkpoint(error) => match error {
-            Error::Pickle { .. } => {
-                return "reroute convert --from DIR --to NEW --allow-pickle; LLaVA as its authors published it \
-                        also takes --vision-tower and --tokenizer (README, \"Checkpoints that load at once\")";
-            }
-            Error::Module(_) => {
-                return "give config.json and weights of the same model and revision, not quantised";
-            }
-            Error::MissingFile { .. } | Error::NoWeights { .. } => {
-                return "finish the download, or give the folder that holds config.json to --model";
-            }
-            Error::MissingShards { .. } => return "finish the download",
-            Error::LinkOutside { .. } => {
-                return "put the file itself into the folder, or give the folder that holds it to --model";
-            }
-            Error::Read { .. } => return "check the permissions of the file, and the disk",
-            _ => {}
-        },
-        _ => {}
-    }
-    match problem.part {
-        "config.json" => "download it again, from the same revision as the weights",
-        "weights" => "download all weight files again, from the same revision as config.json",
-        "chat template" => "remove the template to use the family's own, or download it again",
-        _ => "download this file again, from the same revision as the weights",
-    }
 }
 
 impl Report {
@@ -403,7 +361,7 @@ mod tests {
     use std::path::Path;
 
     use clap::Parser;
-    use reroute_zoo::Folder;
+    use reroute_zoo::{Folder, OpenOptions};
 
     use super::fit::LEAST_PIXELS;
     use super::*;

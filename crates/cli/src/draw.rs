@@ -1,7 +1,14 @@
 //! Pictures: boxes on photos, and which visual tokens a stage works on.
 
-use anyhow::Context;
-use image::{ExtendedColorType, ImageEncoder, codecs::png::PngEncoder};
+use std::path::Path;
+
+use anyhow::{Context, bail};
+use image::codecs::{jpeg::JpegEncoder, png::PngEncoder, webp::WebPEncoder};
+use image::{ExtendedColorType, ImageEncoder};
+use noto_sans_mono_bitmap::{
+    FontWeight, RasterHeight, RasterizedChar, get_raster, get_raster_width,
+};
+use reroute_zoo::grounding::Place;
 use reroute_zoo::{Answer, View};
 use vision_encoder::{Canvas, RgbImage, Window, resize_bicubic};
 
@@ -46,20 +53,56 @@ pub(crate) fn states(answer: &Answer, selected: &[usize], returned: &[usize]) ->
     states
 }
 
-/// Encodes a PNG.
-pub(crate) fn png(picture: &RgbImage) -> anyhow::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    let (width, height) = (picture.width() as u32, picture.height() as u32);
-    PngEncoder::new(&mut bytes)
-        .write_image(picture.data(), width, height, ExtendedColorType::Rgb8)
-        .context("cannot encode the picture as PNG")?;
-    Ok(bytes)
+/// Forms in which pictures are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Format {
+    Png,
+    Jpeg,
+    WebP,
+}
+
+/// Quality of JPEG files, of 100.
+const JPEG_QUALITY: u8 = 95;
+
+impl Format {
+    /// By the end of a file's name; without one it is PNG.
+    pub(crate) fn of(path: &Path) -> anyhow::Result<Self> {
+        let Some(extension) = path.extension() else {
+            return Ok(Self::Png);
+        };
+        match extension.to_ascii_lowercase().to_str() {
+            Some("png") => Ok(Self::Png),
+            Some("jpg" | "jpeg") => Ok(Self::Jpeg),
+            Some("webp") => Ok(Self::WebP),
+            _ => bail!(
+                "cannot write {}: pictures are written as PNG, JPEG or WebP; let its name end in .png, .jpg \
+                 or .webp",
+                path.display()
+            ),
+        }
+    }
+
+    /// The bytes of the file.
+    pub(crate) fn encode(self, picture: &RgbImage) -> anyhow::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        let (width, height) = (picture.width() as u32, picture.height() as u32);
+        let (data, colour) = (picture.data(), ExtendedColorType::Rgb8);
+        let encoded = match self {
+            Self::Png => PngEncoder::new(&mut bytes).write_image(data, width, height, colour),
+            Self::Jpeg => JpegEncoder::new_with_quality(&mut bytes, JPEG_QUALITY)
+                .write_image(data, width, height, colour),
+            Self::WebP => {
+                WebPEncoder::new_lossless(&mut bytes).write_image(data, width, height, colour)
+            }
+        };
+        encoded.with_context(|| format!("cannot encode the picture as {self:?}"))?;
+        Ok(bytes)
+    }
 }
 
 /// Draws the outline of a box given in pixels; parts outside the picture are left out.
 pub(crate) fn rectangle(picture: &mut RgbImage, [x1, y1, x2, y2]: &[f64; 4], colour: [u8; 3]) {
-    let (width, height) = (picture.width() as f64, picture.height() as f64);
-    let thickness = (width.max(height) / 160.0).max(1.0).round();
+    let thickness = thickness(picture);
     let sides = [
         [*x1, *y1, *x2, y1 + thickness],
         [*x1, y2 - thickness, *x2, *y2],
@@ -68,6 +111,71 @@ pub(crate) fn rectangle(picture: &mut RgbImage, [x1, y1, x2, y2]: &[f64; 4], col
     ];
     for side in sides {
         fill(picture, side, |_| colour);
+    }
+}
+
+/// Thickness of a line in pixels.
+fn thickness(picture: &RgbImage) -> f64 {
+    let longest = picture.width().max(picture.height());
+    (longest as f64 / 160.0).max(1.0).round()
+}
+
+/// Draws a box or a point, given in pixels before the picture was enlarged by `scale`, and what it is
+/// called.
+pub(crate) fn found(picture: &mut RgbImage, place: Place, scale: f64, tag: Option<&str>) {
+    let corner = match place {
+        Place::Box(corners) => {
+            let corners = corners.map(|at| at * scale);
+            rectangle(picture, &corners, FOUND);
+            [corners[0], corners[1]]
+        }
+        Place::Point(at) => {
+            let [x, y] = at.map(|at| at * scale);
+            let reach = 2.0 * thickness(picture);
+            fill(
+                picture,
+                [x - reach, y - reach, x + reach, y + reach],
+                |_| FOUND,
+            );
+            [x + reach, y - reach]
+        }
+    };
+    if let Some(tag) = tag {
+        write(picture, tag, corner);
+    }
+}
+
+/// Height of a letter in pixels, before it is enlarged with the picture.
+const LETTER: RasterHeight = RasterHeight::Size16;
+
+/// Writes white letters on a box's colour, above a corner where there is room, else below it.
+fn write(picture: &mut RgbImage, text: &str, [left, top]: [f64; 2]) {
+    let letter = |c: char| get_raster(c, FontWeight::Regular, LETTER);
+    let letters = text
+        .chars()
+        .filter_map(|c| letter(c).or_else(|| letter('\u{FFFD}')));
+    let scale = (picture.width().max(picture.height()) / 1000).max(1);
+    let wide = get_raster_width(FontWeight::Regular, LETTER) * scale;
+    let high = LETTER.val() * scale;
+    // No letter begins beyond the right edge.
+    let letters: Vec<RasterizedChar> = letters.take(picture.width() / wide).collect();
+    let room = |size: usize, needed: usize| size.saturating_sub(needed) as f64;
+    let left = left.clamp(0.0, room(picture.width(), letters.len() * wide)) as usize;
+    let above = top - high as f64;
+    let top = if above >= 0.0 { above } else { top };
+    let top = top.clamp(0.0, room(picture.height(), high)) as usize;
+    for (at, letter) in letters.iter().enumerate() {
+        for (y, line) in letter.rows().enumerate() {
+            for (x, &light) in line.iter().enumerate() {
+                let (x, y) = (left + at * wide + x * scale, top + y * scale);
+                let mix = |colour: u8| {
+                    let (colour, light) = (u16::from(colour), u16::from(light));
+                    (colour + (255 - colour) * light / 255) as u8
+                };
+                let square = [x, y, x + scale, y + scale].map(|at| at as f64);
+                fill(picture, square, |_| FOUND.map(mix));
+            }
+        }
     }
 }
 

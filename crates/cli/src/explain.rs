@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use reducers::{Action, Plan};
@@ -10,32 +10,42 @@ use reroute_zoo::{Answer, Question, View, Vlm};
 use serde_json::json;
 
 use crate::args::ExplainArgs;
+use crate::ask::Asked;
 use crate::backend::Backend;
-use crate::draw;
-use crate::{ask, open, output};
+use crate::known::{self, Known};
+use crate::{draw, open, output};
 
 /// Runs the command.
 pub fn run(args: &ExplainArgs, out: &mut dyn Write) -> anyhow::Result<()> {
-    let vlm = open::model(&args.model)?;
-    let plan = open::plan(&args.routing, vlm.config())?;
-    let options = open::generation(&args.generation, vlm.generation_defaults())?;
+    let known = Known::of(&args.model)?;
+    let plan = known.plan(&args.routing)?;
+    known::check_generation(&args.generation)?;
+    known::check_folder(&args.out)?;
     let built_in = args.model.model.is_none();
-    let question = ask::question(&vlm, &args.visual, args.prompt.as_deref(), built_in)?;
+    let asked = Asked::of(&known, &args.visual, args.prompt.as_deref(), built_in)?;
+    let vlm = open::model(&args.model)?;
+    let options = open::generation(&args.generation, vlm.generation_defaults())?;
+    let question = asked.question(&vlm);
     let answer = vlm.ask(&question, &plan, &options, |_| {})?;
     output::print_notices(&answer);
-    let pictures = pictures(args, &vlm, &plan, &question, &answer)?;
+    // The answer is told whatever becomes of the rest.
+    let pictures = pictures(args, &vlm, &plan, &question, &answer);
+    let drifts = vlm.drift(&question, &plan);
     let layers = layers(&vlm, &plan, &answer);
-    let drifts = vlm.drift(&question, &plan)?;
     if args.json {
         let mut report = output::answer_json(&vlm, &plan, &answer);
-        report["pictures"] = json!(pictures);
-        report["drift"] = json!(drifts.iter().map(output::drift_json).collect::<Vec<_>>());
-        report["layers"] = json!(layers.iter().map(Layer::json).collect::<Vec<_>>());
-        return output::print_json(out, &report);
+        let shown = pictures.iter().flatten().map(|path| output::path(path));
+        report["pictures"] = shown.collect();
+        report["drift"] = drifts.iter().flatten().map(output::drift_json).collect();
+        report["layers"] = layers.iter().map(Layer::json).collect();
+        output::print_json(out, &report)?;
+        drifts?;
+        return pictures.map(drop);
     }
     writeln!(out, "{}\n  → {}\n", question.text, answer.text)?;
     print_stages(out, &plan, &answer)?;
     print_layers(out, &layers)?;
+    let drifts = drifts?;
     if !drifts.is_empty() {
         writeln!(out, "\n{}", output::DRIFT)?;
         drifts
@@ -43,6 +53,7 @@ pub fn run(args: &ExplainArgs, out: &mut dyn Write) -> anyhow::Result<()> {
             .try_for_each(|drift| writeln!(out, "  {}", output::drift_line(drift)))?;
     }
     writeln!(out, "\n{}", output::summary(&vlm, &plan, &answer))?;
+    let pictures = pictures?;
     if !pictures.is_empty() {
         writeln!(
             out,
@@ -73,6 +84,7 @@ fn pictures(
 ) -> anyhow::Result<Vec<PathBuf>> {
     let mut written = Vec::new();
     if answer.trace.decisions.is_empty() && plan.encoder.is_none() {
+        remove_others(&args.out, &written)?;
         return Ok(written);
     }
     std::fs::create_dir_all(&args.out)
@@ -119,11 +131,54 @@ fn pictures(
             let picture = draw::tokens(picture, states, *columns)?;
             let name = format!("{stage}{which}.png");
             let path = args.out.join(name);
-            output::write_file(&path, &draw::png(&picture)?)?;
+            output::write_file(&path, &draw::Format::Png.encode(&picture)?)?;
             written.push(path);
         }
     }
+    remove_others(&args.out, &written)?;
     Ok(written)
+}
+
+/// Removes the pictures of an earlier run.
+fn remove_others(folder: &Path, written: &[PathBuf]) -> anyhow::Result<()> {
+    let Ok(entries) = folder.read_dir() else {
+        return Ok(());
+    };
+    for entry in entries.flatten() {
+        let (path, name) = (entry.path(), entry.file_name());
+        if name.to_str().is_some_and(is_ours) && !written.contains(&path) {
+            let cannot = || format!("cannot remove {} of an earlier run", path.display());
+            std::fs::remove_file(&path).with_context(cannot)?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether a picture has a name that this command gives: `stage-1-layer-2-image-1.png`,
+/// `encoder-video-1-step-2.png`.
+fn is_ours(name: &str) -> bool {
+    let Some(mut rest) = name.strip_suffix(".png") else {
+        return false;
+    };
+    let take = |rest: &mut &str, word: &str| match rest.strip_prefix(word) {
+        Some(after) => {
+            let number = after.trim_start_matches(|c: char| c.is_ascii_digit());
+            let has_number = number.len() < after.len();
+            *rest = if has_number { number } else { rest };
+            has_number
+        }
+        None => false,
+    };
+    let stage = take(&mut rest, "stage-") && take(&mut rest, "-layer-");
+    if !stage {
+        match rest.strip_prefix("encoder") {
+            Some(after) => rest = after,
+            None => return false,
+        }
+    }
+    let _ = take(&mut rest, "-image-") || take(&mut rest, "-video-");
+    take(&mut rest, "-step-");
+    rest.is_empty()
 }
 
 fn print_stages(out: &mut dyn Write, plan: &Plan, answer: &Answer) -> anyhow::Result<()> {
@@ -233,4 +288,36 @@ fn print_layers(out: &mut dyn Write, layers: &[Layer]) -> anyhow::Result<()> {
         total(&|l| l.predicted_kv_bytes as f64),
         total(&|l| l.kv_bytes as f64),
     )?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_pictures_of_this_command_are_removed() {
+        for ours in [
+            "stage-1-layer-2.png",
+            "stage-12-layer-30-image-2.png",
+            "stage-1-layer-2-video-3-step-14.png",
+            "stage-1-layer-2-step-1.png",
+            "encoder.png",
+            "encoder-image-1.png",
+        ] {
+            assert!(is_ours(ours), "{ours}");
+        }
+        for other in [
+            "stage-1-layer-2.jpg",
+            "stage-1.png",
+            "stage-a-layer-2.png",
+            "stage-1-layer-2-image-.png",
+            "stage-1-layer-2-copy.png",
+            "encoder-old.png",
+            "my stage-1-layer-2.png",
+            "photo.png",
+            ".png",
+        ] {
+            assert!(!is_ours(other), "{other}");
+        }
+    }
 }

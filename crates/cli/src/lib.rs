@@ -12,10 +12,12 @@ mod draw;
 pub mod explain;
 pub mod ground;
 pub mod heap;
+mod known;
 mod natural;
 mod open;
 mod output;
 pub mod presets;
+mod shell;
 mod source;
 pub mod trace;
 
@@ -35,5 +37,7 @@ pub fn run(command: &Command, out: &mut dyn Write) -> anyhow::Result<()> {
         Command::Presets(args) => presets::run(args, out),
         Command::Convert(args) => convert::run(args, out),
         Command::Doctor(args) => doctor::run(args, out),
+        Command::Completions(args) => shell::completions(args, out),
+        Command::Man => shell::manual(out),
     }
 }

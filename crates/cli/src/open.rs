@@ -9,7 +9,7 @@ use burn::tensor::DType;
 use reducers::{Plan, presets};
 use reroute::{GenerationOptions, SamplingOptions};
 use reroute_zoo::embedded;
-use reroute_zoo::{Folder, ImageOptions, ModelConfig, OpenOptions, Video, Visual, Vlm};
+use reroute_zoo::{Folder, ModelConfig, Video, Visual, Vlm};
 use vision_encoder::{DecodeLimits, RgbImage, decode};
 
 use crate::args::{Dtype, GenerationArgs, ModelArgs, VisualArgs};
@@ -54,21 +54,10 @@ pub(crate) fn folder(path: Option<&Path>) -> anyhow::Result<Folder> {
     }
 }
 
-/// What the flags ask of preprocessing.
-pub(crate) fn image_options(args: &ModelArgs) -> ImageOptions {
-    ImageOptions {
-        pad_to_square: args.pad_to_square.then_some(true),
-        max_pixels: args.max_pixels,
-    }
-}
-
 pub(crate) fn model(args: &ModelArgs) -> anyhow::Result<Vlm<Backend>> {
     let device = backend::device()?;
     let folder = folder(args.model.as_deref())?;
-    let options = OpenOptions {
-        dtype: args.dtype.burn(),
-        images: image_options(args),
-    };
+    let options = args.options();
     let show = stderr().is_terminal();
     let vlm = Vlm::open_with_progress(&folder, &options, &device, &mut |progress| {
         if show && progress.total_bytes > SHOW_PROGRESS_BYTES {

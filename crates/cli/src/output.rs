@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::Context;
 use reducers::{Cost, Plan, Schedule};
-use reroute::Drift;
+use reroute::{Drift, FinishReason};
 use reroute_zoo::{Answer, View, Vlm};
 use serde_json::{Value, json};
 
@@ -28,6 +28,16 @@ pub(crate) fn write_file(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
         .map_err(|error| error.error)
         .with_context(cannot)?;
     Ok(())
+}
+
+/// A path as JSON. Bytes that are no UTF-8 are written as `\xff`.
+pub(crate) fn path(path: &Path) -> Value {
+    let chunks = path.as_os_str().as_encoded_bytes().utf8_chunks();
+    let text = chunks.map(|chunk| {
+        let bytes = chunk.invalid().iter().map(|byte| format!("\\x{byte:02x}"));
+        [chunk.valid().to_string(), bytes.collect()].concat()
+    });
+    Value::String(text.collect())
 }
 
 pub(crate) fn print_json(out: &mut dyn Write, value: &Value) -> anyhow::Result<()> {
@@ -122,8 +132,17 @@ fn turn_flops(vlm: &Vlm<Backend>, answer: &Answer) -> f64 {
         .sum()
 }
 
-/// Says which images lost resolution.
+/// Says which images lost resolution, and whether the answer is whole.
 pub(crate) fn print_notices(answer: &Answer) {
+    let tokens = answer.tokens.len();
+    let cut_off = match answer.finish {
+        FinishReason::Length => format!("at {tokens} tokens (--max-new-tokens)"),
+        FinishReason::Context => "where the model has no further position".into(),
+        _ => String::new(),
+    };
+    if !cut_off.is_empty() {
+        let _ = writeln!(stderr(), "note: the answer is cut off {cut_off}");
+    }
     for (index, view) in answer.views.iter().enumerate() {
         if let Some(notice) = view.notice() {
             let kind = if view.time.is_some() {
@@ -182,4 +201,18 @@ fn visual_json(view: &View) -> Value {
         "grid": [view.grid.t, view.grid.h, view.grid.w],
         "visual_tokens": view.token_count(),
     })
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use std::os::unix::ffi::OsStrExt;
+
+    use super::*;
+
+    #[test]
+    fn names_that_are_no_text_are_escaped() {
+        let named = |bytes: &[u8]| path(Path::new(std::ffi::OsStr::from_bytes(bytes)));
+        assert_eq!(named("a/é.png".as_bytes()), "a/é.png");
+        assert_eq!(named(b"a\xff\xc3/b.png"), "a\\xff\\xc3/b.png");
+    }
 }

@@ -8,15 +8,14 @@ use std::io::Write;
 use anyhow::{Context, bail};
 use burn::tensor::{DType, Tensor, TensorData};
 use reroute::{Prompt, SampleLayout};
-use reroute_zoo::{
-    ModelConfig, Pictures, PixelTensors, TensorInputs, TensorOutputs, VisualTokens, Vlm,
-};
+use reroute_zoo::{ModelConfig, Pictures, PixelTensors, TensorInputs, TensorOutputs, VisualTokens};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::json;
 use vision_encoder::Grid;
 
 use crate::args::TraceArgs;
-use crate::backend::{Backend, Device};
+use crate::backend::{self, Backend, Device};
+use crate::known::{self, Known};
 use crate::{open, output};
 
 /// Marks the unused end of a row when samples have different numbers of visual tokens.
@@ -24,18 +23,24 @@ const NO_TOKEN: i64 = -1;
 
 /// Runs the command.
 pub fn run(args: &TraceArgs, out: &mut dyn Write) -> anyhow::Result<()> {
-    let vlm = open::model(&args.model)?;
-    let plan = open::plan(&args.routing.routing, vlm.config())?;
+    let known = Known::of(&args.model)?;
+    let plan = known.plan(&args.routing.routing)?;
+    known::check_file(&args.out)?;
     let bytes = open::tensors(&args.inputs)?;
     let file = format!("inputs {}", args.inputs.display());
     let tensors = SafeTensors::deserialize(&bytes).with_context(|| file.clone())?;
-    let inputs = inputs(&tensors, &vlm).with_context(|| file)?;
+    let device = backend::device()?;
+    let inputs = inputs(&tensors, &known.outline().config, &device).with_context(|| file)?;
+    let vlm = open::model(&args.model)?;
     let outputs = vlm.run_tensors(inputs, &plan, args.new_tokens, args.hidden_states)?;
     let written = Written::collect(outputs, args.hidden_states)?;
     output::write_file(&args.out, &written.serialize()?)?;
     let names: Vec<&String> = written.0.keys().collect();
     match args.json {
-        true => output::print_json(out, &json!({"out": args.out, "tensors": names})),
+        true => output::print_json(
+            out,
+            &json!({"out": output::path(&args.out), "tensors": names}),
+        ),
         false => Ok(writeln!(
             out,
             "wrote {} tensors to {}",
@@ -45,7 +50,11 @@ pub fn run(args: &TraceArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     }
 }
 
-fn inputs(tensors: &SafeTensors, vlm: &Vlm<Backend>) -> anyhow::Result<TensorInputs<Backend>> {
+fn inputs(
+    tensors: &SafeTensors,
+    config: &ModelConfig,
+    device: &Device,
+) -> anyhow::Result<TensorInputs<Backend>> {
     let (shape, ids) = integers(tensors, "in.input_ids")?.context("in.input_ids is missing")?;
     let [samples, length] = shape[..] else {
         bail!("in.input_ids must be [B, L], but is {shape:?}");
@@ -71,10 +80,10 @@ fn inputs(tensors: &SafeTensors, vlm: &Vlm<Backend>) -> anyhow::Result<TensorInp
             rows[at / length].push(known);
         }
     }
-    check_types(tensors, vlm.config(), &shape, &ids)?;
+    check_types(tensors, config, &shape, &ids)?;
     Ok(TensorInputs {
         samples: rows,
-        pixels: pixels(tensors, vlm.device())?,
+        pixels: pixels(tensors, device)?,
         second_per_grid_ts: match tensors.tensor("in.second_per_grid_ts") {
             Ok(view) => floats(&view, "in.second_per_grid_ts")?,
             Err(_) => Vec::new(),

@@ -82,6 +82,10 @@ fn bad_input_exits_with_2_and_leaves_nothing() {
         &["ask", "--image", "nowhere.png"],
         &["ask", "--temperature", "-1"],
         &["ground", "--overlay", "nowhere/box.png"],
+        &["ground", "--overlay", "box.gif"],
+        &["ask", "--max-pixels", "0"],
+        &["ask", "--max-pixels", "5000"],
+        &["completions", "tcsh"],
         &[
             "trace",
             "--inputs",
@@ -130,6 +134,63 @@ fn answers_go_to_stdout_and_notes_and_errors_to_stderr() {
     let output = reroute(&["ask", "--routing", "fastv@17"], folder.path());
     assert!(output.stdout.is_empty());
     assert!(String::from_utf8_lossy(&output.stderr).starts_with("error: "));
+}
+
+#[test]
+fn an_answer_that_is_cut_off_is_said_to_be() {
+    let folder = tempfile::tempdir().expect("a folder");
+    for (flags, is_cut_off) in [
+        (&["ask"][..], false),
+        (&["ask", "--max-new-tokens", "2"], true),
+        (&["ask", "--json", "--max-new-tokens", "2"], true),
+        (&["explain", "--max-new-tokens", "2"], true),
+        (&["ground", "--max-new-tokens", "2"], true),
+    ] {
+        let output = reroute(flags, folder.path());
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(said.contains("cut off"), is_cut_off, "{flags:?}: {said}");
+    }
+}
+
+#[test]
+fn version_names_backend_and_features() {
+    let output = reroute(&["--version"], Path::new("."));
+    let said = String::from_utf8_lossy(&output.stdout);
+    let backend = reroute_cli::backend::NAME;
+    for words in [
+        env!("CARGO_PKG_VERSION"),
+        &format!("backend: {backend}"),
+        &format!("features: {backend}"),
+    ] {
+        assert!(said.contains(words), "{said}");
+    }
+}
+
+#[test]
+fn completions_and_the_manual_know_every_command() {
+    let commands = [
+        "ask", "chat", "ground", "explain", "compare", "trace", "presets", "doctor",
+    ];
+    for flags in [
+        &["completions", "bash"][..],
+        &["completions", "zsh"],
+        &["completions", "fish"],
+        &["completions", "elvish"],
+        &["completions", "powershell"],
+        &["man"],
+    ] {
+        let output = reroute(flags, Path::new("."));
+        assert_eq!(output.status.code(), Some(0), "{flags:?}");
+        let said = String::from_utf8_lossy(&output.stdout).to_lowercase();
+        for command in commands {
+            assert!(said.contains(command), "{flags:?} knows {command}");
+        }
+        assert!(said.contains("routing"), "{flags:?} knows flags");
+    }
+    assert_eq!(
+        reroute(&["completions"], Path::new(".")).status.code(),
+        Some(2)
+    );
 }
 
 /// The limits of the system, not ours, would end these: no memory, no stack.

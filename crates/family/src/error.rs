@@ -117,14 +117,17 @@ pub enum FamilyError {
         /// Size the tower wants.
         wanted: String,
     },
-    /// An option that the family's preprocessing does not have.
-    #[error("{option} means nothing to this model: {reason}")]
+    /// An option that has no meaning for the model.
+    #[error("{option} is not for this model, which {instead}; leave it out")]
     Option {
         /// The option.
         option: &'static str,
-        /// What its preprocessing does instead.
-        reason: &'static str,
+        /// What this model does.
+        instead: &'static str,
     },
+    /// A bound of no pixels.
+    #[error("max_pixels is 0: a picture has one pixel at least")]
+    NoPixels,
     /// A video without a frame rate has no times.
     #[error("{fps} is no frame rate: times in the video need frames per second, greater than zero")]
     FrameRate {

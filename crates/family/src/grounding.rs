@@ -3,14 +3,35 @@ use serde::Deserialize;
 /// A box `[x1, y1, x2, y2]`, corners ordered.
 pub type BoundingBox = [f64; 4];
 
+/// What stands for the expression in a prompt.
+const EXPRESSION: &str = "{expression}";
+
 /// How a model is asked for a box and how it answers; `grounding.json` of a checkpoint may set it.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(try_from = "GroundingFile")]
 pub struct GroundingFormat {
     /// The question, with `{expression}` in it.
     pub prompt: String,
     /// Units of the answered box.
-    #[serde(rename = "box")]
     pub units: BoxUnits,
+}
+
+/// `grounding.json`.
+#[derive(Deserialize)]
+struct GroundingFile {
+    prompt: String,
+    r#box: BoxUnits,
+}
+
+impl TryFrom<GroundingFile> for GroundingFormat {
+    type Error = String;
+
+    fn try_from(file: GroundingFile) -> Result<Self, String> {
+        match file.prompt.contains(EXPRESSION) {
+            true => Ok(Self::new(file.prompt, file.r#box)),
+            false => Err(format!("the prompt has no {EXPRESSION} in it")),
+        }
+    }
 }
 
 /// Units of a box in an answer.
@@ -34,7 +55,7 @@ impl GroundingFormat {
 
     /// The question for an expression.
     pub fn question(&self, expression: &str) -> String {
-        self.prompt.replace("{expression}", expression)
+        self.prompt.replace(EXPRESSION, expression)
     }
 }
 
@@ -42,28 +63,19 @@ impl BoxUnits {
     /// A box in these units, in shares of the width and height of what the model saw.
     ///
     /// `resized` is the width and height of the image as the model saw it, in pixels.
-    pub fn normalized(self, answered: BoundingBox, resized: [f64; 2]) -> BoundingBox {
+    pub fn normalized(self, [x1, y1, x2, y2]: BoundingBox, resized: [f64; 2]) -> BoundingBox {
+        let [x1, y1] = self.share([x1, y1], resized);
+        let [x2, y2] = self.share([x2, y2], resized);
+        [x1, y1, x2, y2]
+    }
+
+    /// The same of a point.
+    pub fn share(self, [x, y]: [f64; 2], resized: [f64; 2]) -> [f64; 2] {
         let [width, height] = match self {
             Self::Normalized => [1.0, 1.0],
             Self::Thousandths => [1000.0, 1000.0],
             Self::ResizedPixels => resized,
         };
-        let [x1, y1, x2, y2] = answered;
-        [x1 / width, y1 / height, x2 / width, y2 / height]
-    }
-
-    /// A box in these units, in pixels of the image as given and not beyond its edges, for models
-    /// that see the whole image. `resized` and `original` are width and height in pixels.
-    pub fn to_pixels(
-        self,
-        answered: BoundingBox,
-        resized: [f64; 2],
-        original: [f64; 2],
-    ) -> BoundingBox {
-        let [x1, y1, x2, y2] = self.normalized(answered, resized);
-        let [width, height] = original;
-        let x = |x: f64| (x * width).clamp(0.0, width);
-        let y = |y: f64| (y * height).clamp(0.0, height);
-        [x(x1), y(y1), x(x2), y(y2)]
+        [x / width, y / height]
     }
 }

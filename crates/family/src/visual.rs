@@ -1,9 +1,9 @@
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use vision_encoder::{Grid, PatchPixels, Pixels, RgbImage};
+use vision_encoder::{Geometry, Grid, PatchPixels, Pixels, RgbImage};
 
-use crate::{BoundingBox, BoxUnits, FamilyError, Modality, Picture};
+use crate::{FamilyError, Modality, Picture};
 
 /// Something to look at.
 #[derive(Debug, Clone)]
@@ -116,14 +116,11 @@ pub trait Preprocessor: Debug + Send + Sync {
     /// What becomes of a picture of this width and height in pixels.
     fn picture(&self, size: [usize; 2]) -> Result<Picture, FamilyError>;
 
-    /// A box as a model answered it, in pixels of the image as given.
-    fn box_to_pixels(
-        &self,
-        image: &RgbImage,
-        view: &View,
-        units: BoxUnits,
-        answered: BoundingBox,
-    ) -> BoundingBox;
+    /// What of a picture the model sees, and where.
+    fn geometry(&self, view: &View) -> Geometry;
+
+    /// Whether the model can look at something of this kind, shape and pace; makes no pixels.
+    fn check(&self, visual: &Visual) -> Result<(), FamilyError>;
 
     /// The same with another limit on the area of a picture; `None` where all are of one size.
     fn with_max_pixels(&self, max_pixels: usize) -> Option<Arc<dyn Preprocessor>>;

@@ -1,10 +1,8 @@
 use std::sync::Arc;
 
 use reroute_checkpoint::{CONFIG_MAX_BYTES, Folder};
-use reroute_family::{
-    BoundingBox, BoxUnits, FamilyError, ImageOptions, Picture, Prepared, Preprocessor, View, Visual,
-};
-use vision_encoder::{ClipPreprocessor, ClipPreprocessorConfig, Grid, RgbImage};
+use reroute_family::{FamilyError, ImageOptions, Picture, Prepared, Preprocessor, View, Visual};
+use vision_encoder::{ClipPreprocessor, ClipPreprocessorConfig, Geometry, Grid, RgbImage};
 
 use crate::LlavaConfig;
 
@@ -26,7 +24,7 @@ impl LlavaPreprocessor {
         if options.max_pixels.is_some() {
             return Err(FamilyError::Option {
                 option: "max_pixels",
-                reason: "it sees every image at one size",
+                instead: "sees every picture at one size",
             });
         }
         let file: ClipPreprocessorConfig =
@@ -85,16 +83,12 @@ impl Preprocessor for LlavaPreprocessor {
         })
     }
 
-    fn box_to_pixels(
-        &self,
-        image: &RgbImage,
-        view: &View,
-        units: BoxUnits,
-        answered: BoundingBox,
-    ) -> BoundingBox {
-        let resized = view.resized.map(|side| side as f64);
-        let normalized = units.normalized(answered, resized);
-        self.clip.box_to_pixels(image, normalized)
+    fn geometry(&self, view: &View) -> Geometry {
+        self.clip.geometry(view.original)
+    }
+
+    fn check(&self, visual: &Visual) -> Result<(), FamilyError> {
+        self.image(visual).map(drop)
     }
 
     fn with_max_pixels(&self, _: usize) -> Option<Arc<dyn Preprocessor>> {

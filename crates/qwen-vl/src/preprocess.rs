@@ -2,11 +2,13 @@ use std::sync::Arc;
 
 use reroute_checkpoint::{CONFIG_MAX_BYTES, Folder};
 use reroute_family::{
-    BoundingBox, BoxUnits, FamilyError, ImageOptions, Modality, Picture, Prepared, Preprocessor,
-    Video, VideoTime, View, Visual,
+    FamilyError, ImageOptions, Modality, Picture, Prepared, Preprocessor, Video, VideoTime, View,
+    Visual,
 };
 use vision_encoder::qwen::{QwenPreprocessor, QwenPreprocessorConfig, QwenTowerConfig};
-use vision_encoder::{Canvas, Grid, PatchPixels, RgbImage, Window, resize_bicubic};
+use vision_encoder::{
+    Canvas, Geometry, Grid, PatchPixels, RgbImage, VisionError, Window, resize_bicubic,
+};
 
 use crate::QwenVlConfig;
 
@@ -25,10 +27,10 @@ impl QwenVlPreprocessor {
         options: &ImageOptions,
     ) -> Result<Self, FamilyError> {
         const VIDEOS: &str = "video_preprocessor_config.json";
-        if options.pad_to_square.is_some() {
+        if options.pad_to_square == Some(true) {
             return Err(FamilyError::Option {
                 option: "pad_to_square",
-                reason: "it sees every picture whole, at its own proportions",
+                instead: "sees every picture whole, at its own shape",
             });
         }
         let file: QwenPreprocessorConfig =
@@ -38,6 +40,9 @@ impl QwenVlPreprocessor {
             false => None,
         };
         let mut pixels = file.resolve(videos.as_ref(), &config.vision)?;
+        if options.max_pixels == Some(0) {
+            return Err(FamilyError::NoPixels);
+        }
         if let Some(max_pixels) = options.max_pixels {
             pixels = pixels.with_max_pixels(max_pixels);
         }
@@ -105,16 +110,30 @@ impl Preprocessor for QwenVlPreprocessor {
         })
     }
 
-    fn box_to_pixels(
-        &self,
-        _: &RgbImage,
-        view: &View,
-        units: BoxUnits,
-        answered: BoundingBox,
-    ) -> BoundingBox {
-        let [resized, original] =
-            [view.resized, view.original].map(|size| size.map(|side| side as f64));
-        units.to_pixels(answered, resized, original)
+    fn geometry(&self, view: &View) -> Geometry {
+        Geometry::whole(view.original)
+    }
+
+    fn check(&self, visual: &Visual) -> Result<(), FamilyError> {
+        let size = |image: &RgbImage| [image.width(), image.height()];
+        match visual {
+            Visual::Image(image) => self.pixels.image_size(size(image)).map(drop)?,
+            Visual::Video(Video { frames, fps }) => {
+                let expected = frames.first().map(size).ok_or(VisionError::NoFrames)?;
+                patch_seconds(&[0], *fps, 1)?;
+                for (frame, found) in frames.iter().map(size).enumerate() {
+                    if found != expected {
+                        return Err(FamilyError::Vision(VisionError::MixedFrames {
+                            frame,
+                            found,
+                            expected,
+                        }));
+                    }
+                }
+                self.pixels.video_size(frames.len(), expected)?;
+            }
+        }
+        Ok(())
     }
 
     fn with_max_pixels(&self, max_pixels: usize) -> Option<Arc<dyn Preprocessor>> {

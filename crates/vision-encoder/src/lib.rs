@@ -6,6 +6,7 @@
 
 pub mod clip;
 mod error;
+mod geometry;
 mod grid;
 mod image;
 mod inspect;
@@ -18,6 +19,7 @@ mod resize;
 
 pub use clip::{ClipPreprocessor, ClipPreprocessorConfig, Pixels, to_tensor};
 pub use error::VisionError;
+pub use geometry::Geometry;
 pub use grid::Grid;
 pub use image::{DecodeLimits, RgbImage, decode};
 pub use inspect::Inspected;

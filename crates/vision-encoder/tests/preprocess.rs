@@ -262,25 +262,50 @@ fn padding_is_the_mean_colour_and_a_small_crop_is_surrounded_by_black() {
 
 // Boxes -----------------------------------------------------------------------------------------
 
+/// What a box in shares of what the model sees is in the picture as given, in pixels.
+fn box_to_pixels(
+    preprocessor: &ClipPreprocessor,
+    image: &RgbImage,
+    [x1, y1, x2, y2]: [f64; 4],
+) -> Option<[f64; 4]> {
+    let geometry = preprocessor.geometry([image.width(), image.height()]);
+    let ([x1, y1], [x2, y2]) = (
+        geometry.to_original([x1, y1]),
+        geometry.to_original([x2, y2]),
+    );
+    geometry.within([x1.min(x2), y1.min(y2), x1.max(x2), y1.max(y2)])
+}
+
 #[test]
 fn a_box_in_shares_becomes_pixels_of_the_original() {
     let image = flat(100, 60, [0; 3]);
     let plain = sized(24, [24, 24]);
-    let found = plain.box_to_pixels(&image, [0.1, 0.25, 0.5, 1.0]);
-    assert_eq!(found, [10.0, 15.0, 50.0, 60.0]);
+    // The crop hides 20 columns on either side.
+    let found = box_to_pixels(&plain, &image, [0.1, 0.25, 0.5, 1.0]);
+    assert_eq!(found, Some([26.0, 15.0, 50.0, 60.0]));
 
     // The square has 20 rows above and below the image.
     let padded = plain.with_pad_to_square(true);
-    let found = padded.box_to_pixels(&image, [0.1, 0.25, 0.5, 0.75]);
-    assert_eq!(found, [10.0, 5.0, 50.0, 55.0]);
+    let found = box_to_pixels(&padded, &image, [0.1, 0.25, 0.5, 0.75]);
+    assert_eq!(found, Some([10.0, 5.0, 50.0, 55.0]));
     // What lies in the padding ends at the image's edge.
-    let found = padded.box_to_pixels(&image, [-0.5, 0.0, 1.5, 1.0]);
-    assert_eq!(found, [0.0, 0.0, 100.0, 60.0]);
+    let found = box_to_pixels(&padded, &image, [-0.5, 0.0, 1.5, 1.0]);
+    assert_eq!(found, Some([0.0, 0.0, 100.0, 60.0]));
+    let found = box_to_pixels(&padded, &image, [0.1, 0.0, 0.5, 0.2]);
+    assert_eq!(found, None, "a box in the padding is not in the image");
 
     let tall = flat(3, 8, [0; 3]);
-    let found = padded.box_to_pixels(&tall, [0.5, 0.5, 1.0, 1.0]);
+    let found = box_to_pixels(&padded, &tall, [0.5, 0.5, 1.0, 1.0]);
     // Of five free columns, two are on the left.
-    assert_eq!(found, [2.0, 4.0, 3.0, 8.0]);
+    assert_eq!(found, Some([2.0, 4.0, 3.0, 8.0]));
+
+    // Of a picture that is smaller than the crop, there is nothing around it.
+    let found = box_to_pixels(
+        &sized(12, [12, 24]),
+        &flat(6, 6, [0; 3]),
+        [0.25, 0.0, 0.5, 1.0],
+    );
+    assert_eq!(found, Some([0.0, 0.0, 3.0, 6.0]));
 }
 
 proptest! {
@@ -291,9 +316,37 @@ proptest! {
         corners: [f64; 4],
     ) {
         let image = flat(width, height, [0; 3]);
-        let found = sized(8, [8, 8]).with_pad_to_square(pad).box_to_pixels(&image, corners);
-        for (at, side) in found.into_iter().zip([width, height, width, height]) {
-            prop_assert!(at.is_nan() || (0.0..=side as f64).contains(&at));
+        let preprocessor = sized(8, [8, 8]).with_pad_to_square(pad);
+        if let Some(found) = box_to_pixels(&preprocessor, &image, corners) {
+            for (at, side) in found.into_iter().zip([width, height, width, height]) {
+                prop_assert!((0.0..=side as f64).contains(&at));
+            }
+        }
+    }
+
+    /// A colour stands where the geometry says that it does.
+    #[test]
+    fn what_is_seen_is_where_the_geometry_says(
+        (width, height) in (20usize..60, 20usize..60),
+        pad: bool,
+        (x, y) in (0.0..1.0, 0.0..1.0),
+    ) {
+        // Red grows to the right, green downwards.
+        let pixel = |at: usize| {
+            let (x, y) = (at % width, at / width);
+            [(4 * x) as u8, (4 * y) as u8, 255]
+        };
+        let data = (0..width * height).flat_map(pixel).collect();
+        let image = RgbImage::new(width, height, data).expect("an image");
+        let preprocessor = sized(40, [40, 40]).with_pad_to_square(pad);
+        let view = preprocessor.view(&image).expect("a view");
+        let [original_x, original_y] = preprocessor.geometry([width, height]).to_original([x, y]);
+        let at = ((y * 40.0) as usize * 40 + (x * 40.0) as usize) * 3;
+        let inside = |at: f64, side: usize| (2.0..side as f64 - 2.0).contains(&at);
+        if inside(original_x, width) && inside(original_y, height) {
+            let near = |seen: u8, expected: f64| (f64::from(seen) - 4.0 * expected).abs() <= 10.0;
+            prop_assert!(near(view.data()[at], original_x - 0.5), "{original_x}");
+            prop_assert!(near(view.data()[at + 1], original_y - 0.5), "{original_y}");
         }
     }
 }

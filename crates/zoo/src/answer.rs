@@ -9,6 +9,7 @@ use reroute::{
 use vision_encoder::RgbImage;
 
 use crate::messages::{Content, Message, Role};
+use crate::tokenizer::trimmed;
 use crate::{Reduction, Routing, VideoTime, View, Visual, Vlm, ZooError};
 
 /// A question about any number of images and videos.
@@ -107,8 +108,13 @@ impl<B: Backend> Vlm<B> {
         on_text: impl FnMut(&str),
     ) -> Result<Answer, ZooError> {
         let questions = std::slice::from_ref(question);
-        let mut on_token = self.streaming(options, on_text);
+        let mut stream = self.tokenizer().stream(trimmed(on_text));
+        let mut on_token = |_, id| {
+            stream.push(id);
+            ControlFlow::Continue(())
+        };
         let mut answers = self.ask_batch(questions, routing, options, &mut on_token)?;
+        stream.finish();
         Ok(answers.remove(0))
     }
 
@@ -217,21 +223,6 @@ impl<B: Backend> Vlm<B> {
             });
         }
         Ok((answers, cache))
-    }
-
-    /// Passes the text of generated tokens on, but for the token that ends the answer.
-    pub(crate) fn streaming<'a>(
-        &'a self,
-        options: &'a GenerationOptions,
-        on_text: impl FnMut(&str) + 'a,
-    ) -> impl FnMut(usize, u32) -> ControlFlow<()> + 'a {
-        let mut stream = self.tokenizer().stream(on_text);
-        move |_, id| {
-            if !options.stop_tokens.contains(&id) {
-                stream(id);
-            }
-            ControlFlow::Continue(())
-        }
     }
 
     /// Waits for the device, so that the time belongs to what was asked of it.

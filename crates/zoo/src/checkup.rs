@@ -1,5 +1,6 @@
-//! What is wrong with a checkpoint folder, all of it, before a weight is read.
+//! What can be known of a checkpoint folder before a weight is read, and all that is wrong with it.
 
+use std::fmt;
 use std::sync::Arc;
 
 use burn::module::{Module, ModuleVisitor, Param};
@@ -12,8 +13,34 @@ use crate::grounding::GroundingFormat;
 use crate::messages::{Content, Message, Role};
 use crate::vlm::{GenerationConfig, check_vocabulary, encode_messages, optional};
 use crate::{
-    ChatTemplate, Model, ModelConfig, OpenOptions, Preprocessor, Tokenizer, View, ZooError,
+    ChatTemplate, Model, ModelConfig, OpenOptions, Preprocessor, Tokenizer, View, Visual, ZooError,
 };
+
+/// What a question can be checked against before the weights are read.
+#[derive(Debug, Clone)]
+pub struct Outline {
+    /// The resolved configuration.
+    pub config: ModelConfig,
+    /// Preprocessing of images and videos.
+    pub preprocessor: Arc<dyn Preprocessor>,
+}
+
+impl Outline {
+    /// Reads `config.json` and `preprocessor_config.json`.
+    pub fn open(folder: &Folder, options: &OpenOptions) -> Result<Self, ZooError> {
+        let config = ModelConfig::open(folder)?;
+        let preprocessor = config.preprocessor(folder, &options.images)?;
+        Ok(Self {
+            config,
+            preprocessor,
+        })
+    }
+
+    /// Whether the model can look at something of this kind, shape and pace.
+    pub fn check(&self, visual: &Visual) -> Result<(), ZooError> {
+        Ok(self.preprocessor.check(visual)?)
+    }
+}
 
 /// What could be read of a folder, and what could not. [`Vlm::open`](crate::Vlm::open) succeeds on a
 /// folder without problems, if its weights can be read and fit into memory.
@@ -29,11 +56,45 @@ pub struct Checkup {
     pub problems: Vec<Problem>,
 }
 
+/// The file or files of a folder that something is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Part {
+    /// `config.json`
+    Config,
+    /// `tokenizer.json`
+    Tokenizer,
+    /// `generation_config.json`
+    GenerationConfig,
+    /// `grounding.json`
+    Grounding,
+    /// The weights, in whatever files they are.
+    Weights,
+    /// `preprocessor_config.json`
+    Preprocessor,
+    /// The chat template, wherever it is.
+    ChatTemplate,
+}
+
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(match self {
+            Self::Config => "config.json",
+            Self::Tokenizer => "tokenizer.json",
+            Self::GenerationConfig => "generation_config.json",
+            Self::Grounding => "grounding.json",
+            Self::Weights => "weights",
+            Self::Preprocessor => "preprocessor_config.json",
+            Self::ChatTemplate => "chat template",
+        })
+    }
+}
+
 /// Something that keeps a folder from being opened.
 #[derive(Debug)]
 pub struct Problem {
-    /// The file or files that it is about.
-    pub part: &'static str,
+    /// What it is about.
+    pub part: Part,
     /// What is wrong; its message says what to do.
     pub error: ZooError,
 }
@@ -51,40 +112,40 @@ impl Checkup {
     /// Looks at every file that opening the folder would need, whatever is wrong with the others.
     pub fn of<B: Backend>(folder: &Folder, options: &OpenOptions, device: &B::Device) -> Self {
         let mut found = Self::default();
-        found.config = found.note("config.json", ModelConfig::open(folder));
+        found.config = found.note(Part::Config, ModelConfig::open(folder));
         let tokenizer = tokenizer(folder, found.config.as_ref());
-        let tokenizer = found.note("tokenizer.json", tokenizer);
+        let tokenizer = found.note(Part::Tokenizer, tokenizer);
         let generation = optional::<GenerationConfig>(folder, "generation_config.json");
-        found.note("generation_config.json", generation);
+        found.note(Part::GenerationConfig, generation);
         if folder.has("grounding.json") {
             let format = folder.read_json::<GroundingFormat>("grounding.json", CONFIG_MAX_BYTES);
-            found.note("grounding.json", format.map_err(ZooError::from));
+            found.note(Part::Grounding, format.map_err(ZooError::from));
         }
         let shards = Shards::open(folder).map_err(ZooError::from);
-        let shards = found.note("weights", shards);
+        let shards = found.note(Part::Weights, shards);
         if let Some(config) = found.config.clone() {
             let preprocessor = config.preprocessor(folder, &options.images);
             let preprocessor = preprocessor.map_err(ZooError::from);
-            found.preprocessor = found.note("preprocessor_config.json", preprocessor);
+            found.preprocessor = found.note(Part::Preprocessor, preprocessor);
             let template = ChatTemplate::open(folder, config.dialect());
-            let template = found.note("chat template", template);
+            let template = found.note(Part::ChatTemplate, template);
             if let (Some(tokenizer), Some(template)) = (tokenizer, template) {
-                found.note("chat template", ask(&config, &tokenizer, &template));
+                found.note(Part::ChatTemplate, ask(&config, &tokenizer, &template));
             }
             let model = Model::<B>::new(&config, device);
-            if let Some(model) = found.note("config.json", model) {
+            if let Some(model) = found.note(Part::Config, model) {
                 let mut parameters = Parameters::default();
                 model.visit(&mut parameters);
                 found.parameters = Some(parameters);
                 if let Some(shards) = shards {
-                    found.note("weights", model.check_fit(&config, &shards));
+                    found.note(Part::Weights, model.check_fit(&config, &shards));
                 }
             }
         }
         found
     }
 
-    fn note<T>(&mut self, part: &'static str, result: Result<T, ZooError>) -> Option<T> {
+    fn note<T>(&mut self, part: Part, result: Result<T, ZooError>) -> Option<T> {
         match result {
             Ok(value) => Some(value),
             Err(error) => {

@@ -1,3 +1,4 @@
+use std::ops::ControlFlow;
 use std::time::Instant;
 
 use burn::tensor::backend::Backend;
@@ -6,6 +7,7 @@ use reroute::{GenerationOptions, KvCache, PrefillOptions};
 
 use crate::answer::Prefilled;
 use crate::messages::{Content, Message, Role};
+use crate::tokenizer::trimmed;
 use crate::{Answer, Question, Routing, Timings, View, VisualTokens, Vlm, ZooError};
 
 /// Questions that follow one another, about the same images and videos or further ones.
@@ -108,8 +110,13 @@ impl<'a, B: Backend> Conversation<'a, B> {
             prefill,
             timings,
         };
-        let mut on_token = vlm.streaming(&self.options, on_text);
+        let mut stream = vlm.tokenizer().stream(trimmed(on_text));
+        let mut on_token = |_, id| {
+            stream.push(id);
+            ControlFlow::Continue(())
+        };
         let (mut answers, cache) = vlm.answer(prefilled, &self.options, &mut on_token)?;
+        stream.finish();
         let answer = answers.remove(0);
         if keeps_answer {
             known.extend(&answer.tokens);

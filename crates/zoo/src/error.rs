@@ -21,7 +21,7 @@ pub enum ZooError {
     },
     /// The family: its configuration, preprocessing or prompts.
     #[error(transparent)]
-    Family(#[from] FamilyError),
+    Family(FamilyError),
     /// Images.
     #[error(transparent)]
     Vision(#[from] VisionError),
@@ -59,9 +59,33 @@ pub enum ZooError {
         reason: String,
     },
     /// No box in an answer that should have one.
-    #[error("the answer \"{answer}\" has no box in it (four numbers in brackets)")]
+    #[error(
+        "the answer \"{answer}\" has no box in it (four numbers in brackets){}",
+        if *.cut_off { "; it is cut off: allow more tokens (max_new_tokens)" } else { "" }
+    )]
     NoBox {
         /// What the model said.
         answer: String,
+        /// Whether it was still speaking.
+        cut_off: bool,
     },
+    /// A reduction that looks at the question has none.
+    #[error(
+        "this reduction before the decoder reads the question, which prepared tensors do not have: \
+         ask it instead, or use one that looks at pictures alone"
+    )]
+    NoQuestion,
+}
+
+/// What a family passes on keeps its own kind.
+impl From<FamilyError> for ZooError {
+    fn from(error: FamilyError) -> Self {
+        match error {
+            FamilyError::Checkpoint(error) => Self::Checkpoint(error),
+            FamilyError::Vision(error) => Self::Vision(error),
+            FamilyError::Reroute(error) => Self::Reroute(error),
+            FamilyError::Reducer(error) => Self::Reducer(error),
+            other => Self::Family(other),
+        }
+    }
 }

@@ -67,10 +67,11 @@ mod training;
 mod vlm;
 
 pub use answer::{Answer, Question, Timings};
-pub use checkup::{Checkup, Parameters, Problem};
+pub use checkup::{Checkup, Outline, Parameters, Part, Problem};
 pub use conversation::Conversation;
 pub use error::ZooError;
 pub use families::{Model, ModelConfig};
+pub use grounding::Grounding;
 pub use reducers::{Plan, Schedule, presets};
 pub use reroute::{FinishReason, GenerationOptions, SamplingOptions};
 pub use reroute_checkpoint::Folder;
@@ -82,9 +83,9 @@ pub use reroute_family::{
 pub use routing::Routing;
 pub use template::ChatTemplate;
 pub use tensors::{TensorInputs, TensorOutputs};
-pub use tokenizer::Tokenizer;
+pub use tokenizer::{TextStream, Tokenizer};
 pub use vision_encoder::{DecodeLimits, RgbImage, decode};
-pub use vlm::{Grounding, OpenOptions, Vlm};
+pub use vlm::{OpenOptions, Vlm};
 
 pub use burn;
 pub use llava;

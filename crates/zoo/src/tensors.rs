@@ -2,6 +2,7 @@ use std::ops::ControlFlow;
 
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
+use reducers::encoder::Tap;
 use reroute::{
     Generation, GenerationOptions, HiddenStates, KvCache, PrefillOptions, Prompt, RoutingTrace,
     generate,
@@ -55,7 +56,16 @@ impl<B: Backend> Vlm<B> {
         let samples = self.with_grids(&inputs);
         let routing = routing.into();
         let pixels = inputs.pixels.cast(self.dtype());
-        let tokens = model.see_reduced(pixels, routing.encoder.as_ref(), Default::default())?;
+        let step = routing.encoder.as_ref();
+        if let Some(step) = step
+            && step
+                .reducer
+                .needs(&self.config().encoder())?
+                .contains(&Tap::Question)
+        {
+            return Err(ZooError::NoQuestion);
+        }
+        let tokens = model.see_reduced(pixels, step, Default::default())?;
         let prompt = model.prompt(&samples, &tokens)?;
         let decoder = model.decoder();
         let options = PrefillOptions {

@@ -113,20 +113,78 @@ impl Tokenizer {
         })
     }
 
-    /// Calls `emit` with each piece of text as soon as its tokens are complete.
-    pub fn stream<'a>(&'a self, mut emit: impl FnMut(&str) + 'a) -> impl FnMut(u32) + 'a {
+    /// The text of token ids, special tokens written out.
+    pub(crate) fn decode_all(&self, ids: &[u32]) -> Result<String, ZooError> {
+        guarded("it cannot decode the answer", || {
+            self.inner.decode(ids, false)
+        })
+    }
+
+    /// Calls `emit` with each piece of text as soon as its tokens are complete. The pieces together
+    /// are what [`decode`](Self::decode) makes of all tokens, once the stream is finished.
+    pub fn stream<'a>(&'a self, emit: impl FnMut(&str) + 'a) -> TextStream<'a> {
         let mut stream = self.inner.decode_stream(true);
-        move |id| {
-            // A token that cannot be decoded alone is still part of the complete answer.
-            if let Ok(Some(piece)) = guarded("it cannot decode a token", || stream.step(id)) {
-                emit(&piece);
-            }
+        // A token that cannot be decoded alone is still part of the complete answer.
+        let step = move |id| guarded("it cannot decode a token", || stream.step(id)).ok()?;
+        TextStream {
+            tokenizer: self,
+            step: Box::new(step),
+            emit: Box::new(emit),
+            ids: Vec::new(),
+            emitted: String::new(),
         }
     }
 
     fn stands_for(&self, c: char) -> Option<&Special> {
         let index = (c as u32).checked_sub(*STAND_INS.start() as u32)?;
         self.specials.get(index as usize)
+    }
+}
+
+/// Text that grows token by token; see [`Tokenizer::stream`].
+pub struct TextStream<'a> {
+    tokenizer: &'a Tokenizer,
+    step: Box<dyn FnMut(u32) -> Option<String> + 'a>,
+    emit: Box<dyn FnMut(&str) + 'a>,
+    ids: Vec<u32>,
+    emitted: String,
+}
+
+impl TextStream<'_> {
+    /// The next token.
+    pub fn push(&mut self, id: u32) {
+        self.ids.push(id);
+        if let Some(piece) = (self.step)(id) {
+            self.emitted.push_str(&piece);
+            (self.emit)(&piece);
+        }
+    }
+
+    /// Nothing follows: a character that was begun is emitted as the replacement character.
+    pub fn finish(mut self) {
+        let complete = self.tokenizer.decode(&self.ids).unwrap_or_default();
+        if let Some(rest) = complete.strip_prefix(&self.emitted)
+            && !rest.is_empty()
+        {
+            (self.emit)(rest);
+        }
+    }
+}
+
+/// Passes on what `emit` is called with, without the white space around all of it.
+pub(crate) fn trimmed(mut emit: impl FnMut(&str)) -> impl FnMut(&str) {
+    let mut started = false;
+    // White space that stays only if something follows it.
+    let mut held = String::new();
+    move |piece| {
+        held.push_str(piece);
+        let text = if started { &held } else { held.trim_start() };
+        let text = text.trim_end();
+        if !text.is_empty() {
+            emit(text);
+            started = true;
+        }
+        held.drain(..held.trim_end().len());
     }
 }
 
@@ -166,4 +224,49 @@ fn guarded<T>(reason: &str, call: impl FnOnce() -> tokenizers::Result<T>) -> Res
         reason: reason.into(),
         source: Some(source),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Characters that stand for bytes, as byte-level tokenizers have them: `Ġ` for a space, `â`, `Ĥ`
+    /// and `¬` for the bytes of `€`.
+    fn bytes() -> Tokenizer {
+        let json = r#"{"version": "1.0", "added_tokens": [
+            {"id": 5, "content": "<end>", "single_word": false, "lstrip": false, "rstrip": false,
+             "normalized": false, "special": true}],
+            "normalizer": null, "pre_tokenizer": null, "post_processor": null,
+            "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false},
+            "model": {"type": "WordLevel", "unk_token": "a",
+                      "vocab": {"a": 0, "Ġ": 1, "â": 2, "Ĥ": 3, "¬": 4}}}"#;
+        Tokenizer::from_json(json.as_bytes(), &[]).expect("a tokenizer")
+    }
+
+    #[test]
+    fn a_finished_stream_is_the_text() {
+        let tokenizer = bytes();
+        for (ids, expected) in [
+            (&[0, 2, 3, 4, 0][..], "a€a"),
+            (&[0, 2, 3], "a\u{FFFD}"),
+            (&[0, 2, 3, 5], "a\u{FFFD}"),
+            (&[2, 0, 1, 0, 2], "\u{FFFD}a a\u{FFFD}"),
+            (&[0, 5], "a"),
+            (&[1, 0, 1], " a "),
+            (&[], ""),
+        ] {
+            let (mut text, mut without_space) = (String::new(), String::new());
+            let mut outer = tokenizer.stream(|piece| text.push_str(piece));
+            let mut inner = tokenizer.stream(trimmed(|piece| without_space.push_str(piece)));
+            for &id in ids {
+                outer.push(id);
+                inner.push(id);
+            }
+            outer.finish();
+            inner.finish();
+            assert_eq!(text, expected);
+            assert_eq!(text, tokenizer.decode(ids).expect("known ids"));
+            assert_eq!(without_space, expected.trim());
+        }
+    }
 }

@@ -7,14 +7,12 @@ use reroute::{DecoderConfig, Drift, GenerationOptions, Prompt};
 use reroute_checkpoint::{CONFIG_MAX_BYTES, Folder, LoadProgress, TOKENIZER_MAX_BYTES};
 use reroute_family::kept_rows;
 use serde::Deserialize;
-use vision_encoder::RgbImage;
 
-use crate::grounding::{BoundingBox, GroundingFormat, parse_box};
+use crate::grounding::GroundingFormat;
 use crate::messages::{Message, Slots};
 use crate::{
-    Answer, ChatTemplate, EncoderStep, ImageOptions, Modality, Model, ModelConfig, PixelTensors,
-    Prepared, Preprocessor, Question, Routing, Sample, Tokenizer, View, Visual, VisualTokens,
-    ZooError,
+    ChatTemplate, EncoderStep, ImageOptions, Modality, Model, ModelConfig, PixelTensors, Prepared,
+    Preprocessor, Question, Routing, Sample, Tokenizer, View, Visual, VisualTokens, ZooError,
 };
 
 /// A vision-language model with everything it needs to answer.
@@ -49,17 +47,6 @@ impl Default for OpenOptions {
             images: ImageOptions::default(),
         }
     }
-}
-
-/// Where something is.
-#[derive(Debug, Clone)]
-pub struct Grounding {
-    /// `x1, y1, x2, y2` in pixels of the image as given.
-    pub pixels: BoundingBox,
-    /// The same in shares of the image's width and height.
-    pub normalized: BoundingBox,
-    /// The answer that the box was read from.
-    pub answer: Answer,
 }
 
 #[derive(Default, Deserialize)]
@@ -288,43 +275,6 @@ impl<B: Backend> Vlm<B> {
         let texts = vec![question.text.as_str(); views.len()];
         let tokens = self.see(&views, pixels, &texts, step)?;
         Ok(self.prompt(&[ids], &[views], &tokens)?.0)
-    }
-
-    /// Asks where something is and reads the box out of the answer.
-    pub fn ground<'a>(
-        &self,
-        image: &RgbImage,
-        expression: &str,
-        routing: impl Into<Routing<'a, B>>,
-        options: &GenerationOptions,
-    ) -> Result<Grounding, ZooError> {
-        let question = Question::about(vec![image.clone()], self.grounding.question(expression));
-        let answer = self.ask(&question, routing, options, |_| {})?;
-        let Some(pixels) = self.answered_box(image, &answer) else {
-            return Err(ZooError::NoBox {
-                answer: answer.text,
-            });
-        };
-        let (width, height) = (image.width() as f64, image.height() as f64);
-        let [x1, y1, x2, y2] = pixels;
-        Ok(Grounding {
-            pixels,
-            normalized: [x1 / width, y1 / height, x2 / width, y2 / height],
-            answer,
-        })
-    }
-}
-
-impl<B: Backend> Vlm<B> {
-    /// The box that an answer about an image names, `x1, y1, x2, y2` in pixels of the image as given;
-    /// `None` if it names none.
-    pub fn answered_box(&self, image: &RgbImage, answer: &Answer) -> Option<BoundingBox> {
-        let (answered, view) = (parse_box(&answer.text)?, answer.views.first()?);
-        let units = self.grounding.units;
-        Some(
-            self.preprocessor
-                .box_to_pixels(image, view, units, answered),
-        )
     }
 
     /// How far visual tokens that wait drift from what they would have become, see

@@ -6,7 +6,7 @@ use serde::Deserialize;
 
 use crate::normalise::{CLIP_STATISTICS, Normalisation, NormalisationConfig, require};
 use crate::resize::{Canvas, Window, resize_bicubic};
-use crate::{RgbImage, VisionError};
+use crate::{Geometry, RgbImage, VisionError};
 
 /// Largest side that a configuration may ask for, in pixels.
 const MAX_SIDE: usize = 1 << 14;
@@ -134,16 +134,8 @@ impl ClipPreprocessor {
     /// for memory.
     pub fn view(&self, image: &RgbImage) -> Result<RgbImage, VisionError> {
         let canvas = self.canvas(image);
-        let (width, height) = (canvas.width, canvas.height);
-        let short = width.min(height);
-        // `int(size · long / short)`: Python divides the integers as doubles.
-        let scaled = |side: usize| (self.shortest_edge * side) as f64 / short as f64;
-        let resized = |side: usize| match side == short {
-            true => self.shortest_edge,
-            false => scaled(side) as usize,
-        };
-        let (width, height) = (resized(width), resized(height));
         let [crop_height, crop_width] = self.crop;
+        let [width, height] = self.resized([canvas.width, canvas.height]);
         let (x, left) = centre(width, crop_width);
         let (y, top) = centre(height, crop_height);
         let part = resize_bicubic(&canvas, width, height, &Window { x, y })?;
@@ -175,22 +167,36 @@ impl ClipPreprocessor {
         })
     }
 
-    /// A box in shares of the image (`x1, y1, x2, y2`, 0 to 1) in pixels of the original.
-    ///
-    /// With padding, models speak of the padded square; without, of the whole image, as the
-    /// published grounding data do even though the crop hides its ends.
-    pub fn box_to_pixels(&self, image: &RgbImage, normalized: [f64; 4]) -> [f64; 4] {
-        let canvas = self.canvas(image);
-        let x = |v: f64| {
-            let x = v * canvas.width as f64 - canvas.left as f64;
-            x.clamp(0.0, image.width() as f64)
+    /// What the model sees of a picture of this width and height in pixels: the middle that the crop
+    /// leaves, or all of it on its padded square.
+    pub fn geometry(&self, original: [usize; 2]) -> Geometry {
+        let canvas = match self.pad_to_square {
+            true => [original[0].max(original[1]); 2],
+            false => original,
         };
-        let y = |v: f64| {
-            let y = v * canvas.height as f64 - canvas.top as f64;
-            y.clamp(0.0, image.height() as f64)
-        };
-        let [x1, y1, x2, y2] = normalized;
-        [x(x1), y(y1), x(x2), y(y2)]
+        let resized = self.resized(canvas);
+        let crop = [self.crop[1], self.crop[0]];
+        let mut geometry = Geometry::whole(original);
+        for axis in 0..2 {
+            let (window, border) = centre(resized[axis], crop[axis]);
+            let padding = (canvas[axis] - original[axis]) / 2;
+            let pixels = |seen: f64| seen * canvas[axis] as f64 / resized[axis] as f64;
+            let start = window.start as f64 - border as f64;
+            geometry.offset[axis] = pixels(start) - padding as f64;
+            geometry.extent[axis] = pixels(crop[axis] as f64);
+        }
+        geometry
+    }
+
+    /// Width and height of the canvas after resizing, before the crop.
+    fn resized(&self, canvas: [usize; 2]) -> [usize; 2] {
+        let short = canvas[0].min(canvas[1]);
+        // `int(size · long / short)`: Python divides the integers as doubles.
+        let scaled = |side: usize| (self.shortest_edge * side) as f64 / short as f64;
+        canvas.map(|side| match side == short {
+            true => self.shortest_edge,
+            false => scaled(side) as usize,
+        })
     }
 }
 

@@ -44,21 +44,31 @@ fn files_decode_to_the_pixels_of_pillow() {
     }
 }
 
-/// Pillow's `exif_transpose` finds it in EXIF of any number type, in XMP, and wherever these lie.
-#[test]
-fn pictures_are_turned_as_pillow_turns_them() {
-    let path = support::fixtures().join("orientation.safetensors");
-    let bytes = std::fs::read(path).expect("fixtures");
+/// Files in a safetensors file, and the pixels that they decode to.
+fn decodes_as_recorded(fixture: &str, least: usize) {
+    let bytes = std::fs::read(support::fixtures().join(fixture)).expect("fixtures");
     let tensors = SafeTensors::deserialize(&bytes).expect("safetensors");
     let names = tensors.names();
     let names: Vec<&str> = (names.iter().filter_map(|name| name.strip_prefix("file."))).collect();
-    assert!(names.len() > 70);
+    assert!(names.len() > least);
     for name in names {
         let expected = support::image(&tensors, &format!("pixels.{name}"));
         let file = tensors.tensor(&format!("file.{name}")).expect(name);
         let found = decoded(file.data()).unwrap_or_else(|error| panic!("{name}: {error}"));
         assert!(found == expected, "{name}");
     }
+}
+
+/// Pillow's `exif_transpose` finds it in EXIF of any number type, in XMP, and wherever these lie.
+#[test]
+fn pictures_are_turned_as_pillow_turns_them() {
+    decodes_as_recorded("orientation.safetensors", 70);
+}
+
+/// Every way to store colour, baseline and progressive, whole and after a few scans.
+#[test]
+fn jpeg_files_decode_to_the_pixels_of_libjpeg_turbo() {
+    decodes_as_recorded("jpeg.safetensors", 80);
 }
 
 // What is refused -------------------------------------------------------------------------------

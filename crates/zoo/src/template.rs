@@ -295,7 +295,7 @@ impl ChatTemplate {
             ("add_generation_prompt", add_generation_prompt.into()),
             ("add_vision_id", self.numbers_media.into()),
         ];
-        let values: Value = tokens.chain(values).collect();
+        let values = Value::from_pairs(tokens.chain(values));
         let mut output = Bounded(Vec::new());
         let template = self.environment.get_template("chat");
         let rendered =

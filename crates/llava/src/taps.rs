@@ -3,7 +3,7 @@
 use burn::tensor::activation::softmax;
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
-use reducers::encoder::{EncoderShape, Tap, Taps};
+use reducers::encoder::{EncoderShape, Tap, Taps, Tower};
 use vision_encoder::Inspected;
 
 use crate::{Llava, LlavaConfig, LlavaError};
@@ -16,6 +16,8 @@ impl LlavaConfig {
             feature_layer: self.vision_layers,
             num_heads: self.vision.num_heads,
             class_token: true,
+            position_axes: 1,
+            tower: Tower::Clip,
         }
     }
 }

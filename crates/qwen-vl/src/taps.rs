@@ -2,7 +2,7 @@
 
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
-use reducers::encoder::{EncoderShape, Tap, Taps};
+use reducers::encoder::{EncoderShape, Tap, Taps, Tower};
 use vision_encoder::Inspected;
 use vision_encoder::qwen::{Grid, QwenVisionOutput};
 
@@ -16,6 +16,8 @@ impl QwenVlConfig {
             feature_layer: self.vision.num_layers,
             num_heads: self.vision.num_heads,
             class_token: false,
+            position_axes: 3,
+            tower: Tower::QwenVl,
         }
     }
 }

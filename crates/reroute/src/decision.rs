@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
-use reducers::{Embedded, ReducerError, ScoreLayer, Standing, top_k};
+use reducers::{DecisionView, Embedded, ReducerError, ScoreLayer, top_k};
 use reroute_layers::{RmsNorm, Rotary};
 
 use crate::router::indices;
@@ -65,7 +65,7 @@ impl<B: Backend> SampleStanding<'_, B> {
     }
 }
 
-impl<B: Backend> Standing<B> for SampleStanding<'_, B> {
+impl<B: Backend> DecisionView<B> for SampleStanding<'_, B> {
     fn rows(&self) -> usize {
         self.range.len()
     }

@@ -2,7 +2,7 @@
 
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
-use reducers::{Action, Layout, Schedule};
+use reducers::{Action, HiddenLayout, Schedule};
 
 use crate::router::{indices, read_back};
 use crate::{Decoder, HiddenStates, KvCache, Prompt, RerouteError};
@@ -55,7 +55,7 @@ impl<B: Backend> Decoder<B> {
             let observed = |layer| inputs.contains(&layer);
             self.run(None, cache, prompt, schedule, false, &observed)
         };
-        let routed = run(&schedule.clone().with_layout(Layout::PerLayer))?;
+        let routed = run(&schedule.clone().with_layout(HiddenLayout::PerLayer))?;
         let dense = run(&Schedule::dense())?;
 
         let mut drifts = Vec::new();

@@ -2,7 +2,7 @@ use std::ops::Range;
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor};
-use reducers::{Action, Layout, Positions, Schedule, ScoreLayer, Scorer, Stage};
+use reducers::{Action, HiddenLayout, Positions, Schedule, ScoreLayer, Scorer, Stage};
 use reroute_layers::Rotary;
 
 use crate::decision::{self, SampleStanding};
@@ -36,7 +36,7 @@ pub struct Router<'a, B: Backend> {
     /// Packed rows that the layers work on, ascending.
     active: Vec<usize>,
     deferred: Option<Deferred<B>>,
-    /// Between two layers under [`Layout::PerLayer`]: all rows that stand, deferred ones in place.
+    /// Between two layers under [`HiddenLayout::PerLayer`]: all rows that stand, deferred ones in place.
     scattered: Option<Vec<usize>>,
     /// Queries of the active rows in the layer before, if the next decision asks for them.
     executed: Option<Tensor<B, 2>>,
@@ -218,12 +218,12 @@ impl<'a, B: Backend> Router<'a, B> {
     ///
     /// # Shapes
     /// - `hidden_states`: `[hidden_size, active rows]`
-    /// - returns `[hidden_size, active rows]`, or all rows that stand under [`Layout::PerLayer`]
+    /// - returns `[hidden_size, active rows]`, or all rows that stand under [`HiddenLayout::PerLayer`]
     pub fn leave(&mut self, index: usize, hidden_states: Tensor<B, 2>) -> Tensor<B, 2> {
         let hidden_states = self.add_deepstack(index, hidden_states);
         match self.schedule.layout() {
-            Layout::Stagewise => hidden_states,
-            Layout::PerLayer => {
+            HiddenLayout::Stagewise => hidden_states,
+            HiddenLayout::PerLayer => {
                 let (hidden_states, rows) = self.gather_pool(hidden_states);
                 self.scattered = Some(rows);
                 hidden_states
@@ -374,7 +374,7 @@ impl<'a, B: Backend> Router<'a, B> {
         }
 
         let comes_back =
-            stage + 1 < self.schedule.stages().len() || self.schedule.layout() == Layout::PerLayer;
+            stage + 1 < self.schedule.stages().len() || self.schedule.layout() == HiddenLayout::PerLayer;
         let comes_back = comes_back && self.schedule.action() == Action::Reroute;
         self.deferred = comes_back.then(|| Deferred {
             hidden_states: pool
@@ -502,7 +502,7 @@ impl<'a, B: Backend> Router<'a, B> {
     /// # Shapes
     /// - `hidden_states`: `[hidden_size, active rows]`
     pub(crate) fn observe(&self, hidden_states: Tensor<B, 2>) -> HiddenStates<B> {
-        let per_layer = self.schedule.layout() == Layout::PerLayer;
+        let per_layer = self.schedule.layout() == HiddenLayout::PerLayer;
         let deferred = self.deferred.as_ref().filter(|_| per_layer);
         let (values, rows) = self.merge(hidden_states, deferred);
         HiddenStates { rows, values }

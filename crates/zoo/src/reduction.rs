@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor};
-use reducers::encoder::{self, EncoderShape, Reduced, Seen, Tap, Taps};
+use reducers::encoder::{self, EncoderShape, Reduction, Seen, Tap, Taps};
 use reducers::{Positions, ReducerError, Rest};
 use reroute::Survivors;
 
@@ -110,7 +110,7 @@ impl<B: Backend> Shown<B> {
 }
 
 impl Kept {
-    fn add<B: Backend>(&mut self, before: usize, tokens: usize, reduced: &Reduced<B>, rest: Rest) {
+    fn add<B: Backend>(&mut self, before: usize, tokens: usize, reduced: &Reduction<B>, rest: Rest) {
         match rest {
             Rest::Drop => {
                 let places = reduced.places.iter();
@@ -136,7 +136,7 @@ impl Kept {
 fn apply<B: Backend>(
     features: &Tensor<B, 2>,
     class: Option<&Tensor<B, 2>>,
-    reduced: &Reduced<B>,
+    reduced: &Reduction<B>,
     rest: Rest,
 ) -> Result<Tensor<B, 2>, ZooError> {
     let (device, tokens) = (features.device(), features.dims()[1]);
@@ -144,22 +144,7 @@ fn apply<B: Backend>(
         let columns: Vec<i64> = columns.iter().map(|&column| column as i64).collect();
         Tensor::<B, 1, Int>::from_data(columns.as_slice(), &device)
     };
-    let sources = features.clone();
-    let sources = match class {
-        Some(class) => Tensor::cat(vec![sources, class.clone()], 1),
-        None => sources,
-    };
-    let kept = match &reduced.weights {
-        Some(weights) => {
-            let weights = weights.clone().cast(sources.dtype());
-            let rows = sources.dims()[1].min(weights.dims()[0]);
-            sources.matmul(weights.narrow(0, 0, rows))
-        }
-        None => {
-            let places = reduced.places.iter().map(|place| place.unwrap_or(tokens));
-            sources.select(1, columns(&places.collect::<Vec<_>>()))
-        }
-    };
+    let kept = reduced.apply(features.clone(), class.cloned())?;
     if rest == Rest::Drop {
         return Ok(kept);
     }

@@ -7,9 +7,7 @@ use burn::tensor::backend::Backend as AnyBackend;
 use burn::tensor::{Int, Tensor};
 use reducers::encoder::{EncoderReducer, EncoderShape, Reduction, Seen, Tap};
 use reducers::presets::{self, Preset};
-use reducers::{
-    Action, DecisionView, Keep, Plan, ReducerError, Schedule, Score, Scorer, Stage,
-};
+use reducers::{Action, DecisionView, Keep, Plan, ReducerError, Schedule, Score, Scorer, Stage};
 use reroute::GenerationOptions;
 use reroute_cli::backend::Backend;
 use reroute_zoo::{Answer, Conversation, EncoderStep, Question, Routing, Vlm};

@@ -216,7 +216,10 @@ fn routed_equals_the_reference(variant: &str) {
 struct Replay<'a>(&'a RoutingTrace);
 
 impl Scorer<Backend> for Replay<'_> {
-    fn score(&self, standing: &dyn DecisionView<Backend>) -> Result<Tensor<Backend, 1>, ReducerError> {
+    fn score(
+        &self,
+        standing: &dyn DecisionView<Backend>,
+    ) -> Result<Tensor<Backend, 1>, ReducerError> {
         let mut decisions = self.0.decisions.iter();
         let decision = decisions.find(|decision| decision.layer == standing.layer());
         let mut scores = vec![0.0f32; standing.rows()];

@@ -9,8 +9,8 @@ use proptest::prelude::*;
 use proptest::sample::subsequence;
 use proptest::test_runner::RngSeed;
 use reducers::{
-    Action, Attention, Duplication, HeadReduce, Keep, HiddenLayout, Positions, Query, Schedule, Score,
-    ScoreDtype, ScoreLayer, SoftmaxKeys, Stage,
+    Action, Attention, Duplication, HeadReduce, HiddenLayout, Keep, Positions, Query, Schedule,
+    Score, ScoreDtype, ScoreLayer, SoftmaxKeys, Stage,
 };
 use reroute::{
     Decision, Decoder, DecoderConfig, Prefill, PrefillOptions, Prompt, RopeConfig, SampleLayout,

@@ -129,12 +129,6 @@ impl<B: Backend> Seen<B> {
                     "{tap:?} is [{rows}, {columns}], expected {expected} columns"
                 ));
             }
-            let heads = self.encoder.num_heads;
-            if matches!(tap, Tap::Keys { .. }) && rows.checked_rem(heads) != Some(0) {
-                return refuse(format!(
-                    "{rows} rows of keys are not those of {heads} heads"
-                ));
-            }
         }
         Ok(())
     }

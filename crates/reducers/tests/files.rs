@@ -31,7 +31,10 @@ fn what_may_be_left_out() {
     // But not both: a file that says nothing is a mistake.
     let (error, said) = refused(r#"{"action": "remove"}"#);
     assert!(matches!(error, ReducerError::Json { .. }));
-    assert!(said.contains("`stages`") && said.contains("`encoder`"), "{said}");
+    assert!(
+        said.contains("`stages`") && said.contains("`encoder`"),
+        "{said}"
+    );
     assert!(Schedule::from_json(r#"{"stages": []}"#).unwrap().is_dense());
 }
 
@@ -39,8 +42,14 @@ fn what_may_be_left_out() {
 fn keys_that_stand_twice_or_are_unknown_are_refused_by_name() {
     for (text, name) in [
         (r#"{"stages": [], "stages": []}"#, "stages"),
-        (r#"{"action": "remove", "action": "reroute", "stages": []}"#, "action"),
-        (r#"{"stages": [{"layer": 2, "layer": 3, "keep_count": 4}]}"#, "layer"),
+        (
+            r#"{"action": "remove", "action": "reroute", "stages": []}"#,
+            "action",
+        ),
+        (
+            r#"{"stages": [{"layer": 2, "layer": 3, "keep_count": 4}]}"#,
+            "layer",
+        ),
         (
             r#"{"encoder": {"method": {"nuwa": {}}, "keep_count": 4, "keep_count": 5}}"#,
             "keep_count",
@@ -61,7 +70,10 @@ fn keys_that_stand_twice_or_are_unknown_are_refused_by_name() {
         ),
         (r#"{"stages": [], "note": 1}"#, "note"),
         (r#"{"stages": [{"layer": 2, "keep": 4}]}"#, "keep"),
-        (r#"{"encoder": {"method": {"nuwa": {}}, "keep": 4}}"#, "keep"),
+        (
+            r#"{"encoder": {"method": {"nuwa": {}}, "keep": 4}}"#,
+            "keep",
+        ),
         (
             r#"{"encoder": {"method": {"nuwa": {"nearness": 1}}, "keep_count": 4}}"#,
             "nearness",
@@ -131,7 +143,8 @@ fn old_names_of_methods_are_read() {
         ("hi-prune", "hiprune"),
     ] {
         let read = |name: &str| {
-            let text = format!(r#"{{"encoder": {{"method": {{"{name}": {{}}}}, "keep_count": 4}}}}"#);
+            let text =
+                format!(r#"{{"encoder": {{"method": {{"{name}": {{}}}}, "keep_count": 4}}}}"#);
             Plan::from_json(&text).unwrap()
         };
         assert_eq!(read(old), read(new));
@@ -164,17 +177,32 @@ fn errors_recommend_what_exists() {
     let mut said = Vec::new();
     for (_, encoder) in TOWERS {
         for preset in presets::presets() {
-            said.extend(preset.plan(32, encoder).err().map(|error| error.to_string()));
+            said.extend(
+                preset
+                    .plan(32, encoder)
+                    .err()
+                    .map(|error| error.to_string()),
+            );
             said.extend(preset.plan(3, encoder).err().map(|error| error.to_string()));
             said.extend(preset.schedule(32).err().map(|error| error.to_string()));
         }
         for name in EncoderMethod::NAMES {
-            let method = format!(r#"{{"encoder": {{"method": {{"{name}": {{}}}}, "keep_count": 4}}}}"#);
+            let method =
+                format!(r#"{{"encoder": {{"method": {{"{name}": {{}}}}, "keep_count": 4}}}}"#);
             let method = Plan::from_json(&method).unwrap().encoder.unwrap().method;
-            said.extend(method.works_behind(encoder).err().map(|error| error.to_string()));
+            said.extend(
+                method
+                    .works_behind(encoder)
+                    .err()
+                    .map(|error| error.to_string()),
+            );
         }
     }
-    said.extend(presets::find("vision-zip@64").err().map(|error| error.to_string()));
+    said.extend(
+        presets::find("vision-zip@64")
+            .err()
+            .map(|error| error.to_string()),
+    );
     assert!(said.iter().any(|said| said.contains("visionzip@192")));
     assert!(said.iter().any(|said| said.contains("pdrop@192")));
     for said in &said {
@@ -207,14 +235,27 @@ fn support_follows_from_what_a_tower_has() {
         assert_eq!(of(name, "SigLIP"), Support::Adapted);
         assert_eq!(of(name, "DINOv2"), Support::Adapted);
     }
-    for name in ["fastervlm", "vispruner", "prumerge-plus", "reroute-fastervlm"] {
+    for name in [
+        "fastervlm",
+        "vispruner",
+        "prumerge-plus",
+        "reroute-fastervlm",
+    ] {
         assert_eq!(of(name, "CLIP"), Support::Yes);
         assert_eq!(of(name, "DINOv2"), Support::Adapted);
         for tower in ["SigLIP", "Qwen"] {
-            assert!(matches!(of(name, tower), Support::No(reason) if reason.contains("visionzip@")));
+            assert!(
+                matches!(of(name, tower), Support::No(reason) if reason.contains("visionzip@"))
+            );
         }
     }
-    for name in ["divprune", "cdpruner", "uniform-grid", "pdrop", "reroute-pdrop"] {
+    for name in [
+        "divprune",
+        "cdpruner",
+        "uniform-grid",
+        "pdrop",
+        "reroute-pdrop",
+    ] {
         for (_, tower) in TOWERS {
             assert_eq!(method(name).support(tower), Support::Yes);
         }

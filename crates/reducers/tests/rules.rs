@@ -94,7 +94,11 @@ fn rules() -> impl Strategy<Value = Score> {
         Score::Attention(Attention {
             query,
             keys,
-            heads: if max { HeadReduce::Max } else { HeadReduce::Mean },
+            heads: if max {
+                HeadReduce::Max
+            } else {
+                HeadReduce::Mean
+            },
             dtype: ScoreDtype::Model,
             ..Attention::default()
         })

@@ -373,8 +373,8 @@ impl<'a, B: Backend> Router<'a, B> {
             });
         }
 
-        let comes_back =
-            stage + 1 < self.schedule.stages().len() || self.schedule.layout() == HiddenLayout::PerLayer;
+        let comes_back = stage + 1 < self.schedule.stages().len()
+            || self.schedule.layout() == HiddenLayout::PerLayer;
         let comes_back = comes_back && self.schedule.action() == Action::Reroute;
         self.deferred = comes_back.then(|| Deferred {
             hidden_states: pool

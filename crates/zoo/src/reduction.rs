@@ -110,7 +110,13 @@ impl<B: Backend> Shown<B> {
 }
 
 impl Kept {
-    fn add<B: Backend>(&mut self, before: usize, tokens: usize, reduced: &Reduction<B>, rest: Rest) {
+    fn add<B: Backend>(
+        &mut self,
+        before: usize,
+        tokens: usize,
+        reduced: &Reduction<B>,
+        rest: Rest,
+    ) {
         match rest {
             Rest::Drop => {
                 let places = reduced.places.iter();

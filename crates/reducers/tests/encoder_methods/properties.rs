@@ -183,10 +183,7 @@ fn other_towers_get_clips_settings() {
             first: 18,
             last: 27,
         };
-        assert_eq!(
-            needs(&Nuwa::default()),
-            [attention(&encoder, 25), mean]
-        );
+        assert_eq!(needs(&Nuwa::default()), [attention(&encoder, 25), mean]);
         assert_eq!(
             needs(&VisionZip::default()).contains(&Tap::ClassToken),
             encoder.class_token
@@ -199,7 +196,9 @@ fn other_towers_get_clips_settings() {
         panic!("parts");
     };
     let mut sums = vec![0.0; 64];
-    parts.iter().for_each(|part| sums[part.token] += part.weight);
+    parts
+        .iter()
+        .for_each(|part| sums[part.token] += part.weight);
     assert_eq!(sums.iter().filter(|&&sum| sum > 1.5).count(), 10);
 }
 

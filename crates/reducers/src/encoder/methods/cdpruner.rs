@@ -347,7 +347,10 @@ mod tests {
             assert_eq!(unique.len(), keep);
             let held: usize = greedy.rows.iter().map(Vec::len).sum();
             assert!(held <= TOKENS * keep);
-            assert!(keep > 32 || held <= TOKENS * keep / 4, "{held} parts are held");
+            assert!(
+                keep > 32 || held <= TOKENS * keep / 4,
+                "{held} parts are held"
+            );
         }
     }
 }

@@ -74,6 +74,11 @@ impl<B: Backend> EncoderReducer<B> for VisionZip {
         let keys = seen.get(Tap::Keys { layer })?;
         let [hidden_size, _] = keys.dims();
         let heads = encoder.num_heads;
+        if hidden_size.checked_rem(heads) != Some(0) {
+            return Err(ReducerError::Picture {
+                reason: format!("{hidden_size} rows of keys are not those of {heads} heads"),
+            });
+        }
         let mean_keys = keys
             .reshape([heads, hidden_size / heads * tokens])
             .mean_dim(0);

@@ -1,6 +1,6 @@
 //! The commands on the built-in model: what they print is what they promise.
 
-use reducers::encoder::EncoderShape;
+use reducers::encoder::{EncoderShape, Tower};
 use reducers::presets;
 use reroute_zoo::grounding::{iou, parse_box};
 use serde_json::{Value, json};
@@ -176,6 +176,8 @@ fn presets_lists_every_preset_with_the_counts_of_its_schedule() {
             feature_layer: 3,
             num_heads: 4,
             class_token: true,
+            position_axes: 1,
+            tower: Tower::Clip,
         };
         match preset.plan(8, &encoder) {
             Ok(plan) => {

@@ -1,7 +1,7 @@
 //! What routing promises, each promise a test that carries its name.
 
 use proptest::prelude::*;
-use reducers::{Action, Cost, Layout, ReducerError, Schedule, Score, Stage, top_k};
+use reducers::{Action, Cost, HiddenLayout, ReducerError, Schedule, Score, Stage, top_k};
 use reroute::{DecoderConfig, DecoderLayer, Prefill, RerouteError, RopeConfig};
 
 use crate::reference::Reference;
@@ -95,7 +95,7 @@ proptest! {
     #[test]
     fn both_layouts_are_one_computation_bit_for_bit(case in unusual(any_action())) {
         let (decoder, sample) = (case.decoder(), case.sample());
-        let [mut stagewise, mut per_layer] = [Layout::Stagewise, Layout::PerLayer].map(|layout| {
+        let [mut stagewise, mut per_layer] = [HiddenLayout::Stagewise, HiddenLayout::PerLayer].map(|layout| {
             let schedule = case.schedule.clone().with_layout(layout);
             prefill_one(&decoder, &sample, &schedule)
         });

@@ -5,9 +5,9 @@ use std::sync::LazyLock;
 
 use burn::tensor::backend::Backend as AnyBackend;
 use burn::tensor::{Int, Tensor};
-use reducers::encoder::{EncoderReducer, EncoderShape, Reduced, Seen, Tap};
+use reducers::encoder::{EncoderReducer, EncoderShape, Reduction, Seen, Tap};
 use reducers::presets::{self, Preset};
-use reducers::{Action, Keep, Plan, ReducerError, Schedule, Score, Scorer, Stage, Standing};
+use reducers::{Action, DecisionView, Keep, Plan, ReducerError, Schedule, Score, Scorer, Stage};
 use reroute::GenerationOptions;
 use reroute_cli::backend::Backend;
 use reroute_zoo::{Answer, Conversation, EncoderStep, Question, Routing, Vlm};
@@ -387,8 +387,8 @@ fn a_method_of_ones_own_is_checked_like_any_other() {
         fn needs(&self, _: &EncoderShape) -> Result<Vec<Tap>, ReducerError> {
             Ok(Vec::new())
         }
-        fn reduce(&self, _: &Seen<B>, keep: usize) -> Result<Reduced<B>, ReducerError> {
-            Ok(Reduced::selection((0..keep).collect()))
+        fn reduce(&self, _: &Seen<B>, keep: usize) -> Result<Reduction<B>, ReducerError> {
+            Ok(Reduction::selection((0..keep).collect()))
         }
     }
     struct Twice;
@@ -396,13 +396,13 @@ fn a_method_of_ones_own_is_checked_like_any_other() {
         fn needs(&self, _: &EncoderShape) -> Result<Vec<Tap>, ReducerError> {
             Ok(Vec::new())
         }
-        fn reduce(&self, _: &Seen<B>, _: usize) -> Result<Reduced<B>, ReducerError> {
-            Ok(Reduced::selection(vec![1, 1]))
+        fn reduce(&self, _: &Seen<B>, _: usize) -> Result<Reduction<B>, ReducerError> {
+            Ok(Reduction::selection(vec![1, 1]))
         }
     }
     struct LastFirst;
     impl<B: AnyBackend> Scorer<B> for LastFirst {
-        fn score(&self, standing: &dyn Standing<B>) -> Result<Tensor<B, 1>, ReducerError> {
+        fn score(&self, standing: &dyn DecisionView<B>) -> Result<Tensor<B, 1>, ReducerError> {
             let device = standing.hidden_states().device();
             Ok(Tensor::<B, 1, Int>::arange(0..standing.rows() as i64, &device).float())
         }

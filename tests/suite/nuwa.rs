@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use burn::tensor::{DType, Tensor, TensorData};
-use reducers::encoder::{EncoderMethod, EncoderShape, Nuwa, Seen, Tap, reduce};
+use reducers::encoder::{EncoderMethod, EncoderShape, Nuwa, Seen, Tap, Tower, reduce};
 use reducers::{Plan, Schedule, presets};
 use reroute::{Prefill, PrefillOptions, Prompt};
 use reroute_cli::backend::{Backend, Device};
@@ -60,7 +60,7 @@ fn released(name: &str, config: &EncoderShape, layer: usize) -> Plan {
 }
 
 fn places(tokens: &VisualTokens<Backend>) -> Vec<usize> {
-    let reduction = tokens.reduction.as_ref().expect("something was reduced");
+    let reduction = tokens.kept.as_ref().expect("something was reduced");
     reduction.images[0]
         .places
         .iter()
@@ -217,6 +217,8 @@ fn stage_1_alone_equals_the_official_code() {
             feature_layer: 23,
             num_heads: 1,
             class_token: true,
+            position_axes: 1,
+            tower: Tower::Clip,
         };
         let taps = [
             (Tap::ClassAttention { layer: 22 }, salience),
@@ -241,7 +243,7 @@ fn stage_1_alone_equals_the_official_code() {
         let reduced = reduce::<Backend>(&nuwa, &seen, keep).unwrap();
         let found: Vec<usize> = reduced.places.iter().map(|place| place.unwrap()).collect();
         assert_eq!(found, reference.indices(&name("indices")));
-        let merged = columns("agg").matmul(reduced.weights.unwrap());
+        let merged = reduced.apply(columns("agg"), None).unwrap();
         assert_close(
             "tokens",
             &rows(&merged),

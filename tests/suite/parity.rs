@@ -4,7 +4,7 @@
 use std::sync::LazyLock;
 
 use burn::tensor::{DType, Tensor};
-use reducers::{ReducerError, Schedule, Scorer, Standing};
+use reducers::{DecisionView, ReducerError, Schedule, Scorer};
 use reroute::RoutingTrace;
 use reroute_cli::backend::{self, Backend, Device};
 use reroute_zoo::{
@@ -216,7 +216,10 @@ fn routed_equals_the_reference(variant: &str) {
 struct Replay<'a>(&'a RoutingTrace);
 
 impl Scorer<Backend> for Replay<'_> {
-    fn score(&self, standing: &dyn Standing<Backend>) -> Result<Tensor<Backend, 1>, ReducerError> {
+    fn score(
+        &self,
+        standing: &dyn DecisionView<Backend>,
+    ) -> Result<Tensor<Backend, 1>, ReducerError> {
         let mut decisions = self.0.decisions.iter();
         let decision = decisions.find(|decision| decision.layer == standing.layer());
         let mut scores = vec![0.0f32; standing.rows()];

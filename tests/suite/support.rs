@@ -9,8 +9,8 @@ use proptest::prelude::*;
 use proptest::sample::subsequence;
 use proptest::test_runner::RngSeed;
 use reducers::{
-    Action, Attention, Duplication, HeadReduce, Keep, Layout, Positions, Query, Schedule, Score,
-    ScoreDtype, ScoreLayer, SoftmaxKeys, Stage,
+    Action, Attention, Duplication, HeadReduce, HiddenLayout, Keep, Positions, Query, Schedule,
+    Score, ScoreDtype, ScoreLayer, SoftmaxKeys, Stage,
 };
 use reroute::{
     Decision, Decoder, DecoderConfig, Prefill, PrefillOptions, Prompt, RopeConfig, SampleLayout,
@@ -460,7 +460,7 @@ pub fn unusual(action: impl Strategy<Value = Action> + Clone + 'static) -> Boxed
                 let stages = case.schedule.stages().iter().enumerate().map(score);
                 let schedule = Schedule::new(action, monotonic, stages.collect()).unwrap();
                 let schedule = match per_layer {
-                    true => schedule.with_layout(Layout::PerLayer),
+                    true => schedule.with_layout(HiddenLayout::PerLayer),
                     false => schedule,
                 };
                 let possible = action == Action::Remove && case.config.rope.axes() == 1;

@@ -102,25 +102,30 @@ pub fn run(args: &PresetsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
 
 /// What works with what, and how close to its source, as Markdown.
 pub fn support_table() -> String {
-    let mut table = String::from(
-        "| method | does | source | exact | interpretation | LLaVA-1.5 | Qwen-VL |\n\
-         |---|---|---|---|---|---|---|\n",
+    let towers = presets::TOWERS.iter();
+    let columns: String = towers.map(|(name, _)| format!(" {name} |")).collect();
+    let mut table = format!(
+        "| method | does | source | exact | interpretation |{columns}\n|---|---|---|---|---|{}\n",
+        "---|".repeat(presets::TOWERS.len())
     );
     for method in presets::methods() {
         let about = method.about;
-        let support = |support| match support {
-            Support::Yes => "yes".to_string(),
-            Support::No(reason) => format!("no: {reason}"),
+        let support = |encoder| match method.support(encoder) {
+            Support::Yes => " yes |".to_string(),
+            Support::Adapted => " adapted |".to_string(),
+            Support::No(reason) => format!(" no: {reason} |"),
         };
+        let towers = presets::TOWERS.iter();
         table.push_str(&format!(
-            "| `{}` | {} | {} | {} | {} | {} | {} |\n",
+            "| `{}` | {} | {} | {} | {} |{}\n",
             method.name,
             about.description,
             about.source,
             about.exact,
             about.interpretation,
-            support(about.llava),
-            support(about.qwen),
+            towers
+                .map(|(_, encoder)| support(encoder))
+                .collect::<String>(),
         ));
     }
     table

@@ -264,7 +264,7 @@ impl Written {
                 features,
                 images,
                 videos,
-                reduction: _,
+                kept: _,
             } = outputs.tokens;
             let embeddings = outputs.prompt.embeddings;
             for (name, features) in [

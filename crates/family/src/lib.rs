@@ -27,7 +27,7 @@ pub use grounding::{BoundingBox, BoxUnits, GroundingFormat};
 pub use memory::{Arithmetic, LayerMemory, Memory, Picture};
 pub use pixels::{Pictures, PixelTensors};
 pub use prompt::{Modality, RowPositions, Sample, kept_rows, prompt};
-pub use reduction::{EncoderStep, KeptTokens, Reduction};
+pub use reduction::{EncoderStep, KeptTokens, KeptVisuals};
 pub use see::{VisualTokens, see};
 pub use taps::MeanHidden;
 pub use visual::{ImageOptions, Prepared, Preprocessor, Video, VideoTime, View, Visual};

@@ -6,7 +6,7 @@ use reducers::Positions;
 use reroute::{KeptRows, Prompt, RerouteError, SampleLayout, interleave};
 use vision_encoder::{Grid, VisionOutput};
 
-use crate::reduction::{Reduction, kept_of_slots};
+use crate::reduction::{KeptVisuals, kept_of_slots};
 use crate::{FamilyConfig, FamilyError, FamilyModel};
 
 /// What a slot stands for.
@@ -88,7 +88,7 @@ impl RowPositions {
 pub fn kept_rows(
     config: &dyn FamilyConfig,
     samples: &[Sample],
-    reduction: Option<&Reduction>,
+    reduction: Option<&KeptVisuals>,
 ) -> Vec<KeptRows> {
     let Some(reduction) = reduction else {
         let all = samples.iter().map(|sample| KeptRows::all(sample.ids.len()));

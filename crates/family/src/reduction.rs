@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor};
-use reducers::encoder::{self, EncoderReducer, EncoderShape, Reduced, Seen, Tap, Taps};
+use reducers::encoder::{self, EncoderReducer, EncoderShape, Reduction, Seen, Tap, Taps};
 use reducers::{Keep, Positions, ReducerError, Rest};
 use reroute::KeptRows;
 
@@ -26,7 +26,7 @@ pub struct EncoderStep<'a, B: Backend> {
 
 /// What a reduction before the decoder kept of images and videos.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Reduction {
+pub struct KeptVisuals {
     /// Of each image, in order of appearance.
     pub images: Vec<KeptTokens>,
     /// Of each video, in order of appearance.
@@ -35,7 +35,7 @@ pub struct Reduction {
     pub positions: Positions,
 }
 
-impl Reduction {
+impl KeptVisuals {
     /// These images and videos, then those.
     pub(crate) fn followed_by(self, more: Self) -> Self {
         Self {
@@ -136,7 +136,13 @@ fn of_picture<B: Backend>(
 }
 
 impl KeptTokens {
-    fn add<B: Backend>(&mut self, before: usize, tokens: usize, reduced: &Reduced<B>, rest: Rest) {
+    fn add<B: Backend>(
+        &mut self,
+        before: usize,
+        tokens: usize,
+        reduced: &Reduction<B>,
+        rest: Rest,
+    ) {
         match rest {
             Rest::Drop => {
                 let places = reduced.places.iter();
@@ -162,7 +168,7 @@ impl KeptTokens {
 fn apply<B: Backend>(
     features: &Tensor<B, 2>,
     class: Option<&Tensor<B, 2>>,
-    reduced: &Reduced<B>,
+    reduced: &Reduction<B>,
     rest: Rest,
 ) -> Result<Tensor<B, 2>, FamilyError> {
     let (device, tokens) = (features.device(), features.dims()[1]);
@@ -170,22 +176,7 @@ fn apply<B: Backend>(
         let columns: Vec<i64> = columns.iter().map(|&column| column as i64).collect();
         Tensor::<B, 1, Int>::from_data(columns.as_slice(), &device)
     };
-    let sources = features.clone();
-    let sources = match class {
-        Some(class) => Tensor::cat(vec![sources, class.clone()], 1),
-        None => sources,
-    };
-    let kept = match &reduced.weights {
-        Some(weights) => {
-            let weights = weights.clone().cast(sources.dtype());
-            let rows = sources.dims()[1].min(weights.dims()[0]);
-            sources.matmul(weights.narrow(0, 0, rows))
-        }
-        None => {
-            let places = reduced.places.iter().map(|place| place.unwrap_or(tokens));
-            sources.select(1, columns(&places.collect::<Vec<_>>()))
-        }
-    };
+    let kept = reduced.apply(features.clone(), class.cloned())?;
     if rest == Rest::Drop {
         return Ok(kept);
     }

@@ -3,7 +3,7 @@ use burn::tensor::backend::Backend;
 use reducers::encoder::Tap;
 use vision_encoder::VisionOutput;
 
-use crate::reduction::{EncoderStep, KeptTokens, Reduction, reduce};
+use crate::reduction::{EncoderStep, KeptTokens, KeptVisuals, reduce};
 use crate::{FamilyConfig, FamilyError, FamilyModel, Look, Pictures, PixelTensors};
 
 /// What a vision tower made of images and videos.
@@ -16,7 +16,7 @@ pub struct VisualTokens<B: Backend> {
     /// Visual tokens of videos, in order of appearance.
     pub videos: Option<VisionOutput<B>>,
     /// What a reduction kept of them; `None` if there was none.
-    pub reduction: Option<Reduction>,
+    pub kept: Option<KeptVisuals>,
 }
 
 impl<B: Backend> Default for VisualTokens<B> {
@@ -25,7 +25,7 @@ impl<B: Backend> Default for VisualTokens<B> {
             features: None,
             images: None,
             videos: None,
-            reduction: None,
+            kept: None,
         }
     }
 }
@@ -44,7 +44,7 @@ impl<B: Backend> VisualTokens<B> {
             }
             (a, b) => a.or(b),
         };
-        let reduction = match (self.reduction, more.reduction) {
+        let kept = match (self.kept, more.kept) {
             (Some(a), Some(b)) => Some(a.followed_by(b)),
             (a, b) => a.or(b),
         };
@@ -52,7 +52,7 @@ impl<B: Backend> VisualTokens<B> {
             features: None,
             images: join(self.images, more.images),
             videos: join(self.videos, more.videos),
-            reduction,
+            kept,
         }
     }
 }
@@ -74,18 +74,18 @@ pub fn see<B: Backend, M: FamilyModel<B>>(
     let [of_images, of_videos] = questions;
     let images = of_kind(model, pixels.images, step, &needs, of_images)?;
     let videos = of_kind(model, pixels.videos, step, &needs, of_videos)?;
-    let reduction = step.filter(|_| images.is_some() || videos.is_some());
-    let kept = |seen: &Option<Of<B>>| seen.as_ref().map(|seen| seen.kept.clone());
-    let reduction = reduction.map(|step| Reduction {
-        images: kept(&images).unwrap_or_default(),
-        videos: kept(&videos).unwrap_or_default(),
+    let reduced = step.filter(|_| images.is_some() || videos.is_some());
+    let of = |seen: &Option<Of<B>>| seen.as_ref().map(|seen| seen.kept.clone());
+    let kept = reduced.map(|step| KeptVisuals {
+        images: of(&images).unwrap_or_default(),
+        videos: of(&videos).unwrap_or_default(),
         positions: step.positions,
     });
     Ok(VisualTokens {
         features: images.as_ref().and_then(|seen| seen.features.clone()),
         images: images.map(|seen| seen.output),
         videos: videos.map(|seen| seen.output),
-        reduction,
+        kept,
     })
 }
 

@@ -1,6 +1,6 @@
 use std::sync::Arc;
 
-use reducers::encoder::EncoderShape;
+use reducers::encoder::{EncoderShape, Tower};
 use reroute::DecoderConfig;
 use reroute_checkpoint::{CONFIG_MAX_BYTES, Folder, NameTable};
 use reroute_family::{
@@ -45,6 +45,8 @@ impl FamilyConfig for LlavaConfig {
             feature_layer: self.vision_layers,
             num_heads: self.vision.num_heads,
             class_token: true,
+            position_axes: 1,
+            tower: Tower::Clip,
         }
     }
 

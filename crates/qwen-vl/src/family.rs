@@ -1,6 +1,6 @@
 use std::sync::Arc;
 
-use reducers::encoder::EncoderShape;
+use reducers::encoder::{EncoderShape, Tower};
 use reroute::DecoderConfig;
 use reroute_checkpoint::{CONFIG_MAX_BYTES, Folder, NameTable};
 use reroute_family::{
@@ -60,6 +60,8 @@ impl FamilyConfig for QwenVlConfig {
             feature_layer: self.vision.num_layers,
             num_heads: self.vision.num_heads,
             class_token: false,
+            position_axes: 3,
+            tower: Tower::QwenVl,
         }
     }
 

@@ -1,3 +1,5 @@
+use crate::encoder::Tower;
+
 /// What people should know about a method before they compare it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct About {
@@ -9,17 +11,28 @@ pub struct About {
     pub exact: &'static str,
     /// What is our interpretation, or empty.
     pub interpretation: &'static str,
-    /// Whether it works with LLaVA-1.5.
-    pub llava: Support,
-    /// Whether it works with the Qwen-VL family.
-    pub qwen: Support,
+    /// The towers that its settings were published for; none if it needs nothing of a tower.
+    pub towers: &'static [Tower],
 }
 
-/// Whether a method works with a family.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+impl About {
+    /// Nothing said yet, of a method that needs nothing of a tower.
+    pub(crate) const NOTHING: About = About {
+        description: "",
+        source: "",
+        exact: "",
+        interpretation: "",
+        towers: &[],
+    };
+}
+
+/// Whether a method works behind a tower.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Support {
     /// It does.
     Yes,
+    /// It does, though its settings were published for other towers: see [`Tower::Other`].
+    Adapted,
     /// It does not, and why.
-    No(&'static str),
+    No(String),
 }

@@ -9,7 +9,7 @@
 //! Symbols below: `d` hidden size, `H` query heads, `H_kv` key-value heads, `d_h` channels of a
 //! head, `m` width of the feed-forward, `n` rows a layer works on (text and visual).
 
-use crate::{Action, Schedule};
+use crate::{Action, DecisionRows, Schedule};
 
 /// The sizes of a decoder that its cost depends on. Field names are those of a checkpoint's
 /// configuration.
@@ -55,12 +55,18 @@ impl DecoderShape {
             + 2.0 * self.query_width() * s * s
     }
 
-    /// Floating-point operations one decision adds here, over `pool_rows` rows `S` of which
-    /// `kept_rows` go on: keys of the rows that do not (the layer reuses the others), and one row
-    /// of dot products. `2·(S - S_kept)·d·H_kv·d_h + 2·H·d_h·S`.
+    /// Floating-point operations one decision by the attention of the last row adds here, over
+    /// `pool_rows` rows `S` of which `kept_rows` go on: keys of the rows that do not (the layer
+    /// reuses the others), and one row of dot products. `2·(S - S_kept)·d·H_kv·d_h + 2·H·d_h·S`.
     pub fn scorer_flops(&self, pool_rows: usize, kept_rows: usize) -> f64 {
-        let deferred = pool_rows.saturating_sub(kept_rows) as f64;
-        2.0 * deferred * self.d() * self.key_width() + 2.0 * self.query_width() * pool_rows as f64
+        self.idle_key_flops(pool_rows, kept_rows) + 2.0 * self.query_width() * pool_rows as f64
+    }
+
+    /// Floating-point operations of the keys that a decision projects for rows that do not go on,
+    /// whatever it ranks by: `2·(S - S_kept)·d·H_kv·d_h`.
+    fn idle_key_flops(&self, pool_rows: usize, kept_rows: usize) -> f64 {
+        let idle = pool_rows.saturating_sub(kept_rows) as f64;
+        2.0 * idle * self.d() * self.key_width()
     }
 
     /// Bytes of keys and values one layer caches for `rows` rows: `2·n·H_kv·d_h·bytes_per_element`.
@@ -83,7 +89,7 @@ impl DecoderShape {
     }
 
     /// Channels of all queries, `H·d_h`.
-    fn query_width(&self) -> f64 {
+    pub(crate) fn query_width(&self) -> f64 {
         self.num_attention_heads as f64 * self.head_dim as f64
     }
 
@@ -112,8 +118,9 @@ impl Cost {
     /// The cost of a prompt of `visual_tokens` and `text_tokens` under `schedule`, the cache
     /// holding `bytes_per_element` bytes per number (2 for f16 and bf16, 4 for f32).
     ///
-    /// Under [`Action::Remove`] a decision scores the survivors; under [`Action::Reroute`] it
-    /// scores every token, each time. A prompt without visual tokens is dense whatever the
+    /// Under [`Action::Remove`] a decision ranks the tokens not removed before; under
+    /// [`Action::Reroute`] every token, each time. What ranking costs is the rule's to say
+    /// ([`Score::flops`](crate::Score::flops)). A prompt without visual tokens is dense whatever the
     /// schedule.
     pub fn of(
         shape: &DecoderShape,
@@ -127,22 +134,28 @@ impl Cost {
         let rows: Vec<usize> = visual.iter().copied().map(with_text).collect();
 
         let decision = |layer: usize| {
-            let survivors = layer
-                .checked_sub(1)
-                .map_or(visual_tokens, |before| visual[before]);
-            let pool = match schedule.action() {
-                Action::Remove => survivors,
-                Action::Reroute => visual_tokens,
+            let stage = schedule
+                .decision_at(layer)
+                .filter(|_| visual_tokens > 0)
+                .map(|stage| &schedule.stages()[stage])?;
+            let candidates = match (schedule.action(), layer.checked_sub(1)) {
+                (Action::Remove, Some(before)) => visual[before],
+                _ => visual_tokens,
             };
-            shape.scorer_flops(with_text(pool), rows[layer])
+            let pool = DecisionRows {
+                visual: visual_tokens,
+                text: text_tokens,
+                candidates,
+            };
+            let keys = shape.idle_key_flops(with_text(candidates), rows[layer]);
+            Some(keys + stage.score.flops(shape, pool))
         };
-        let decides = |layer: usize| visual_tokens > 0 && schedule.decision_at(layer).is_some();
 
         Self {
             text_tokens,
             layer_flops: rows.iter().map(|&rows| shape.layer_flops(rows)).collect(),
             scorer_flops: (0..rows.len())
-                .map(|layer| if decides(layer) { decision(layer) } else { 0.0 })
+                .map(|layer| decision(layer).unwrap_or(0.0))
                 .collect(),
             kv_bytes: rows
                 .iter()
@@ -176,7 +189,8 @@ impl Cost {
 
     /// Visual tokens a layer works on, on average.
     pub fn average_tokens(&self) -> f64 {
-        let visual: usize = self.rows.iter().map(|rows| rows - self.text_tokens).sum();
+        let visual = self.rows.iter();
+        let visual: u128 = visual.map(|rows| (rows - self.text_tokens) as u128).sum();
         visual as f64 / self.rows.len().max(1) as f64
     }
 
@@ -213,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn removal_scores_survivors_and_rerouting_scores_everyone() {
+    fn removal_ranks_what_is_not_removed_and_rerouting_ranks_everyone() {
         let stages = vec![Stage::count(1, 6), Stage::count(3, 2)];
         let cost = |action| {
             let schedule = Schedule::new(action, false, stages.clone()).unwrap();

@@ -6,20 +6,11 @@
 //! whatever belongs to a token (features, DeepStack features) and owns the guards: the number of
 //! tokens, their positions, batching.
 
-mod baselines;
-mod cd_pruner;
 mod cosines;
-mod div_prune;
-mod faster_vlm;
-mod hi_prune;
 mod host;
 mod methods;
-mod mixture;
-mod nuwa;
-mod pru_merge;
-mod vis_pruner;
-mod vision_zip;
-mod vscan;
+mod reduction;
+mod shape;
 
 use std::collections::BTreeMap;
 
@@ -28,17 +19,13 @@ use burn::tensor::backend::Backend;
 
 use crate::ReducerError;
 
-pub use baselines::{AveragePooling, RandomTokens, UniformGrid};
-pub use cd_pruner::CdPruner;
-pub use div_prune::DivPrune;
-pub use faster_vlm::FasterVlm;
-pub use hi_prune::HiPrune;
-pub use methods::EncoderMethod;
-pub use nuwa::{Nuwa, Pillars, Salience};
-pub use pru_merge::PruMerge;
-pub use vis_pruner::VisPruner;
-pub use vision_zip::VisionZip;
-pub use vscan::VScan;
+pub(crate) use methods::InPresets;
+pub use methods::{
+    AveragePooling, BuiltIn, CdPruner, DivPrune, EncoderMethod, FasterVlm, HiPrune, Nuwa, Pillars,
+    PruMerge, RandomTokens, Salience, UniformGrid, VScan, VisPruner, VisionZip,
+};
+pub use reduction::{Part, Reduction, Weights};
+pub use shape::{EncoderShape, Tower};
 
 /// Something of a picture that a method may look at. All are `[features, tokens]`, tokens row by row
 /// of the grid that the decoder sees; where a token covers several patches (Qwen: 2 × 2), attention
@@ -56,13 +43,13 @@ pub enum Tap {
     /// The class token's hidden state beside [`Tap::Features`], `[vision hidden_size, 1]`.
     ClassToken,
     /// Attention probabilities of the class token over the patches, `[num_heads, tokens]`. The
-    /// softmax runs over the class token too.
+    /// softmax runs over the class token too, and over register tokens (DINOv2).
     ClassAttention {
         /// The layer.
         layer: usize,
     },
     /// Attention probability that a token receives, the mean over heads, summed over all queries
-    /// of the picture (class token included), `[1, tokens]`.
+    /// of the picture (class and register tokens included), `[1, tokens]`.
     ReceivedAttention {
         /// The layer.
         layer: usize,
@@ -106,20 +93,6 @@ pub enum Tap {
 /// What was seen.
 pub type Taps<B> = BTreeMap<Tap, Tensor<B, 2>>;
 
-/// The vision encoder that a method works behind.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct EncoderShape {
-    /// Transformer layers.
-    pub num_layers: usize,
-    /// Number of the hidden states that become visual tokens, as `transformers` counts (LLaVA-1.5:
-    /// 23 of 24; Qwen: `num_layers`).
-    pub feature_layer: usize,
-    /// Attention heads of a layer.
-    pub num_heads: usize,
-    /// Whether there is a class token (CLIP).
-    pub class_token: bool,
-}
-
 /// One picture, or one time step of a video, as far as a method asked to see it.
 #[derive(Debug, Clone)]
 pub struct Seen<B: Backend> {
@@ -134,7 +107,30 @@ pub struct Seen<B: Backend> {
 impl<B: Backend> Seen<B> {
     /// Number of tokens.
     pub fn tokens(&self) -> usize {
-        self.grid[0] * self.grid[1]
+        self.grid[0].saturating_mul(self.grid[1])
+    }
+
+    /// Whether there are tokens, and every tap shows as many.
+    fn check(&self) -> Result<(), ReducerError> {
+        let refuse = |reason| Err(ReducerError::Picture { reason });
+        let tokens = self.tokens();
+        if tokens == 0 {
+            return refuse(format!("a grid of {:?} has no tokens", self.grid));
+        }
+        for (tap, shown) in &self.taps {
+            let [rows, columns] = shown.dims();
+            let expected = match tap {
+                Tap::Question => columns,
+                Tap::ClassToken | Tap::ClassQuery { .. } | Tap::ClassKey { .. } => 1,
+                _ => tokens,
+            };
+            if rows == 0 || columns != expected {
+                return refuse(format!(
+                    "{tap:?} is [{rows}, {columns}], expected {expected} columns"
+                ));
+            }
+        }
+        Ok(())
     }
 
     /// What was seen.
@@ -146,45 +142,6 @@ impl<B: Backend> Seen<B> {
             .get(&tap)
             .cloned()
             .ok_or(ReducerError::NotSeen { tap })
-    }
-}
-
-/// The tokens that the decoder gets of one picture.
-#[derive(Debug, Clone)]
-pub struct Reduced<B: Backend> {
-    /// Where each token stands: the grid cell (row by row) whose position it takes. `None`: a token
-    /// without a place, such as the class token; it stands before the first cell.
-    pub places: Vec<Option<usize>>,
-    /// `[sources, kept]`: each column makes one token as a weighted sum of [`Tap::Features`], whose
-    /// columns are the sources; if the method sees [`Tap::ClassToken`], that is one more source,
-    /// the last. `None`: every token is that of its own place, unchanged.
-    pub weights: Option<Tensor<B, 2>>,
-}
-
-impl<B: Backend> Reduced<B> {
-    /// The tokens of these cells, unchanged.
-    pub fn selection(mut cells: Vec<usize>) -> Self {
-        cells.sort_unstable();
-        Self {
-            places: cells.into_iter().map(Some).collect(),
-            weights: None,
-        }
-    }
-
-    /// The same tokens by place: first those without one.
-    fn in_order(self) -> Self {
-        if self.places.is_sorted() {
-            return self;
-        }
-        let mut order: Vec<usize> = (0..self.places.len()).collect();
-        order.sort_by_key(|&at| self.places[at]);
-        let places = order.iter().map(|&at| self.places[at]).collect();
-        let order: Vec<i64> = order.into_iter().map(|at| at as i64).collect();
-        let weights = self.weights.map(|weights| {
-            let order = Tensor::from_data(order.as_slice(), &weights.device());
-            weights.select(1, order)
-        });
-        Self { places, weights }
     }
 }
 
@@ -201,47 +158,29 @@ pub trait EncoderReducer<B: Backend> {
 
     /// Chooses at most `keep` tokens of a picture, of at least one; `keep` is at most the number of
     /// tokens.
-    fn reduce(&self, seen: &Seen<B>, keep: usize) -> Result<Reduced<B>, ReducerError>;
+    ///
+    /// # Errors
+    /// [`ReducerError::NotSeen`] for what its needs do not name, [`ReducerError::NanScore`] if it
+    /// cannot rank, [`ReducerError::Readback`] from the device.
+    fn reduce(&self, seen: &Seen<B>, keep: usize) -> Result<Reduction<B>, ReducerError>;
 }
 
 /// Reduces one picture to `keep` tokens, checks the result and brings it into the order of places.
 ///
 /// # Errors
-/// Those of the method, and [`ReducerError::Reduction`] if its result is not a reduction: more than
-/// `keep` tokens or none, places twice or off the grid, weights of another shape.
+/// Those of the method; [`ReducerError::Picture`] if what was seen is not that of a picture of this
+/// grid; [`ReducerError::Reduction`] if the result is not a reduction: more than `keep` tokens or
+/// none, places twice or off the grid, weights of another shape.
 pub fn reduce<B: Backend>(
     method: &dyn EncoderReducer<B>,
     seen: &Seen<B>,
     keep: usize,
-) -> Result<Reduced<B>, ReducerError> {
+) -> Result<Reduction<B>, ReducerError> {
+    method.needs(&seen.encoder)?;
+    seen.check()?;
     let tokens = seen.tokens();
-    let keep = keep.clamp(1, tokens.max(1));
-    let reduced = method.reduce(seen, keep)?;
-    let refuse = |reason: String| Err(ReducerError::Reduction { reason });
-    let kept = reduced.places.len();
-    if kept == 0 || kept > keep {
-        return refuse(format!(
-            "it kept {kept} tokens of {tokens}, asked for {keep}"
-        ));
-    }
-    let mut taken = vec![false; tokens];
-    for &place in reduced.places.iter().flatten() {
-        match taken.get_mut(place) {
-            Some(taken) if !*taken => *taken = true,
-            Some(_) => return refuse(format!("it put two tokens at place {place}")),
-            None => return refuse(format!("place {place} is beyond the {tokens} tokens")),
-        }
-    }
-    if let Some(weights) = &reduced.weights {
-        let sources = tokens + usize::from(seen.taps.contains_key(&Tap::ClassToken));
-        if weights.dims() != [sources, kept] {
-            return refuse(format!(
-                "its weights are {:?}, expected [{sources}, {kept}]",
-                weights.dims()
-            ));
-        }
-    } else if reduced.places.contains(&None) && !seen.taps.contains_key(&Tap::ClassToken) {
-        return refuse("a token without a place has no weights either".into());
-    }
-    Ok(reduced.in_order())
+    let keep = keep.clamp(1, tokens);
+    let reduction = method.reduce(seen, keep)?;
+    reduction.check(tokens, keep, seen.taps.contains_key(&Tap::ClassToken))?;
+    Ok(reduction.in_order())
 }

@@ -174,6 +174,13 @@ pub enum ReducerError {
         reason: String,
     },
 
+    /// What a method is shown is not that of a picture.
+    #[error("a picture cannot be reduced: {reason}; every tap has one column a token of the grid")]
+    Picture {
+        /// What is wrong with it.
+        reason: String,
+    },
+
     /// What a method returned is no reduction.
     #[error("the method's result cannot be used: {reason}")]
     Reduction {
@@ -192,8 +199,8 @@ pub enum ReducerError {
 
     /// A decision ranks by the reduction before the decoder, and there was none.
     #[error(
-        "a decision ranks by what the encoder-side reduction kept, but the prompt was not reduced; \
-         add an encoder method, or score by attention"
+        "a decision ranks by what the encoder-side reduction kept, but the prompt was not reduced \
+         with the rest deferred; add an encoder method with \"rest\": \"defer\", or score by attention"
     )]
     NoSalience,
 

@@ -11,7 +11,7 @@
 //!
 //! A [`Plan`] is either or both, and [`presets`] is the registry of published ones and of their
 //! budget-matched corrections. *Remove* forgets the losers: FastV (arXiv 2403.06764) decides once,
-//! PyramidDrop (arXiv 2410.17247) several times, each time among the survivors. *Reroute* (arXiv
+//! PyramidDrop (arXiv 2410.17247) several times, each time among those kept. *Reroute* (arXiv
 //! 2606.12412) lets the losers bypass the layers of one stage with their hidden states frozen and asks
 //! again at the next decision, so that a token dismissed early can come back; SwiftVLM (arXiv
 //! 2602.03134) proposed the same bypass before it, and Mixture-of-Depths (arXiv 2404.02258) is the
@@ -38,8 +38,8 @@
 //!
 //! ```
 //! use burn::tensor::{Tensor, backend::Backend};
-//! use reducers::encoder::{EncoderReducer, EncoderShape, Reduced, Seen, Tap};
-//! use reducers::{ReducerError, Scorer, Standing, top_k};
+//! use reducers::encoder::{EncoderReducer, EncoderShape, Reduction, Seen, Tap};
+//! use reducers::{DecisionView, ReducerError, Scorer, top_k};
 //!
 //! struct Longest;
 //!
@@ -48,19 +48,19 @@
 //!         Ok(vec![Tap::Features])
 //!     }
 //!
-//!     fn reduce(&self, seen: &Seen<B>, keep: usize) -> Result<Reduced<B>, ReducerError> {
+//!     fn reduce(&self, seen: &Seen<B>, keep: usize) -> Result<Reduction<B>, ReducerError> {
 //!         let features = seen.get(Tap::Features)?;
 //!         let lengths = (features.clone() * features).sum_dim(0).into_data();
 //!         let lengths: Vec<f32> = lengths.iter().collect();
-//!         Ok(Reduced::selection(top_k(&lengths, keep)?))
+//!         Ok(Reduction::selection(top_k(&lengths, keep)?))
 //!     }
 //! }
 //!
 //! struct Unusual;
 //!
 //! impl<B: Backend> Scorer<B> for Unusual {
-//!     fn score(&self, standing: &dyn Standing<B>) -> Result<Tensor<B, 1>, ReducerError> {
-//!         let rows = standing.hidden_states();
+//!     fn score(&self, view: &dyn DecisionView<B>) -> Result<Tensor<B, 1>, ReducerError> {
+//!         let rows = view.hidden_states();
 //!         let from_mean = rows.clone() - rows.mean_dim(1);
 //!         Ok((from_mean.clone() * from_mean).sum_dim(0).squeeze_dim(0))
 //!     }
@@ -72,6 +72,7 @@
 mod about;
 pub mod budget;
 pub mod cost;
+mod device;
 pub mod encoder;
 pub mod error;
 pub mod keep;
@@ -88,9 +89,9 @@ pub use error::ReducerError;
 pub use keep::Keep;
 pub use plan::{EncoderPlan, Plan, Rest};
 pub use presets::{Method, Preset};
-pub use schedule::{Action, Layout, Positions, Schedule, Stage};
+pub use schedule::{Action, HiddenLayout, Positions, Schedule, Stage};
 pub use score::{
-    Attention, Duplication, Embedded, HeadReduce, Query, Random, Score, ScoreDtype, ScoreLayer,
-    Scorer, SoftmaxKeys, Standing, last_row_scores,
+    Attention, DecisionRows, DecisionView, Duplication, Embedded, HeadReduce, Query, Random, Score,
+    ScoreDtype, ScoreLayer, Scorer, SoftmaxKeys, last_row_scores,
 };
 pub use topk::top_k;

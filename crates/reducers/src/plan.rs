@@ -1,20 +1,21 @@
-//! The whole way of a picture's tokens: what the encoder side leaves of them, and what the layers of
-//! the decoder then work on.
+//! The whole way of a picture's tokens: what enters the decoder of them, and what its layers then work
+//! on.
 
 use serde::{Deserialize, Serialize};
 
 use crate::encoder::EncoderMethod;
 use crate::keep::Rounding;
-use crate::schedule::file::is_default;
-use crate::{Cost, DecoderShape, Keep, Positions, ReducerError, Schedule};
+use crate::schedule::file::{PlanFile, is_default};
+use crate::{Cost, DecoderShape, Keep, Positions, ReducerError, Schedule, Score, Stage};
 
 /// A reduction before the decoder, a schedule in it, or both.
 ///
-/// Its JSON form is that of a [`Schedule`] with one key more:
+/// Its JSON form is that of a [`Schedule`] with one key more; with `encoder`, `stages` may be left
+/// out.
 ///
 /// ```
 /// let plan = reducers::Plan::from_json(
-///     r#"{"encoder": {"method": {"random": {"seed": 1}}, "keep_ratio": 0.25},
+///     r#"{"encoder": {"method": {"random-tokens": {"seed": 1}}, "keep_ratio": 0.25},
 ///         "action": "reroute", "stages": [{"layer": 16, "keep_count": 16}]}"#,
 /// )?;
 /// assert_eq!(plan.entering(576), 144);
@@ -54,9 +55,10 @@ pub enum Rest {
     Defer,
 }
 
+/// An encoder plan as written.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct EncoderFile {
+pub(crate) struct EncoderFile {
     method: EncoderMethod,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     keep_ratio: Option<f64>,
@@ -81,6 +83,7 @@ impl TryFrom<EncoderFile> for EncoderPlan {
             _ => return Err(ReducerError::EncoderKeep),
         };
         keep.check(0).map_err(|_| ReducerError::EncoderKeep)?;
+        file.method.check()?;
         Ok(Self {
             method: file.method,
             keep,
@@ -119,21 +122,30 @@ impl Plan {
     /// Reads the JSON form.
     ///
     /// # Errors
-    /// [`ReducerError::Json`] if the text is not of this form, otherwise as [`Schedule::new`].
+    /// [`ReducerError::Json`] if the text is not of this form, [`ReducerError::EncoderKeep`] and
+    /// [`ReducerError::Unsupported`] for settings of `encoder`, [`ReducerError::NoSalience`] if a
+    /// decision ranks by a reduction that is not there, otherwise as [`Schedule::new`].
     pub fn from_json(text: &str) -> Result<Self, ReducerError> {
         let json = |source| ReducerError::Json { source };
-        let mut file: serde_json::Value = serde_json::from_str(text).map_err(json)?;
-        let encoder = file
-            .as_object_mut()
-            .and_then(|fields| fields.remove("encoder"));
-        let encoder = encoder.map(serde_json::from_value::<EncoderFile>);
-        Ok(Self {
-            encoder: match encoder.transpose().map_err(json)? {
-                Some(encoder) => Some(encoder.try_into()?),
-                None => None,
-            },
-            schedule: Schedule::from_json(&file.to_string())?,
-        })
+        let mut file: PlanFile = serde_json::from_str(text).map_err(json)?;
+        let encoder = file.encoder.take().map(EncoderPlan::try_from).transpose()?;
+        let schedule = file.schedule(encoder.is_some()).map_err(json)?;
+        let plan = Self {
+            encoder,
+            schedule: schedule.try_into()?,
+        };
+        plan.check()?;
+        Ok(plan)
+    }
+
+    /// Whether a decision that ranks by the reduction has one to rank by.
+    fn check(&self) -> Result<(), ReducerError> {
+        let defers = |encoder: &EncoderPlan| encoder.rest == Rest::Defer;
+        let ranks_by_it = |stage: &Stage| stage.score == Score::Encoder;
+        match self.schedule.stages().iter().any(ranks_by_it) {
+            true if !self.encoder.as_ref().is_some_and(defers) => Err(ReducerError::NoSalience),
+            _ => Ok(()),
+        }
     }
 
     /// The JSON form.

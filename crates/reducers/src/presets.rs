@@ -17,8 +17,8 @@
 mod methods;
 mod recipe;
 
-use crate::encoder::EncoderShape;
-use crate::{About, Plan, ReducerError, Schedule};
+use crate::encoder::{EncoderShape, Tower};
+use crate::{About, Plan, ReducerError, Schedule, Support};
 
 use methods::METHODS;
 use recipe::Recipe;
@@ -28,9 +28,87 @@ use recipe::Recipe;
 pub struct Method {
     /// The name before the `@`.
     pub name: &'static str,
-    /// Where it comes from, what is exact, what it works with.
+    /// Where it comes from, what is exact, which towers it was published for.
     pub about: About,
     recipe: Recipe,
+}
+
+/// Kinds of towers that people meet, at the sizes of a checkpoint: the columns of support tables.
+pub const TOWERS: &[(&str, EncoderShape)] = &[
+    (
+        "CLIP (LLaVA-1.5)",
+        EncoderShape {
+            num_layers: 24,
+            feature_layer: 23,
+            num_heads: 16,
+            class_token: true,
+            position_axes: 1,
+            tower: Tower::Clip,
+        },
+    ),
+    (
+        "Qwen-VL",
+        EncoderShape {
+            num_layers: 32,
+            feature_layer: 32,
+            num_heads: 16,
+            class_token: false,
+            position_axes: 3,
+            tower: Tower::QwenVl,
+        },
+    ),
+    (
+        "SigLIP",
+        EncoderShape {
+            num_layers: 27,
+            feature_layer: 26,
+            num_heads: 16,
+            class_token: false,
+            position_axes: 1,
+            tower: Tower::Other,
+        },
+    ),
+    (
+        "DINOv2",
+        EncoderShape {
+            num_layers: 24,
+            feature_layer: 23,
+            num_heads: 16,
+            class_token: true,
+            position_axes: 1,
+            tower: Tower::Other,
+        },
+    ),
+];
+
+impl Method {
+    /// Whether it works behind a tower.
+    pub fn support(&self, encoder: &EncoderShape) -> Support {
+        match self.check(encoder) {
+            Err(ReducerError::Unsupported { reason, .. }) => Support::No(reason),
+            Err(error) => Support::No(error.to_string()),
+            Ok(()) => match self.about.towers {
+                [] => Support::Yes,
+                towers if towers.contains(&encoder.tower) => Support::Yes,
+                _ => Support::Adapted,
+            },
+        }
+    }
+
+    fn check(&self, encoder: &EncoderShape) -> Result<(), ReducerError> {
+        if self.recipe.renumbers() && encoder.position_axes != 1 {
+            return Err(ReducerError::Unsupported {
+                method: self.name,
+                reason: "positions of several axes cannot be numbered anew; use pdrop@192, which \
+                         keeps them"
+                    .into(),
+            });
+        }
+        match self.recipe.encoder_method() {
+            Some(method) => method.works_behind(encoder),
+            None => Ok(()),
+        }
+    }
 }
 
 impl PartialEq for Method {

@@ -9,9 +9,9 @@
 //! ]}
 //! ```
 //!
-//! Everything but `action` and `stages` may be left out, and stands for Reroute's own way (arXiv
-//! 2606.12412): last row, mean of heads, f32, the decision layer's own projections, original
-//! positions.
+//! Everything but `stages` may be left out. The action is then *remove*; all else stands for Reroute's
+//! own way (arXiv 2606.12412): last row, mean of heads, f32, the decision layer's own projections,
+//! original positions. A key that nobody knows is refused, and so is one that stands twice.
 
 pub(crate) mod file;
 
@@ -20,18 +20,19 @@ use serde::{Deserialize, Serialize};
 use crate::{Keep, ReducerError, Score};
 
 /// What becomes of the visual tokens a decision does not select.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Action {
-    /// They are gone: later decisions choose among the survivors (FastV, arXiv 2403.06764;
+    /// They are gone: later decisions choose among those kept (FastV, arXiv 2403.06764;
     /// PyramidDrop, arXiv 2410.17247).
+    #[default]
     Remove,
     /// They bypass the layers of the stage, hidden states unchanged, and are candidates again at
     /// the next decision (Reroute, arXiv 2606.12412).
     Reroute,
 }
 
-/// The rotary positions of the tokens that are left.
+/// The rotary positions of the tokens that are kept.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Positions {
@@ -48,7 +49,7 @@ pub enum Positions {
 /// same to the last bit.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Layout {
+pub enum HiddenLayout {
     /// Active rows only, until the next decision.
     #[default]
     Stagewise,
@@ -113,7 +114,7 @@ pub struct Schedule {
     action: Action,
     monotonic: bool,
     positions: Positions,
-    layout: Layout,
+    layout: HiddenLayout,
     stages: Vec<Stage>,
 }
 
@@ -169,7 +170,7 @@ impl Schedule {
             action,
             monotonic,
             positions: Positions::default(),
-            layout: Layout::default(),
+            layout: HiddenLayout::default(),
             stages,
         })
     }
@@ -178,7 +179,7 @@ impl Schedule {
     ///
     /// # Errors
     /// [`ReducerError::Combination`] for [`Positions::Renumber`] with [`Action::Reroute`]: a token
-    /// that may come back needs the place it left.
+    /// that may come back needs its place.
     pub fn with_positions(self, positions: Positions) -> Result<Self, ReducerError> {
         if (self.action, positions) == (Action::Reroute, Positions::Renumber) {
             return Err(ReducerError::Combination {
@@ -192,7 +193,7 @@ impl Schedule {
     }
 
     /// The same schedule with another layout of hidden states.
-    pub fn with_layout(self, layout: Layout) -> Self {
+    pub fn with_layout(self, layout: HiddenLayout) -> Self {
         Self { layout, ..self }
     }
 
@@ -213,7 +214,7 @@ impl Schedule {
             action: Action::Remove,
             monotonic: false,
             positions: Positions::default(),
-            layout: Layout::default(),
+            layout: HiddenLayout::default(),
             stages: Vec::new(),
         }
     }
@@ -238,13 +239,13 @@ impl Schedule {
         self.monotonic
     }
 
-    /// The positions of the tokens that are left.
+    /// The positions of the tokens that are kept.
     pub fn positions(&self) -> Positions {
         self.positions
     }
 
     /// The form in which hidden states pass from layer to layer.
-    pub fn layout(&self) -> Layout {
+    pub fn layout(&self) -> HiddenLayout {
         self.layout
     }
 
@@ -285,7 +286,7 @@ impl Schedule {
     }
 
     /// Visual tokens kept by each stage, of `visual_tokens`. Under [`Action::Remove`] no stage
-    /// keeps more than the one before it left.
+    /// keeps more than the one before it kept.
     pub fn keep_counts(&self, visual_tokens: usize) -> Vec<usize> {
         let mut pool = visual_tokens;
         self.stages
@@ -316,10 +317,8 @@ impl Schedule {
 
     /// Visual tokens a layer works on, on average: the budget a schedule is named after.
     pub fn average_tokens(&self, num_layers: usize, visual_tokens: usize) -> f64 {
-        let total: usize = self
-            .visual_tokens_per_layer(num_layers, visual_tokens)
-            .iter()
-            .sum();
+        let per_layer = self.visual_tokens_per_layer(num_layers, visual_tokens);
+        let total: u128 = per_layer.into_iter().map(|tokens| tokens as u128).sum();
         total as f64 / num_layers.max(1) as f64
     }
 }

@@ -5,13 +5,14 @@
 
 mod attention;
 mod duplication;
+mod encoder;
 mod random;
 
 use burn::tensor::backend::Backend;
-use burn::tensor::{DType, FloatDType, Tensor};
+use burn::tensor::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 
-use crate::ReducerError;
+use crate::{DecoderShape, ReducerError};
 
 pub use attention::{
     Attention, HeadReduce, Query, ScoreDtype, ScoreLayer, SoftmaxKeys, last_row_scores,
@@ -41,6 +42,26 @@ impl Default for Score {
 }
 
 impl Score {
+    /// What the rule says of itself.
+    fn rule(&self) -> &dyn Rule {
+        match self {
+            Self::Attention(attention) => attention,
+            Self::Encoder => &encoder::Encoder,
+            Self::Duplication(duplication) => duplication,
+            Self::Random(random) => random,
+        }
+    }
+
+    /// The rule itself.
+    fn scorer<B: Backend>(&self) -> &dyn Scorer<B> {
+        match self {
+            Self::Attention(attention) => attention,
+            Self::Encoder => &encoder::Encoder,
+            Self::Duplication(duplication) => duplication,
+            Self::Random(random) => random,
+        }
+    }
+
     /// Whether deferred tokens can be scored too. The attention of the layer before cannot: they
     /// took no part in it.
     pub fn sees_deferred(&self) -> bool {
@@ -49,16 +70,17 @@ impl Score {
 
     /// Whether it reads queries or keys of that layer.
     pub fn uses(&self, layer: ScoreLayer) -> bool {
-        match self {
-            Self::Attention(attention) => attention.layer == layer,
-            Self::Duplication(duplication) => duplication.layer == layer,
-            Self::Encoder | Self::Random(_) => false,
-        }
+        self.rule().layer() == Some(layer)
     }
 
     /// Whether it needs keys and queries without their positions, which a cache does not hold.
     pub fn is_unrotated(&self) -> bool {
-        matches!(self, Self::Attention(attention) if !attention.rope)
+        self.rule().is_unrotated()
+    }
+
+    /// Floating-point operations of ranking at one decision, in the convention of [`crate::cost`].
+    pub fn flops(&self, shape: &DecoderShape, rows: DecisionRows) -> f64 {
+        self.rule().flops(shape, rows)
     }
 
     /// Checks the settings of a decision at `layer`.
@@ -72,23 +94,47 @@ impl Score {
         if self.uses(ScoreLayer::Previous) && layer == 0 {
             return refuse("layer 0 has no layer before it; score with \"this\" layer");
         }
-        if let Self::Attention(attention) = self
-            && attention.query == Query::LastMean(0)
-        {
-            return refuse("the mean of the last 0 rows is nothing; use at least 1");
-        }
-        if let Self::Duplication(duplication) = self
-            && duplication.visual_pivots + duplication.text_pivots == 0
-        {
-            return refuse("without a pivot there is nothing to repeat; use at least 1");
-        }
-        Ok(())
+        self.rule().check().or_else(refuse)
     }
 }
 
-/// One sample at one decision, as a scorer sees it. Rows are those that stand there, text and
-/// candidates, in prompt order.
-pub trait Standing<B: Backend> {
+/// What a built-in rule says of itself, beside being a [`Scorer`].
+trait Rule {
+    /// The layer whose queries or keys it reads, if it reads any.
+    fn layer(&self) -> Option<ScoreLayer> {
+        None
+    }
+
+    /// See [`Score::is_unrotated`].
+    fn is_unrotated(&self) -> bool {
+        false
+    }
+
+    /// Refuses settings without sense, and says what to use instead.
+    fn check(&self) -> Result<(), &'static str> {
+        Ok(())
+    }
+
+    /// See [`Score::flops`].
+    fn flops(&self, _: &DecoderShape, _: DecisionRows) -> f64 {
+        0.0
+    }
+}
+
+/// How many rows of one sample a decision is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DecisionRows {
+    /// Visual rows of the whole prompt.
+    pub visual: usize,
+    /// Text rows.
+    pub text: usize,
+    /// Visual rows that are ranked.
+    pub candidates: usize,
+}
+
+/// One sample at one decision, as a scorer sees it. Rows are its text and the candidates, in prompt
+/// order.
+pub trait DecisionView<B: Backend> {
     /// Number of rows.
     fn rows(&self) -> usize;
 
@@ -113,7 +159,7 @@ pub trait Standing<B: Backend> {
     /// - returns `[hidden_size, rows]`
     fn output_normed(&self) -> Tensor<B, 2>;
 
-    /// The sample's whole prompt, whatever stands of it.
+    /// The sample's whole prompt.
     fn prompt(&self) -> Embedded<B>;
 
     /// The row of the prompt that each row is, ascending.
@@ -151,34 +197,16 @@ pub trait Scorer<B: Backend> {
     ///
     /// # Shapes
     /// - returns `[rows]`
-    fn score(&self, standing: &dyn Standing<B>) -> Result<Tensor<B, 1>, ReducerError>;
+    fn score(&self, view: &dyn DecisionView<B>) -> Result<Tensor<B, 1>, ReducerError>;
 }
 
 impl<B: Backend> Scorer<B> for Score {
-    fn score(&self, standing: &dyn Standing<B>) -> Result<Tensor<B, 1>, ReducerError> {
-        match self {
-            Self::Attention(attention) => attention.score(standing),
-            Self::Duplication(duplication) => duplication.score(standing),
-            Self::Random(random) => random.score(standing),
-            Self::Encoder => encoder(standing),
+    /// A decision without candidates has nothing to rank, whatever the rule.
+    fn score(&self, view: &dyn DecisionView<B>) -> Result<Tensor<B, 1>, ReducerError> {
+        if view.candidates().is_empty() {
+            let device = view.hidden_states().device();
+            return Ok(Tensor::zeros([view.rows()], (&device, DType::F32)));
         }
+        self.scorer().score(view)
     }
-}
-
-/// Numbers that a rule decides by.
-fn read_back<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> Result<Vec<f32>, ReducerError> {
-    let data = tensor.cast(FloatDType::F32).try_into_data();
-    data.map_err(|error| format!("{error:?}"))
-        .and_then(|data| data.into_vec().map_err(|error| format!("{error:?}")))
-        .map_err(|reason| ReducerError::Readback { reason })
-}
-
-fn encoder<B: Backend>(standing: &dyn Standing<B>) -> Result<Tensor<B, 1>, ReducerError> {
-    let salience = standing.salience().ok_or(ReducerError::NoSalience)?;
-    let mut scores = vec![0.0; standing.rows()];
-    for (&row, salience) in standing.candidates().iter().zip(salience) {
-        scores[row] = salience;
-    }
-    let device = standing.hidden_states().device();
-    Ok(Tensor::from_data(scores.as_slice(), (&device, DType::F32)))
 }

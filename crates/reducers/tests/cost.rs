@@ -276,3 +276,60 @@ fn a_ceiling_includes_the_decisions() {
         "ceiling",
     );
 }
+
+/// What a decision costs is what its rule computes: keys of the rows that do not go on always,
+/// products of asking rows for attention, cosines to pivots for duplication, nothing for chance.
+#[test]
+fn decisions_cost_what_their_rule_computes() {
+    use reducers::{Attention, Duplication, Keep, Query, Random, Score, ScoreLayer};
+    let shape = &LLAVA_1_5_7B;
+    let cost = |score: Score| {
+        let stage = Stage::new(3, Keep::Count(76)).by(score);
+        let schedule = Schedule::new(Action::Remove, false, vec![stage]).unwrap();
+        Cost::of(shape, &schedule, 576, 64, 2).total_scorer_flops()
+    };
+    let (d, width) = (4096.0, 4096.0);
+    let keys = 2.0 * 500.0 * d * width;
+    let row = 2.0 * 640.0 * width;
+    let attention = |query, layer| {
+        Score::Attention(Attention {
+            query,
+            layer,
+            ..Attention::default()
+        })
+    };
+    let (this, previous) = (ScoreLayer::This, ScoreLayer::Previous);
+    let raters = 2.0 * 576.0 * 64.0 * d;
+    for (score, expected) in [
+        (Score::default(), keys + row),
+        (Score::Random(Random::default()), keys),
+        (Score::Encoder, keys),
+        (
+            Score::Duplication(Duplication::default()),
+            keys + 2.0 * 8.0 * 576.0 * d,
+        ),
+        (
+            attention(Query::LastMean(3), this),
+            keys + 3.0 * row + 2.0 * 2.0 * d * width,
+        ),
+        (attention(Query::LastMean(3), previous), keys + 3.0 * row),
+        (
+            attention(Query::Raters, previous),
+            keys + 64.0 * row + raters,
+        ),
+    ] {
+        assert_eq!(cost(score), expected, "{score:?}");
+    }
+}
+
+/// Numbers as large as a user may type have a cost, and no overflow.
+#[test]
+fn absurd_numbers_are_only_large() {
+    let schedule = find("reroute-pdrop@64").unwrap().schedule(32).unwrap();
+    let most = usize::MAX;
+    let cost = Cost::of(&LLAVA_1_5_7B, &schedule, most, most, most);
+    assert!(cost.total_flops().is_finite());
+    assert_eq!(cost.total_kv_bytes(), u64::MAX);
+    assert!(schedule.average_tokens(32, most) > 0.0);
+    assert!(cost.average_tokens().is_finite());
+}

@@ -6,19 +6,25 @@ use burn::tensor::{DType, Tensor, TensorData};
 use burn_flex::Flex;
 use proptest::prelude::*;
 use reducers::ReducerError;
-use reducers::encoder::{EncoderShape, Nuwa, Pillars, Reduced, Salience, Seen, Tap, reduce};
+use reducers::encoder::{
+    EncoderShape, Nuwa, Pillars, Reduction, Salience, Seen, Tap, Tower, Weights, reduce,
+};
 
 const CLIP: EncoderShape = EncoderShape {
     num_layers: 24,
     feature_layer: 23,
     num_heads: 1,
     class_token: true,
+    position_axes: 1,
+    tower: Tower::Clip,
 };
 const QWEN: EncoderShape = EncoderShape {
     num_layers: 32,
     feature_layer: 32,
     num_heads: 1,
     class_token: false,
+    position_axes: 3,
+    tower: Tower::QwenVl,
 };
 
 fn tensor(rows: &[Vec<f32>]) -> Tensor<Flex, 2> {
@@ -62,7 +68,7 @@ fn seen(
     }
 }
 
-fn by_hand(encoder: EncoderShape, quantile: Option<f64>) -> Reduced<Flex> {
+fn by_hand(encoder: EncoderShape, quantile: Option<f64>) -> Reduction<Flex> {
     let attention: Vec<f32> = (0..16).map(|i| (7 * i % 16) as f32 / 100.0).collect();
     let of = |f: &dyn Fn(f32) -> f32| (0..16).map(|i| f(i as f32)).collect::<Vec<f32>>();
     let states = [of(&f32::cos), of(&f32::sin), of(&|i| 0.1 * i)];
@@ -76,11 +82,18 @@ fn by_hand(encoder: EncoderShape, quantile: Option<f64>) -> Reduced<Flex> {
     reduce(&nuwa, &seen, 3).unwrap()
 }
 
-fn assert_tokens(reduced: Reduced<Flex>, expected: [[f32; 3]; 3]) {
+fn weights(reduced: Reduction<Flex>) -> Vec<f32> {
+    match reduced.weights {
+        Weights::Dense(weights) => weights.into_data().to_vec().unwrap(),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn assert_tokens(reduced: Reduction<Flex>, expected: [[f32; 3]; 3]) {
     assert_eq!(reduced.places, [2, 9, 11].map(Some));
     let of = |f: &dyn Fn(f32) -> f32| (0..16).map(|i| f(i as f32)).collect::<Vec<f32>>();
     let features = tensor(&[of(&|i| i), of(&|i| 10.0 - i), of(&|_| 1.0)]);
-    let tokens = features.matmul(reduced.weights.unwrap()).transpose();
+    let tokens = reduced.apply(features, None).unwrap().transpose();
     let found: Vec<f32> = tokens.into_data().to_vec().unwrap();
     for (found, expected) in found.iter().zip(expected.concat()) {
         assert!((found - expected).abs() < 1e-4, "{found} is not {expected}");
@@ -121,7 +134,7 @@ fn keys_decide_if_asked_to() {
     };
     let reduced = reduce::<Flex>(&nuwa, &seen, 2).unwrap();
     assert_eq!(reduced.places, [Some(0), Some(15)]);
-    let weights: Vec<f32> = reduced.weights.unwrap().into_data().to_vec().unwrap();
+    let weights: Vec<f32> = weights(reduced);
     // Of two benchmark tokens the longer key is a pillar: token 0 takes nothing in.
     let of_first: Vec<f32> = weights.iter().step_by(2).copied().collect();
     assert_eq!(of_first[0], 1.0);
@@ -165,7 +178,7 @@ proptest! {
         prop_assert!(reduced.places.len() <= keep);
         prop_assert!(reduced.places.iter().all(|place| place.is_some_and(|p| p < tokens)));
         let kept = reduced.places.len();
-        let weights: Vec<f32> = reduced.weights.unwrap().into_data().to_vec().unwrap();
+        let weights: Vec<f32> = weights(reduced);
         for column in 0..kept {
             let weights = weights.iter().skip(column).step_by(kept);
             let sum: f32 = weights.clone().sum();

@@ -2,7 +2,7 @@
 //! 576 visual tokens.
 
 use reducers::ReducerError;
-use reducers::encoder::EncoderShape;
+use reducers::encoder::{EncoderShape, Tower};
 use reducers::presets::find;
 
 /// A preset at a depth, the counts it keeps of 576 tokens, and the average it truly has, as
@@ -159,6 +159,12 @@ fn original_presets() {
         feature_layer: 23,
         num_heads: 16,
         class_token,
+        position_axes: if class_token { 1 } else { 3 },
+        tower: if class_token {
+            Tower::Clip
+        } else {
+            Tower::QwenVl
+        },
     };
     let plan = |name: &str, num_layers, class_token| {
         let preset = find(name).unwrap();

@@ -5,7 +5,8 @@ use burn_flex::Flex;
 use half::f16;
 use proptest::prelude::*;
 use reducers::{
-    Attention, Embedded, Query, ScoreDtype, ScoreLayer, Scorer, Standing, last_row_scores, top_k,
+    Attention, DecisionView, Embedded, Query, ScoreDtype, ScoreLayer, Scorer, last_row_scores,
+    top_k,
 };
 
 fn scores(query: TensorData, keys: TensorData) -> Vec<f32> {
@@ -48,13 +49,13 @@ fn half_precision_inputs_are_scored_in_f32() {
     assert_eq!(half.into_data(), exact);
 }
 
-/// Rows that stand at a decision, with queries and keys of one head in f16.
+/// Rows of a decision, with queries and keys of one head in f16.
 struct Half {
     queries: Tensor<Flex, 2>,
     keys: Tensor<Flex, 2>,
 }
 
-impl Standing<Flex> for Half {
+impl DecisionView<Flex> for Half {
     fn rows(&self) -> usize {
         self.keys.dims()[1]
     }

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
-use reducers::{Embedded, ReducerError, ScoreLayer, Standing, top_k};
+use reducers::{DecisionView, Embedded, ReducerError, ScoreLayer, top_k};
 use reroute_layers::{RmsNorm, Rotary, indices};
 
 use crate::{Decision, SelfAttention};
@@ -66,7 +66,7 @@ impl<B: Backend> SampleInput<'_, B> {
     }
 }
 
-impl<B: Backend> Standing<B> for SampleInput<'_, B> {
+impl<B: Backend> DecisionView<B> for SampleInput<'_, B> {
     fn rows(&self) -> usize {
         self.range.len()
     }

@@ -52,7 +52,7 @@ pub struct Prefill<B: Backend> {
 #[derive(Debug, Clone)]
 pub struct HiddenStates<B: Backend> {
     /// The packed rows that the layer processed, ascending; deferred ones too under
-    /// [`Layout::PerLayer`](reducers::Layout::PerLayer).
+    /// [`HiddenLayout::PerLayer`](reducers::HiddenLayout::PerLayer).
     pub rows: Vec<usize>,
     /// `[hidden_size, rows]`
     pub values: Tensor<B, 2>,

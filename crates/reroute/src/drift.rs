@@ -2,7 +2,7 @@
 
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
-use reducers::{Action, Layout, Schedule, Scorer};
+use reducers::{Action, HiddenLayout, Schedule, Scorer};
 use reroute_layers::indices;
 
 use crate::decoder::Turn;
@@ -67,7 +67,7 @@ impl<B: Backend> Decoder<B> {
             };
             self.run(cache, prompt, schedule, turn)
         };
-        let routed = run(&schedule.clone().with_layout(Layout::PerLayer))?;
+        let routed = run(&schedule.clone().with_layout(HiddenLayout::PerLayer))?;
         let dense = run(&Schedule::dense())?;
 
         let mut drifts = Vec::new();

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
-use reducers::{Layout, Positions, Schedule, ScoreLayer, Scorer};
+use reducers::{HiddenLayout, Positions, Schedule, ScoreLayer, Scorer};
 use reroute_layers::{Rotary, indices};
 
 use crate::block::Run;
@@ -38,7 +38,7 @@ pub struct Router<'a, B: Backend> {
     /// Packed rows that the layers work on, ascending.
     active: Vec<usize>,
     deferred: Option<Deferred<B>>,
-    /// Between two layers under [`Layout::PerLayer`]: active and deferred rows, all in place.
+    /// Between two layers under [`HiddenLayout::PerLayer`]: active and deferred rows, all in place.
     scattered: Option<Vec<usize>>,
     /// Queries of the active rows in the layer before, if the next decision asks for them.
     executed: Option<Tensor<B, 2>>,
@@ -240,12 +240,12 @@ impl<'a, B: Backend> Router<'a, B> {
     ///
     /// # Shapes
     /// - `hidden_states`: `[hidden_size, active rows]`
-    /// - returns `[hidden_size, active rows]`, deferred ones among them under [`Layout::PerLayer`]
+    /// - returns `[hidden_size, active rows]`, deferred ones among them under [`HiddenLayout::PerLayer`]
     pub(crate) fn leave(&mut self, index: usize, hidden_states: Tensor<B, 2>) -> Tensor<B, 2> {
         let hidden_states = self.add_deepstack(index, hidden_states);
         match self.schedule.layout() {
-            Layout::Stagewise => hidden_states,
-            Layout::PerLayer => {
+            HiddenLayout::Stagewise => hidden_states,
+            HiddenLayout::PerLayer => {
                 let (hidden_states, rows) = self.gather_pool(hidden_states);
                 self.scattered = Some(rows);
                 hidden_states
@@ -372,7 +372,7 @@ impl<'a, B: Backend> Router<'a, B> {
     /// # Shapes
     /// - `hidden_states`: `[hidden_size, active rows]`
     pub(crate) fn observe(&self, hidden_states: Tensor<B, 2>) -> HiddenStates<B> {
-        let per_layer = self.schedule.layout() == Layout::PerLayer;
+        let per_layer = self.schedule.layout() == HiddenLayout::PerLayer;
         let deferred = self.deferred.as_ref().filter(|_| per_layer);
         let (values, rows) = self.merge(hidden_states, deferred);
         HiddenStates { rows, values }

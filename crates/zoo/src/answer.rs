@@ -10,7 +10,7 @@ use vision_encoder::RgbImage;
 
 use crate::messages::{Content, Message, Role};
 use crate::tokenizer::trimmed;
-use crate::{Reduction, Routing, VideoTime, View, Visual, Vlm, ZooError};
+use crate::{KeptVisuals, Routing, VideoTime, View, Visual, Vlm, ZooError};
 
 /// A question about any number of images and videos.
 #[derive(Debug, Clone)]
@@ -62,7 +62,7 @@ pub struct Answer {
     /// How each image and video of the prompt was seen.
     pub views: Vec<View>,
     /// Of each visual token of the prompt, the view it belongs to and its place there; `None` for a
-    /// token without one (see [`reducers::encoder::Reduced`]).
+    /// token without one (see [`reducers::encoder::KeptVisuals`]).
     pub cells: Vec<(usize, Option<usize>)>,
     /// What routing did; decisions of this sample only. Its rows are those that were computed: in a
     /// conversation, earlier turns have computed the others.
@@ -92,7 +92,7 @@ pub(crate) struct Prefilled<B: Backend> {
     pub(crate) ids: Vec<Vec<u32>>,
     /// Views of each sample.
     pub(crate) views: Vec<Vec<View>>,
-    pub(crate) reduction: Option<Reduction>,
+    pub(crate) reduction: Option<KeptVisuals>,
     pub(crate) prompt: Prompt<B>,
     pub(crate) prefill: Prefill<B>,
     pub(crate) timings: Timings,
@@ -156,7 +156,7 @@ impl<B: Backend> Vlm<B> {
         let prefilled = Prefilled {
             ids,
             views,
-            reduction: tokens.reduction,
+            reduction: tokens.kept,
             prompt,
             prefill,
             timings,

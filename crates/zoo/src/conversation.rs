@@ -105,7 +105,7 @@ impl<'a, B: Backend> Conversation<'a, B> {
         let prefilled = Prefilled {
             ids,
             views: samples,
-            reduction: tokens.reduction.clone(),
+            reduction: tokens.kept.clone(),
             prompt,
             prefill,
             timings,

@@ -132,7 +132,7 @@ macro_rules! families {
                 samples: &[Sample],
                 tokens: &VisualTokens<B>,
             ) -> Result<Prompt<B>, ZooError> {
-                let kept = kept_rows(self.config(), samples, tokens.reduction.as_ref());
+                let kept = kept_rows(self.config(), samples, tokens.kept.as_ref());
                 let (images, videos) = (tokens.images.as_ref(), tokens.videos.as_ref());
                 Ok(match self {
                     $(Self::$family(model) => {

@@ -77,8 +77,8 @@ pub use reroute::{FinishReason, GenerationOptions, SamplingOptions};
 pub use reroute_checkpoint::Folder;
 pub use reroute_family::{
     Arithmetic, Dialect, EncoderStep, FamilyConfig, FamilyError, FamilyModel, ImageOptions,
-    KeptTokens, Memory, Modality, Picture, Pictures, PixelTensors, Prepared, Preprocessor,
-    Reduction, Sample, Video, VideoTime, View, Visual, VisualTokens,
+    KeptTokens, KeptVisuals, Memory, Modality, Picture, Pictures, PixelTensors, Prepared,
+    Preprocessor, Sample, Video, VideoTime, View, Visual, VisualTokens,
 };
 pub use routing::Routing;
 pub use template::ChatTemplate;

@@ -257,7 +257,7 @@ impl<B: Backend> Vlm<B> {
     ) -> Result<(Prompt<B>, Vec<Vec<u32>>), ZooError> {
         let samples = ids.iter().zip(views);
         let samples: Vec<Sample> = samples.map(|(ids, views)| sample(ids, views)).collect();
-        let kept = kept_rows(self.model.config(), &samples, tokens.reduction.as_ref());
+        let kept = kept_rows(self.model.config(), &samples, tokens.kept.as_ref());
         let kept = ids.iter().zip(kept).map(|(ids, kept)| kept.of(ids));
         let kept = kept.collect::<Result<_, _>>()?;
         Ok((self.model.prompt(&samples, tokens)?, kept))

@@ -4,10 +4,11 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use burn::tensor::backend::Backend;
-use burn::tensor::{FloatDType, Int, Tensor};
+use burn::tensor::{FloatDType, Tensor};
 
 use super::host::{argmax, read};
 use crate::ReducerError;
+use crate::device::indices;
 
 /// Most similarities held at a time, 64 MiB of them: all pairs of 4096 tokens.
 const MOST: usize = 1 << 24;
@@ -65,6 +66,27 @@ impl<B: Backend> Cosines<B> {
         Ok(nearest)
     }
 
+    /// Similarities of some tokens to others, token by token, `others.len()` numbers each.
+    pub(super) fn between(
+        &self,
+        tokens: &[usize],
+        others: &[usize],
+    ) -> Result<Vec<f32>, ReducerError> {
+        if let Some(table) = &self.table {
+            let row = |&token: &usize| &table[token * self.tokens()..];
+            let of = |token| others.iter().map(move |&other| row(token)[other]);
+            return Ok(tokens.iter().flat_map(of).collect());
+        }
+        if tokens.is_empty() || others.is_empty() {
+            return Ok(Vec::new());
+        }
+        let columns = |of: &[usize]| {
+            let of = indices(of.iter().copied(), &self.unit.device());
+            self.unit.clone().select(1, of)
+        };
+        read(columns(tokens).transpose().matmul(columns(others)))
+    }
+
     /// Each token's mean similarity to other vectors.
     ///
     /// # Shapes
@@ -99,8 +121,7 @@ pub(super) fn nearest<B: Backend>(
     }
     let unit = unit(features)?;
     let columns = |tokens: &[usize]| {
-        let tokens: Vec<i64> = tokens.iter().map(|&token| token as i64).collect();
-        let tokens = Tensor::<B, 1, Int>::from_data(tokens.as_slice(), &unit.device());
+        let tokens = indices(tokens.iter().copied(), &unit.device());
         unit.clone().select(1, tokens)
     };
     let candidates = columns(among);

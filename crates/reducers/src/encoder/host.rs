@@ -5,8 +5,9 @@ use std::cmp::Ordering;
 use burn::tensor::backend::Backend;
 use burn::tensor::{FloatDType, Tensor};
 
-use super::{EncoderShape, Tap};
+use super::EncoderShape;
 use crate::ReducerError;
+use crate::device::read_back;
 
 /// The numbers of a tensor whose columns are tokens, row by row.
 ///
@@ -14,13 +15,7 @@ use crate::ReducerError;
 /// [`ReducerError::NanScore`] names the first token that has one.
 pub(super) fn read<B: Backend>(tensor: Tensor<B, 2>) -> Result<Vec<f32>, ReducerError> {
     let columns = tensor.dims()[1];
-    let data = tensor.cast(FloatDType::F32).try_into_data();
-    let values = data
-        .map_err(|error| error.to_string())
-        .and_then(|data| data.into_vec::<f32>().map_err(|error| format!("{error:?}")))
-        .map_err(|error| ReducerError::Reduction {
-            reason: format!("its numbers could not be read back from the device: {error}"),
-        })?;
+    let values = read_back(tensor)?;
     match values.iter().position(|value| value.is_nan()) {
         Some(at) => Err(ReducerError::NanScore {
             index: at % columns,
@@ -34,21 +29,7 @@ pub(super) fn read_mean<B: Backend>(tensor: Tensor<B, 2>) -> Result<Vec<f32>, Re
     read(tensor.cast(FloatDType::F32).mean_dim(0))
 }
 
-/// The attention that says which tokens matter: the class token's, or where there is none, what a
-/// token receives.
-pub(super) fn attention(encoder: &EncoderShape, layer: usize) -> Tap {
-    match encoder.class_token {
-        true => Tap::ClassAttention { layer },
-        false => Tap::ReceivedAttention { layer },
-    }
-}
-
-/// The layer whose output becomes visual tokens.
-pub(super) fn feature_layer(encoder: &EncoderShape) -> usize {
-    encoder.feature_layer.saturating_sub(1)
-}
-
-/// Refuses encoders without a class token.
+/// Refuses towers without a class token.
 pub(super) fn require_class_token(
     method: &'static str,
     encoder: &EncoderShape,
@@ -58,10 +39,45 @@ pub(super) fn require_class_token(
     }
     Err(ReducerError::Unsupported {
         method,
-        reason: "it ranks by the class token's attention, and this vision encoder has no class \
-                 token; use vision-zip, hi-prune or vscan, which rank by received attention there"
+        reason: "it ranks by the class token's attention, and this vision tower has no class token; \
+                 use visionzip@192, hiprune@192 or vscan@192, which rank by received attention there"
             .into(),
     })
+}
+
+/// Refuses a layer that the tower does not have.
+pub(super) fn require_layer(
+    method: &'static str,
+    setting: &str,
+    layer: Option<usize>,
+    encoder: &EncoderShape,
+) -> Result<(), ReducerError> {
+    match layer {
+        Some(layer) if layer >= encoder.num_layers => Err(ReducerError::Unsupported {
+            method,
+            reason: format!(
+                "{setting} {layer} is beyond the {} layers of this vision tower, counted from 0",
+                encoder.num_layers
+            ),
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// Refuses what is no share from 0 to 1.
+pub(super) fn require_share(
+    method: &'static str,
+    setting: &str,
+    share: f64,
+) -> Result<(), ReducerError> {
+    // NaN is in no range.
+    match (0.0..=1.0).contains(&share) {
+        true => Ok(()),
+        false => Err(ReducerError::Unsupported {
+            method,
+            reason: format!("{setting} {share} is no share; use a number from 0 to 1"),
+        }),
+    }
 }
 
 /// The tokens that are not among `chosen`, ascending.

@@ -1,13 +1,12 @@
 //! The methods. Nothing here decides anything: this is the table that `reroute presets` and the
 //! README print.
 
-use crate::encoder::{
-    AveragePooling, CdPruner, DivPrune, EncoderMethod, EncoderShape, FasterVlm, HiPrune, Nuwa,
-    PruMerge, RandomTokens, UniformGrid, VScan, VisPruner, VisionZip,
-};
+use std::sync::LazyLock;
+
+use crate::encoder::{BuiltIn, EncoderMethod, EncoderShape, InPresets, Nuwa, VScan};
 use crate::{
     About, Action, Attention, Duplication, HeadReduce, Keep, Positions, Profile, Query, Random,
-    Score, ScoreDtype, ScoreLayer, SoftmaxKeys, Support,
+    Score, ScoreDtype, ScoreLayer, SoftmaxKeys,
 };
 
 use super::Method;
@@ -92,28 +91,27 @@ const DART_HERE: Score = Score::Duplication(Duplication {
 fn vscan_score(encoder: &EncoderShape) -> Score {
     Score::Attention(Attention {
         dtype: ScoreDtype::Model,
-        rope: encoder.class_token,
+        rope: encoder.settings(true, false),
         ..ATTENTION
     })
 }
 
-/// A method of the decoder: works with every family, because nothing of the encoder is needed.
-const IN_DECODER: About = About {
-    description: "",
-    source: "",
-    exact: "",
-    interpretation: "",
-    llava: Support::Yes,
-    qwen: Support::Yes,
-};
+/// All methods, in the order of tables.
+pub(super) static METHODS: LazyLock<Vec<Method>> = LazyLock::new(|| {
+    let of_encoder = || EncoderMethod::IN_PRESETS.iter().flatten();
+    let removing = REMOVING.iter().cloned().chain(of_encoder().map(encoder));
+    let rerouting = REROUTING.iter().cloned().chain(of_encoder().map(routed));
+    removing.chain(rerouting).collect()
+});
 
-pub(super) static METHODS: &[Method] = &[
+/// Nothing dismissed comes back; beside them the methods that `encoder` makes.
+const REMOVING: &[Method] = &[
     Method {
         name: "dense",
         about: About {
             description: "the plain model: every layer works on every token",
             source: "no reduction",
-            ..IN_DECODER
+            ..About::NOTHING
         },
         recipe: Recipe::Dense,
     },
@@ -123,7 +121,7 @@ pub(super) static METHODS: &[Method] = &[
             description: "one early decision, the rest is removed",
             source: "FastV, arXiv 2403.06764; ratios: Reroute, arXiv 2606.12412",
             exact: "as in Reroute's release: the decision layer's own attention, f32, truncated counts",
-            ..IN_DECODER
+            ..About::NOTHING
         },
         recipe: Recipe::Decoder(DecoderRecipe {
             layers: &[3],
@@ -140,7 +138,7 @@ pub(super) static METHODS: &[Method] = &[
                     original positions, no decision after the prefill",
             interpretation: "not copied: every sample of a batch is ranked by itself, not by the \
                              first; pictures are found by their ids, not at fixed rows",
-            ..IN_DECODER
+            ..About::NOTHING
         },
         recipe: Recipe::Decoder(DecoderRecipe {
             layers: &[2],
@@ -157,10 +155,10 @@ pub(super) static METHODS: &[Method] = &[
     Method {
         name: "pdrop",
         about: About {
-            description: "four decisions, each removes more of the survivors",
+            description: "four decisions, each removes more of those kept",
             source: "PyramidDrop, arXiv 2410.17247; layers and ratios: Reroute, arXiv 2606.12412",
             exact: "as in Reroute's release: f32, original positions, at least one token",
-            ..IN_DECODER
+            ..About::NOTHING
         },
         recipe: Recipe::Decoder(DecoderRecipe {
             monotonic: true,
@@ -179,10 +177,7 @@ pub(super) static METHODS: &[Method] = &[
                     numbered anew from each decision on, generated tokens behind them",
             interpretation: "not copied: right padding, truncation to the tokenizer's length, the \
                              first picture of a sample only",
-            llava: Support::Yes,
-            qwen: Support::No(
-                "its positions have several axes, which cannot be numbered anew; use pdrop",
-            ),
+            ..About::NOTHING
         },
         recipe: Recipe::Decoder(DecoderRecipe {
             positions: Positions::Renumber,
@@ -203,7 +198,7 @@ pub(super) static METHODS: &[Method] = &[
         about: About {
             description: "one early decision by chance, the rest is removed: a baseline",
             source: "baseline",
-            ..IN_DECODER
+            ..About::NOTHING
         },
         recipe: Recipe::Decoder(DecoderRecipe {
             layers: &[3],
@@ -216,36 +211,6 @@ pub(super) static METHODS: &[Method] = &[
         about: Nuwa::ABOUT,
         recipe: Recipe::Nuwa(NuwaForm::Released),
     },
-    encoder("random-tokens", RandomTokens::ABOUT, || {
-        EncoderMethod::Random(RandomTokens::default())
-    }),
-    encoder("uniform-grid", UniformGrid::ABOUT, || {
-        EncoderMethod::UniformGrid(UniformGrid::default())
-    }),
-    encoder("average-pooling", AveragePooling::ABOUT, || {
-        EncoderMethod::AveragePooling(AveragePooling::default())
-    }),
-    encoder("visionzip", VisionZip::ABOUT, || {
-        EncoderMethod::VisionZip(VisionZip::default())
-    }),
-    encoder("fastervlm", FasterVlm::ABOUT, || {
-        EncoderMethod::FasterVlm(FasterVlm::default())
-    }),
-    encoder("vispruner", VisPruner::ABOUT, || {
-        EncoderMethod::VisPruner(VisPruner::default())
-    }),
-    encoder("divprune", DivPrune::ABOUT, || {
-        EncoderMethod::DivPrune(DivPrune::default())
-    }),
-    encoder("cdpruner", CdPruner::ABOUT, || {
-        EncoderMethod::CdPruner(CdPruner::default())
-    }),
-    encoder("prumerge-plus", PruMerge::ABOUT, || {
-        EncoderMethod::PruMerge(PruMerge::plus())
-    }),
-    encoder("hiprune", HiPrune::ABOUT, || {
-        EncoderMethod::HiPrune(HiPrune::default())
-    }),
     Method {
         name: "vscan",
         about: VScan::ABOUT,
@@ -265,7 +230,7 @@ pub(super) static METHODS: &[Method] = &[
             interpretation: "nothing is recycled and positions keep their gaps, as in version 2; \
                              version 2's correction of probabilities is left out; the label is the \
                              release's, which counts later layers than it reduces",
-            ..IN_DECODER
+            ..About::NOTHING
         },
         recipe: Recipe::Decoder(DecoderRecipe {
             layers: &[3, 7, 16],
@@ -286,7 +251,7 @@ pub(super) static METHODS: &[Method] = &[
             interpretation: "evenly spread tokens count towards the budget, which the release \
                              exceeds by as many as attention did not pick; the layer before is read \
                              as executed, rotated back; models it was not released for",
-            ..IN_DECODER
+            ..About::NOTHING
         },
         recipe: Recipe::Decoder(DecoderRecipe {
             layers: &[8, 16],
@@ -307,7 +272,7 @@ pub(super) static METHODS: &[Method] = &[
                     norm, equal quotas; 196, 132 and 68 tokens as the released labels keep",
             interpretation: "pivots take turns by key length, visual ones first; the release's order \
                              is that of a Python set; whose models beyond LLaVA is ours",
-            ..IN_DECODER
+            ..About::NOTHING
         },
         recipe: Recipe::Decoder(DecoderRecipe {
             layers: &[2],
@@ -321,13 +286,17 @@ pub(super) static METHODS: &[Method] = &[
             ..DECODER
         }),
     },
+];
+
+/// What is dismissed may come back; beside them the methods that `routed` makes.
+const REROUTING: &[Method] = &[
     Method {
         name: "reroute-fastv",
         about: About {
             description: "four decisions at FastV's ratio, the rest bypasses and may come back",
             source: "Reroute, arXiv 2606.12412",
             exact: "as released; its cost per layer is that of fastv",
-            ..IN_DECODER
+            ..About::NOTHING
         },
         recipe: Recipe::Decoder(DecoderRecipe {
             action: Action::Reroute,
@@ -346,7 +315,7 @@ pub(super) static METHODS: &[Method] = &[
             description: "four decisions in a pyramid, the rest bypasses and may come back",
             source: "Reroute, arXiv 2606.12412",
             exact: "as released",
-            ..IN_DECODER
+            ..About::NOTHING
         },
         recipe: Recipe::Decoder(DecoderRecipe {
             action: Action::Reroute,
@@ -366,7 +335,7 @@ pub(super) static METHODS: &[Method] = &[
             description: "PDrop's own layers and counts, rerouted: equal cost in every layer",
             source: "Reroute, arXiv 2606.12412, on the schedule of pdrop",
             interpretation: "the release reroutes a pyramid of its own (reroute-pdrop)",
-            ..IN_DECODER
+            ..About::NOTHING
         },
         recipe: Recipe::Decoder(DecoderRecipe {
             action: Action::Reroute,
@@ -381,7 +350,7 @@ pub(super) static METHODS: &[Method] = &[
         about: About {
             description: "four decisions by chance, each drawn anew: a baseline",
             source: "baseline",
-            ..IN_DECODER
+            ..About::NOTHING
         },
         recipe: Recipe::Decoder(DecoderRecipe {
             action: Action::Reroute,
@@ -397,7 +366,8 @@ pub(super) static METHODS: &[Method] = &[
             source: "Reroute, arXiv 2606.12412, names the combination; its release has none",
             interpretation: "decisions at layers 16, 20, 24, 28 of 32 (Qwen: 15, 18, 21, 24 of 28), \
                              ranked as Reroute ranks: deferred tokens have no executed attention",
-            ..IN_DECODER
+            towers: Nuwa::ABOUT.towers,
+            ..About::NOTHING
         },
         recipe: Recipe::Nuwa(NuwaForm::Reroute),
     },
@@ -407,51 +377,23 @@ pub(super) static METHODS: &[Method] = &[
             description: "Nüwa's stage 1, then four early decisions in a pyramid of equal average",
             source: "Reroute, arXiv 2606.12412, names the combination; its release has none",
             interpretation: "decisions at layers 2, 7, 15, 23 of 32 over the tokens of stage 1",
-            ..IN_DECODER
+            towers: Nuwa::ABOUT.towers,
+            ..About::NOTHING
         },
         recipe: Recipe::Nuwa(NuwaForm::Pyramid),
     },
     Method {
         name: "reroute-nuwa-full",
         about: About {
-            description: "reroute-nuwa, whose decisions may also call what stage 1 left out",
+            description: "reroute-nuwa, whose decisions may also call what stage 1 does not keep",
             source: "an experiment of this project; nobody claims it",
-            interpretation: "what stage 1 leaves out enters as the encoder made it, and waits; costs \
-                             the memory of those rows",
-            ..IN_DECODER
+            interpretation: "what stage 1 does not keep enters as the encoder made it, and waits; \
+                             costs the memory of those rows",
+            towers: Nuwa::ABOUT.towers,
+            ..About::NOTHING
         },
         recipe: Recipe::Nuwa(NuwaForm::FullPool),
     },
-    routed("reroute-random-tokens", RandomTokens::ABOUT, || {
-        EncoderMethod::Random(RandomTokens::default())
-    }),
-    routed("reroute-uniform-grid", UniformGrid::ABOUT, || {
-        EncoderMethod::UniformGrid(UniformGrid::default())
-    }),
-    routed("reroute-average-pooling", AveragePooling::ABOUT, || {
-        EncoderMethod::AveragePooling(AveragePooling::default())
-    }),
-    routed("reroute-visionzip", VisionZip::ABOUT, || {
-        EncoderMethod::VisionZip(VisionZip::default())
-    }),
-    routed("reroute-fastervlm", FasterVlm::ABOUT, || {
-        EncoderMethod::FasterVlm(FasterVlm::default())
-    }),
-    routed("reroute-vispruner", VisPruner::ABOUT, || {
-        EncoderMethod::VisPruner(VisPruner::default())
-    }),
-    routed("reroute-divprune", DivPrune::ABOUT, || {
-        EncoderMethod::DivPrune(DivPrune::default())
-    }),
-    routed("reroute-cdpruner", CdPruner::ABOUT, || {
-        EncoderMethod::CdPruner(CdPruner::default())
-    }),
-    routed("reroute-prumerge-plus", PruMerge::ABOUT, || {
-        EncoderMethod::PruMerge(PruMerge::plus())
-    }),
-    routed("reroute-hiprune", HiPrune::ABOUT, || {
-        EncoderMethod::HiPrune(HiPrune::default())
-    }),
     Method {
         name: "reroute-vscan",
         about: About {
@@ -472,7 +414,7 @@ pub(super) static METHODS: &[Method] = &[
             source: "Reroute, arXiv 2606.12412, on the schedule of sparsevlm",
             interpretation: "raters ask with the decision layer's own projections: deferred tokens \
                              have no executed attention",
-            ..IN_DECODER
+            ..About::NOTHING
         },
         recipe: Recipe::Decoder(DecoderRecipe {
             action: Action::Reroute,
@@ -490,7 +432,7 @@ pub(super) static METHODS: &[Method] = &[
             description: "FEATHER's rule and counts, rerouted",
             source: "Reroute, arXiv 2606.12412, on the schedule of feather",
             interpretation: "the decision layer's own projections",
-            ..IN_DECODER
+            ..About::NOTHING
         },
         recipe: Recipe::Decoder(DecoderRecipe {
             action: Action::Reroute,
@@ -508,7 +450,7 @@ pub(super) static METHODS: &[Method] = &[
             description: "DART's count at four decisions, pivots chosen anew each time",
             source: "Reroute, arXiv 2606.12412, on the rule of dart",
             interpretation: "the decision layer's own keys: deferred tokens have no executed ones",
-            ..IN_DECODER
+            ..About::NOTHING
         },
         recipe: Recipe::Decoder(DecoderRecipe {
             action: Action::Reroute,
@@ -526,25 +468,25 @@ pub(super) static METHODS: &[Method] = &[
 ];
 
 /// A method that does all before the decoder.
-const fn encoder(name: &'static str, about: About, method: fn() -> EncoderMethod) -> Method {
+fn encoder(entry: &InPresets) -> Method {
     Method {
-        name,
-        about,
-        recipe: Recipe::Encoder(method),
+        name: entry.name,
+        about: entry.about,
+        recipe: Recipe::Encoder(entry.method),
     }
 }
 
 /// Its recoverable twin: more tokens enter, and the decoder's second half routes over them.
-const fn routed(name: &'static str, about: About, method: fn() -> EncoderMethod) -> Method {
+fn routed(entry: &InPresets) -> Method {
     Method {
-        name,
+        name: entry.rerouted,
         about: About {
             interpretation: "7/4 of the budget enter the decoder; decisions at layers 16, 20, 24, \
                              28 of 32 then keep 1/4 of it, as Nüwa's stages do",
-            ..about
+            ..entry.about
         },
         recipe: Recipe::Late(LateRecipe {
-            method,
+            method: entry.method,
             entering: ENTERING,
             action: Action::Reroute,
             score: |_| Score::Attention(ATTENTION),

@@ -5,10 +5,10 @@ use std::cmp::Reverse;
 use crate::encoder::{EncoderMethod, EncoderShape, Nuwa};
 use crate::{
     Action, Attention, EncoderPlan, HeadReduce, Keep, Plan, Positions, Profile, Query,
-    ReducerError, Rest, Schedule, Score, ScoreDtype, ScoreLayer, Stage, Support, budget,
+    ReducerError, Rest, Schedule, Score, ScoreDtype, ScoreLayer, Stage, budget,
 };
 
-use super::{Method, Preset};
+use super::Preset;
 
 /// Visual tokens the budgets are named after: 24 × 24 patches (LLaVA-1.5).
 const REFERENCE_TOKENS: f64 = 576.0;
@@ -82,24 +82,24 @@ pub(super) enum NuwaForm {
     Reroute,
     /// Rerouted from early on, in a pyramid of the same average.
     Pyramid,
-    /// Rerouted, and what stage 1 left out stands at the decisions too.
+    /// Rerouted, and what stage 1 does not keep is a candidate of the decisions too.
     FullPool,
 }
 
-impl Method {
-    /// Whether it works behind this encoder.
-    pub(super) fn check(&self, encoder: &EncoderShape) -> Result<(), ReducerError> {
-        let support = match encoder.class_token {
-            true => self.about.llava,
-            false => self.about.qwen,
-        };
-        match support {
-            Support::Yes => Ok(()),
-            Support::No(reason) => Err(ReducerError::Unsupported {
-                method: self.name,
-                reason: reason.into(),
-            }),
+impl Recipe {
+    /// The method before the decoder, if there is one.
+    pub(super) fn encoder_method(&self) -> Option<EncoderMethod> {
+        match self {
+            Self::Dense | Self::Decoder(_) => None,
+            Self::Encoder(method) => Some(method()),
+            Self::Late(recipe) => Some((recipe.method)()),
+            Self::Nuwa(_) => Some(EncoderMethod::Nuwa(Nuwa::default())),
         }
+    }
+
+    /// Whether it numbers positions anew.
+    pub(super) fn renumbers(&self) -> bool {
+        matches!(self, Self::Decoder(recipe) if recipe.positions == Positions::Renumber)
     }
 }
 
@@ -213,10 +213,10 @@ impl NuwaForm {
         num_layers: usize,
         encoder: &EncoderShape,
     ) -> Result<Plan, ReducerError> {
-        let (depth, decisions): (_, &[usize]) = match encoder.class_token {
-            true => (LLAVA_DEPTH, &[16, 20, 24, 28]),
-            false => (QWEN_DEPTH, &[15, 18, 21, 24]),
-        };
+        let (depth, decisions): (_, &[usize]) = encoder.settings(
+            (LLAVA_DEPTH, &[16, 20, 24, 28]),
+            (QWEN_DEPTH, &[15, 18, 21, 24]),
+        );
         let stage_2 = preset.layers(&decisions[..1], depth, num_layers)?[0];
         let of_budget = |&&(budget, ..): &&(usize, f64, f64)| Some(budget) == preset.budget;
         // Share of all tokens that enters the decoder, and what stage 2 keeps of it.
@@ -229,10 +229,7 @@ impl NuwaForm {
                 (preset.share() * ENTERING, Keep::Rounded(solved[0]))
             }
         };
-        let keep = match encoder.class_token {
-            true => Keep::Rounded(entering),
-            false => Keep::Raised(entering),
-        };
+        let keep = encoder.settings(Keep::Rounded(entering), Keep::Raised(entering));
         let kept = selected.ratio().unwrap_or(1.0);
         let stages: Vec<Stage> = match self {
             Self::Released => vec![Stage::new(stage_2, selected).by(stage_2_score(encoder))],
@@ -274,10 +271,10 @@ impl NuwaForm {
 /// What stage 2 of Nüwa ranks by: the attention of the layer before as executed, of the last row
 /// (LLaVA) or the mean of the last three, the highest head (Qwen).
 fn stage_2_score(encoder: &EncoderShape) -> Score {
-    let (query, heads) = match encoder.class_token {
-        true => (Query::Last, HeadReduce::Mean),
-        false => (Query::LastMean(3), HeadReduce::Max),
-    };
+    let (query, heads) = encoder.settings(
+        (Query::Last, HeadReduce::Mean),
+        (Query::LastMean(3), HeadReduce::Max),
+    );
     Score::Attention(Attention {
         layer: ScoreLayer::Previous,
         query,

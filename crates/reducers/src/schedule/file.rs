@@ -1,25 +1,61 @@
 //! The JSON form of a schedule, as users write it: parsed here, checked by [`Schedule::new`].
 
+use serde::de::Error;
 use serde::{Deserialize, Serialize};
 use serde_json::Number;
 
-use super::{Action, Layout, Positions, Schedule, Stage};
+use super::{Action, HiddenLayout, Positions, Schedule, Stage};
 use crate::keep::Rounding;
+use crate::plan::EncoderFile;
 use crate::{Keep, ReducerError, Score};
 
 /// A schedule as written. A key that nobody knows is refused: in a file written by hand it is a
 /// typing error.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct ScheduleFile {
+pub(crate) struct ScheduleFile {
+    #[serde(default)]
     action: Action,
     #[serde(default)]
     monotonic: bool,
     #[serde(default, skip_serializing_if = "is_default")]
     positions: Positions,
     #[serde(default, skip_serializing_if = "is_default")]
-    layout: Layout,
+    layout: HiddenLayout,
     stages: Vec<StageFile>,
+}
+
+/// The same and what comes before the decoder; one of the two may be left out.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct PlanFile {
+    #[serde(default)]
+    pub(crate) encoder: Option<EncoderFile>,
+    #[serde(default)]
+    action: Action,
+    #[serde(default)]
+    monotonic: bool,
+    #[serde(default)]
+    positions: Positions,
+    #[serde(default)]
+    layout: HiddenLayout,
+    stages: Option<Vec<StageFile>>,
+}
+
+impl PlanFile {
+    /// What happens in the decoder; nothing, if that is left out and the tokens are `reduced` before.
+    pub(crate) fn schedule(self, reduced: bool) -> serde_json::Result<ScheduleFile> {
+        let stages = self.stages.or_else(|| reduced.then(Vec::new));
+        Ok(ScheduleFile {
+            action: self.action,
+            monotonic: self.monotonic,
+            positions: self.positions,
+            layout: self.layout,
+            stages: stages.ok_or_else(|| {
+                serde_json::Error::custom("missing field `stages`, and no `encoder` either")
+            })?,
+        })
+    }
 }
 
 /// A stage as written. Whole numbers are read as any number, so that the refusal of -1 or 2.5 can

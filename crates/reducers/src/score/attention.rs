@@ -3,8 +3,9 @@ use burn::tensor::backend::Backend;
 use burn::tensor::{DType, FloatDType, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
-use super::{Embedded, Scorer, Standing, read_back};
-use crate::ReducerError;
+use super::{DecisionRows, DecisionView, Embedded, Rule, Scorer};
+use crate::device::{indices, read_back};
+use crate::{DecoderShape, ReducerError};
 
 /// Attention that a row receives from the prompt's last rows. The default is the score of Reroute
 /// (arXiv 2606.12412).
@@ -92,10 +93,53 @@ pub enum ScoreDtype {
     Model,
 }
 
+impl Rule for Attention {
+    fn layer(&self) -> Option<ScoreLayer> {
+        Some(self.layer)
+    }
+
+    fn is_unrotated(&self) -> bool {
+        !self.rope
+    }
+
+    fn check(&self) -> Result<(), &'static str> {
+        match self.query {
+            Query::LastMean(0) => Err("the mean of the last 0 rows is nothing; use at least 1"),
+            _ => Ok(()),
+        }
+    }
+
+    /// Of `q` asking rows over `S` rows: products `2·q·H·d_h·S`, and queries `2·(q - 1)·d·H·d_h`
+    /// where they are this layer's (one row's are not counted, as in the convention). Raters are all
+    /// of the text at most, and cost `2·visual·text·d` to find.
+    fn flops(&self, shape: &DecoderShape, rows: DecisionRows) -> f64 {
+        let all = rows.text as f64 + rows.candidates as f64;
+        let asking = match self.query {
+            Query::Last => 1.0,
+            Query::LastMean(count) => (count as f64).min(all),
+            Query::Raters => rows.text as f64,
+        };
+        let width = shape.hidden_size as f64;
+        let queries = match self.layer {
+            ScoreLayer::This => 2.0 * (asking - 1.0).max(0.0) * width * shape.query_width(),
+            ScoreLayer::Previous => 0.0,
+        };
+        let raters = match self.query {
+            Query::Raters => 2.0 * rows.visual as f64 * rows.text as f64 * width,
+            _ => 0.0,
+        };
+        2.0 * asking * shape.query_width() * all + queries + raters
+    }
+}
+
 impl<B: Backend> Scorer<B> for Attention {
-    fn score(&self, standing: &dyn Standing<B>) -> Result<Tensor<B, 1>, ReducerError> {
-        let rows = standing.rows();
-        let keys = standing.keys(self.layer, self.rope).swap_dims(1, 2);
+    fn score(&self, view: &dyn DecisionView<B>) -> Result<Tensor<B, 1>, ReducerError> {
+        let rows = view.rows();
+        if rows == 0 {
+            let device = view.hidden_states().device();
+            return Ok(Tensor::zeros([0], (&device, DType::F32)));
+        }
+        let keys = view.keys(self.layer, self.rope).swap_dims(1, 2);
         let earlier = keys.dims()[1] - rows;
         let (mut asking, count): (Vec<usize>, usize) = match self.query {
             Query::Last => (vec![rows - 1], 1),
@@ -105,14 +149,14 @@ impl<B: Backend> Scorer<B> for Attention {
                 count.min(earlier + rows),
             ),
             Query::Raters => {
-                let raters = raters(standing)?;
+                let raters = raters(view)?;
                 let count = raters.len();
                 (raters, count)
             }
         };
         let candidates = match self.keys {
             SoftmaxKeys::All => None,
-            SoftmaxKeys::Candidates => Some(standing.candidates()),
+            SoftmaxKeys::Candidates => Some(view.candidates()),
         };
         if let Some(candidates) = candidates {
             // A row before all candidates has nothing to share among them.
@@ -121,7 +165,7 @@ impl<B: Backend> Scorer<B> for Attention {
         if asking.is_empty() {
             return Ok(Tensor::zeros([rows], (&keys.device(), DType::F32)));
         }
-        let queries = standing.queries(self.layer, &asking, self.rope);
+        let queries = view.queries(self.layer, &asking, self.rope);
         let mask = hidden_keys(&asking, earlier, rows, candidates, &keys);
         let scores = self.reduce(queries.swap_dims(1, 2), keys, mask, count);
         Ok(scores.narrow(0, earlier, rows))
@@ -216,15 +260,17 @@ fn hidden_keys<B: Backend>(
     Some(Tensor::from_data(data, (&like.device(), DType::F32)))
 }
 
-/// SparseVLM's raters among the standing rows (arXiv 2410.04417): of the text rows behind the last
+/// SparseVLM's raters among the rows of a decision (arXiv 2410.04417): of the text rows behind the last
 /// visual one, those that get more than an equal share when every visual row spreads a softmax over
 /// them by dot product, all as embedded; all of them if none does.
-fn raters<B: Backend>(standing: &dyn Standing<B>) -> Result<Vec<usize>, ReducerError> {
-    let Embedded { embeddings, visual } = standing.prompt();
+fn raters<B: Backend>(view: &dyn DecisionView<B>) -> Result<Vec<usize>, ReducerError> {
+    let Embedded { embeddings, visual } = view.prompt();
     let first = visual.last().map_or(0, |last| last + 1);
-    let text = embeddings.dims()[1] - first;
-    let of_visual: Vec<i64> = visual.iter().map(|&row| row as i64).collect();
-    let of_visual = Tensor::from_data(of_visual.as_slice(), &embeddings.device());
+    let text = embeddings.dims()[1].saturating_sub(first);
+    if visual.is_empty() || text == 0 {
+        return Ok(Vec::new());
+    }
+    let of_visual = indices(visual, &embeddings.device());
     let of_visual = embeddings.clone().select(1, of_visual).transpose();
     let products = of_visual.matmul(embeddings.narrow(1, first, text));
     let shares = read_back(softmax(products.cast(FloatDType::F32), 1).mean_dim(0))?;
@@ -233,7 +279,7 @@ fn raters<B: Backend>(standing: &dyn Standing<B>) -> Result<Vec<usize>, ReducerE
             .get(row - first)
             .is_some_and(|&s| s > 1.0 / text as f32)
     };
-    let rows = standing.rows_in_prompt();
+    let rows = view.rows_in_prompt();
     let all: Vec<usize> = (0..rows.len()).filter(|&at| rows[at] >= first).collect();
     let raters: Vec<usize> = all.iter().copied().filter(|&at| above(&rows[at])).collect();
     Ok(if raters.is_empty() { all } else { raters })

@@ -1,15 +1,18 @@
 //! What must hold for every method.
 
+use burn::tensor::Tensor;
 use proptest::prelude::*;
 use reducers::ReducerError;
 use reducers::encoder::{
-    CdPruner, DivPrune, EncoderShape, FasterVlm, HiPrune, PruMerge, Tap, VScan, VisPruner,
-    VisionZip,
+    CdPruner, DivPrune, EncoderMethod, EncoderReducer, EncoderShape, FasterVlm, HiPrune, Nuwa,
+    PruMerge, Reduction, Seen, Tap, VScan, VisPruner, VisionZip, Weights, reduce,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::support::{CLIP, Method, Picture, QWEN};
+use crate::support::{CLIP, DINOV2, Flex, Method, Picture, QWEN, SIGLIP};
+
+const TOWERS: [EncoderShape; 4] = [CLIP, QWEN, SIGLIP, DINOV2];
 
 /// Methods, whether they need a class token, and whether a picture may say how many tokens it keeps.
 fn methods() -> [(Method, bool, bool); 10] {
@@ -40,9 +43,9 @@ fn methods_of(encoder: EncoderShape) -> impl Iterator<Item = (Method, bool)> {
 
 fn pictures() -> impl Strategy<Value = (Picture, usize)> {
     let tall_or_wide = (1_usize..13, 1_usize..13);
-    (tall_or_wide, any::<[bool; 2]>(), any::<u64>(), 0.0..1.0).prop_map(
-        |((rows, columns), [class_token, coarse], seed, share)| {
-            let encoder = if class_token { CLIP } else { QWEN };
+    let tower = prop::sample::select(TOWERS.to_vec());
+    (tall_or_wide, tower, any::<bool>(), any::<u64>(), 0.0..1.0).prop_map(
+        |((rows, columns), encoder, coarse, seed, share)| {
             let mut picture = Picture::random([rows, columns], encoder, seed);
             picture.coarse = coarse;
             (picture, 1 + (share * (rows * columns) as f64) as usize)
@@ -87,7 +90,7 @@ proptest! {
 /// Wherever it is in what a method decides by.
 #[test]
 fn nan_is_refused() {
-    for encoder in [CLIP, QWEN] {
+    for encoder in TOWERS {
         for (method, _) in methods_of(encoder) {
             let mut picture = Picture::random([4, 5], encoder, 3);
             // The class token itself is kept unseen.
@@ -112,7 +115,7 @@ fn nan_is_refused() {
 /// Equal tokens, zero vectors: nothing to rank by, and still a reduction.
 #[test]
 fn flat_pictures() {
-    for encoder in [CLIP, QWEN] {
+    for encoder in TOWERS {
         for (method, adaptive) in methods_of(encoder) {
             for value in [0.0, 0.25] {
                 let mut picture = Picture::random([3, 4], encoder, 0);
@@ -151,4 +154,133 @@ fn settings_are_json_and_all_optional() {
     check(FasterVlm::default());
     check(VisPruner { important: 0.7 });
     check(PruMerge::plus());
+}
+
+/// Behind a tower that nothing was published for: CLIP's settings in proportion to the depth, and
+/// where there is no class token, received attention for the class token's. Never Qwen-VL's.
+#[test]
+fn other_towers_get_clips_settings() {
+    let deep = |encoder: EncoderShape| EncoderShape {
+        num_layers: 27,
+        feature_layer: 26,
+        ..encoder
+    };
+    let attention = |encoder: &EncoderShape, layer| match encoder.class_token {
+        true => Tap::ClassAttention { layer },
+        false => Tap::ReceivedAttention { layer },
+    };
+    for encoder in [deep(SIGLIP), deep(DINOV2)] {
+        let needs = |method: &dyn EncoderReducer<Flex>| method.needs(&encoder).unwrap();
+        assert_eq!(
+            needs(&VScan::default())[..2],
+            [attention(&encoder, 27 * 5 / 24), attention(&encoder, 25)]
+        );
+        let middle = Tap::ReceivedAttention {
+            layer: 27 * 9 / 24 - 1,
+        };
+        assert_eq!(needs(&HiPrune::default())[0], middle);
+        let mean = Tap::MeanHidden {
+            first: 18,
+            last: 27,
+        };
+        assert_eq!(needs(&Nuwa::default()), [attention(&encoder, 25), mean]);
+        assert_eq!(
+            needs(&VisionZip::default()).contains(&Tap::ClassToken),
+            encoder.class_token
+        );
+    }
+    // 10 of 64 are contextual, whatever the picture's size.
+    let picture = Picture::random([20, 20], SIGLIP, 3);
+    let reduction = picture.reduced(&VisionZip::default(), 64).unwrap();
+    let Weights::Parts(parts) = reduction.weights else {
+        panic!("parts");
+    };
+    let mut sums = vec![0.0; 64];
+    parts
+        .iter()
+        .for_each(|part| sums[part.token] += part.weight);
+    assert_eq!(sums.iter().filter(|&&sum| sum > 1.5).count(), 10);
+}
+
+/// What pools and merges weighs in no more than there are tokens and neighbours to merge.
+#[test]
+fn parts_are_as_many_as_there_are_tokens() {
+    for (method, most) in [
+        ("average-pooling", 1),
+        ("visionzip", 1),
+        ("vscan", 1),
+        ("prumerge", 33),
+    ] {
+        let method: EncoderMethod =
+            serde_json::from_str(&format!(r#"{{"{method}": {{}}}}"#)).unwrap();
+        let picture = Picture::random([16, 16], CLIP, 5);
+        let reduction = picture.reduced(&method, 100).unwrap();
+        let Weights::Parts(parts) = &reduction.weights else {
+            panic!("{method:?}");
+        };
+        assert!(parts.len() <= 257 + (most - 1) * 100, "{method:?}");
+    }
+}
+
+/// A reduction applied in half precision sums in single precision.
+#[test]
+fn many_small_parts_are_summed_in_f32() {
+    use burn::tensor::FloatDType;
+    let picture = Picture::random([40, 40], CLIP, 0);
+    let reduction = picture
+        .reduced(&EncoderMethod::AveragePooling(Default::default()), 1)
+        .unwrap();
+    let ones = Tensor::<Flex, 2>::ones([2, 1600], &Default::default()).cast(FloatDType::F16);
+    let mean = reduction.apply(ones, None).unwrap().cast(FloatDType::F32);
+    let mean: Vec<f32> = mean.into_data().to_vec().unwrap();
+    assert_eq!(mean, [1.0, 1.0]);
+}
+
+/// Pictures without tokens, of other sizes than they say, or of heads that do not divide them.
+#[test]
+fn what_is_no_picture_is_refused() {
+    let method = VisionZip::default();
+    let whole = Picture::random([4, 5], CLIP, 3).seen(&method).unwrap();
+    let refused = |seen: Seen<Flex>| {
+        let error = reduce(&method, &seen, 7).unwrap_err();
+        assert!(matches!(error, ReducerError::Picture { .. }), "{error}");
+    };
+    for grid in [[0, 5], [4, 0], [0, 0], [5, 5], [usize::MAX, 2]] {
+        refused(Seen {
+            grid,
+            ..whole.clone()
+        });
+    }
+    for num_heads in [0, 3] {
+        let mut seen = whole.clone();
+        seen.encoder.num_heads = num_heads;
+        refused(seen);
+    }
+    assert!(reduce(&method, &whole, usize::MAX).is_ok());
+}
+
+/// What a reduction of one's own cannot be, and what it cannot be applied to.
+#[test]
+fn what_is_no_reduction_is_refused() {
+    use reducers::encoder::Part;
+    let refused = |reduction: Reduction<Flex>| {
+        let features = Tensor::ones([2, 6], &Default::default());
+        let error = reduction.apply(features, None).unwrap_err();
+        assert!(matches!(error, ReducerError::Reduction { .. }), "{error}");
+    };
+    refused(Reduction::selection(vec![6]));
+    refused(Reduction {
+        places: vec![None],
+        weights: Weights::Unchanged,
+    });
+    let part = Part {
+        token: 1,
+        source: 0,
+        weight: 1.0,
+    };
+    refused(Reduction::of_parts(vec![Some(0)], vec![part]));
+    refused(Reduction {
+        places: vec![Some(0)],
+        weights: Weights::Dense(Tensor::ones([5, 1], &Default::default())),
+    });
 }

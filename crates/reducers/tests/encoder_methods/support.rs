@@ -4,11 +4,13 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use burn::tensor::{DType, Tensor, TensorData};
 pub use burn_flex::Flex;
 use reducers::ReducerError;
-use reducers::encoder::{EncoderReducer, EncoderShape, Reduced, Seen, Tap, reduce};
+use reducers::encoder::{
+    EncoderReducer, EncoderShape, Reduction, Seen, Tap, Tower, Weights, reduce,
+};
 
 pub type Method = Box<dyn EncoderReducer<Flex>>;
 
-/// Tokens that are left, by place, with their features.
+/// The tokens of a reduction, by place, with their features.
 pub type Left = BTreeMap<Option<usize>, Vec<f64>>;
 
 pub const CLIP: EncoderShape = EncoderShape {
@@ -16,6 +18,8 @@ pub const CLIP: EncoderShape = EncoderShape {
     feature_layer: 23,
     num_heads: 4,
     class_token: true,
+    position_axes: 1,
+    tower: Tower::Clip,
 };
 
 pub const QWEN: EncoderShape = EncoderShape {
@@ -23,6 +27,21 @@ pub const QWEN: EncoderShape = EncoderShape {
     feature_layer: 32,
     num_heads: 4,
     class_token: false,
+    position_axes: 3,
+    tower: Tower::QwenVl,
+};
+
+/// SigLIP, or its like.
+pub const SIGLIP: EncoderShape = EncoderShape {
+    class_token: false,
+    tower: Tower::Other,
+    ..CLIP
+};
+
+/// DINOv2, or its like.
+pub const DINOV2: EncoderShape = EncoderShape {
+    tower: Tower::Other,
+    ..CLIP
 };
 
 /// Rows and columns of numbers, row by row.
@@ -139,7 +158,7 @@ impl Picture {
         &self,
         method: &dyn EncoderReducer<Flex>,
         keep: usize,
-    ) -> Result<Reduced<Flex>, ReducerError> {
+    ) -> Result<Reduction<Flex>, ReducerError> {
         reduce(method, &self.seen(method)?, keep)
     }
 
@@ -149,9 +168,10 @@ impl Picture {
         let mut sources = self.tap(Tap::Features).columns();
         sources.extend(self.tap(Tap::ClassToken).columns());
         let kept = reduced.places.len();
-        let weights: Option<Vec<f32>> = reduced
-            .weights
-            .map(|weights| weights.into_data().to_vec().unwrap());
+        let weights = match &reduced.weights {
+            Weights::Unchanged => None,
+            _ => Some(dense_weights(&reduced, sources.len())),
+        };
         let token = |(at, &place): (usize, &Option<usize>)| {
             let Some(weights) = &weights else {
                 return (place, sources[place.unwrap()].clone());
@@ -171,6 +191,18 @@ impl Picture {
         let left = self.left(method, keep);
         left.into_keys().map(Option::unwrap).collect()
     }
+}
+
+/// `[sources, kept]`, row by row.
+pub fn dense_weights(reduction: &Reduction<Flex>, sources: usize) -> Vec<f32> {
+    let sources = match &reduction.weights {
+        // Without a class token, columns that nobody asks for.
+        Weights::Dense(weights) => weights.dims()[0],
+        _ => sources,
+    };
+    let unit = Tensor::eye(sources, &Default::default());
+    let weights = reduction.apply(unit, None).unwrap();
+    weights.into_data().to_vec().unwrap()
 }
 
 pub fn assert_same(found: &Left, expected: &Left, what: &str) {

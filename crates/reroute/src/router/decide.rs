@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
-use reducers::{Action, Layout, Positions, ScoreLayer, Scorer, Stage};
+use reducers::{Action, HiddenLayout, Positions, ScoreLayer, Scorer, Stage};
 use reroute_layers::indices;
 use tracing::field::Empty;
 
@@ -111,8 +111,8 @@ impl<'a, B: Backend> Router<'a, B> {
         }
         let device = input.hidden_states.device();
         let of = |rows: &[usize]| rows.iter().map(|&row| input.rows[row]).collect();
-        let stands_again =
-            stage + 1 < self.schedule.stages().len() || self.schedule.layout() == Layout::PerLayer;
+        let stands_again = stage + 1 < self.schedule.stages().len()
+            || self.schedule.layout() == HiddenLayout::PerLayer;
         if stands_again && self.schedule.action() == Action::Reroute {
             let hidden_states = input.hidden_states.clone();
             self.deferred = Some(Deferred {

@@ -1,7 +1,7 @@
 //! Bad use of every public function is an error, and changes nothing.
 
 use burn::tensor::{DType, Int, Tensor};
-use reducers::{Action, ReducerError, Schedule, Scorer, Stage, Standing};
+use reducers::{Action, DecisionView, ReducerError, Schedule, Scorer, Stage};
 use reroute::{
     DecoderConfig, GenerationOptions, KeptRows, KvCache, Prompt, RerouteError, RopeConfig,
     RopeScaling, Router, generate, interleave,
@@ -325,7 +325,7 @@ fn configurations_that_make_no_sense() {
 struct Miscounted(usize);
 
 impl Scorer<B> for Miscounted {
-    fn score(&self, _: &dyn Standing<B>) -> Result<Tensor<B, 1>, ReducerError> {
+    fn score(&self, _: &dyn DecisionView<B>) -> Result<Tensor<B, 1>, ReducerError> {
         Ok(Tensor::zeros([self.0], &DEVICE))
     }
 }

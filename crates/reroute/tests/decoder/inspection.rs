@@ -1,7 +1,7 @@
 //! What is only looked at.
 
 use burn::tensor::{DType, Tensor};
-use reducers::{Action, ReducerError, Scorer, Standing};
+use reducers::{Action, DecisionView, ReducerError, Scorer};
 
 use crate::support::{B, DEVICE, decoder, observed, prompt, schedule};
 
@@ -9,7 +9,7 @@ use crate::support::{B, DEVICE, decoder, observed, prompt, schedule};
 struct Backwards;
 
 impl Scorer<B> for Backwards {
-    fn score(&self, standing: &dyn Standing<B>) -> Result<Tensor<B, 1>, ReducerError> {
+    fn score(&self, standing: &dyn DecisionView<B>) -> Result<Tensor<B, 1>, ReducerError> {
         let scores: Vec<f32> = (0..standing.rows()).map(|row| row as f32).collect();
         Ok(Tensor::from_data(scores.as_slice(), (&DEVICE, DType::F32)))
     }

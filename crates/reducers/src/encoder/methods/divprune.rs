@@ -1,10 +1,10 @@
 use burn::tensor::backend::Backend;
 use serde::{Deserialize, Serialize};
 
-use super::cosines::Cosines;
-use super::host::argmax;
-use super::{EncoderReducer, EncoderShape, Reduced, Seen, Tap};
-use crate::{About, ReducerError, Support};
+use crate::encoder::cosines::Cosines;
+use crate::encoder::host::argmax;
+use crate::encoder::{BuiltIn, EncoderReducer, EncoderShape, Reduction, Seen, Tap};
+use crate::{About, ReducerError};
 
 /// DivPrune (arXiv 2503.02175): tokens as unlike each other as possible, whatever the question.
 ///
@@ -14,9 +14,8 @@ use crate::{About, ReducerError, Support};
 #[serde(default, deny_unknown_fields)]
 pub struct DivPrune {}
 
-impl DivPrune {
-    /// What to know before comparing.
-    pub const ABOUT: About = About {
+impl BuiltIn for DivPrune {
+    const ABOUT: About = About {
         description: "greedy max-min cosine distance between the embeddings",
         source: "arXiv 2503.02175; github.com/vbdi/divprune",
         exact: "distances after the projector, the first token by nearest neighbour, the others by \
@@ -24,8 +23,7 @@ impl DivPrune {
         interpretation: "a chosen token is not chosen again, which the release does not rule out \
                          when all others equal chosen ones; pictures are reduced one by one; the \
                          release covers LLaVA, the rule needs nothing of it",
-        llava: Support::Yes,
-        qwen: Support::Yes,
+        towers: &[],
     };
 }
 
@@ -34,7 +32,7 @@ impl<B: Backend> EncoderReducer<B> for DivPrune {
         Ok(vec![Tap::Embeddings])
     }
 
-    fn reduce(&self, seen: &Seen<B>, keep: usize) -> Result<Reduced<B>, ReducerError> {
+    fn reduce(&self, seen: &Seen<B>, keep: usize) -> Result<Reduction<B>, ReducerError> {
         let cosines = Cosines::new(seen.get(Tap::Embeddings)?)?;
         let nearest = cosines.to_nearest()?;
         let mut chosen = vec![argmax(nearest.into_iter().map(|cosine| 1.0 - cosine))];
@@ -47,6 +45,6 @@ impl<B: Backend> EncoderReducer<B> for DivPrune {
             distances[last] = f32::NEG_INFINITY;
             chosen.push(argmax(distances.iter().copied()));
         }
-        Ok(Reduced::selection(chosen))
+        Ok(Reduction::selection(chosen))
     }
 }

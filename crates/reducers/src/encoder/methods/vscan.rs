@@ -1,11 +1,10 @@
 use burn::tensor::backend::Backend;
 use serde::{Deserialize, Serialize};
 
-use super::cosines::nearest;
-use super::host::{attention, feature_layer, others, ranked, read_mean};
-use super::mixture::Mixture;
-use super::{EncoderReducer, EncoderShape, Reduced, Seen, Tap};
-use crate::{About, ReducerError, Support, top_k};
+use crate::encoder::cosines::nearest;
+use crate::encoder::host::{others, ranked, read_mean, require_layer};
+use crate::encoder::{BuiltIn, EncoderReducer, EncoderShape, Part, Reduction, Seen, Tap, Tower};
+use crate::{About, ReducerError, top_k};
 
 /// The first stage of VScan (arXiv 2505.22654): half the tokens by the attention of an early layer,
 /// window by window, half by that of the last layer; all others are averaged into those most like
@@ -15,14 +14,14 @@ use crate::{About, ReducerError, Support, top_k};
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct VScan {
-    /// The early layer, from 0. As released if absent: 5 of 24 behind CLIP, 7 of 32 behind Qwen (its
-    /// first with full attention), in proportion for other depths.
+    /// The early layer, from 0. As released if absent: 5 of 24 behind CLIP, 7 of 32 behind Qwen-VL
+    /// (its first with full attention), in proportion for other depths; behind other towers as behind
+    /// CLIP.
     pub local_layer: Option<usize>,
 }
 
-impl VScan {
-    /// What to know before comparing.
-    pub const ABOUT: About = About {
+impl BuiltIn for VScan {
+    const ABOUT: About = About {
         description: "early attention by windows, late attention, the rest averaged in (stage 1)",
         source: "arXiv 2505.22654; github.com/Tencent/SelfEvolvingAgent, VScan (LLaVA and Qwen2.5-VL)",
         exact: "layers, windows of 6 (LLaVA) and 4 tokens (Qwen), the limit per window, the merge",
@@ -30,53 +29,32 @@ impl VScan {
                          attention fills up what windows leave of the budget; the early layer of \
                          other depths, in proportion; grids smaller than a window are one window; \
                          Qwen pictures are reduced one by one",
-        llava: Support::Yes,
-        qwen: Support::Yes,
+        towers: &[Tower::Clip, Tower::QwenVl],
     };
+}
 
+impl VScan {
     fn taps(&self, encoder: &EncoderShape) -> [Tap; 2] {
-        let (released, of) = if encoder.class_token {
-            (5, 24)
-        } else {
-            (7, 32)
-        };
-        let in_proportion = encoder.num_layers * released / of;
-        [
-            self.local_layer.unwrap_or(in_proportion),
-            feature_layer(encoder),
-        ]
-        .map(|layer| attention(encoder, layer))
+        let (released, of) = encoder.settings((5, 24), (7, 32));
+        let in_proportion = encoder.in_proportion(released, of);
+        let local = self.local_layer.unwrap_or(in_proportion);
+        [local, encoder.last_layer()].map(|layer| encoder.attention(layer))
     }
 }
 
 impl<B: Backend> EncoderReducer<B> for VScan {
     fn needs(&self, encoder: &EncoderShape) -> Result<Vec<Tap>, ReducerError> {
-        match self.local_layer {
-            Some(layer) if layer >= encoder.num_layers => Err(ReducerError::Unsupported {
-                method: "vscan",
-                reason: format!(
-                    "local_layer {layer} is beyond the {} layers of this vision encoder",
-                    encoder.num_layers
-                ),
-            }),
-            _ => {
-                let [local, global] = self.taps(encoder);
-                Ok(vec![local, global, Tap::Embeddings])
-            }
-        }
+        require_layer(Self::NAME, "local_layer", self.local_layer, encoder)?;
+        let [local, global] = self.taps(encoder);
+        Ok(vec![local, global, Tap::Embeddings])
     }
 
-    fn reduce(&self, seen: &Seen<B>, keep: usize) -> Result<Reduced<B>, ReducerError> {
+    fn reduce(&self, seen: &Seen<B>, keep: usize) -> Result<Reduction<B>, ReducerError> {
         let [early, late] = self.taps(&seen.encoder);
-        let windows = match seen.encoder.class_token {
-            true => Windows::new(seen.grid, 6),
-            false => Windows::new(seen.grid, 4),
-        };
+        let windows = Windows::new(seen.grid, seen.encoder.settings(6, 4));
         let half = keep / 2;
-        let limit = match seen.encoder.class_token {
-            true => half / windows.count(),
-            false => half.div_ceil(windows.count()),
-        };
+        let [at_most, at_least] = [half / windows.count(), half.div_ceil(windows.count())];
+        let limit = seen.encoder.settings(at_most, at_least);
         let mut chosen = windows.best(&read_mean(seen.get(early)?)?, limit, half);
         let mut scores = read_mean(seen.get(late)?)?;
         chosen
@@ -89,24 +67,27 @@ impl<B: Backend> EncoderReducer<B> for VScan {
 }
 
 /// The chosen tokens, each the mean of itself and of the others that are most like it.
-fn merge_rest<B: Backend>(seen: &Seen<B>, chosen: Vec<usize>) -> Result<Reduced<B>, ReducerError> {
-    let embeddings = seen.get(Tap::Embeddings)?;
-    let device = embeddings.device();
+fn merge_rest<B: Backend>(
+    seen: &Seen<B>,
+    chosen: Vec<usize>,
+) -> Result<Reduction<B>, ReducerError> {
     let rest = others(&chosen, seen.tokens());
-    let assigned = nearest(embeddings, &rest, &chosen)?;
+    let assigned = nearest(seen.get(Tap::Embeddings)?, &rest, &chosen)?;
     let mut sizes = vec![1; chosen.len()];
     assigned.iter().for_each(|&token| sizes[token] += 1);
 
     let places = chosen.iter().copied().map(Some).collect();
-    let mut mixture = Mixture::new(places, seen.tokens());
     let whole = chosen.iter().copied().zip(0..);
-    for (source, token) in whole.chain(rest.into_iter().zip(assigned)) {
-        mixture.add(token, source, 1.0 / sizes[token] as f32);
-    }
-    Ok(mixture.on(&device))
+    let part = |(source, token)| Part {
+        token,
+        source,
+        weight: 1.0 / sizes[token] as f32,
+    };
+    let parts = whole.chain(rest.into_iter().zip(assigned)).map(part);
+    Ok(Reduction::of_parts(places, parts.collect()))
 }
 
-/// Square windows side by side; what is left at the far edges belongs to the last window.
+/// Square windows side by side; what remains at the far edges belongs to the last window.
 struct Windows {
     size: usize,
     columns: usize,

@@ -1,11 +1,12 @@
 use burn::tensor::backend::Backend;
-use burn::tensor::{DType, Int, Tensor, TensorData};
+use burn::tensor::{DType, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
-use super::cosines::unit;
-use super::host::{attention, read};
-use super::{EncoderReducer, EncoderShape, Reduced, Seen, Tap};
-use crate::{About, ReducerError, Support, top_k};
+use crate::device::indices;
+use crate::encoder::cosines::unit;
+use crate::encoder::host::{read, require_share};
+use crate::encoder::{BuiltIn, EncoderReducer, EncoderShape, Reduction, Seen, Tap, Tower, Weights};
+use crate::{About, ReducerError, top_k};
 
 /// Nüwa's first stage (arXiv 2602.02951): the most attended tokens of every 2 × 2 region, which
 /// collect what is similar and near.
@@ -21,16 +22,16 @@ pub struct Nuwa {
     pub salience: Salience,
     /// Which benchmark tokens are pillars.
     pub pillars: Pillars,
-    /// Candidates of a region, 1 to 4. As released if absent: as few as suffice, behind Qwen at
+    /// Candidates of a region, 1 to 4. As released if absent: as few as suffice, behind Qwen-VL at
     /// least 3.
     pub candidates: Option<usize>,
-    /// Squared distance beyond which tokens do not collect, as a share of the largest of the grid. As
-    /// released if absent.
+    /// Squared distance beyond which tokens do not collect, as a share of the largest of the grid,
+    /// above 0. As released if absent.
     pub near: Option<f64>,
     /// Quantile of the benchmark tokens' salience from which they are pillars. As released if absent:
-    /// 0.55 behind CLIP, 0.10 behind Qwen.
+    /// 0.55 behind CLIP and other towers, 0.10 behind Qwen-VL.
     pub quantile: Option<f64>,
-    /// Qwen: takes hidden states in the order of the tower's windows for hidden states in the order
+    /// Qwen-VL: takes hidden states in the order of the tower's windows for hidden states in the order
     /// of the grid, as the release does by mistake.
     pub similarity_in_window_order: bool,
 }
@@ -76,7 +77,7 @@ const CLIP: Rule = Rule {
     keeps_itself: true,
     candidates: 1,
 };
-const QWEN: Rule = Rule {
+const QWEN_VL: Rule = Rule {
     quantile: 0.10,
     // 0.8 of the largest distance.
     near: 0.8 * 0.8,
@@ -87,9 +88,8 @@ const QWEN: Rule = Rule {
 /// Guards a division by nothing.
 const EPSILON: f32 = 1e-8;
 
-impl Nuwa {
-    /// What to know before comparing.
-    pub const ABOUT: About = About {
+impl BuiltIn for Nuwa {
+    const ABOUT: About = About {
         description: "stage 1: regional top attention that collects what is similar and near; \
                       stage 2: one late decision",
         source: "arXiv 2602.02951 and its released code (LLaVA-1.5 and Qwen2.5-VL)",
@@ -99,20 +99,43 @@ impl Nuwa {
         interpretation: "other budgets keep 7/4 of the budget in stage 1 and solve stage 2 for it; \
                          other depths and grids scale layers and distances; behind Qwen the \
                          release's decoder lets a row see later ones, ours does not",
-        llava: Support::Yes,
-        qwen: Support::Yes,
+        towers: &[Tower::Clip, Tower::QwenVl],
     };
 
+    fn check(&self) -> Result<(), ReducerError> {
+        let refuse = |reason| {
+            Err(ReducerError::Unsupported {
+                method: Self::NAME,
+                reason,
+            })
+        };
+        if let Some(quantile) = self.quantile {
+            require_share(Self::NAME, "quantile", quantile)?;
+        }
+        match (self.candidates, self.near) {
+            (Some(candidates), _) if !(1..=4).contains(&candidates) => refuse(format!(
+                "candidates {candidates} are not those of a region of four tokens; use 1 to 4"
+            )),
+            // Written so that NaN is refused as well.
+            (_, Some(near)) if !(near > 0.0 && near.is_finite()) => refuse(format!(
+                "near {near} is no distance; use a number above 0 (1 is the whole grid)"
+            )),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Nuwa {
     fn needs_keys(&self) -> bool {
         self.salience == Salience::AttentionTimesKeyNorm || self.pillars == Pillars::KeyNorm
     }
 
     fn similarity(&self, encoder: &EncoderShape) -> Tap {
         let layers = encoder.num_layers;
-        if encoder.class_token {
-            // Hidden states 16 to 24 of 24 layers, with the last.
+        if encoder.tower != Tower::QwenVl {
+            // Behind CLIP hidden states 16 to 24 of 24 layers, with the last.
             return Tap::MeanHidden {
-                first: (2 * layers).div_ceil(3),
+                first: layers.saturating_mul(2).div_ceil(3),
                 last: layers,
             };
         }
@@ -127,22 +150,21 @@ impl Nuwa {
 
 impl<B: Backend> EncoderReducer<B> for Nuwa {
     fn needs(&self, encoder: &EncoderShape) -> Result<Vec<Tap>, ReducerError> {
-        let layer = last_attention(encoder);
-        let mut taps = vec![attention(encoder, layer), self.similarity(encoder)];
+        let layer = encoder.last_layer();
+        self.check()?;
+        let mut taps = vec![encoder.attention(layer), self.similarity(encoder)];
         if self.needs_keys() {
             taps.push(Tap::Keys { layer });
         }
         Ok(taps)
     }
 
-    fn reduce(&self, seen: &Seen<B>, keep: usize) -> Result<Reduced<B>, ReducerError> {
+    fn reduce(&self, seen: &Seen<B>, keep: usize) -> Result<Reduction<B>, ReducerError> {
+        self.check()?;
         let encoder = &seen.encoder;
-        let rule = match encoder.class_token {
-            true => &CLIP,
-            false => &QWEN,
-        };
-        let layer = last_attention(encoder);
-        let mut salience = read(seen.get(attention(encoder, layer))?.sum_dim(0))?;
+        let rule = encoder.settings(&CLIP, &QWEN_VL);
+        let layer = encoder.last_layer();
+        let mut salience = read(seen.get(encoder.attention(layer))?.sum_dim(0))?;
         let key_norms = match self.needs_keys() {
             true => Some(read(norms(seen.get(Tap::Keys { layer })?))?),
             false => None,
@@ -158,7 +180,7 @@ impl<B: Backend> EncoderReducer<B> for Nuwa {
         let pillars = match (self.pillars, &key_norms) {
             (Pillars::KeyNorm, Some(norms)) => at_least(norms, &grid, &benchmark, 0.75),
             _ => {
-                let quantile = self.quantile.unwrap_or(rule.quantile).clamp(0.0, 1.0);
+                let quantile = self.quantile.unwrap_or(rule.quantile);
                 at_least(&salience, &grid, &benchmark, quantile)
             }
         };
@@ -171,16 +193,11 @@ impl<B: Backend> EncoderReducer<B> for Nuwa {
         let near = self.near.unwrap_or(rule.near);
         let similarity = unit(seen.get(self.similarity(encoder))?)?;
         let weights = weights(similarity, &inside, &grid, near, rule.keeps_itself);
-        Ok(Reduced {
+        Ok(Reduction {
             places: inside.iter().map(|&(token, _)| Some(token)).collect(),
-            weights: Some(weights),
+            weights: Weights::Dense(weights),
         })
     }
-}
-
-/// The layer whose attention counts: behind CLIP the one that makes the features.
-fn last_attention(encoder: &EncoderShape) -> usize {
-    encoder.feature_layer.saturating_sub(1)
 }
 
 /// Lengths of the columns, `[features, tokens]` → `[1, tokens]`.
@@ -226,7 +243,7 @@ impl Grid {
         let [rows, columns] = self.padded;
         let regions = rows / 2 * (columns / 2);
         let suffice = (4 * keep).div_ceil(self.rows * self.columns).max(fewest);
-        let candidates = candidates.unwrap_or(suffice).clamp(1, 4);
+        let candidates = candidates.unwrap_or(suffice).min(4);
         let mut best = Vec::new();
         for region in 0..regions {
             let corner = region / (columns / 2) * 2 * columns + region % (columns / 2) * 2;
@@ -298,8 +315,7 @@ fn weights<B: Backend>(
         false if threshold == 0.0 => 1.0,
         false => (1.0 - grid.distance_squared(token, own).sqrt() / threshold).max(0.0) as f32,
     });
-    let own: Vec<i64> = benchmark.iter().map(|&(token, _)| token as i64).collect();
-    let own = Tensor::<B, 1, Int>::from_data(own.as_slice(), &device);
+    let own = indices(benchmark.iter().map(|&(token, _)| token), &device);
     let cosines = similarity
         .clone()
         .transpose()

@@ -1,10 +1,10 @@
 use burn::tensor::backend::Backend;
 use serde::{Deserialize, Serialize};
 
-use super::cosines::Cosines;
-use super::host::{attention, feature_layer, ranked, read_mean, require_class_token};
-use super::{EncoderReducer, EncoderShape, Reduced, Seen, Tap};
-use crate::{About, ReducerError, Support};
+use crate::encoder::cosines::Cosines;
+use crate::encoder::host::{ranked, read_mean, require_class_token, require_share};
+use crate::encoder::{BuiltIn, EncoderReducer, EncoderShape, Reduction, Seen, Tap, Tower};
+use crate::{About, ReducerError};
 
 /// Duplicates removed in one round.
 const PER_ROUND: usize = 8;
@@ -27,40 +27,36 @@ impl Default for VisPruner {
     }
 }
 
-impl VisPruner {
-    /// What to know before comparing.
-    pub const ABOUT: About = About {
+impl BuiltIn for VisPruner {
+    const ABOUT: About = About {
         description: "top class attention, and others without duplicates",
         source: "arXiv 2412.01818v2; github.com/Theia-4869/VisPruner",
         exact: "class attention of the layer that makes the features, similarity of the features, \
                 rounds of eight, the order of what is left between rounds",
         interpretation: "an odd number of others, at which the release stops with an error, leaves one \
                          more at even places",
-        llava: Support::Yes,
-        qwen: Support::No("it ranks by the class token's attention, and there is no class token"),
+        towers: &[Tower::Clip],
     };
+
+    fn check(&self) -> Result<(), ReducerError> {
+        require_share(Self::NAME, "important", self.important)
+    }
+
+    fn works_behind(&self, encoder: &EncoderShape) -> Result<(), ReducerError> {
+        require_class_token(Self::NAME, encoder)
+    }
 }
 
 impl<B: Backend> EncoderReducer<B> for VisPruner {
     fn needs(&self, encoder: &EncoderShape) -> Result<Vec<Tap>, ReducerError> {
-        require_class_token("vis-pruner", encoder)?;
-        if !(0.0..=1.0).contains(&self.important) {
-            return Err(ReducerError::Unsupported {
-                method: "vis-pruner",
-                reason: format!(
-                    "important {} is no share of the budget; use a number from 0 to 1",
-                    self.important
-                ),
-            });
-        }
-        Ok(vec![
-            attention(encoder, feature_layer(encoder)),
-            Tap::Features,
-        ])
+        self.works_behind(encoder)?;
+        self.check()?;
+        let attention = encoder.attention(encoder.last_layer());
+        Ok(vec![attention, Tap::Features])
     }
 
-    fn reduce(&self, seen: &Seen<B>, keep: usize) -> Result<Reduced<B>, ReducerError> {
-        let attention = attention(&seen.encoder, feature_layer(&seen.encoder));
+    fn reduce(&self, seen: &Seen<B>, keep: usize) -> Result<Reduction<B>, ReducerError> {
+        let attention = seen.encoder.attention(seen.encoder.last_layer());
         let scores = read_mean(seen.get(attention)?)?;
         let important = ((keep as f64 * self.important) as usize).min(keep);
         let mut chosen = ranked(&scores);
@@ -75,7 +71,7 @@ impl<B: Backend> EncoderReducer<B> for VisPruner {
             }
             chosen.extend(rest);
         }
-        Ok(Reduced::selection(chosen))
+        Ok(Reduction::selection(chosen))
     }
 }
 

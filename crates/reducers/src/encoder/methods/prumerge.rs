@@ -3,11 +3,10 @@ use burn::tensor::backend::Backend;
 use burn::tensor::{FloatDType, Tensor};
 use serde::{Deserialize, Serialize};
 
-use super::cosines::Cosines;
-use super::host::{others, read, require_class_token};
-use super::mixture::Mixture;
-use super::{EncoderReducer, EncoderShape, Reduced, Seen, Tap};
-use crate::{About, ReducerError, Support, top_k};
+use crate::encoder::cosines::Cosines;
+use crate::encoder::host::{others, read, require_class_token};
+use crate::encoder::{BuiltIn, EncoderReducer, EncoderShape, Part, Reduction, Seen, Tap, Tower};
+use crate::{About, ReducerError, top_k};
 
 /// PruMerge and PruMerge+ (arXiv 2403.15388): the tokens whose class attention stands out, each with
 /// the tokens most like it merged in, and one token that sums up the rest.
@@ -34,9 +33,8 @@ impl Default for PruMerge {
     }
 }
 
-impl PruMerge {
-    /// What to know before comparing.
-    pub const ABOUT: About = About {
+impl BuiltIn for PruMerge {
+    const ABOUT: About = About {
         description: "outliers of class attention, similar tokens merged in, one token for the rest",
         source: "arXiv 2403.15388; github.com/42Shawn/LLaVA-PruMerge",
         exact: "class attention of the last layer with all heads as one; outliers above Q3 + 1.5 IQR; \
@@ -46,10 +44,15 @@ impl PruMerge {
                          rest; PruMerge+ at a fixed budget keeps half by attention and half evenly \
                          spaced among the others (the release's training variant may take a token \
                          twice); tokens stand in the order of the grid, the token for the rest first",
-        llava: Support::Yes,
-        qwen: Support::No("it ranks by the class token's attention, and there is no class token"),
+        towers: &[Tower::Clip],
     };
 
+    fn works_behind(&self, encoder: &EncoderShape) -> Result<(), ReducerError> {
+        require_class_token(Self::NAME, encoder)
+    }
+}
+
+impl PruMerge {
     /// PruMerge+, with exactly as many tokens as the budget says.
     pub fn plus() -> Self {
         Self {
@@ -83,14 +86,14 @@ impl PruMerge {
 
 impl<B: Backend> EncoderReducer<B> for PruMerge {
     fn needs(&self, encoder: &EncoderShape) -> Result<Vec<Tap>, ReducerError> {
-        require_class_token("pru-merge", encoder)?;
+        self.works_behind(encoder)?;
         Ok(taps(encoder).to_vec())
     }
 
-    fn reduce(&self, seen: &Seen<B>, keep: usize) -> Result<Reduced<B>, ReducerError> {
+    fn reduce(&self, seen: &Seen<B>, keep: usize) -> Result<Reduction<B>, ReducerError> {
         let tokens = seen.tokens();
         if keep == tokens && !self.adaptive {
-            return Ok(Reduced::selection((0..tokens).collect()));
+            return Ok(Reduction::selection((0..tokens).collect()));
         }
         let [query, class_key, keys] = taps(&seen.encoder);
         let keys = seen.get(keys)?;
@@ -98,21 +101,25 @@ impl<B: Backend> EncoderReducer<B> for PruMerge {
         let chosen = self.choose(&attention, keep - 1)?;
 
         let places = [None].into_iter().chain(chosen.iter().copied().map(Some));
-        let mut mixture = Mixture::new(places.collect(), tokens);
-        for source in others(&chosen, tokens) {
-            mixture.add(0, source, attention[source]);
-        }
-        let device = keys.device();
+        let part = |token, source| Part {
+            token,
+            source,
+            weight: attention[source],
+        };
+        let rest = others(&chosen, tokens).into_iter();
+        let mut parts: Vec<Part> = rest.map(|source| part(0, source)).collect();
         let cosines = Cosines::new(keys)?;
         for (token, &place) in (1..).zip(&chosen) {
             let mut similarity = cosines.row(place)?.into_owned();
             similarity[place] = f32::NEG_INFINITY;
-            mixture.add(token, place, 1.0);
-            for source in top_k(&similarity, self.neighbours.min(tokens - 1))? {
-                mixture.add(token, source, attention[source]);
-            }
+            parts.push(Part {
+                weight: 1.0,
+                ..part(token, place)
+            });
+            let neighbours = top_k(&similarity, self.neighbours.min(tokens - 1))?;
+            parts.extend(neighbours.into_iter().map(|source| part(token, source)));
         }
-        Ok(mixture.on(&device))
+        Ok(Reduction::of_parts(places.collect(), parts))
     }
 }
 

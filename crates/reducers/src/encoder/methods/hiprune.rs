@@ -1,9 +1,9 @@
 use burn::tensor::backend::Backend;
 use serde::{Deserialize, Serialize};
 
-use super::host::{feature_layer, read_mean};
-use super::{EncoderReducer, EncoderShape, Reduced, Seen, Tap};
-use crate::{About, ReducerError, Support, top_k};
+use crate::encoder::host::{read_mean, require_layer, require_share};
+use crate::encoder::{BuiltIn, EncoderReducer, EncoderShape, Reduction, Seen, Tap, Tower};
+use crate::{About, ReducerError, top_k};
 
 /// HiPrune (arXiv 2508.00553): *anchors* that a middle layer attends to, their neighbours in the grid
 /// as *buffers*, and as *registers* what the last layer attends to.
@@ -13,7 +13,7 @@ pub struct HiPrune {
     /// Share of the budget for anchors and buffers, from 0 to 1.
     pub alpha: f64,
     /// The layer that finds anchors, from 0. As released if absent: 8 of 24 behind CLIP, 15 of 32
-    /// behind Qwen, in proportion for other depths.
+    /// behind Qwen-VL, in proportion for other depths; behind other towers as behind CLIP.
     pub object_layer: Option<usize>,
 }
 
@@ -26,9 +26,8 @@ impl Default for HiPrune {
     }
 }
 
-impl HiPrune {
-    /// What to know before comparing.
-    pub const ABOUT: About = About {
+impl BuiltIn for HiPrune {
+    const ABOUT: About = About {
         description: "attention received in a middle layer, its neighbourhood, and in the last",
         source: "arXiv 2508.00553; github.com/Danielement321/HiPrune (LLaVA and Qwen2.5-VL)",
         exact: "layers, the mean over heads and queries, the number of anchors, neighbours that wrap \
@@ -36,47 +35,31 @@ impl HiPrune {
         interpretation: "the object layer of other depths, in proportion; a token is chosen once, \
                          while the Qwen release only takes 1 off a score that averages 1 and so may \
                          choose it twice and keep fewer; Qwen pictures are reduced one by one",
-        llava: Support::Yes,
-        qwen: Support::Yes,
+        towers: &[Tower::Clip, Tower::QwenVl],
     };
 
+    fn check(&self) -> Result<(), ReducerError> {
+        require_share(Self::NAME, "alpha", self.alpha)
+    }
+}
+
+impl HiPrune {
     fn taps(&self, encoder: &EncoderShape) -> [Tap; 2] {
-        let (released, of) = if encoder.class_token {
-            (9, 24)
-        } else {
-            (16, 32)
-        };
-        let in_proportion = (encoder.num_layers * released / of).saturating_sub(1);
-        [
-            self.object_layer.unwrap_or(in_proportion),
-            feature_layer(encoder),
-        ]
-        .map(|layer| Tap::ReceivedAttention { layer })
+        let (released, of) = encoder.settings((9, 24), (16, 32));
+        let in_proportion = encoder.in_proportion(released, of).saturating_sub(1);
+        let middle = self.object_layer.unwrap_or(in_proportion);
+        [middle, encoder.last_layer()].map(|layer| Tap::ReceivedAttention { layer })
     }
 }
 
 impl<B: Backend> EncoderReducer<B> for HiPrune {
     fn needs(&self, encoder: &EncoderShape) -> Result<Vec<Tap>, ReducerError> {
-        let refuse = |reason| {
-            let method = "hi-prune";
-            Err(ReducerError::Unsupported { method, reason })
-        };
-        if !(0.0..=1.0).contains(&self.alpha) {
-            return refuse(format!(
-                "alpha {} is no share of the budget; use a number from 0 to 1",
-                self.alpha
-            ));
-        }
-        match self.object_layer {
-            Some(layer) if layer >= encoder.num_layers => refuse(format!(
-                "object_layer {layer} is beyond the {} layers of this vision encoder",
-                encoder.num_layers
-            )),
-            _ => Ok(self.taps(encoder).to_vec()),
-        }
+        self.check()?;
+        require_layer(Self::NAME, "object_layer", self.object_layer, encoder)?;
+        Ok(self.taps(encoder).to_vec())
     }
 
-    fn reduce(&self, seen: &Seen<B>, keep: usize) -> Result<Reduced<B>, ReducerError> {
+    fn reduce(&self, seen: &Seen<B>, keep: usize) -> Result<Reduction<B>, ReducerError> {
         let [middle, last] = self.taps(&seen.encoder);
         let mut registers = read_mean(seen.get(last)?)?;
         // Python's round: halves to even.
@@ -98,6 +81,6 @@ impl<B: Backend> EncoderReducer<B> for HiPrune {
             }
         }
         chosen.extend(top_k(&registers, keep - chosen.len())?);
-        Ok(Reduced::selection(chosen))
+        Ok(Reduction::selection(chosen))
     }
 }

@@ -52,10 +52,12 @@ pub fn run(setup: &Setup, model: &Model, options: &Options) -> anyhow::Result<Ve
         ),
     ];
     let casts = backend::dtypes(&setup.device()).into_iter().map(|dtype| {
-        let cast = (dtype != setup.dtype()).then(|| setup.cast(model, dtype));
-        (dtype, cast)
+        let cast = (dtype != setup.dtype())
+            .then(|| setup.cast(model, dtype))
+            .transpose()?;
+        anyhow::Ok((dtype, cast))
     });
-    let casts: Vec<_> = casts.collect();
+    let casts: Vec<_> = casts.collect::<anyhow::Result<_>>()?;
     let mut decodings = Vec::new();
     for (dtype, cast) in &casts {
         for (name, schedule) in &schedules {

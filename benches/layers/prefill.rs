@@ -226,7 +226,7 @@ fn measure_round(
 /// Times every decision of a schedule. The layers between them are left out: what a decision takes
 /// depends on how many rows come and go, not on their values.
 fn selection(setup: &Setup, schedule: &Schedule) -> anyhow::Result<Selection> {
-    let mut router = setup.router(schedule);
+    let mut router = setup.router(schedule)?;
     let cache = setup.nothing_cached();
     let mut hidden_states = setup.prompt.embeddings.clone();
     let mut total = Selection::default();

@@ -91,7 +91,7 @@ pub fn prefill<L: Layers>(
     let computed = run(setup, layers, done..depth, &all, &active)?;
     let last = computed.narrow(L::ROWS, active.len() - 1, 1);
     let hidden_size = setup.decoder.config().hidden_size;
-    wait(setup.decoder.logits(last.reshape([hidden_size, 1])))?;
+    wait(setup.decoder.logits(last.reshape([hidden_size, 1]))?)?;
     Ok(selections)
 }
 

@@ -44,7 +44,7 @@ impl Setup {
             Ok(())
         })?;
         let mut setup = Self {
-            decoder: deepen(decoder.map(&mut Cast(dtype)), layers),
+            decoder: deepen(decoder.map(&mut Cast(dtype)), layers)?,
             prompt: prompt(model, model.visual, dtype, device),
             visual: model.visual,
             weights_seconds,
@@ -55,15 +55,15 @@ impl Setup {
     }
 
     /// The same decoder and prompt in another type.
-    pub fn cast(&self, model: &Model, dtype: DType) -> Self {
+    pub fn cast(&self, model: &Model, dtype: DType) -> anyhow::Result<Self> {
         let layers = self.decoder.layers();
         let distinct = layers[..DISTINCT_LAYERS].to_vec();
-        let decoder = self.decoder.clone().with_layers(distinct);
-        Self {
-            decoder: deepen(decoder.map(&mut Cast(dtype)), layers.len()),
+        let decoder = self.decoder.clone().with_layers(distinct)?;
+        Ok(Self {
+            decoder: deepen(decoder.map(&mut Cast(dtype)), layers.len())?,
             prompt: prompt(model, self.visual, dtype, &self.device()),
             ..*self
-        }
+        })
     }
 
     /// The device.
@@ -118,8 +118,8 @@ impl Setup {
     }
 
     /// A router before its first layer.
-    pub fn router<'a>(&'a self, schedule: &'a Schedule) -> Router<'a, Backend> {
-        Router::new(&self.decoder, &self.prompt, schedule)
+    pub fn router<'a>(&'a self, schedule: &'a Schedule) -> anyhow::Result<Router<'a, Backend>> {
+        Ok(Router::new(&self.decoder, &self.prompt, schedule)?)
     }
 
     /// The cache before the first turn.
@@ -179,11 +179,11 @@ fn positions(axes: usize, visual: usize, rows: usize, device: &Device) -> Tensor
 }
 
 /// A decoder of so many layers that repeats those it has.
-fn deepen(decoder: Decoder<Backend>, layers: usize) -> Decoder<Backend> {
+fn deepen(decoder: Decoder<Backend>, layers: usize) -> anyhow::Result<Decoder<Backend>> {
     let distinct = decoder.layers();
     let all = (0..layers).map(|at| distinct[at % distinct.len()].clone());
     let all = all.collect();
-    decoder.with_layers(all)
+    Ok(decoder.with_layers(all)?)
 }
 
 struct MakeParameters;

@@ -108,7 +108,7 @@ proptest! {
             decode(&decoder, &mut turn, &tokens);
             for (index, earlier) in earlier.iter().enumerate() {
                 // What was generated is not what the next prompt says.
-                turn.cache.truncate(index, earlier.layout.rows);
+                turn.cache.truncate(index, earlier.layout.rows).unwrap();
             }
             turn = next_turn(&decoder, turn, samples, &case.schedule);
         }
@@ -154,7 +154,7 @@ proptest! {
         let expected = reference.decode(&sample, &first, &tokens);
 
         let mut whole = sample.clone();
-        whole.embeddings.extend(crate::support::columns(&decoder.embed(&tokens)));
+        whole.embeddings.extend(crate::support::columns(&decoder.embed(&tokens).unwrap()));
         for step in 0..tokens.len() {
             let next = sample.layout.next_position + step as i64;
             whole.positions.push(vec![next; case.config.rope.axes()]);

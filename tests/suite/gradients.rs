@@ -44,7 +44,7 @@ impl Traced {
             .map(|row| f32::from(u8::from(sample.text().contains(&row))))
             .collect();
         let text = Tensor::<Ad, 1>::from_data(&text[..], &device).unsqueeze_dim(0);
-        let table = decoder.embed(&ids) * text;
+        let table = decoder.embed(&ids).unwrap() * text;
         prompt.embeddings = leaf.clone() + (table.clone() - table.detach());
         let deepstack = prompt.deepstack.into_iter().map(Tensor::require_grad);
         prompt.deepstack = deepstack.collect();

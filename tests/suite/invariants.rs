@@ -120,7 +120,7 @@ proptest! {
         let routed = reference.prefill(&sample, &case.schedule);
         prop_assume!(routed.decisions.iter().all(|decision| decision.margin > 1e-6));
         let dense = reference.prefill(&sample, &Schedule::dense());
-        let drifts = decoder.drift(&pack(&[sample.clone()]), &case.schedule).unwrap();
+        let drifts = decoder.drift(None, &pack(&[sample.clone()]), &case.schedule).unwrap();
         assert_eq!(drifts.len() + 1, routed.decisions.len());
         for (drift, before) in drifts.iter().zip(&routed.decisions) {
             let visual = sample.layout.visual.len();
@@ -249,7 +249,7 @@ proptest! {
             layer
         };
         let layers = decoder.layers().iter().map(mute).collect();
-        let decoder = decoder.with_layers(layers);
+        let decoder = decoder.with_layers(layers).unwrap();
         // The last row alone: it sees every key.
         let stages = case.schedule.stages().iter().map(|stage| stage.by(Score::default()));
         let schedule = Schedule::new(Action::Reroute, false, stages.collect()).unwrap();
@@ -321,7 +321,7 @@ proptest! {
         let sample = Sample::random(&layout, &config, seed);
         let mut layers = decoder.layers().to_vec();
         layers[second] = zeroed(layers[second].clone());
-        let decoder = decoder.with_layers(layers);
+        let decoder = decoder.with_layers(layers).unwrap();
         let stages = vec![Stage::ratio(first, ratio), Stage::ratio(second, 1.0)];
         let schedule = Schedule::new(Action::Reroute, false, stages).unwrap();
         let routed = prefill_one(&decoder, &sample, &schedule);

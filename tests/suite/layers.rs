@@ -391,10 +391,13 @@ fn every_block<B: burn::tensor::backend::Backend<Device = Device>>(
             let query = heads(&x).reshape([2, 1, 12, rows]);
             float(attention(query, heads(&x), heads(&part), Some(&mask)))
         }),
-        ("write", flat(write_rows(cache.clone(), 1, heads(&x)))),
+        (
+            "write",
+            flat(write_rows(cache.clone(), 1, heads(&x)).unwrap()),
+        ),
         ("write a part", {
             let part = cache.clone().narrow(2, 0, rows);
-            flat(write_rows(cache.clone(), 3, part))
+            flat(write_rows(cache.clone(), 3, part).unwrap())
         }),
     ]
 }
@@ -428,7 +431,7 @@ fn a_vocabulary_in_blocks_is_one_table() {
         let table = values(Tensor::cat(blocks.collect(), 0));
 
         let ids = [10, 0, 5, 5, 3, 9];
-        let columns = values(vocabulary.embed(&ids).transpose());
+        let columns = values(vocabulary.embed(&ids).unwrap().transpose());
         let expected = ids.map(|id| &table[id as usize * 3..][..3]).concat();
         assert_eq!(columns, expected, "blocks of {block}");
 

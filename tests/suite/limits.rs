@@ -75,9 +75,10 @@ fn generation_ends_with_the_context() {
         let (logits, cache) = (prefill.logits, &mut prefill.cache);
         let seen = [Vec::new()];
         let answers = generate(&decoder, logits, cache, &seen, &options, &mut on_token).unwrap();
-        assert_eq!(answers[0].finish, FinishReason::Context);
-        assert_eq!(answers[0].tokens.len(), CONTEXT - rows + 1);
-        assert_eq!(answers[0].tokens, streamed);
+        let answer = answers[0].as_ref().unwrap();
+        assert_eq!(answer.finish, FinishReason::Context);
+        assert_eq!(answer.tokens.len(), CONTEXT - rows + 1);
+        assert_eq!(answer.tokens, streamed);
         assert_eq!(cache.next_position(0), CONTEXT as i64);
         let error = decoder.decode(&[(0, 1)], cache).unwrap_err();
         assert!(
@@ -125,7 +126,8 @@ fn a_sample_at_its_end_does_not_stop_the_batch() {
         let seen = vec![Vec::new(); samples.len()];
         let mut ignore = |_, _| ControlFlow::Continue(());
         let (logits, cache) = (prefill.logits, &mut prefill.cache);
-        generate(&decoder, logits, cache, &seen, &options, &mut ignore).unwrap()
+        let answers = generate(&decoder, logits, cache, &seen, &options, &mut ignore).unwrap();
+        answers.into_iter().collect::<Result<Vec<_>, _>>().unwrap()
     };
     let both = answer(&[sample(CONTEXT - 2), sample(6)]);
     assert_eq!(both[0].finish, FinishReason::Context);
@@ -155,9 +157,11 @@ fn nan_logits_are_an_error() {
     let mut ignore = |_, _| ControlFlow::Continue(());
     let seen = [Vec::new(), Vec::new()];
     let (logits, cache) = (prefill.logits, &mut prefill.cache);
-    let error = generate(&decoder, logits, cache, &seen, &options, &mut ignore).unwrap_err();
+    let answers = generate(&decoder, logits, cache, &seen, &options, &mut ignore).unwrap();
+    assert_eq!(answers[0].as_ref().unwrap().finish, FinishReason::Length);
+    let error = answers[1].as_ref().unwrap_err();
     assert!(
-        matches!(error, RerouteError::NotANumber { sample: 1 }),
+        matches!(error, RerouteError::NotANumber { sample: 1, .. }),
         "{error}"
     );
 }

@@ -106,7 +106,7 @@ fn answers(scenes: &[Scene], schedule: &Schedule, options: &GenerationOptions) -
     let generations = generations.expect("finite logits");
     generations
         .into_iter()
-        .map(|generation| generation.tokens)
+        .map(|generation| generation.expect("finite logits").tokens)
         .collect()
 }
 

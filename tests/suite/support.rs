@@ -353,6 +353,7 @@ pub fn model() -> impl Strategy<Value = DecoderConfig> {
                 max_position_embeddings: 512,
                 rope: RopeConfig {
                     theta: 1e4,
+                    scaling: Default::default(),
                     axis_of_frequency: (0..head_dim / 2).map(axis).collect(),
                 },
             }

@@ -36,7 +36,7 @@ const MAY_READ_BACK: &[&str] = &[
     "crates/layers/src/host.rs",
     "crates/reducers/src/encoder/host.rs",
     "crates/reducers/src/score.rs",
-    "crates/reroute/src/router.rs",
+    "crates/reroute/src/host.rs",
     "crates/checkpoint/",
     "crates/convert/",
 ];

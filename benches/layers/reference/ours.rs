@@ -43,7 +43,7 @@ impl Layers for OurLayers<'_> {
     ) -> anyhow::Result<Tensor<Backend, 2>> {
         let setup = self.setup;
         let layers = setup.decoder.layers()[layers].to_vec();
-        let decoder = setup.decoder.clone().with_layers(layers);
+        let decoder = setup.decoder.clone().with_layers(layers)?;
         let positions = setup.prompt.positions.clone();
         let prompt = Prompt {
             embeddings: hidden_states,

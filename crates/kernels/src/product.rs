@@ -8,6 +8,7 @@ use crate::split::{Work, pieces_on, reading};
 
 /// A matrix, row by row.
 #[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
 pub enum Weight<'a> {
     /// Single precision.
     F32(&'a [f32]),

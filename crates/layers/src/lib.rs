@@ -10,10 +10,16 @@
 //! fall out of `[heads · head_dim, rows]` by a reshape, without a permutation.
 //!
 //! Rows of several samples stand side by side ("packed"): there is no padding anywhere.
+//!
+//! # Errors
+//!
+//! Ids and rows that come from outside are checked ([`LayerError`]). Everything else works on tensors
+//! whose shapes are stated, and treats others as Burn's own operations do.
 
 mod activation;
 mod attention;
 mod embedding;
+mod error;
 mod host;
 mod linear;
 mod norm;
@@ -25,9 +31,10 @@ mod vocabulary;
 pub use activation::{gelu_tanh, quick_gelu, silu, silu_product};
 pub use attention::{CausalMask, QUERY_BLOCK, attention, queries_at_a_time};
 pub use embedding::{Embedding, EmbeddingConfig};
+pub use error::LayerError;
 pub use linear::{Linear, LinearConfig, WIDENED};
 pub use norm::{LayerNorm, LayerNormConfig, RmsNorm, RmsNormConfig};
 pub use received::received_attention;
 pub use rotary::Rotary;
-pub use rows::write_rows;
+pub use rows::{indices, write_rows};
 pub use vocabulary::{Vocabulary, VocabularyConfig};

@@ -1,8 +1,9 @@
 use burn::module::{Initializer, Module, Param};
+use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
-use burn::tensor::{Int, Tensor};
 
 use crate::linear::product;
+use crate::{LayerError, indices};
 
 /// Bytes that every WebGPU device can bind as one buffer
 /// (`maxStorageBufferBindingSize`, <https://www.w3.org/TR/webgpu/#limits>).
@@ -62,33 +63,47 @@ impl VocabularyConfig {
 impl<B: Backend> Vocabulary<B> {
     /// The device that the table lies on.
     pub fn device(&self) -> B::Device {
-        self.weight[0].val().device()
+        let first = self.weight.first();
+        first.map(|block| block.val().device()).unwrap_or_default()
     }
 
-    /// Looks tokens up. Ids must be below the number of entries; there must be at least one.
+    /// Number of tokens.
+    pub fn entries(&self) -> usize {
+        self.weight.iter().map(|block| block.lazy_shape()[0]).sum()
+    }
+
+    /// Looks tokens up, at least one.
     ///
     /// # Shapes
     /// - returns `[features, ids]`
-    pub fn embed(&self, ids: &[u32]) -> Tensor<B, 2> {
-        let device = self.device();
-        let indices = |values: Vec<i64>| Tensor::<B, 1, Int>::from_data(&values[..], &device);
-        let height = self.weight[0].val().dims()[0];
+    ///
+    /// # Errors
+    /// [`LayerError::Id`], [`LayerError::NoIds`]
+    pub fn embed(&self, ids: &[u32]) -> Result<Tensor<B, 2>, LayerError> {
+        let entries = self.entries();
+        if let Some(&id) = ids.iter().find(|&&id| id as usize >= entries) {
+            return Err(LayerError::Id { id, entries });
+        }
+        let (Some(first), false) = (self.weight.first(), ids.is_empty()) else {
+            return Err(LayerError::NoIds);
+        };
+        let (device, height) = (self.device(), first.lazy_shape()[0]);
         let block = |at: usize| ids[at] as usize / height;
         // Ids sorted by block, so that each block is asked once.
         let mut order: Vec<usize> = (0..ids.len()).collect();
         order.sort_by_key(|&at| block(at));
         let found = order.chunk_by(|&a, &b| block(a) == block(b)).map(|run| {
-            let rows = run.iter().map(|&at| (ids[at] as usize % height) as i64);
+            let rows: Vec<usize> = run.iter().map(|&at| ids[at] as usize % height).collect();
             let table = self.weight[block(run[0])].val();
-            table.select(0, indices(rows.collect()))
+            table.select(0, indices(&rows, &device))
         });
         let found = Tensor::cat(found.collect(), 0);
         if order.is_sorted() {
-            return found.transpose();
+            return Ok(found.transpose());
         }
         let mut place = vec![0; ids.len()];
         (0..).zip(&order).for_each(|(from, &at)| place[at] = from);
-        found.select(0, indices(place)).transpose()
+        Ok(found.select(0, indices(&place, &device)).transpose())
     }
 
     /// Scores hidden states against every token.

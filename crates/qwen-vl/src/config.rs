@@ -276,6 +276,7 @@ impl TextConfig {
             sectioned_axis
         };
         Ok(RopeConfig {
+            scaling: Default::default(),
             theta: rope
                 .rope_theta
                 .or(self.rope_theta)

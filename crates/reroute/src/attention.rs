@@ -3,7 +3,9 @@ use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
 use reroute_layers::{CausalMask, Linear, LinearConfig, RmsNorm, RmsNormConfig, Rotary, attention};
 
-use crate::DecoderConfig;
+use crate::block::Run;
+use crate::cache::LayerCache;
+use crate::{DecoderConfig, RerouteError};
 
 /// Grouped-query self-attention, with the projections callable one by one so that a decision layer
 /// can compute keys once for all candidates and queries only for the rows that stay.
@@ -91,24 +93,33 @@ impl<B: Backend> SelfAttention<B> {
         self.v_proj.forward(normed)
     }
 
-    /// Attention of one sample's queries over its keys and values.
+    /// Appends the keys and values of each run to the cache, and attends from its rows to all that the
+    /// cache then holds of its sample.
     ///
     /// # Shapes
-    /// - `queries`: `[num_attention_heads · head_dim, queries]`
-    /// - `keys`, `values`: `[num_key_value_heads, head_dim, keys]`
-    /// - returns `[num_attention_heads · head_dim, queries]`
+    /// - `queries`: `[num_attention_heads · head_dim, rows]`, rotated
+    /// - `keys_values`: `[num_key_value_heads · head_dim, rows]` each, the keys rotated
+    /// - returns `[num_attention_heads · head_dim, rows]`
     pub(crate) fn attend(
         &self,
         queries: Tensor<B, 2>,
-        keys: Tensor<B, 3>,
-        values: Tensor<B, 3>,
+        keys_values: [Tensor<B, 2>; 2],
+        runs: &[Run],
+        mut cache: LayerCache<'_, B>,
         causal: Option<&CausalMask<B>>,
-    ) -> Tensor<B, 2> {
-        let [features, rows] = queries.dims();
-        let (kv_heads, head_dim) = (self.num_key_value_heads, self.head_dim);
-        let group = features / (kv_heads * head_dim);
-        let queries = queries.reshape([kv_heads, group, head_dim, rows]);
-        attention(queries, keys, values, causal)
+    ) -> Result<Tensor<B, 2>, RerouteError> {
+        let keys_values = keys_values.map(|x| self.split_heads(x));
+        let group = queries.dims()[0] / (self.num_key_value_heads * self.head_dim);
+        let context = |run: &Run| {
+            let (start, rows) = (run.packed.start, run.packed.len());
+            let own = keys_values.clone().map(|x| x.narrow(2, start, rows));
+            let [keys, values] = cache.append(run, own)?;
+            let queries = queries.clone().narrow(1, start, rows);
+            let queries = queries.reshape([self.num_key_value_heads, group, self.head_dim, rows]);
+            Ok(attention(queries, keys, values, causal))
+        };
+        let contexts: Result<Vec<_>, RerouteError> = runs.iter().map(context).collect();
+        Ok(Tensor::cat(contexts?, 1))
     }
 
     /// The output projection.

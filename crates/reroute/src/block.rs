@@ -1,9 +1,14 @@
+use std::ops::Range;
+
 use burn::module::Module;
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
-use reroute_layers::{Linear, LinearConfig, RmsNorm, RmsNormConfig, silu_product};
+use reroute_layers::{
+    CausalMask, Linear, LinearConfig, RmsNorm, RmsNormConfig, Rotary, silu_product,
+};
 
-use crate::{DecoderConfig, SelfAttention};
+use crate::cache::LayerCache;
+use crate::{DecoderConfig, RerouteError, Routed, SelfAttention};
 
 /// One pre-norm decoder layer.
 #[derive(Module, Debug)]
@@ -32,21 +37,76 @@ impl<B: Backend> DecoderLayer<B> {
         }
     }
 
-    /// Everything after attention has gathered its context: output projection, residuals, MLP.
+    /// The layer's input where nothing is decided.
     ///
     /// # Shapes
-    /// - `hidden_states`: `[hidden_size, rows]`, the layer's input
-    /// - `context`: `[num_attention_heads · head_dim, rows]`
-    /// - returns `[hidden_size, rows]`
-    pub(crate) fn finish(
-        &self,
-        hidden_states: Tensor<B, 2>,
-        context: Tensor<B, 2>,
-    ) -> Tensor<B, 2> {
-        let hidden_states = hidden_states + self.self_attn.output(context);
-        let normed = self.post_attention_layernorm.forward(hidden_states.clone());
-        hidden_states + self.mlp.forward(normed)
+    /// - `hidden_states`: `[hidden_size, rows]`
+    pub(crate) fn enter(&self, hidden_states: Tensor<B, 2>, rope: &Rotary<B>) -> Routed<B> {
+        let normed = self.input_layernorm.forward(hidden_states.clone());
+        Routed {
+            keys: self.self_attn.keys(normed.clone(), rope),
+            hidden_states,
+            normed,
+            decisions: Vec::new(),
+        }
     }
+
+    /// The layer itself: every run attends to what the cache holds of its sample, itself included.
+    ///
+    /// # Shapes
+    /// - `queries`: `[num_attention_heads · head_dim, rows]`, rotated, of the rows of `input`
+    /// - returns `[hidden_size, rows]`
+    pub(crate) fn forward(
+        &self,
+        input: Routed<B>,
+        queries: Tensor<B, 2>,
+        runs: &[Run],
+        cache: LayerCache<'_, B>,
+        causal: Option<&CausalMask<B>>,
+    ) -> Result<Tensor<B, 2>, RerouteError> {
+        let attention = &self.self_attn;
+        let values = attention.values(input.normed);
+        let context = attention.attend(queries, [input.keys, values], runs, cache, causal)?;
+        let hidden_states = input.hidden_states + attention.output(context);
+        let normed = self.post_attention_layernorm.forward(hidden_states.clone());
+        Ok(hidden_states + self.mlp.forward(normed))
+    }
+
+    /// The first weight that is not of the sizes of `config`: its name, its shape and the right one.
+    pub(crate) fn misfit(
+        &self,
+        config: &DecoderConfig,
+    ) -> Option<(&'static str, [usize; 2], [usize; 2])> {
+        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+        let queries = config.num_attention_heads * config.head_dim;
+        let keys = config.num_key_value_heads * config.head_dim;
+        let (attention, mlp) = (&self.self_attn, &self.mlp);
+        let weights = [
+            ("q_proj", &attention.q_proj, [queries, hidden]),
+            ("k_proj", &attention.k_proj, [keys, hidden]),
+            ("v_proj", &attention.v_proj, [keys, hidden]),
+            ("o_proj", &attention.o_proj, [hidden, queries]),
+            ("gate_proj", &mlp.gate_proj, [inner, hidden]),
+            ("up_proj", &mlp.up_proj, [inner, hidden]),
+            ("down_proj", &mlp.down_proj, [hidden, inner]),
+        ];
+        let given = |linear: &Linear<B>| linear.weight.lazy_shape().dims::<2>();
+        let misfit = |(name, linear, expected): (_, &Linear<B>, _)| {
+            (given(linear) != expected).then(|| (name, given(linear), expected))
+        };
+        weights.into_iter().find_map(misfit)
+    }
+}
+
+/// Rows of one sample that stand side by side among the rows that layers work on.
+#[derive(Debug, Clone)]
+pub(crate) struct Run {
+    /// The sample.
+    pub(crate) sample: usize,
+    /// Where they stand.
+    pub(crate) packed: Range<usize>,
+    /// The same, numbered within the sample.
+    pub(crate) rows: Vec<usize>,
 }
 
 /// SwiGLU feed-forward network (arXiv 2002.05202).

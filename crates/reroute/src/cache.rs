@@ -1,11 +1,18 @@
-use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
+use burn::tensor::{DType, Tensor};
 use reroute_layers::write_rows;
 
+use crate::block::Run;
+use crate::host::read_back;
 use crate::pool::Pool;
+use crate::{Place, RerouteError};
 
-/// Rows that a layer's cache grows by when it is full.
+/// Rows that a layer's cache grows by at least when it is full.
 const GROWTH: usize = 128;
+
+/// A full cache grows by one part in so many: what copying costs a row then does not depend on how
+/// many there are, and a fifth of the memory at most has nothing in it yet.
+const GROWTH_SHARE: usize = 4;
 
 /// Keys and values of every layer and sample. Each layer has a length of its own: it holds exactly
 /// the rows that the layer processed.
@@ -15,8 +22,9 @@ pub struct KvCache<B: Backend> {
     layers: Vec<Vec<Entry<B>>>,
     /// Rows of each sample so far: prompt and generated tokens, deferred ones included.
     rows: Vec<usize>,
-    /// Position of each sample's next token: that of the full prompt, whatever was deferred.
-    next_position: Vec<i64>,
+    /// Position of each sample's next token: that of the full prompt, whatever was deferred. `None`
+    /// once rows have been forgotten.
+    next_position: Vec<Option<i64>>,
     /// By how much the next position is lower in a layer, `[layers][samples]`: rows that a schedule
     /// removed and whose positions it gave away.
     lowered: Vec<Vec<i64>>,
@@ -33,6 +41,44 @@ struct Entry<B: Backend> {
     rows: Vec<usize>,
 }
 
+/// One layer's share of a [`KvCache`].
+pub(crate) struct LayerCache<'a, B: Backend>(&'a mut [Entry<B>]);
+
+impl<B: Backend> LayerCache<'_, B> {
+    /// Appends a run's rows to its sample's and returns all keys and values of the sample.
+    ///
+    /// # Shapes
+    /// - `new`: keys and values, `[kv_heads, head_dim, rows]`
+    /// - returns `[kv_heads, head_dim, length]`, twice
+    pub(crate) fn append(
+        &mut self,
+        run: &Run,
+        [keys, values]: [Tensor<B, 3>; 2],
+    ) -> Result<[Tensor<B, 3>; 2], RerouteError> {
+        let entry = &mut self.0[run.sample];
+        let used = entry.rows.len();
+        entry.rows.extend(&run.rows);
+        // Taking the buffers hands them over, so that backends can write in place.
+        let buffers = match entry.buffers.take() {
+            Some([all_keys, all_values]) => [
+                write(all_keys, used, keys)?,
+                write(all_values, used, values)?,
+            ],
+            None => [keys, values],
+        };
+        entry.buffers = Some(buffers.clone());
+        Ok(buffers.map(|all| in_use(all, entry.rows.len())))
+    }
+}
+
+impl<B: Backend> Entry<B> {
+    /// Keys and values in use; `None` if there are none.
+    fn held(&self) -> Option<[Tensor<B, 3>; 2]> {
+        let buffers = self.buffers.clone().filter(|_| !self.rows.is_empty())?;
+        Some(buffers.map(|all| in_use(all, self.rows.len())))
+    }
+}
+
 impl<B: Backend> KvCache<B> {
     /// An empty cache.
     pub fn new(layers: usize, samples: usize) -> Self {
@@ -43,79 +89,95 @@ impl<B: Backend> KvCache<B> {
         Self {
             layers: vec![vec![entry; samples]; layers],
             rows: vec![0; samples],
-            next_position: vec![0; samples],
+            next_position: vec![Some(0); samples],
             lowered: vec![vec![0; samples]; layers],
             pool: None,
         }
     }
 
-    /// Appends rows to a sample's entry in a layer and returns all its keys and values.
-    ///
-    /// # Shapes
-    /// - `keys`, `values`: `[kv_heads, head_dim, rows]`
-    /// - returns `[kv_heads, head_dim, length]`, twice
-    pub(crate) fn append(
-        &mut self,
-        layer: usize,
-        sample: usize,
-        rows: impl IntoIterator<Item = usize>,
-        keys: Tensor<B, 3>,
-        values: Tensor<B, 3>,
-    ) -> [Tensor<B, 3>; 2] {
-        let entry = &mut self.layers[layer][sample];
-        let used = entry.rows.len();
-        entry.rows.extend(rows);
-        // Taking the buffers hands them over, so that backends can write in place.
-        let buffers = match entry.buffers.take() {
-            Some([all_keys, all_values]) => {
-                [write(all_keys, used, keys), write(all_values, used, values)]
-            }
-            None => [keys, values],
-        };
-        entry.buffers = Some(buffers.clone());
-        buffers.map(|all| in_use(all, entry.rows.len()))
+    /// One layer's share.
+    pub(crate) fn layer(&mut self, layer: usize) -> LayerCache<'_, B> {
+        LayerCache(&mut self.layers[layer])
     }
 
     /// The keys of one sample in one layer, `[kv_heads, head_dim, length]`; `None` if there are none.
     pub(crate) fn keys(&self, layer: usize, sample: usize) -> Option<Tensor<B, 3>> {
-        let entry = &self.layers[layer][sample];
-        let [keys, _] = entry.buffers.as_ref()?;
-        (!entry.rows.is_empty()).then(|| in_use(keys.clone(), entry.rows.len()))
+        let [keys, _] = self.layers.get(layer)?.get(sample)?.held()?;
+        Some(keys)
+    }
+
+    /// What the cache holds, to compare with what a decoder makes: layers, and channels of all keys of
+    /// a row and their type, if there is a row.
+    pub(crate) fn format(&self) -> (usize, Option<([usize; 2], DType)>) {
+        let held = self.layers.iter().flatten();
+        let buffers = held.filter_map(|entry| entry.buffers.as_ref()).next();
+        let format = buffers.map(|[keys, _]| {
+            let [kv_heads, head_dim, _] = keys.dims();
+            ([kv_heads, head_dim], keys.dtype())
+        });
+        (self.layers.len(), format)
+    }
+
+    /// Whether there is such a sample.
+    pub(crate) fn check_sample(&self, sample: usize) -> Result<(), RerouteError> {
+        let samples = self.samples();
+        match sample < samples {
+            true => Ok(()),
+            false => Err(RerouteError::Sample { sample, samples }),
+        }
     }
 
     /// Says which row and which position come next in a sample.
     pub(crate) fn continue_at(&mut self, sample: usize, row: usize, position: i64) {
         self.rows[sample] = row;
-        self.next_position[sample] = position;
+        self.next_position[sample] = Some(position);
     }
 
-    /// Lowers the positions of a sample's next tokens in a layer.
-    pub(crate) fn lower(&mut self, layer: usize, sample: usize, by: i64) {
-        self.lowered[layer][sample] = by;
+    /// Lowers the positions of the samples' next tokens in a layer.
+    pub(crate) fn lower(&mut self, layer: usize, by: Vec<i64>) {
+        self.lowered[layer] = by;
     }
 
     /// By how much positions of the samples are lower in a layer.
-    pub(crate) fn lowered(&self, layer: usize, samples: impl Iterator<Item = usize>) -> Vec<i64> {
-        samples.map(|sample| self.lowered[layer][sample]).collect()
+    pub(crate) fn lowered(&self, layer: usize) -> &[i64] {
+        &self.lowered[layer]
     }
 
-    /// The row and the position of a sample's next token, which it takes.
-    pub(crate) fn take_next(&mut self, sample: usize) -> (usize, i64) {
-        let next = (self.rows[sample], self.next_position[sample]);
+    /// The first layer that holds renumbered rows of a sample from `row` on.
+    pub(crate) fn renumbered_from(&self, sample: usize, row: usize) -> Option<usize> {
+        (0..self.layers.len()).find(|&layer| {
+            let last = self.layers[layer][sample].rows.last();
+            self.lowered[layer][sample] != 0 && last.is_some_and(|&last| last >= row)
+        })
+    }
+
+    /// The row and the position of a sample's next token, which it takes. A truncated sample has none.
+    pub(crate) fn take_next(&mut self, sample: usize) -> Result<(usize, i64), RerouteError> {
+        let position = self.next_position[sample].as_mut();
+        let position = position.ok_or(RerouteError::Truncated { sample })?;
+        let next = (self.rows[sample], *position);
         self.rows[sample] += 1;
-        self.next_position[sample] += 1;
-        next
+        *position += 1;
+        Ok(next)
     }
 
     /// Forgets the rows of a sample from `row` on, as when the text after it has changed.
     ///
     /// The next thing to do with the cache is [`Decoder::resume`](crate::Decoder::resume), whose
     /// prompt says where positions go on.
-    pub fn truncate(&mut self, sample: usize, row: usize) {
-        for layer in 0..self.layers.len() {
-            self.truncate_layer(layer, sample, row);
+    ///
+    /// # Errors
+    /// [`RerouteError::Sample`] if there is no such sample.
+    pub fn truncate(&mut self, sample: usize, row: usize) -> Result<(), RerouteError> {
+        self.check_sample(sample)?;
+        if row < self.rows[sample] {
+            for layer in 0..self.layers.len() {
+                self.truncate_layer(layer, sample, row);
+            }
+            self.rows[sample] = row;
+            self.next_position[sample] = None;
         }
-        self.rows[sample] = self.rows[sample].min(row);
+        Ok(())
     }
 
     pub(crate) fn truncate_layer(&mut self, layer: usize, sample: usize, row: usize) {
@@ -123,9 +185,15 @@ impl<B: Backend> KvCache<B> {
         rows.truncate(rows.partition_point(|&held| held < row));
     }
 
-    /// The position that a sample's next token will have.
+    /// The position that a sample's next token will have; 0 where there is no such sample, or where
+    /// [`truncate`](Self::truncate) has forgotten rows.
     pub fn next_position(&self, sample: usize) -> i64 {
-        self.next_position[sample]
+        self.known_position(sample).unwrap_or(0)
+    }
+
+    /// The position of a sample's next token, unless rows have been forgotten.
+    pub(crate) fn known_position(&self, sample: usize) -> Option<i64> {
+        self.next_position.get(sample).copied().flatten()
     }
 
     /// Number of samples.
@@ -138,28 +206,59 @@ impl<B: Backend> KvCache<B> {
         self.layers.len()
     }
 
-    /// Rows of a sample so far: those of the prompt and of generated tokens, deferred ones included.
+    /// Rows of a sample so far: those of the prompt and of generated tokens, deferred ones included. 0
+    /// where there is no such sample.
     pub fn rows(&self, sample: usize) -> usize {
-        self.rows[sample]
+        self.rows.get(sample).copied().unwrap_or(0)
     }
 
-    /// Rows held per layer for one sample.
+    /// Rows held per layer for one sample; 0 where there is no such sample.
     pub fn lengths(&self, sample: usize) -> Vec<usize> {
-        let length = |layer: &Vec<Entry<B>>| layer[sample].rows.len();
-        self.layers.iter().map(length).collect()
+        let length = |entry: &Entry<B>| entry.rows.len();
+        self.per_layer(sample, length)
     }
 
-    /// Bytes of the rows in use, per layer, for one sample.
+    /// Bytes of the rows in use, per layer, for one sample; 0 where there is no such sample.
     pub fn bytes(&self, sample: usize) -> Vec<u64> {
-        let bytes = |layer: &Vec<Entry<B>>| {
-            let entry = &layer[sample];
+        self.per_layer(sample, |entry| {
             let row = entry.buffers.iter().flatten().map(|buffer| {
                 let [kv_heads, head_dim, _] = buffer.dims();
                 kv_heads * head_dim * buffer.dtype().size()
             });
             (row.sum::<usize>() * entry.rows.len()) as u64
-        };
-        self.layers.iter().map(bytes).collect()
+        })
+    }
+
+    fn per_layer<T: Default>(&self, sample: usize, of: impl Fn(&Entry<B>) -> T) -> Vec<T> {
+        let entry = |layer: &Vec<Entry<B>>| layer.get(sample).map(&of).unwrap_or_default();
+        self.layers.iter().map(entry).collect()
+    }
+
+    /// Where a sample's numbers stop being finite, as its keys and values tell: `None` if all of them
+    /// are finite. Reads everything back: for errors only.
+    pub(crate) fn first_not_finite(&self, sample: usize) -> Result<Option<Place>, RerouteError> {
+        for (index, layer) in self.layers.iter().enumerate() {
+            let Some(held) = layer[sample].held() else {
+                continue;
+            };
+            let rows = layer[sample].rows.len();
+            let held: Vec<Vec<f32>> = held
+                .into_iter()
+                .map(|of| read_back(of, "keys and values"))
+                .collect::<Result<_, _>>()?;
+            let channels = || held.iter().flat_map(|of| of.chunks_exact(rows));
+            if channels().flatten().all(|x| x.is_finite()) {
+                continue;
+            }
+            // A row that came in with a number that is none has no key and no value that is one.
+            let came_in = (0..rows).any(|row| channels().all(|channel| channel[row].is_nan()));
+            return Ok(Some(match (came_in, index.checked_sub(1)) {
+                (true, Some(before)) => Place::Layer(before),
+                (true, None) => Place::Input,
+                (false, _) => Place::Layer(index),
+            }));
+        }
+        Ok(None)
     }
 }
 
@@ -172,15 +271,64 @@ fn in_use<B: Backend>(all: Tensor<B, 3>, rows: usize) -> Tensor<B, 3> {
 }
 
 /// Writes rows at `start`, growing the buffer when it is full.
-fn write<B: Backend>(all: Tensor<B, 3>, start: usize, new: Tensor<B, 3>) -> Tensor<B, 3> {
+fn write<B: Backend>(
+    all: Tensor<B, 3>,
+    start: usize,
+    new: Tensor<B, 3>,
+) -> Result<Tensor<B, 3>, RerouteError> {
     let [kv_heads, head_dim, capacity] = all.dims();
     let end = start + new.dims()[2];
     let all = if end > capacity {
+        let spare = end - capacity + GROWTH.max(end / GROWTH_SHARE);
         let options = (&all.device(), all.dtype());
-        let spare = Tensor::zeros([kv_heads, head_dim, end - capacity + GROWTH], options);
-        Tensor::cat(vec![all, spare], 2)
+        Tensor::cat(
+            vec![all, Tensor::zeros([kv_heads, head_dim, spare], options)],
+            2,
+        )
     } else {
         all
     };
-    write_rows(all, start, new)
+    Ok(write_rows(all, start, new)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::Tensor;
+    use burn_flex::{Flex, FlexDevice};
+
+    use super::*;
+
+    /// Every copy of a full buffer makes room for a share of what it holds: few copies, and little room
+    /// that nothing is in.
+    #[test]
+    fn copies_of_a_growing_cache_are_few() {
+        let mut cache = KvCache::<Flex>::new(1, 1);
+        let (mut copies, mut capacity, mut copied) = (0, 0, 0);
+        for row in 0..4096 {
+            let number = Tensor::full([2, 4, 1], row as f32, &FlexDevice);
+            let run = Run {
+                sample: 0,
+                packed: 0..1,
+                rows: vec![row],
+            };
+            let new = [number.clone(), number];
+            let [keys, _] = cache.layer(0).append(&run, new).unwrap();
+            assert_eq!(keys.dims(), [2, 4, row + 1]);
+            let [buffer, _] = cache.layers[0][0].buffers.as_ref().unwrap();
+            let [_, _, now] = buffer.dims();
+            if now != capacity {
+                (copies, capacity, copied) = (copies + 1, now, copied + row);
+                assert!(now <= row + 1 + GROWTH.max((row + 1) / GROWTH_SHARE));
+            }
+        }
+        assert!(copies <= 20, "{copies} copies");
+        assert!(copied <= 5 * 4096, "{copied} rows copied");
+        let [keys, _] = cache.layers[0][0].held().unwrap();
+        let keys: Vec<f32> = keys.into_data().into_vec().unwrap();
+        assert!(
+            keys.chunks(4096)
+                .flat_map(|rows| rows.iter().enumerate())
+                .all(|(row, &key)| key == row as f32)
+        );
+    }
 }

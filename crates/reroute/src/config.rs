@@ -1,12 +1,13 @@
 use burn::tensor::backend::Backend;
-use burn::tensor::{DType, Int, Tensor};
 use reducers::DecoderShape;
-use reroute_layers::Rotary;
 
-use crate::{Decoder, RerouteError};
+use crate::{Decoder, RerouteError, RopeConfig};
 
 /// Channels of the widest head that [`DecoderConfig::validate`] lets pass.
 pub const MAX_HEAD_DIM: usize = 1 << 12;
+
+/// Axes that positions may have: time, height and width.
+const MAX_AXES: usize = 3;
 
 /// A resolved decoder configuration: every family's text model maps onto this one.
 #[derive(Debug, Clone, PartialEq)]
@@ -39,54 +40,11 @@ pub struct DecoderConfig {
     pub rope: RopeConfig,
 }
 
-/// Rotary position configuration.
-#[derive(Debug, Clone, PartialEq)]
-pub struct RopeConfig {
-    /// Base of the frequencies.
-    pub theta: f64,
-    /// Which position axis turns each of the `head_dim / 2` frequencies: all 0 for plain text
-    /// positions, sectioned or interleaved over (t, h, w) for M-RoPE.
-    pub axis_of_frequency: Vec<usize>,
-}
-
-impl RopeConfig {
-    /// Plain one-axis positions.
-    pub fn one_axis(theta: f64, head_dim: usize) -> Self {
-        Self {
-            theta,
-            // Of a wider head, which is refused later, no memory is asked for.
-            axis_of_frequency: vec![0; head_dim.min(MAX_HEAD_DIM) / 2],
-        }
-    }
-
-    /// Number of position axes.
-    pub fn axes(&self) -> usize {
-        self.axis_of_frequency
-            .iter()
-            .max()
-            .map_or(1, |axis| axis + 1)
-    }
-
-    /// The table for explicit positions, computed in f32 as the reference does.
-    ///
-    /// # Shapes
-    /// - `positions`: `[axes, rows]`
-    pub fn table<B: Backend>(&self, positions: Tensor<B, 2, Int>, dtype: DType) -> Rotary<B> {
-        let device = positions.device();
-        let half = self.axis_of_frequency.len();
-        let frequencies: Vec<f32> = (0..half)
-            .map(|i| 1.0 / (self.theta as f32).powf((2 * i) as f32 / (2 * half) as f32))
-            .collect();
-        let axes: Vec<i64> = self.axis_of_frequency.iter().map(|&a| a as i64).collect();
-        let axes = Tensor::<B, 1, Int>::from_data(axes.as_slice(), &device);
-        let frequencies = Tensor::<B, 1>::from_data(frequencies.as_slice(), (&device, DType::F32));
-        let positions = positions.float().cast(DType::F32).select(0, axes);
-        Rotary::from_angles(positions * frequencies.unsqueeze_dim(1), dtype)
-    }
-}
-
 impl DecoderConfig {
     /// Checks that the numbers agree with each other.
+    ///
+    /// # Errors
+    /// [`RerouteError::Config`]
     pub fn validate(&self) -> Result<(), RerouteError> {
         // Far above any published model. Layers, blocks of the vocabulary and rotary tables take memory
         // before a weight is read, so a number that only looks like one must not get that far.
@@ -130,8 +88,15 @@ impl DecoderConfig {
                 self.head_dim / 2
             ));
         }
-        if !(self.rope.theta.is_finite() && self.rope.theta > 0.0) {
+        if self.rope.axes() > MAX_AXES {
+            return inconsistent(format!("rotary positions have {} axes", self.rope.axes()));
+        }
+        let theta = self.rope.theta as f32;
+        if !(theta.is_finite() && theta > 0.0) {
             return inconsistent(format!("rope_theta is {}", self.rope.theta));
+        }
+        if let Some(problem) = self.rope.scaling.problem() {
+            return inconsistent(problem);
         }
         if !(self.rms_norm_eps.is_finite() && self.rms_norm_eps >= 0.0) {
             return inconsistent(format!("rms_norm_eps is {}", self.rms_norm_eps));

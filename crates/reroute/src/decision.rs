@@ -5,14 +5,13 @@ use std::ops::Range;
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
 use reducers::{Embedded, ReducerError, ScoreLayer, Standing, top_k};
-use reroute_layers::{RmsNorm, Rotary};
+use reroute_layers::{RmsNorm, Rotary, indices};
 
-use crate::router::indices;
 use crate::{Decision, SelfAttention};
 
-/// The rows of all samples that stand at a decision, active and deferred, in prompt order.
+/// The rows of all samples at a decision, active and deferred, in prompt order.
 #[derive(Debug)]
-pub(crate) struct Pool<'a, B: Backend> {
+pub(crate) struct DecisionInput<'a, B: Backend> {
     /// The decision layer.
     pub(crate) layer: usize,
     pub(crate) attention: &'a SelfAttention<B>,
@@ -36,10 +35,12 @@ pub(crate) struct Pool<'a, B: Backend> {
     pub(crate) executed: Option<Tensor<B, 2>>,
 }
 
-/// One sample's share of a [`Pool`].
-pub(crate) struct SampleStanding<'a, B: Backend> {
-    pub(crate) pool: &'a Pool<'a, B>,
-    /// Its rows in the pool.
+/// One sample's share of a [`DecisionInput`].
+pub(crate) struct SampleInput<'a, B: Backend> {
+    pub(crate) all: &'a DecisionInput<'a, B>,
+    /// Index of the sample in the batch.
+    pub(crate) index: usize,
+    /// Where its rows are among all.
     pub(crate) range: Range<usize>,
     /// Those of them that are candidates, counted from the start of the range.
     pub(crate) candidates: Vec<usize>,
@@ -59,13 +60,13 @@ pub(crate) struct SampleStanding<'a, B: Backend> {
     pub(crate) executed_keys: Option<Tensor<B, 3>>,
 }
 
-impl<B: Backend> SampleStanding<'_, B> {
+impl<B: Backend> SampleInput<'_, B> {
     fn share(&self, of: &Tensor<B, 2>) -> Tensor<B, 2> {
         of.clone().narrow(1, self.range.start, self.range.len())
     }
 }
 
-impl<B: Backend> Standing<B> for SampleStanding<'_, B> {
+impl<B: Backend> Standing<B> for SampleInput<'_, B> {
     fn rows(&self) -> usize {
         self.range.len()
     }
@@ -75,7 +76,7 @@ impl<B: Backend> Standing<B> for SampleStanding<'_, B> {
     }
 
     fn layer(&self) -> usize {
-        self.pool.layer
+        self.all.layer
     }
 
     fn salience(&self) -> Option<Vec<f32>> {
@@ -84,23 +85,23 @@ impl<B: Backend> Standing<B> for SampleStanding<'_, B> {
     }
 
     fn hidden_states(&self) -> Tensor<B, 2> {
-        self.share(&self.pool.hidden_states)
+        self.share(&self.all.hidden_states)
     }
 
     fn output_normed(&self) -> Tensor<B, 2> {
-        self.pool.output_norm.forward(self.hidden_states())
+        self.all.output_norm.forward(self.hidden_states())
     }
 
     fn prompt(&self) -> Embedded<B> {
         let (start, rows) = (self.sample.start, self.sample.len());
         Embedded {
-            embeddings: self.pool.embeddings.clone().narrow(1, start, rows),
+            embeddings: self.all.embeddings.clone().narrow(1, start, rows),
             visual: self.visual.iter().map(|row| row - start).collect(),
         }
     }
 
     fn rows_in_prompt(&self) -> Vec<usize> {
-        let rows = self.pool.rows[self.range.clone()].iter();
+        let rows = self.all.rows[self.range.clone()].iter();
         rows.map(|row| row - self.sample.start).collect()
     }
 
@@ -109,24 +110,24 @@ impl<B: Backend> Standing<B> for SampleStanding<'_, B> {
     }
 
     fn queries(&self, layer: ScoreLayer, rows: &[usize], rope: bool) -> Tensor<B, 3> {
-        let Pool {
+        let DecisionInput {
             attention,
             normed,
             executed,
             ..
-        } = self.pool;
+        } = self.all;
         let rows: Vec<usize> = rows.iter().map(|row| self.range.start + row).collect();
         let rows = indices(&rows, &normed.device());
         if let (ScoreLayer::Previous, Some(executed)) = (layer, executed) {
             let queries = executed.clone().select(1, rows.clone());
             return attention.split_heads(match rope {
                 true => queries,
-                false => self.pool.rope.select(rows).undo(queries),
+                false => self.all.rope.select(rows).undo(queries),
             });
         }
         let queries = attention.unrotated_queries(normed.clone().select(1, rows.clone()));
         attention.split_heads(match rope {
-            true => self.pool.rope.select(rows).apply(queries),
+            true => self.all.rope.select(rows).apply(queries),
             false => queries,
         })
     }
@@ -138,16 +139,16 @@ impl<B: Backend> Standing<B> for SampleStanding<'_, B> {
             }
             // A prompt that is scored like this has no earlier rows.
             let [heads, head_dim, rows] = executed.dims();
-            let pool: Vec<usize> = self.range.clone().collect();
-            let rope = self.pool.rope.select(indices(&pool, &executed.device()));
+            let own: Vec<usize> = self.range.clone().collect();
+            let rope = self.all.rope.select(indices(&own, &executed.device()));
             let keys = rope.undo(executed.clone().reshape([heads * head_dim, rows]));
-            return self.pool.attention.split_heads(keys);
+            return self.all.attention.split_heads(keys);
         }
         let keys = match rope {
-            true => &self.pool.keys,
-            false => &self.pool.unrotated_keys,
+            true => &self.all.keys,
+            false => &self.all.unrotated_keys,
         };
-        let keys = self.pool.attention.split_heads(self.share(keys));
+        let keys = self.all.attention.split_heads(self.share(keys));
         match &self.earlier {
             Some(earlier) => Tensor::cat(vec![earlier.clone(), keys], 2),
             None => keys,
@@ -158,15 +159,14 @@ impl<B: Backend> Standing<B> for SampleStanding<'_, B> {
 /// Chooses among a sample's candidates: first the `spread` tokens, then by score. `previous` is its
 /// last selection; a monotonic schedule ranks what is not in it behind everything else.
 pub(crate) fn select(
-    standing: &SampleStanding<'_, impl Backend>,
-    sample: usize,
+    input: &SampleInput<'_, impl Backend>,
     scores: &[f32],
     spread: impl Fn(usize) -> bool,
     previous: Option<&[usize]>,
     monotonic: bool,
 ) -> Result<Decision, ReducerError> {
-    let tokens = &standing.tokens;
-    let scores: Vec<f32> = standing.candidates.iter().map(|&row| scores[row]).collect();
+    let tokens = &input.tokens;
+    let scores: Vec<f32> = input.candidates.iter().map(|&row| scores[row]).collect();
     let mut ranked = scores.clone();
     if let (true, Some(previous)) = (monotonic, previous) {
         for (score, token) in ranked.iter_mut().zip(tokens) {
@@ -180,12 +180,12 @@ pub(crate) fn select(
             *score = f32::INFINITY;
         }
     }
-    let chosen = top_k(&ranked, standing.keep_count)?;
+    let chosen = top_k(&ranked, input.keep_count)?;
     let selected: Vec<usize> = chosen.iter().map(|&i| tokens[i]).collect();
     let was_deferred = |token: &&usize| previous.is_some_and(|p| p.binary_search(token).is_err());
     Ok(Decision {
-        layer: standing.pool.layer,
-        sample,
+        layer: input.all.layer,
+        sample: input.index,
         returned: selected.iter().filter(was_deferred).copied().collect(),
         candidates: tokens.clone(),
         scores,

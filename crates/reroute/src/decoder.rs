@@ -1,15 +1,16 @@
-use std::ops::Range;
-
 use burn::module::Module;
 use burn::tensor::backend::Backend;
-use burn::tensor::{Int, Tensor};
+use burn::tensor::{DType, Int, Tensor};
 use reducers::{Positions, Schedule, Scorer};
-use reroute_layers::{CausalMask, RmsNorm, RmsNormConfig, Vocabulary, VocabularyConfig};
+use reroute_layers::{
+    CausalMask, RmsNorm, RmsNormConfig, Rotary, Vocabulary, VocabularyConfig, indices,
+};
 
+use crate::block::Run;
 use crate::pool::Past;
-use crate::prompt::ranges;
 use crate::{
-    DecoderConfig, DecoderLayer, KvCache, Prompt, RerouteError, Router, RoutingTrace, SampleLayout,
+    DecoderConfig, DecoderLayer, KvCache, Place, Prompt, RerouteError, Router, RoutingTrace,
+    SampleLayout,
 };
 
 /// A LLaMA-style decoder whose prefill follows a routing schedule.
@@ -87,27 +88,68 @@ impl<B: Backend> Decoder<B> {
         &self.norm
     }
 
+    /// The type that the decoder computes in.
+    pub fn dtype(&self) -> DType {
+        self.norm.weight.val().dtype()
+    }
+
     /// A decoder with the same embedding, norm and head around other layers.
     ///
     /// Layers may share their parameters (a clone is a reference), which makes a decoder of any
     /// depth from a few layers' memory.
-    pub fn with_layers(mut self, layers: Vec<DecoderLayer<B>>) -> Self {
+    ///
+    /// # Errors
+    /// [`RerouteError::Config`] without a layer or with too many, [`RerouteError::Layer`] if one is of
+    /// other sizes.
+    pub fn with_layers(mut self, layers: Vec<DecoderLayer<B>>) -> Result<Self, RerouteError> {
         self.config.num_layers = layers.len();
+        self.config.validate()?;
+        for (layer, weights) in layers.iter().enumerate() {
+            if let Some((what, given, expected)) = weights.misfit(&self.config) {
+                return Err(RerouteError::Layer {
+                    layer,
+                    what,
+                    given: format!("{given:?}"),
+                    expected: format!("{expected:?}"),
+                });
+            }
+        }
         self.layers = layers;
-        self
+        Ok(self)
     }
 
-    /// Embeds token ids, at least one; every id must be below `vocab_size`.
+    /// Embeds token ids.
     ///
     /// # Shapes
     /// - returns `[hidden_size, ids]`
-    pub fn embed(&self, ids: &[u32]) -> Tensor<B, 2> {
-        self.embed_tokens.embed(ids)
+    ///
+    /// # Errors
+    /// [`RerouteError::TokenId`], [`RerouteError::NoTokens`]
+    pub fn embed(&self, ids: &[u32]) -> Result<Tensor<B, 2>, RerouteError> {
+        self.check_ids(ids.iter().copied())?;
+        Ok(self.embed_tokens.embed(ids)?)
+    }
+
+    fn check_ids(&self, mut ids: impl ExactSizeIterator<Item = u32>) -> Result<(), RerouteError> {
+        let vocab_size = self.config.vocab_size;
+        if ids.len() == 0 {
+            return Err(RerouteError::NoTokens);
+        }
+        match ids.find(|&id| id as usize >= vocab_size) {
+            Some(id) => Err(RerouteError::TokenId { id, vocab_size }),
+            None => Ok(()),
+        }
     }
 
     /// Whether prompt and schedule fit the decoder and each other.
+    ///
+    /// # Errors
+    /// [`RerouteError::Prompt`] for a prompt that contradicts itself, [`RerouteError::Type`] for one in
+    /// another type, [`RerouteError::ContextLength`], [`RerouteError::Renumber`], and
+    /// [`RerouteError::Reducer`] for a decision beyond the last layer.
     pub fn check(&self, prompt: &Prompt<B>, schedule: &Schedule) -> Result<(), RerouteError> {
         prompt.validate(&self.config)?;
+        prompt.check_type(self.dtype())?;
         if schedule.positions() == Positions::Renumber && self.config.rope.axes() > 1 {
             return Err(RerouteError::Renumber);
         }
@@ -123,10 +165,44 @@ impl<B: Backend> Decoder<B> {
         Ok(schedule.check_depth(self.layers.len())?)
     }
 
+    /// Whether a cache can be this decoder's.
+    fn check_cache(&self, cache: &KvCache<B>) -> Result<(), RerouteError> {
+        let refused =
+            |given: String, expected: String| Err(RerouteError::Cache { given, expected });
+        let (layers, format) = cache.format();
+        if layers != self.layers.len() {
+            let expected = format!("{} layers", self.layers.len());
+            return refused(format!("{layers} layers"), expected);
+        }
+        let (config, dtype) = (&self.config, self.dtype());
+        let expected = ([config.num_key_value_heads, config.head_dim], dtype);
+        let pool = cache.pool.iter().flat_map(|pool| &pool.samples);
+        let features = pool.map(|rows| rows.hidden_states.dims()[0]);
+        if let Some(other) = features
+            .into_iter()
+            .find(|&features| features != config.hidden_size)
+        {
+            let expected = format!("hidden_size {}", config.hidden_size);
+            return refused(format!("hidden states of {other} features"), expected);
+        }
+        match format {
+            Some(given) if given != expected => {
+                let name = |([heads, channels], dtype): ([usize; 2], DType)| {
+                    format!("{heads} heads of {channels} channels in {dtype:?}")
+                };
+                refused(name(given), name(expected))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Runs prompts through all layers under a schedule and fills the cache.
     ///
     /// Samples are routed one by one by their own scores; samples without visual tokens take the
     /// dense path. [`Schedule::dense`] is the plain model.
+    ///
+    /// # Errors
+    /// Those of [`check`](Self::check), and [`RerouteError::Reducer`] for scores that cannot be ranked.
     pub fn prefill(
         &self,
         prompt: &Prompt<B>,
@@ -138,12 +214,12 @@ impl<B: Backend> Decoder<B> {
     }
 
     /// The same for the next turn of a conversation: `prompt` is the whole conversation, and `cache`
-    /// what is left of the earlier turns, whose rows it must begin with
+    /// what the earlier turns have cached, whose rows it must begin with
     /// ([`KvCache::truncate`] forgets the rest).
     ///
     /// - Under [`Action::Reroute`](reducers::Action::Reroute) the result is that of
-    ///   [`prefill`](Self::prefill) on the whole conversation: *all* visual tokens stand again, and
-    ///   this turn's last row chooses among them. Layers below the first decision compute new rows
+    ///   [`prefill`](Self::prefill) on the whole conversation: *all* visual tokens are candidates again,
+    ///   and this turn's last row chooses among them. Layers below the first decision compute new rows
     ///   only; from the first decision on all text rows after the first image and the tokens now
     ///   selected are computed, as in a prefill. This needs [`PrefillOptions::keep_pool`] in the
     ///   earlier turn; without it everything after the first image is computed anew.
@@ -152,6 +228,11 @@ impl<B: Backend> Decoder<B> {
     /// - Without decisions new rows run through all layers and see everything.
     ///
     /// Schedules that give positions away or rank by what no cache holds compute everything anew.
+    ///
+    /// # Errors
+    /// Those of [`prefill`](Self::prefill); [`RerouteError::Cache`] for a cache of another decoder or
+    /// other samples; [`RerouteError::MixedPositions`] where an earlier turn gave positions away and this
+    /// one keeps them.
     pub fn resume(
         &self,
         cache: KvCache<B>,
@@ -171,93 +252,73 @@ impl<B: Backend> Decoder<B> {
         schedule: &Schedule,
         options: PrefillOptions,
     ) -> Result<Prefill<B>, RerouteError> {
-        let observed = |_| options.hidden_states;
-        self.run(
+        let turn = Turn {
             scorer,
-            cache,
-            prompt,
-            schedule,
-            options.keep_pool,
-            &observed,
-        )
+            keep_pool: options.keep_pool,
+            observed: &|_| options.hidden_states,
+        };
+        self.run(cache, prompt, schedule, turn)
     }
 
-    /// Runs a turn, and returns the output of the layers that are observed.
+    /// Runs a turn through all layers.
     pub(crate) fn run(
         &self,
-        scorer: Option<&dyn Scorer<B>>,
         mut cache: KvCache<B>,
         prompt: &Prompt<B>,
         schedule: &Schedule,
-        keep_pool: bool,
-        observed: &dyn Fn(usize) -> bool,
+        turn: Turn<'_, B>,
     ) -> Result<Prefill<B>, RerouteError> {
         self.check(prompt, schedule)?;
-        if (cache.layers(), cache.samples()) != (self.layers.len(), prompt.samples.len()) {
-            return Err(RerouteError::Prompt(format!(
-                "the cache has {} layers and {} samples, expected {} and {}",
-                cache.layers(),
-                cache.samples(),
-                self.layers.len(),
-                prompt.samples.len()
-            )));
+        self.check_cache(&cache)?;
+        let (given, samples) = (cache.samples(), prompt.samples.len());
+        if given != samples {
+            return Err(RerouteError::Cache {
+                given: format!("{given} samples"),
+                expected: format!("{samples}, as the prompt has"),
+            });
         }
-        let device = prompt.embeddings.device();
+        let rows = prompt.embeddings.dims()[1];
+        let _span = tracing::info_span!("prefill", samples, rows).entered();
         let longest = prompt.samples.iter().map(|sample| sample.rows).max();
-        let mask = CausalMask::new(longest.unwrap_or(0), &device);
-        let past = Past::take(&mut cache, &prompt.samples, schedule);
+        let mask = CausalMask::new(longest.unwrap_or(0), &prompt.embeddings.device());
+        let past = Past::take(&mut cache, &prompt.samples, schedule)?;
         let mut router = Router::resume(self, prompt, schedule, past)
-            .ranking_by(scorer)
-            .keeping_pool(keep_pool);
+            .ranking_by(turn.scorer)
+            .keeping_pool(turn.keep_pool);
         let mut hidden_states = router.rows_of(prompt.embeddings.clone());
         let mut trace = RoutingTrace::default();
         let mut captured = Vec::new();
 
         for (index, layer) in self.layers.iter().enumerate() {
-            let input = router.enter(index, layer, hidden_states, &cache)?;
-            let attention = &layer.self_attn;
-            let queries = attention.queries(input.normed.clone(), router.active_rope());
+            let mut input = router.enter(index, layer, hidden_states, &cache)?;
+            let queries = layer
+                .self_attn
+                .queries(input.normed.clone(), router.active_rope());
             router.executed(index, &queries);
-            let values = attention.split_heads(attention.values(input.normed));
-            let keys = attention.split_heads(input.keys);
-            let ranges = router.ranges();
-            let contexts = ranges.iter().enumerate().map(|(sample, range)| {
-                let (start, rows) = (range.start, range.len());
-                let keys = keys.clone().narrow(2, start, rows);
-                let values = values.clone().narrow(2, start, rows);
-                let queries = queries.clone().narrow(1, start, rows);
-                let held = router.sample_rows(sample, range.clone());
-                let [keys, values] = cache.append(index, sample, held, keys, values);
-                attention.attend(queries, keys, values, Some(&mask))
-            });
-            let contexts = Tensor::cat(contexts.collect(), 1);
+            let runs = router.runs();
             trace
                 .rows
-                .push(ranges.iter().map(|range| range.len()).collect());
-            trace.decisions.extend(input.decisions);
-            for (sample, by) in router.lowered().into_iter().enumerate() {
-                cache.lower(index, sample, by);
+                .push(runs.iter().map(|run| run.rows.len()).collect());
+            trace.decisions.append(&mut input.decisions);
+            cache.lower(index, router.lowered());
+            let output = layer.forward(input, queries, &runs, cache.layer(index), Some(&mask))?;
+            if (turn.observed)(index) {
+                captured.push(router.observe(output.clone()));
             }
-            hidden_states = layer.finish(input.hidden_states, contexts);
-            if observed(index) {
-                captured.push(router.observe(hidden_states.clone()));
-            }
-            hidden_states = router.leave(index, hidden_states);
+            hidden_states = router.leave(index, output);
         }
-        let hidden_states = router.gather(hidden_states);
 
-        let last: Vec<i64> = router
-            .ranges()
-            .iter()
-            .map(|range| range.end as i64 - 1)
-            .collect();
-        let last = Tensor::from_data(last.as_slice(), &device);
+        let hidden_states = router.gather(hidden_states);
+        let last: Vec<usize> = router.ranges().iter().map(|range| range.end - 1).collect();
+        let last = hidden_states
+            .clone()
+            .select(1, indices(&last, &hidden_states.device()));
         for (sample, layout) in prompt.samples.iter().enumerate() {
             cache.continue_at(sample, layout.rows, layout.next_position);
         }
         cache.pool = router.into_pool();
         Ok(Prefill {
-            logits: self.logits(hidden_states.select(1, last)),
+            logits: self.logits(last)?,
             cache,
             trace,
             hidden_states: captured,
@@ -274,57 +335,59 @@ impl<B: Backend> Decoder<B> {
     /// # Shapes
     /// - `tokens`: (index of the sample, token id)
     /// - returns `[tokens, vocab_size]`
+    ///
+    /// # Errors
+    /// [`RerouteError::NoTokens`], [`RerouteError::TokenId`], [`RerouteError::Sample`],
+    /// [`RerouteError::Truncated`], [`RerouteError::ContextLength`], and [`RerouteError::Cache`] for a
+    /// cache of another decoder. A step that is refused leaves the cache as it was.
     pub fn decode(
         &self,
         tokens: &[(usize, u32)],
         cache: &mut KvCache<B>,
     ) -> Result<Tensor<B, 2>, RerouteError> {
-        let device = self.embed_tokens.device();
         self.check_tokens(tokens, cache)?;
+        let _span = tracing::debug_span!("decode", tokens = tokens.len()).entered();
+        let device = self.embed_tokens.device();
+        let ids: Vec<u32> = tokens.iter().map(|&(_, id)| id).collect();
+        let mut hidden_states = self.embed_tokens.embed(&ids)?;
+        let dtype = hidden_states.dtype();
         let next = tokens.iter().map(|&(sample, _)| cache.take_next(sample));
-        let (rows, positions): (Vec<usize>, Vec<i64>) = next.unzip();
-        let runs: Vec<Range<usize>> = ranges(tokens.chunk_by(|a, b| a.0 == b.0).map(<[_]>::len));
-        let mask = runs.iter().any(|run| run.len() > 1).then(|| {
+        let (rows, positions): (Vec<usize>, Vec<i64>) =
+            next.collect::<Result<Vec<_>, _>>()?.into_iter().unzip();
+        let runs = runs(tokens, &rows);
+        let mask = runs.iter().any(|run| run.rows.len() > 1).then(|| {
             let keys = rows.iter().max().map_or(0, |last| last + 1);
             CausalMask::new(keys, &device)
         });
-        let ids: Vec<u32> = tokens.iter().map(|&(_, id)| id).collect();
-        let mut hidden_states = self.embed(&ids);
-        let dtype = hidden_states.dtype();
-        let table = |lowered: &[i64]| {
-            let positions = positions.iter().zip(lowered).map(|(p, by)| p - by);
-            let positions: Vec<i64> = positions.collect();
-            let positions = Tensor::<B, 1, Int>::from_data(positions.as_slice(), &device)
-                .unsqueeze::<2>()
-                .repeat_dim(0, self.config.rope.axes());
-            self.config.rope.table(positions, dtype)
+        let lowered = |layer, cache: &KvCache<B>| -> Vec<i64> {
+            let lowered = cache.lowered(layer);
+            let tokens = tokens.iter().zip(&positions);
+            tokens
+                .map(|(&(sample, _), at)| at - lowered[sample])
+                .collect()
         };
-        let mut lowered = vec![0; tokens.len()];
-        let mut rope = table(&lowered);
+        let mut at = lowered(0, cache);
+        let mut rope = self.rope_at(&at, dtype, &device);
 
         for (index, layer) in self.layers.iter().enumerate() {
-            let here = cache.lowered(index, tokens.iter().map(|&(sample, _)| sample));
-            if here != lowered {
-                (rope, lowered) = (table(&here), here);
+            let here = lowered(index, cache);
+            if here != at {
+                rope = self.rope_at(&here, dtype, &device);
+                at = here;
             }
-            let attention = &layer.self_attn;
-            let normed = layer.input_layernorm.forward(hidden_states.clone());
-            let queries = attention.queries(normed.clone(), &rope);
-            let keys = attention.split_heads(attention.keys(normed.clone(), &rope));
-            let values = attention.split_heads(attention.values(normed));
-            let contexts = runs.iter().map(|run| {
-                let (start, count) = (run.start, run.len());
-                let keys = keys.clone().narrow(2, start, count);
-                let values = values.clone().narrow(2, start, count);
-                let queries = queries.clone().narrow(1, start, count);
-                let (sample, held) = (tokens[start].0, rows[run.clone()].iter().copied());
-                let [keys, values] = cache.append(index, sample, held, keys, values);
-                attention.attend(queries, keys, values, mask.as_ref())
-            });
-            let contexts = Tensor::cat(contexts.collect(), 1);
-            hidden_states = layer.finish(hidden_states, contexts);
+            let input = layer.enter(hidden_states, &rope);
+            let queries = layer.self_attn.queries(input.normed.clone(), &rope);
+            hidden_states =
+                layer.forward(input, queries, &runs, cache.layer(index), mask.as_ref())?;
         }
-        Ok(self.logits(hidden_states))
+        self.logits(hidden_states)
+    }
+
+    /// The rotary table of tokens, which have one position on all axes.
+    fn rope_at(&self, positions: &[i64], dtype: DType, device: &B::Device) -> Rotary<B> {
+        let rope = &self.config.rope;
+        let positions = Tensor::<B, 1, Int>::from_data(positions, device).unsqueeze::<2>();
+        rope.table(positions.repeat_dim(0, rope.axes()), dtype)
     }
 
     /// Whether tokens can be fed. Asked before any is taken: a refused step leaves the cache as it was.
@@ -333,13 +396,15 @@ impl<B: Backend> Decoder<B> {
         tokens: &[(usize, u32)],
         cache: &KvCache<B>,
     ) -> Result<(), RerouteError> {
-        let vocab_size = self.config.vocab_size;
+        self.check_ids(tokens.iter().map(|&(_, id)| id))?;
+        self.check_cache(cache)?;
         let mut needed: Vec<usize> = (0..cache.samples())
             .map(|sample| cache.next_position(sample) as usize)
             .collect();
-        for &(sample, id) in tokens {
-            if id as usize >= vocab_size {
-                return Err(RerouteError::TokenId { id, vocab_size });
+        for &(sample, _) in tokens {
+            cache.check_sample(sample)?;
+            if cache.known_position(sample).is_none() {
+                return Err(RerouteError::Truncated { sample });
             }
             needed[sample] += 1;
         }
@@ -356,8 +421,62 @@ impl<B: Backend> Decoder<B> {
     /// # Shapes
     /// - `hidden_states`: `[hidden_size, rows]`
     /// - returns `[rows, vocab_size]`
-    pub fn logits(&self, hidden_states: Tensor<B, 2>) -> Tensor<B, 2> {
+    ///
+    /// # Errors
+    /// [`RerouteError::Prompt`] for other features, or no rows.
+    pub fn logits(&self, hidden_states: Tensor<B, 2>) -> Result<Tensor<B, 2>, RerouteError> {
+        let [features, rows] = hidden_states.dims();
+        if features != self.config.hidden_size || rows == 0 {
+            return Err(RerouteError::Prompt(format!(
+                "{rows} rows of {features} features are given to the head, which takes hidden_size {}",
+                self.config.hidden_size
+            )));
+        }
         let head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
-        head.logits(self.norm.forward(hidden_states))
+        Ok(head.logits(self.norm.forward(hidden_states)))
     }
+
+    /// Why these logits of a sample are no numbers. Reads its whole cache back.
+    pub(crate) fn not_a_number(
+        &self,
+        cache: &KvCache<B>,
+        sample: usize,
+        logits: &[f32],
+    ) -> Result<RerouteError, RerouteError> {
+        // The norm behind the last layer makes all of a row NaN if one number is not finite.
+        let behind = match logits.iter().all(|logit| logit.is_nan()) {
+            true => Place::Layer(self.layers.len() - 1),
+            false => Place::Head,
+        };
+        Ok(RerouteError::NotANumber {
+            sample,
+            place: cache.first_not_finite(sample)?.unwrap_or(behind),
+            dtype: self.dtype(),
+        })
+    }
+}
+
+/// How a turn is run.
+pub(crate) struct Turn<'a, B: Backend> {
+    /// Ranks instead of the schedule's own scores.
+    pub(crate) scorer: Option<&'a dyn Scorer<B>>,
+    /// Keep the input of the first decision layer for a later turn.
+    pub(crate) keep_pool: bool,
+    /// Whether the output of a layer shall be returned.
+    pub(crate) observed: &'a dyn Fn(usize) -> bool,
+}
+
+/// Neighbouring tokens of one sample; `rows` are those that the tokens take in their samples.
+fn runs(tokens: &[(usize, u32)], rows: &[usize]) -> Vec<Run> {
+    let mut start = 0;
+    let run = |tokens: &[(usize, u32)]| {
+        let packed = start..start + tokens.len();
+        start = packed.end;
+        Run {
+            sample: tokens[0].0,
+            rows: rows[packed.clone()].to_vec(),
+            packed,
+        }
+    };
+    tokens.chunk_by(|a, b| a.0 == b.0).map(run).collect()
 }

@@ -2,9 +2,11 @@
 
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
-use reducers::{Action, Layout, Schedule};
+use reducers::{Action, Layout, Schedule, Scorer};
+use reroute_layers::indices;
 
-use crate::router::{indices, read_back};
+use crate::decoder::Turn;
+use crate::host::read_back;
 use crate::{Decoder, HiddenStates, KvCache, Prompt, RerouteError};
 
 /// The rows that waited until a decision, beside the same rows of the plain model.
@@ -39,8 +41,14 @@ impl<B: Backend> Decoder<B> {
     /// The drift at every decision but the first, under [`Action::Reroute`]; nothing under
     /// [`Action::Remove`], where nothing waits. Runs the prompt twice, under the schedule and
     /// without: for inspection only.
+    ///
+    /// `scorer` ranks instead of the schedule's own scores, as in [`resume_by`](Self::resume_by).
+    ///
+    /// # Errors
+    /// Those of [`prefill`](Self::prefill).
     pub fn drift(
         &self,
+        scorer: Option<&dyn Scorer<B>>,
         prompt: &Prompt<B>,
         schedule: &Schedule,
     ) -> Result<Vec<Drift>, RerouteError> {
@@ -52,8 +60,12 @@ impl<B: Backend> Decoder<B> {
         let inputs: Vec<usize> = later.map(|stage| stage.layer - 1).collect();
         let run = |schedule: &Schedule| {
             let cache = KvCache::new(self.layers().len(), prompt.samples.len());
-            let observed = |layer| inputs.contains(&layer);
-            self.run(None, cache, prompt, schedule, false, &observed)
+            let turn = Turn {
+                scorer,
+                keep_pool: false,
+                observed: &|layer| inputs.contains(&layer),
+            };
+            self.run(cache, prompt, schedule, turn)
         };
         let routed = run(&schedule.clone().with_layout(Layout::PerLayer))?;
         let dense = run(&Schedule::dense())?;

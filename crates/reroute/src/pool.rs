@@ -4,10 +4,10 @@ use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
 use reducers::{Action, Positions, Schedule, Stage};
 
-use crate::{KvCache, SampleLayout};
+use crate::{KvCache, RerouteError, SampleLayout};
 
-/// The rows that stood at the first decision of a turn, with the hidden states that they had there:
-/// what a later turn needs to choose anew.
+/// The rows at the first decision of a turn, with the hidden states that they had there: what a later
+/// turn needs to choose anew.
 #[derive(Debug, Clone)]
 pub(crate) struct Pool<B: Backend> {
     /// The decision layer whose input the hidden states are.
@@ -25,13 +25,13 @@ pub(crate) struct PooledRows<B: Backend> {
     pub(crate) hidden_states: Tensor<B, 2>,
 }
 
-/// What a turn takes over from earlier ones.
+/// What a turn need not compute again, because earlier ones did.
 #[derive(Debug)]
 pub(crate) struct Past<B: Backend> {
     /// Of each sample, the leading rows that no layer needs to embed again.
     pub(crate) cached: Vec<usize>,
-    /// Of each sample, the rows among them that stand at the first decision again.
-    pub(crate) parked: Vec<Option<PooledRows<B>>>,
+    /// Of each sample, the rows among them that are deferred until the first decision.
+    pub(crate) deferred: Vec<Option<PooledRows<B>>>,
 }
 
 impl<B: Backend> Past<B> {
@@ -39,7 +39,7 @@ impl<B: Backend> Past<B> {
     pub(crate) fn none(samples: usize) -> Self {
         Self {
             cached: vec![0; samples],
-            parked: vec![None; samples],
+            deferred: vec![None; samples],
         }
     }
 
@@ -50,16 +50,21 @@ impl<B: Backend> Past<B> {
     /// they are computed anew, because the turn's own last row chooses which tokens they work on.
     /// Under *remove* and without decisions every layer keeps what it has. A schedule that gives
     /// positions away, or that ranks by what no cache holds, starts from nothing.
+    ///
+    /// # Errors
+    /// [`RerouteError::MixedPositions`] if rows would be kept that an earlier turn renumbered.
     pub(crate) fn take(
         cache: &mut KvCache<B>,
         samples: &[SampleLayout],
         schedule: &Schedule,
-    ) -> Self {
+    ) -> Result<Self, RerouteError> {
         let mut past = Self::none(samples.len());
         let pool = cache.pool.take();
         if starts_anew(schedule) {
-            (0..samples.len()).for_each(|sample| cache.truncate(sample, 0));
-            return past;
+            for sample in 0..samples.len() {
+                cache.truncate(sample, 0)?;
+            }
+            return Ok(past);
         }
         let chooses_anew = match schedule.action() {
             Action::Reroute => schedule.stages().first().map(|stage| stage.layer),
@@ -69,22 +74,25 @@ impl<B: Backend> Past<B> {
             // The last row is always computed: its logits are the answer.
             let known = cache.rows(sample).min(layout.rows - 1);
             let first_visual = layout.visual.first().copied().unwrap_or(layout.rows);
-            let Some(layer) = chooses_anew.filter(|_| first_visual < known) else {
-                cache.truncate(sample, known);
-                past.cached[sample] = known;
-                continue;
-            };
-            let pooled = pool.as_ref().filter(|pool| pool.layer == layer);
-            let pooled = pooled.map(|pool| &pool.samples[sample]);
-            let pooled = pooled.and_then(|pooled| pooled.slice(first_visual..known));
-            cache.truncate(sample, pooled.as_ref().map_or(first_visual, |p| p.rows.end));
-            for above in layer..cache.layers() {
-                cache.truncate_layer(above, sample, first_visual);
+            match chooses_anew.filter(|_| first_visual < known) {
+                None => cache.truncate(sample, known)?,
+                Some(layer) => {
+                    let pooled = pool.as_ref().filter(|pool| pool.layer == layer);
+                    let pooled = pooled.map(|pool| &pool.samples[sample]);
+                    let pooled = pooled.and_then(|pooled| pooled.slice(first_visual..known));
+                    cache.truncate(sample, pooled.as_ref().map_or(first_visual, |p| p.rows.end))?;
+                    for above in layer..cache.layers() {
+                        cache.truncate_layer(above, sample, first_visual);
+                    }
+                    past.deferred[sample] = pooled;
+                }
             }
             past.cached[sample] = cache.rows(sample);
-            past.parked[sample] = pooled;
+            if let Some(layer) = cache.renumbered_from(sample, first_visual) {
+                return Err(RerouteError::MixedPositions { sample, layer });
+            }
         }
-        past
+        Ok(past)
     }
 }
 

@@ -1,7 +1,7 @@
 use std::ops::Range;
 
 use burn::tensor::backend::Backend;
-use burn::tensor::{Int, Tensor};
+use burn::tensor::{DType, Int, Tensor};
 
 use reducers::Positions;
 
@@ -39,19 +39,20 @@ pub struct SampleLayout {
     pub cells: Vec<[usize; 2]>,
 }
 
-/// The rows of a prompt that a reduction before the decoder has left.
+/// The rows of a prompt that a reduction before the decoder has kept: all text rows, and the slots of
+/// the visual tokens that it kept.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Survivors {
+pub struct KeptRows {
     /// Rows of the full prompt in order. A row may occur twice: a token without a place of its own
     /// stands at that of the first visual token.
     pub rows: Vec<usize>,
-    /// See [`SampleLayout::salience`], one number per visual row that is left.
+    /// See [`SampleLayout::salience`], one number per visual row that is kept.
     pub salience: Option<Vec<f32>>,
-    /// Positions of the rows that are left.
+    /// Positions of the rows that are kept.
     pub positions: Positions,
 }
 
-impl Survivors {
+impl KeptRows {
     /// All of a prompt's rows.
     pub fn all(rows: usize) -> Self {
         Self {
@@ -60,15 +61,51 @@ impl Survivors {
         }
     }
 
-    /// Those of the entries of a full prompt that are left.
+    /// Those of the entries of a full prompt that are kept.
+    ///
+    /// # Errors
+    /// [`RerouteError::Prompt`] if the rows are not ascending rows of it.
     pub fn of<T: Copy>(&self, full: &[T]) -> Result<Vec<T>, RerouteError> {
         if !self.rows.is_sorted() || self.rows.last().is_some_and(|&row| row >= full.len()) {
             return Err(RerouteError::Prompt(format!(
-                "the rows left by a reduction are no ascending rows of the {} that there are",
+                "the rows kept by a reduction are no ascending rows of the {} that there are",
                 full.len()
             )));
         }
         Ok(self.rows.iter().map(|&row| full[row]).collect())
+    }
+}
+
+impl SampleLayout {
+    /// Why the layout contradicts itself, if it does.
+    fn problem(&self) -> Option<String> {
+        let is_row = |row: &usize| *row < self.rows;
+        let visual = self.visual.len();
+        let covers = |per_row: usize| per_row == visual;
+        if self.rows == 0 {
+            return Some("is empty".into());
+        }
+        if !self.visual.is_sorted_by(|a, b| a < b) || !self.visual.last().is_none_or(is_row) {
+            return Some("has visual rows that are not ascending rows of the sample".into());
+        }
+        if self.visual.last() == Some(&(self.rows - 1)) {
+            return Some(
+                "ends with a visual row; its last row must be text, because that row asks which \
+                 visual tokens matter"
+                    .into(),
+            );
+        }
+        if let Some(salience) = self.salience.as_ref().filter(|s| !covers(s.len())) {
+            let salience = salience.len();
+            return Some(format!(
+                "has {visual} visual rows and the salience of {salience}"
+            ));
+        }
+        if !self.cells.is_empty() && !covers(self.cells.len()) {
+            let cells = self.cells.len();
+            return Some(format!("has {visual} visual rows and the cells of {cells}"));
+        }
+        (self.next_position < 0).then(|| "continues at a negative position".into())
     }
 }
 
@@ -94,62 +131,16 @@ impl<B: Backend> Prompt<B> {
                 config.rope.axes()
             ));
         }
-        let total: usize = self.samples.iter().map(|sample| sample.rows).sum();
-        if total != rows || self.samples.is_empty() {
+        // Sizes from outside: their sum may be beyond all numbers.
+        let sum = |sum: usize, sample: &SampleLayout| sum.checked_add(sample.rows);
+        let total = self.samples.iter().try_fold(0, sum);
+        if total != Some(rows) || rows == 0 {
+            let total = total.map_or("too many".into(), |total| total.to_string());
             return malformed(format!("samples cover {total} rows of {rows}"));
         }
-        let visual: usize = self.samples.iter().map(|sample| sample.visual.len()).sum();
-        for features in &self.deepstack {
-            if features.dims() != [config.hidden_size, visual] {
-                return malformed(format!(
-                    "DeepStack features are {:?}, expected [{}, {visual}]",
-                    features.dims(),
-                    config.hidden_size
-                ));
-            }
-        }
-        if self.deepstack.len() > config.num_layers {
-            return malformed(format!(
-                "there are DeepStack features for {} layers, the decoder has {}",
-                self.deepstack.len(),
-                config.num_layers
-            ));
-        }
         for (index, sample) in self.samples.iter().enumerate() {
-            if sample.rows == 0 {
-                return malformed(format!("sample {index} is empty"));
-            }
-            if !sample.visual.is_sorted_by(|a, b| a < b)
-                || sample.visual.last().is_some_and(|&row| row >= sample.rows)
-            {
-                return malformed(format!(
-                    "the visual rows of sample {index} are not ascending rows of the sample"
-                ));
-            }
-            if sample.visual.last() == Some(&(sample.rows - 1)) {
-                return malformed(format!(
-                    "sample {index} ends with a visual row; its last row must be text, \
-                     because that row asks which visual tokens matter"
-                ));
-            }
-            if let Some(salience) = &sample.salience
-                && salience.len() != sample.visual.len()
-            {
-                return malformed(format!(
-                    "sample {index} has {} visual rows and the salience of {}",
-                    sample.visual.len(),
-                    salience.len()
-                ));
-            }
-            if !sample.cells.is_empty() && sample.cells.len() != sample.visual.len() {
-                return malformed(format!(
-                    "sample {index} has {} visual rows and the cells of {}",
-                    sample.visual.len(),
-                    sample.cells.len()
-                ));
-            }
-            if sample.next_position < 0 {
-                return malformed(format!("sample {index} continues at a negative position"));
+            if let Some(problem) = sample.problem() {
+                return malformed(format!("sample {index} {problem}"));
             }
             let needed = sample.next_position.max(sample.rows as i64) as usize;
             if needed > config.max_position_embeddings {
@@ -159,7 +150,42 @@ impl<B: Backend> Prompt<B> {
                 });
             }
         }
+        let visual: usize = self.samples.iter().map(|sample| sample.visual.len()).sum();
+        if self.deepstack.len() > config.num_layers {
+            return malformed(format!(
+                "there are DeepStack features for {} layers, the decoder has {}",
+                self.deepstack.len(),
+                config.num_layers
+            ));
+        }
+        for features in &self.deepstack {
+            if features.dims() != [config.hidden_size, visual] {
+                return malformed(format!(
+                    "DeepStack features are {:?}, expected [{}, {visual}]",
+                    features.dims(),
+                    config.hidden_size
+                ));
+            }
+        }
         Ok(())
+    }
+
+    /// Whether the prompt is of the type that the decoder computes in.
+    pub(crate) fn check_type(&self, expected: DType) -> Result<(), RerouteError> {
+        let embeddings = ("embeddings", self.embeddings.dtype());
+        let deepstack = self.deepstack.iter();
+        let deepstack = deepstack.map(|features| ("DeepStack features", features.dtype()));
+        let other = deepstack
+            .chain([embeddings])
+            .find(|given| given.1 != expected);
+        match other {
+            None => Ok(()),
+            Some((what, given)) => Err(RerouteError::Type {
+                what,
+                given,
+                expected,
+            }),
+        }
     }
 }
 
@@ -172,23 +198,37 @@ impl<B: Backend> Decoder<B> {
     /// # Shapes
     /// - `visual`: `[hidden_size, visual tokens]` each, `None` where there are none
     /// - returns `[hidden_size, ids]`
+    ///
+    /// # Errors
+    /// [`RerouteError::TokenId`] of a text, [`RerouteError::Prompt`] if slots and visual tokens do not
+    /// match.
     pub fn embed_prompt(
         &self,
         ids: &[u32],
         visual: &[Option<Tensor<B, 2>>],
         source: impl Fn(u32) -> Option<usize>,
     ) -> Result<Tensor<B, 2>, RerouteError> {
-        let is_text = |id: &u32| source(*id).is_none();
-        let text: Vec<u32> = ids.iter().copied().filter(is_text).collect();
-        let vocab_size = self.config().vocab_size;
-        if let Some(&id) = text.iter().find(|&&id| id as usize >= vocab_size) {
-            return Err(RerouteError::TokenId { id, vocab_size });
+        let of_id = |&id: &u32| source(id);
+        let sources: Vec<Option<usize>> = ids.iter().map(of_id).collect();
+        if let Some(at) = sources.iter().flatten().find(|&&at| at >= visual.len()) {
+            return Err(RerouteError::Prompt(format!(
+                "a slot takes from input {at}, of {} that there are",
+                visual.len()
+            )));
         }
-        let order: Vec<usize> = ids
+        let text = ids
             .iter()
-            .map(|&id| source(id).unwrap_or(visual.len()))
+            .zip(&sources)
+            .filter(|(_, source)| source.is_none());
+        let text: Vec<u32> = text.map(|(&id, _)| id).collect();
+        let text = match text.is_empty() {
+            true => None,
+            false => Some(self.embed(&text)?),
+        };
+        let order: Vec<usize> = sources
+            .into_iter()
+            .map(|source| source.unwrap_or(visual.len()))
             .collect();
-        let text = (!text.is_empty()).then(|| self.embed(&text));
         interleave(&order, &[visual, &[text]].concat())
     }
 }
@@ -199,6 +239,10 @@ impl<B: Backend> Decoder<B> {
 /// # Shapes
 /// - `sources`: `[features, columns]` each, `None` where there are none
 /// - returns `[features, order]`
+///
+/// # Errors
+/// [`RerouteError::Prompt`] if `order` takes what is not there, leaves something over, or is empty, and
+/// if sources differ in features or type.
 pub fn interleave<B: Backend>(
     order: &[usize],
     sources: &[Option<Tensor<B, 2>>],
@@ -206,6 +250,20 @@ pub fn interleave<B: Backend>(
     let malformed = |reason: String| Err(RerouteError::Prompt(reason));
     if order.is_empty() {
         return malformed("it has no tokens".into());
+    }
+    if let Some(at) = order.iter().find(|&&at| at >= sources.len()) {
+        return malformed(format!(
+            "it takes rows from input {at}, of {} that there are",
+            sources.len()
+        ));
+    }
+    let of_a_kind = sources.iter().flatten().map(|x| (x.dims()[0], x.dtype()));
+    if !of_a_kind
+        .clone()
+        .zip(of_a_kind.skip(1))
+        .all(|(a, b)| a == b)
+    {
+        return malformed("its inputs differ in features or type".into());
     }
     for (index, source) in sources.iter().enumerate() {
         let wanted = order.iter().filter(|&&other| other == index).count();
@@ -228,9 +286,9 @@ pub fn interleave<B: Backend>(
 
 /// Consecutive ranges of the given lengths.
 pub(crate) fn ranges(lengths: impl IntoIterator<Item = usize>) -> Vec<Range<usize>> {
-    let mut start = 0;
+    let mut start = 0usize;
     let next = |length| {
-        let range = start..start + length;
+        let range = start..start.saturating_add(length);
         start = range.end;
         range
     };

@@ -1,11 +1,13 @@
+mod decide;
+
 use std::ops::Range;
 
+use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
-use burn::tensor::{Int, Tensor};
-use reducers::{Action, Layout, Positions, Schedule, ScoreLayer, Scorer, Stage};
-use reroute_layers::Rotary;
+use reducers::{Layout, Positions, Schedule, ScoreLayer, Scorer};
+use reroute_layers::{Rotary, indices};
 
-use crate::decision::{self, SampleStanding};
+use crate::block::Run;
 use crate::pool::{Past, Pool, PooledRows};
 use crate::prompt::ranges;
 use crate::{Decision, Decoder, DecoderLayer, HiddenStates, KvCache, Prompt, RerouteError};
@@ -14,7 +16,7 @@ use crate::{Decision, Decoder, DecoderLayer, HiddenStates, KvCache, Prompt, Rero
 ///
 /// Between decisions only *active* rows exist for the layers. *Deferred* rows wait with the hidden
 /// state they had when they were last active (Reroute, arXiv 2606.12412) and stand again at the
-/// next decision; under [`Action::Remove`] they are forgotten.
+/// next decision; under [`Action::Remove`](reducers::Action::Remove) they are forgotten.
 pub struct Router<'a, B: Backend> {
     decoder: &'a Decoder<B>,
     prompt: &'a Prompt<B>,
@@ -25,9 +27,9 @@ pub struct Router<'a, B: Backend> {
     samples: Vec<Range<usize>>,
     /// Packed visual rows of each sample, in visual order.
     visual: Vec<Vec<usize>>,
-    /// How many of them stand at the first decision: all that earlier turns have not settled.
-    standing: Vec<usize>,
-    /// Keep counts of each sample at each stage: the budget is a share of its standing tokens.
+    /// How many of them are candidates of the first decision: all that earlier turns have not settled.
+    candidates: Vec<usize>,
+    /// Keep counts of each sample at each stage: the budget is a share of its candidates.
     keep_counts: Vec<Vec<usize>>,
     /// Rotary table of all rows.
     prompt_rope: Rotary<B>,
@@ -36,11 +38,11 @@ pub struct Router<'a, B: Backend> {
     /// Packed rows that the layers work on, ascending.
     active: Vec<usize>,
     deferred: Option<Deferred<B>>,
-    /// Between two layers under [`Layout::PerLayer`]: all rows that stand, deferred ones in place.
+    /// Between two layers under [`Layout::PerLayer`]: active and deferred rows, all in place.
     scattered: Option<Vec<usize>>,
     /// Queries of the active rows in the layer before, if the next decision asks for them.
     executed: Option<Tensor<B, 2>>,
-    /// What stood at the first decision, if it is to be kept for a later turn.
+    /// The rows at the first decision, if they are to be kept for a later turn.
     pool: Option<Pool<B>>,
     keep_pool: bool,
     /// The last selection of each sample.
@@ -72,12 +74,21 @@ pub struct Routed<B: Backend> {
 
 impl<'a, B: Backend> Router<'a, B> {
     /// Starts with all rows active.
-    pub fn new(decoder: &'a Decoder<B>, prompt: &'a Prompt<B>, schedule: &'a Schedule) -> Self {
-        Self::resume(decoder, prompt, schedule, Past::none(prompt.samples.len()))
+    ///
+    /// # Errors
+    /// Those of [`Decoder::check`].
+    pub fn new(
+        decoder: &'a Decoder<B>,
+        prompt: &'a Prompt<B>,
+        schedule: &'a Schedule,
+    ) -> Result<Self, RerouteError> {
+        decoder.check(prompt, schedule)?;
+        let past = Past::none(prompt.samples.len());
+        Ok(Self::resume(decoder, prompt, schedule, past))
     }
 
-    /// Starts with the rows active that are not in the past. Rows that the past has parked wait, as
-    /// deferred rows do, for the first decision.
+    /// Starts with the rows active that are not in the past. Rows that the past has deferred wait for
+    /// the first decision.
     pub(crate) fn resume(
         decoder: &'a Decoder<B>,
         prompt: &'a Prompt<B>,
@@ -91,19 +102,19 @@ impl<'a, B: Backend> Router<'a, B> {
         let visual: Vec<Vec<usize>> = visual
             .map(|(layout, range)| layout.visual.iter().map(|v| range.start + v).collect())
             .collect();
-        let (mut active, mut parked_rows, mut parked) = (Vec::new(), Vec::new(), Vec::new());
-        let mut standing = Vec::new();
+        let (mut active, mut deferred_rows, mut deferred) = (Vec::new(), Vec::new(), Vec::new());
+        let mut candidates = Vec::new();
         for (index, range) in samples.iter().enumerate() {
             let start = range.start;
             let mut settled = start + past.cached[index];
             active.extend(settled..range.end);
-            if let Some(pooled) = &past.parked[index] {
+            if let Some(pooled) = &past.deferred[index] {
                 settled = start + pooled.rows.start;
-                parked_rows.extend(settled..start + pooled.rows.end);
-                parked.push(pooled.hidden_states.clone());
+                deferred_rows.extend(settled..start + pooled.rows.end);
+                deferred.push(pooled.hidden_states.clone());
             }
             let visual = &visual[index];
-            standing.push(visual.len() - visual.partition_point(|&row| row < settled));
+            candidates.push(visual.len() - visual.partition_point(|&row| row < settled));
         }
         let is_everything = samples.last().is_some_and(|last| last.end == active.len());
         let active_rope = match is_everything {
@@ -115,14 +126,17 @@ impl<'a, B: Backend> Router<'a, B> {
             prompt,
             schedule,
             scorer: None,
-            keep_counts: standing.iter().map(|&n| schedule.keep_counts(n)).collect(),
-            standing,
+            keep_counts: candidates
+                .iter()
+                .map(|&n| schedule.keep_counts(n))
+                .collect(),
+            candidates,
             selected: vec![None; visual.len()],
             active,
             active_rope,
-            deferred: (!parked.is_empty()).then(|| Deferred {
-                hidden_states: Tensor::cat(parked, 1),
-                rows: parked_rows,
+            deferred: (!deferred.is_empty()).then(|| Deferred {
+                hidden_states: Tensor::cat(deferred, 1),
+                rows: deferred_rows,
             }),
             scattered: None,
             executed: None,
@@ -134,7 +148,7 @@ impl<'a, B: Backend> Router<'a, B> {
         }
     }
 
-    /// Keeps what stands at the first decision under [`Action::Reroute`], for a later turn.
+    /// Keeps the rows at the first decision under [`Action::Reroute`](reducers::Action::Reroute), for a later turn.
     pub(crate) fn keeping_pool(self, keep_pool: bool) -> Self {
         Self { keep_pool, ..self }
     }
@@ -144,7 +158,7 @@ impl<'a, B: Backend> Router<'a, B> {
         Self { scorer, ..self }
     }
 
-    /// What stood at the first decision, if it was kept.
+    /// The rows at the first decision, if they were kept.
     pub(crate) fn into_pool(self) -> Option<Pool<B>> {
         self.pool
     }
@@ -174,10 +188,18 @@ impl<'a, B: Backend> Router<'a, B> {
         }
     }
 
-    /// Some of the active rows, numbered within their sample.
-    pub(crate) fn sample_rows(&self, sample: usize, active: Range<usize>) -> Vec<usize> {
-        let start = self.samples[sample].start;
-        self.active[active].iter().map(|row| row - start).collect()
+    /// Each sample's active rows.
+    pub(crate) fn runs(&self) -> Vec<Run> {
+        let run = |(sample, packed): (usize, Range<usize>)| {
+            let start = self.samples[sample].start;
+            let rows = self.active[packed.clone()].iter();
+            Run {
+                sample,
+                rows: rows.map(|row| row - start).collect(),
+                packed,
+            }
+        };
+        self.ranges().into_iter().enumerate().map(run).collect()
     }
 
     /// Where each sample's rows stand among the active rows.
@@ -190,6 +212,9 @@ impl<'a, B: Backend> Router<'a, B> {
     ///
     /// # Shapes
     /// - `hidden_states`: `[hidden_size, rows]` as [`leave`](Self::leave) returned them
+    ///
+    /// # Errors
+    /// [`RerouteError::Prompt`] for other rows, and what a scorer refuses.
     pub fn enter(
         &mut self,
         index: usize,
@@ -197,28 +222,30 @@ impl<'a, B: Backend> Router<'a, B> {
         hidden_states: Tensor<B, 2>,
         cache: &KvCache<B>,
     ) -> Result<Routed<B>, RerouteError> {
-        let hidden_states = self.gather(hidden_states);
-        if let Some(stage) = self.schedule.decision_at(index)
-            && self.standing.iter().any(|&standing| standing > 0)
-        {
-            return self.decide(stage, layer, hidden_states, cache);
+        let rows = self.scattered.as_ref().unwrap_or(&self.active).len();
+        let expected = [self.decoder.config().hidden_size, rows];
+        if hidden_states.dims() != expected {
+            return Err(RerouteError::Prompt(format!(
+                "layer {index} is entered by {:?} numbers, expected {expected:?}",
+                hidden_states.dims()
+            )));
         }
-        let normed = layer.input_layernorm.forward(hidden_states.clone());
-        Ok(Routed {
-            keys: layer.self_attn.keys(normed.clone(), &self.active_rope),
-            hidden_states,
-            normed,
-            decisions: Vec::new(),
-        })
+        let hidden_states = self.gather(hidden_states);
+        match self.schedule.decision_at(index) {
+            Some(stage) if self.candidates.iter().any(|&candidates| candidates > 0) => {
+                self.decide(stage, layer, hidden_states, cache)
+            }
+            _ => Ok(layer.enter(hidden_states, &self.active_rope)),
+        }
     }
 
     /// Finishes a layer: adds its DeepStack features to its output, to the active visual rows, and to those
     /// that this turn has deferred, so that a row's features do not depend on when it is selected.
-    /// Rows parked by an earlier turn have theirs.
+    /// Rows deferred by an earlier turn have theirs.
     ///
     /// # Shapes
     /// - `hidden_states`: `[hidden_size, active rows]`
-    /// - returns `[hidden_size, active rows]`, or all rows that stand under [`Layout::PerLayer`]
+    /// - returns `[hidden_size, active rows]`, deferred ones among them under [`Layout::PerLayer`]
     pub fn leave(&mut self, index: usize, hidden_states: Tensor<B, 2>) -> Tensor<B, 2> {
         let hidden_states = self.add_deepstack(index, hidden_states);
         match self.schedule.layout() {
@@ -313,158 +340,6 @@ impl<'a, B: Backend> Router<'a, B> {
         add(hidden_states, &self.active)
     }
 
-    /// Scores the candidates of each sample, selects, and splits the rows.
-    ///
-    /// Waits for the device once, to read one score per pool row of all samples; a rule may have to
-    /// read more.
-    fn decide(
-        &mut self,
-        stage: usize,
-        layer: &DecoderLayer<B>,
-        hidden_states: Tensor<B, 2>,
-        cache: &KvCache<B>,
-    ) -> Result<Routed<B>, RerouteError> {
-        let device = hidden_states.device();
-        let (hidden_states, rows) = self.gather_pool(hidden_states);
-        let rope = match rows.len() == self.active.len() {
-            true => self.active_rope.clone(),
-            false => self.rope_of(&rows, &device),
-        };
-        if stage == 0 && self.keep_pool && self.schedule.action() == Action::Reroute {
-            self.pool = Some(self.pooled(&hidden_states, &rows));
-        }
-        let normed = layer.input_layernorm.forward(hidden_states.clone());
-        let unrotated_keys = layer.self_attn.unrotated_keys(normed.clone());
-        let pool = decision::Pool {
-            layer: self.schedule.stages()[stage].layer,
-            attention: &layer.self_attn,
-            keys: rope.apply(unrotated_keys.clone()),
-            unrotated_keys,
-            rows,
-            hidden_states,
-            normed,
-            rope,
-            output_norm: self.decoder.output_norm(),
-            embeddings: &self.prompt.embeddings,
-            executed: self.executed.take(),
-        };
-        let decisions = self.select(stage, &pool, cache)?;
-
-        let mut keep = vec![true; pool.rows.len()];
-        for decision in &decisions {
-            let visual = &self.visual[decision.sample];
-            let at = |token: usize| pool.rows.binary_search(&visual[token]).ok();
-            for &token in &decision.candidates {
-                let stays = decision.selected.binary_search(&token).is_ok();
-                at(token).into_iter().for_each(|at| keep[at] = stays);
-            }
-            self.selected[decision.sample] = Some(decision.selected.clone());
-        }
-        let (kept, left): (Vec<usize>, Vec<usize>) = (0..pool.rows.len()).partition(|&i| keep[i]);
-        if left.is_empty() {
-            self.active = pool.rows;
-            self.active_rope = pool.rope;
-            self.deferred = None;
-            return Ok(Routed {
-                hidden_states: pool.hidden_states,
-                normed: pool.normed,
-                keys: pool.keys,
-                decisions,
-            });
-        }
-
-        let comes_back =
-            stage + 1 < self.schedule.stages().len() || self.schedule.layout() == Layout::PerLayer;
-        let comes_back = comes_back && self.schedule.action() == Action::Reroute;
-        self.deferred = comes_back.then(|| Deferred {
-            hidden_states: pool
-                .hidden_states
-                .clone()
-                .select(1, indices(&left, &device)),
-            rows: left.iter().map(|&i| pool.rows[i]).collect(),
-        });
-        self.active = kept.iter().map(|&i| pool.rows[i]).collect();
-        let kept = indices(&kept, &device);
-        let keys = match self.schedule.positions() {
-            Positions::Gap => {
-                self.active_rope = pool.rope.select(kept.clone());
-                pool.keys.select(1, kept.clone())
-            }
-            Positions::Renumber => {
-                self.active_rope = self.renumbered(&device);
-                self.active_rope
-                    .apply(pool.unrotated_keys.select(1, kept.clone()))
-            }
-        };
-        Ok(Routed {
-            hidden_states: pool.hidden_states.select(1, kept.clone()),
-            normed: pool.normed.select(1, kept),
-            keys,
-            decisions,
-        })
-    }
-
-    /// The decision of every sample that has something to decide.
-    fn select(
-        &self,
-        stage: usize,
-        pool: &decision::Pool<'_, B>,
-        cache: &KvCache<B>,
-    ) -> Result<Vec<Decision>, RerouteError> {
-        let Stage { score, stride, .. } = &self.schedule.stages()[stage];
-        let executed = |sample| {
-            let before = pool.layer.checked_sub(1)?;
-            let needed = score.uses(ScoreLayer::Previous);
-            cache.keys(before, sample).filter(|_| needed)
-        };
-        let ranges = split(&pool.rows, &self.samples);
-        let asked = (0..ranges.len()).filter(|&sample| self.standing[sample] > 0);
-        let standing: Vec<(usize, SampleStanding<'_, B>)> = asked
-            .map(|sample| {
-                let range = ranges[sample].clone();
-                // (index in visual order, row of the range) of every candidate.
-                let stands = |(token, row): (usize, &usize)| {
-                    let at = pool.rows[range.clone()].binary_search(row).ok()?;
-                    Some((token, at))
-                };
-                let visual = self.visual[sample].iter().enumerate();
-                let (tokens, candidates) = visual.filter_map(stands).unzip();
-                let standing = SampleStanding {
-                    pool,
-                    range: range.clone(),
-                    candidates,
-                    tokens,
-                    sample: self.samples[sample].clone(),
-                    visual: &self.visual[sample],
-                    keep_count: self.keep_counts[sample][stage],
-                    salience: self.prompt.samples[sample].salience.as_deref(),
-                    earlier: cache.keys(pool.layer, sample),
-                    executed_keys: executed(sample),
-                };
-                (sample, standing)
-            })
-            .collect();
-        let scorer: &dyn Scorer<B> = self.scorer.unwrap_or(score);
-        let scores = standing.iter().map(|(_, standing)| scorer.score(standing));
-        let scores = Tensor::cat(scores.collect::<Result<_, _>>()?, 0);
-        let scores = read_back(scores, "routing scores")?;
-        let mut rest = &scores[..];
-        let decide = |(sample, standing): &(usize, SampleStanding<'_, B>)| {
-            let (scores, others) = rest.split_at(standing.range.len());
-            rest = others;
-            let previous = self.selected[*sample].as_deref();
-            let monotonic = self.schedule.monotonic();
-            let cells = &self.prompt.samples[*sample].cells;
-            let on_stride = |token: usize| {
-                let [row, column] = cells[token];
-                stride.is_some_and(|n| row.is_multiple_of(n) && column.is_multiple_of(n))
-            };
-            let spread = |token| stride.is_some() && on_stride(token);
-            decision::select(standing, *sample, scores, spread, previous, monotonic)
-        };
-        Ok(standing.iter().map(decide).collect::<Result<_, _>>()?)
-    }
-
     /// The rotary table of the active rows of each sample, numbered from 0.
     fn renumbered(&self, device: &B::Device) -> Rotary<B> {
         let positions = self.ranges().into_iter().flat_map(|range| 0..range.len());
@@ -516,7 +391,7 @@ impl<'a, B: Backend> Router<'a, B> {
         }
     }
 
-    /// What stands at a decision, sample by sample.
+    /// The rows at a decision, sample by sample.
     fn pooled(&self, hidden_states: &Tensor<B, 2>, pool: &[usize]) -> Pool<B> {
         let bounds = split(pool, &self.samples).into_iter().zip(&self.samples);
         let samples = bounds.map(|(range, sample)| {
@@ -539,23 +414,4 @@ fn split(rows: &[usize], samples: &[Range<usize>]) -> Vec<Range<usize>> {
         let before = |limit: usize| rows.partition_point(|&row| row < limit);
         before(sample.end) - before(sample.start)
     }))
-}
-
-pub(crate) fn indices<B: Backend>(rows: &[usize], device: &B::Device) -> Tensor<B, 1, Int> {
-    let rows: Vec<i64> = rows.iter().map(|&row| row as i64).collect();
-    Tensor::from_data(rows.as_slice(), device)
-}
-
-/// Copies a tensor to the host as f32.
-pub(crate) fn read_back<B: Backend, const D: usize>(
-    tensor: Tensor<B, D>,
-    what: &'static str,
-) -> Result<Vec<f32>, RerouteError> {
-    let failed = |reason: String| RerouteError::Readback { what, reason };
-    let data = tensor
-        .try_into_data()
-        .map_err(|error| failed(format!("{error:?}")))?;
-    data.convert::<f32>()
-        .into_vec()
-        .map_err(|error| failed(format!("{error:?}")))
 }

@@ -1,3 +1,6 @@
+use std::cmp::Ordering;
+use std::collections::HashSet;
+
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
@@ -32,6 +35,9 @@ impl Default for SamplingOptions {
 
 impl SamplingOptions {
     /// Checks the ranges.
+    ///
+    /// # Errors
+    /// [`RerouteError::Sampling`]
     pub fn validate(&self) -> Result<(), RerouteError> {
         let check = |ok: bool, option, range, value: f32| match ok {
             true => Ok(()),
@@ -60,71 +66,87 @@ impl SamplingOptions {
 pub struct Sampler {
     options: SamplingOptions,
     random: StdRng,
+    /// Distinct tokens of the prompt and of what was drawn, if there is a penalty on them.
+    seen: HashSet<u32>,
 }
 
 impl Sampler {
     /// A sampler for the sample with this index in the batch.
+    ///
+    /// # Errors
+    /// [`RerouteError::Sampling`] for options out of range.
     pub fn new(options: &SamplingOptions, sample: usize) -> Result<Self, RerouteError> {
         options.validate()?;
         Ok(Self {
             random: StdRng::seed_from_u64(options.seed.wrapping_add(sample as u64)),
             options: options.clone(),
+            seen: HashSet::new(),
         })
     }
 
-    /// Chooses a token: repetition penalty, then temperature, top-k, top-p, then the draw. `seen`
-    /// are the prompt's and the generated tokens. Returns `None` if a logit is NaN.
-    pub fn next(&mut self, logits: &mut [f32], seen: &[u32]) -> Option<u32> {
-        if logits.is_empty() || logits.iter().any(|logit| logit.is_nan()) {
-            return None;
+    /// Counts tokens as seen, as those of a prompt. Those drawn count by themselves.
+    pub fn see(&mut self, tokens: &[u32]) {
+        if self.options.repetition_penalty != 1.0 {
+            self.seen.extend(tokens);
         }
-        self.penalise(logits, seen);
-        if self.options.temperature == 0.0 {
-            return Some(argmax(logits));
-        }
-        let mut ranked: Vec<u32> = (0..logits.len() as u32).collect();
-        let by_logit = |a: &u32, b: &u32| {
-            logits[*b as usize]
-                .total_cmp(&logits[*a as usize])
-                .then(a.cmp(b))
-        };
-        let keep = match self.options.top_k {
-            0 => ranked.len(),
-            k => k.min(ranked.len()),
-        };
-        if keep < ranked.len() {
-            ranked.select_nth_unstable_by(keep, by_logit);
-            ranked.truncate(keep);
-        }
-        ranked.sort_unstable_by(by_logit);
-        let highest = logits[ranked[0] as usize];
-        let weight = |token: &u32| {
-            f64::from((logits[*token as usize] - highest) / self.options.temperature).exp()
-        };
-        let weights: Vec<f64> = ranked.iter().map(weight).collect();
-        let total: f64 = weights.iter().sum();
-        let (mut kept, mut mass) = (0, 0.0);
-        while kept < weights.len() && (kept == 0 || mass < f64::from(self.options.top_p) * total) {
-            mass += weights[kept];
-            kept += 1;
-        }
-        let mut draw = self.random.random::<f64>() * mass;
-        let hit = weights[..kept].iter().position(|weight| {
-            draw -= weight;
-            draw < 0.0
-        });
-        Some(ranked[hit.unwrap_or(kept - 1)])
     }
 
-    fn penalise(&self, logits: &mut [f32], seen: &[u32]) {
-        let penalty = self.options.repetition_penalty;
-        if penalty == 1.0 {
-            return;
+    /// Chooses a token: repetition penalty, then temperature, top-k, top-p, then the draw. Returns
+    /// `None`, and leaves the logits as they are, if one is NaN or the largest is not finite.
+    pub fn next(&mut self, logits: &mut [f32]) -> Option<u32> {
+        let largest = logits.iter().copied().reduce(f32::max)?;
+        if !largest.is_finite() || logits.iter().any(|logit| logit.is_nan()) {
+            return None;
         }
-        let mut seen = seen.to_vec();
-        seen.sort_unstable();
-        seen.dedup();
-        for token in seen {
+        self.penalise(logits);
+        let token = match self.options.temperature == 0.0 {
+            true => argmax(logits),
+            false => self.draw(logits)?,
+        };
+        self.see(&[token]);
+        Some(token)
+    }
+
+    fn draw(&mut self, logits: &[f32]) -> Option<u32> {
+        let mut ranked = Ranked::new(logits);
+        if self.options.top_k > 0 {
+            ranked.keep(self.options.top_k);
+        }
+        let highest = logits[ranked.get(0)? as usize];
+        let weight = |token: u32| {
+            f64::from((logits[token as usize] - highest) / self.options.temperature).exp()
+        };
+        let total: f64 = ranked.tokens.iter().map(|&token| weight(token)).sum();
+        // Of the tokens that reach `top_p` together; the draw falls among them.
+        let mass = match self.options.top_p {
+            1.0 => total,
+            top_p => {
+                let (mut mass, mut rank) = (0.0, 0);
+                while let Some(token) = ranked.get(rank)
+                    && (rank == 0 || mass < f64::from(top_p) * total)
+                {
+                    mass += weight(token);
+                    rank += 1;
+                }
+                ranked.keep(rank);
+                mass
+            }
+        };
+        let mut draw = self.random.random::<f64>() * mass;
+        let mut last = ranked.get(0)?;
+        let mut rank = 0;
+        while let Some(token) = ranked.get(rank)
+            && draw >= 0.0
+        {
+            draw -= weight(token);
+            (last, rank) = (token, rank + 1);
+        }
+        Some(last)
+    }
+
+    fn penalise(&self, logits: &mut [f32]) {
+        let penalty = self.options.repetition_penalty;
+        for &token in &self.seen {
             if let Some(logit) = logits.get_mut(token as usize) {
                 *logit = if *logit > 0.0 {
                     *logit / penalty
@@ -133,6 +155,63 @@ impl Sampler {
                 };
             }
         }
+    }
+}
+
+/// Tokens by their logits, the largest first and the lower id first among equals. Sorted only as far
+/// as somebody looks: most draws fall among the first few.
+struct Ranked<'a> {
+    logits: &'a [f32],
+    tokens: Vec<u32>,
+    /// How many of the tokens are in their places.
+    sorted: usize,
+}
+
+/// Tokens that are sorted first; then as many again as are sorted already, three times over.
+const FIRST_SORTED: usize = 64;
+
+impl<'a> Ranked<'a> {
+    fn new(logits: &'a [f32]) -> Self {
+        Self {
+            logits,
+            tokens: (0..logits.len() as u32).collect(),
+            sorted: 0,
+        }
+    }
+
+    fn by_logit(&self) -> impl Fn(&u32, &u32) -> Ordering + use<'a> {
+        let logits = self.logits;
+        move |a, b| {
+            logits[*b as usize]
+                .total_cmp(&logits[*a as usize])
+                .then(a.cmp(b))
+        }
+    }
+
+    /// Drops all but the first `count`.
+    fn keep(&mut self, count: usize) {
+        let by_logit = self.by_logit();
+        if self.sorted < count && count < self.tokens.len() {
+            self.tokens[self.sorted..].select_nth_unstable_by(count - self.sorted, by_logit);
+        }
+        self.tokens.truncate(count);
+        self.sorted = self.sorted.min(count);
+    }
+
+    /// The token of a rank, counted from 0.
+    fn get(&mut self, rank: usize) -> Option<u32> {
+        while rank >= self.sorted && self.sorted < self.tokens.len() {
+            let by_logit = self.by_logit();
+            let more = FIRST_SORTED.max(3 * self.sorted);
+            let rest = &mut self.tokens[self.sorted..];
+            let first = more.min(rest.len());
+            if first < rest.len() {
+                rest.select_nth_unstable_by(first, &by_logit);
+            }
+            rest[..first].sort_unstable_by(&by_logit);
+            self.sorted += first;
+        }
+        self.tokens.get(rank).copied()
     }
 }
 
@@ -153,7 +232,8 @@ mod tests {
 
     fn draws(options: SamplingOptions, logits: &[f32], seen: &[u32], count: usize) -> Vec<u32> {
         let mut sampler = Sampler::new(&options, 0).unwrap();
-        let mut draw = || sampler.next(&mut logits.to_vec(), seen).unwrap();
+        sampler.see(seen);
+        let mut draw = || sampler.next(&mut logits.to_vec()).unwrap();
         (0..count).map(|_| draw()).collect()
     }
 
@@ -223,7 +303,7 @@ mod tests {
         );
         let mut other = Sampler::new(&options, 1).unwrap();
         let other: Vec<u32> = (0..20)
-            .map(|_| other.next(&mut logits.to_vec(), &[]).unwrap())
+            .map(|_| other.next(&mut logits.to_vec()).unwrap())
             .collect();
         assert_ne!(draws(options, &logits, &[], 20), other);
     }
@@ -231,7 +311,95 @@ mod tests {
     #[test]
     fn nan_logits_are_refused() {
         let mut sampler = Sampler::new(&SamplingOptions::default(), 0).unwrap();
-        assert_eq!(sampler.next(&mut [0.0, f32::NAN], &[]), None);
+        assert_eq!(sampler.next(&mut [0.0, f32::NAN]), None);
+    }
+
+    /// A head in half precision overflows to infinity before it comes to NaN.
+    #[test]
+    fn infinite_logits_are_refused() {
+        for temperature in [0.0, 1.0] {
+            let options = SamplingOptions {
+                temperature,
+                ..Default::default()
+            };
+            let next = |logits: &[f32]| {
+                Sampler::new(&options, 0)
+                    .unwrap()
+                    .next(&mut logits.to_vec())
+            };
+            assert_eq!(next(&[0.0, f32::INFINITY]), None);
+            assert_eq!(next(&[f32::NEG_INFINITY; 3]), None);
+            assert_eq!(next(&[]), None);
+            // What the caller rules out.
+            assert_eq!(next(&[f32::NEG_INFINITY, 0.0]), Some(1));
+        }
+    }
+
+    /// What a token drawn from everything sorted would be: one pass, as the rule reads.
+    fn by_sorting(options: &SamplingOptions, random: &mut StdRng, logits: &[f32]) -> u32 {
+        let mut ranked: Vec<u32> = (0..logits.len() as u32).collect();
+        let of = |token: &u32| logits[*token as usize];
+        ranked.sort_by(|a, b| of(b).total_cmp(&of(a)).then(a.cmp(b)));
+        if options.top_k > 0 {
+            ranked.truncate(options.top_k);
+        }
+        let highest = of(&ranked[0]);
+        let weight = |token| f64::from((of(token) - highest) / options.temperature).exp();
+        let weights: Vec<f64> = ranked.iter().map(weight).collect();
+        let total: f64 = weights.iter().sum();
+        let (mut kept, mut mass) = (0, 0.0);
+        while kept < weights.len() && (kept == 0 || mass < f64::from(options.top_p) * total) {
+            mass += weights[kept];
+            kept += 1;
+        }
+        let mut draw = random.random::<f64>() * mass;
+        let hit = weights[..kept].iter().position(|weight| {
+            draw -= weight;
+            draw < 0.0
+        });
+        ranked[hit.unwrap_or(kept - 1)]
+    }
+
+    #[test]
+    fn sorting_less_draws_the_same_tokens() {
+        let mut random = StdRng::seed_from_u64(11);
+        for (size, spread) in [(1, 1.0), (7, 3.0), (500, 0.0), (3000, 0.1), (3000, 8.0)] {
+            for (top_k, top_p) in [
+                (0, 1.0),
+                (0, 0.9),
+                (0, 0.2),
+                (1, 1.0),
+                (40, 1.0),
+                (900, 0.95),
+            ] {
+                let options = SamplingOptions {
+                    temperature: 0.7,
+                    top_k,
+                    top_p,
+                    seed: 5,
+                    ..Default::default()
+                };
+                let mut sampler = Sampler::new(&options, 3).unwrap();
+                let mut reference = StdRng::seed_from_u64(5 + 3);
+                for draw in 0..100 {
+                    // Rounded, so that there are ties.
+                    let logit = |_| (random.random::<f32>() * spread * 16.0).round() / 16.0;
+                    let logits: Vec<f32> = (0..size).map(logit).collect();
+                    let expected = by_sorting(&options, &mut reference, &logits);
+                    let token = sampler.next(&mut logits.clone()).unwrap();
+                    assert_eq!(token, expected, "{size} {spread} {top_k} {top_p}: {draw}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_was_drawn_counts_as_seen() {
+        let options = SamplingOptions {
+            repetition_penalty: 10.0,
+            ..Default::default()
+        };
+        assert_eq!(draws(options, &[3.0, 2.0, 1.0], &[], 3), [0, 1, 2]);
     }
 
     #[test]

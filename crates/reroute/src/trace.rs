@@ -14,8 +14,8 @@ pub struct Decision {
     pub layer: usize,
     /// Index of the sample in the batch.
     pub sample: usize,
-    /// The visual tokens that stood for selection, as indices in visual order, ascending: all of
-    /// them under *reroute*, the survivors of the previous decision under *remove*.
+    /// The visual tokens that were ranked, as indices in visual order, ascending: all of them under
+    /// *reroute*, those that the previous decision kept under *remove*.
     pub candidates: Vec<usize>,
     /// Score of each candidate (mean attention of the last row, a probability).
     pub scores: Vec<f32>,

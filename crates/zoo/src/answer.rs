@@ -184,6 +184,7 @@ impl<B: Backend> Vlm<B> {
 
         let mut answers = Vec::new();
         for (sample, (generation, views)) in generations.into_iter().zip(views).enumerate() {
+            let generation = generation?;
             let layout = &prompt.samples[sample];
             let (kv_rows, kv_bytes) = held[sample].clone();
             let text = self.tokenizer().decode(&generation.tokens)?;

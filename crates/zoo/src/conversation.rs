@@ -89,7 +89,7 @@ impl<'a, B: Backend> Conversation<'a, B> {
                     .zip(&kept[0])
                     .take_while(|(a, b)| a == b)
                     .count();
-                cache.truncate(0, same);
+                cache.truncate(0, same)?;
                 decoder.resume(cache, &prompt, routing.schedule, options)?
             }
             None => decoder.prefill(&prompt, routing.schedule, options)?,

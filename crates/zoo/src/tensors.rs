@@ -91,7 +91,7 @@ impl<B: Backend> Vlm<B> {
             logits,
             trace: prefill.trace,
             kv_lengths,
-            generations,
+            generations: generations.into_iter().collect::<Result<_, _>>()?,
         })
     }
 

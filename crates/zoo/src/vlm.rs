@@ -257,7 +257,7 @@ impl<B: Backend> Vlm<B> {
                 let size = [decoder.config().hidden_size, 1];
                 Ok(Tensor::zeros(size, (&self.device, self.dtype)))
             }
-            false => Ok(decoder.embed(&ids)),
+            false => Ok(decoder.embed(&ids)?),
         }
     }
 
@@ -336,7 +336,8 @@ impl<B: Backend> Vlm<B> {
     ) -> Result<Vec<Drift>, ZooError> {
         let routing = routing.into();
         let prompt = self.prompt_of(question, routing.encoder.as_ref())?;
-        Ok(self.model.decoder().drift(&prompt, routing.schedule)?)
+        let decoder = self.model.decoder();
+        Ok(decoder.drift(routing.scorer, &prompt, routing.schedule)?)
     }
 }
 

@@ -14,6 +14,7 @@ use crate::split::{Work, pieces_on, reading};
 
 /// Keys and values of all heads, which may have room for more.
 #[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
 pub enum Cache<'a> {
     /// In single precision.
     F32([Cached<'a, f32>; 2]),

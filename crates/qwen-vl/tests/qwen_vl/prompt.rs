@@ -76,7 +76,7 @@ fn slots_are_filled_in_order_from_images_and_videos() {
     let model = model();
     let (images, videos) = (output(10, 3), output(20, 2));
     let prompt = prompt(&model, &samples(), Some(&images), Some(&videos)).unwrap();
-    let text = first_row(&model.decoder().embed(&[7, 8, 9, 10, 11, 12, 13]));
+    let text = first_row(&model.decoder().embed(&[7, 8, 9, 10, 11, 12, 13]).unwrap());
     let [a, b, c, d, e, f, g] = text[..] else {
         panic!("{text:?}")
     };

@@ -17,6 +17,7 @@ mod gradients;
 mod invariants;
 mod layers;
 mod limits;
+mod llava_variants;
 mod methods;
 mod nuwa;
 mod parity;

@@ -4,16 +4,18 @@ use reroute_checkpoint::{CONFIG_MAX_BYTES, Folder};
 use reroute_family::{
     BoundingBox, BoxUnits, FamilyError, ImageOptions, Picture, Prepared, Preprocessor, View, Visual,
 };
-use vision_encoder::{ClipPreprocessor, ClipPreprocessorConfig, Grid, RgbImage};
+use vision_encoder::{Grid, RgbImage, VitPreprocessor, VitPreprocessorConfig};
 
 use crate::LlavaConfig;
 
 /// Images as squares of one size.
 #[derive(Debug, Clone)]
 pub struct LlavaPreprocessor {
-    clip: ClipPreprocessor,
+    squares: VitPreprocessor,
     /// Patches along each side of the square.
     side: usize,
+    /// Visual tokens of an image: rows and columns, or one row where they are not the patches.
+    tokens: [usize; 2],
 }
 
 impl LlavaPreprocessor {
@@ -29,21 +31,23 @@ impl LlavaPreprocessor {
                 reason: "it sees every image at one size",
             });
         }
-        let file: ClipPreprocessorConfig =
-            folder.read_json("preprocessor_config.json", CONFIG_MAX_BYTES)?;
-        let mut clip = file.resolve()?;
+        let mut squares = read(folder)?;
         if let Some(pad) = options.pad_to_square {
-            clip = clip.with_pad_to_square(pad);
+            squares = squares.with_pad_to_square(pad);
         }
         let (size, side) = (config.vision.image_size, config.vision.grid());
-        let [height, width] = clip.output_size();
+        let [height, width] = squares.output_size();
         if [height, width] != [size, size] {
             return Err(FamilyError::ImageSize {
                 made: format!("{width}×{height}"),
                 wanted: format!("{size}×{size}"),
             });
         }
-        Ok(Self { clip, side })
+        Ok(Self {
+            squares,
+            side,
+            tokens: config.token_grid(),
+        })
     }
 
     fn image<'a>(&self, visual: &'a Visual) -> Result<&'a RgbImage, FamilyError> {
@@ -54,17 +58,25 @@ impl LlavaPreprocessor {
     }
 }
 
+/// Reads `preprocessor_config.json`.
+pub(crate) fn read(folder: &Folder) -> Result<VitPreprocessor, FamilyError> {
+    let file: VitPreprocessorConfig =
+        folder.read_json("preprocessor_config.json", CONFIG_MAX_BYTES)?;
+    Ok(file.resolve()?)
+}
+
 impl Preprocessor for LlavaPreprocessor {
     fn prepare(&self, visual: &Visual) -> Result<(View, Prepared), FamilyError> {
         let image = self.image(visual)?;
-        let pixels = self.clip.preprocess(image)?;
-        let [height, width] = self.clip.output_size();
-        let [t, h, w] = [1, self.side, self.side];
+        let pixels = self.squares.preprocess(image)?;
+        let [height, width] = self.squares.output_size();
+        let [h, w] = [self.side; 2];
+        let [rows, columns] = self.tokens;
         let view = View {
             original: [image.width(), image.height()],
             resized: [width, height],
-            grid: Grid { t, h, w },
-            tokens: [t, h, w],
+            grid: Grid { t: 1, h, w },
+            tokens: [1, rows, columns],
             time: None,
             allowed: [width, height],
         };
@@ -72,16 +84,15 @@ impl Preprocessor for LlavaPreprocessor {
     }
 
     fn pictures(&self, visual: &Visual, _: &View) -> Result<Vec<RgbImage>, FamilyError> {
-        Ok(vec![self.clip.view(self.image(visual)?)?])
+        Ok(vec![self.squares.view(self.image(visual)?)?])
     }
 
     fn picture(&self, _: [usize; 2]) -> Result<Picture, FamilyError> {
-        let [height, width] = self.clip.output_size();
-        let patches = self.side * self.side;
+        let [height, width] = self.squares.output_size();
         Ok(Picture {
             resized: [width, height],
-            patches,
-            visual_tokens: patches,
+            patches: self.side * self.side,
+            visual_tokens: self.tokens.iter().product(),
         })
     }
 
@@ -94,7 +105,7 @@ impl Preprocessor for LlavaPreprocessor {
     ) -> BoundingBox {
         let resized = view.resized.map(|side| side as f64);
         let normalized = units.normalized(answered, resized);
-        self.clip.box_to_pixels(image, normalized)
+        self.squares.box_to_pixels(image, normalized)
     }
 
     fn with_max_pixels(&self, _: usize) -> Option<Arc<dyn Preprocessor>> {

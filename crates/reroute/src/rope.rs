@@ -329,7 +329,7 @@ mod tests {
 
     #[test]
     fn theta_is_where_transformers_looks_for_it() {
-        let theta = |json| read(json).unwrap().theta;
+        let theta = |json: &str| read(json).unwrap().theta;
         assert_eq!(theta("{}"), 1e4);
         assert_eq!(theta(r#"{"rope_theta": 2e4}"#), 2e4);
         assert_eq!(

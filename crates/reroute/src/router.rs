@@ -164,13 +164,8 @@ impl<'a, B: Backend> Router<'a, B> {
     }
 
     /// The rotary table of the active rows.
-    pub fn active_rope(&self) -> &Rotary<B> {
+    pub(crate) fn active_rope(&self) -> &Rotary<B> {
         &self.active_rope
-    }
-
-    /// The packed rows that are active, ascending.
-    pub fn active(&self) -> &[usize] {
-        &self.active
     }
 
     /// The active ones of all rows of the prompt.
@@ -203,7 +198,7 @@ impl<'a, B: Backend> Router<'a, B> {
     }
 
     /// Where each sample's rows stand among the active rows.
-    pub fn ranges(&self) -> Vec<Range<usize>> {
+    pub(crate) fn ranges(&self) -> Vec<Range<usize>> {
         split(&self.active, &self.samples)
     }
 
@@ -246,7 +241,7 @@ impl<'a, B: Backend> Router<'a, B> {
     /// # Shapes
     /// - `hidden_states`: `[hidden_size, active rows]`
     /// - returns `[hidden_size, active rows]`, deferred ones among them under [`Layout::PerLayer`]
-    pub fn leave(&mut self, index: usize, hidden_states: Tensor<B, 2>) -> Tensor<B, 2> {
+    pub(crate) fn leave(&mut self, index: usize, hidden_states: Tensor<B, 2>) -> Tensor<B, 2> {
         let hidden_states = self.add_deepstack(index, hidden_states);
         match self.schedule.layout() {
             Layout::Stagewise => hidden_states,

@@ -122,8 +122,8 @@ impl Sampler {
             1.0 => total,
             top_p => {
                 let (mut mass, mut rank) = (0.0, 0);
-                while let Some(token) = ranked.get(rank)
-                    && (rank == 0 || mass < f64::from(top_p) * total)
+                while (rank == 0 || mass < f64::from(top_p) * total)
+                    && let Some(token) = ranked.get(rank)
                 {
                     mass += weight(token);
                     rank += 1;
@@ -135,8 +135,8 @@ impl Sampler {
         let mut draw = self.random.random::<f64>() * mass;
         let mut last = ranked.get(0)?;
         let mut rank = 0;
-        while let Some(token) = ranked.get(rank)
-            && draw >= 0.0
+        while draw >= 0.0
+            && let Some(token) = ranked.get(rank)
         {
             draw -= weight(token);
             (last, rank) = (token, rank + 1);

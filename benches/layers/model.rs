@@ -5,8 +5,8 @@ use std::path::Path;
 use reroute::DecoderConfig;
 use reroute_zoo::embedded;
 use reroute_zoo::{Folder, ModelConfig};
-use vision_encoder::clip::ClipConfig;
 use vision_encoder::qwen::QwenTowerConfig;
+use vision_encoder::vit::VitConfig;
 
 static LLAVA: &[(&str, &[u8])] = &[("config.json", include_bytes!("../models/llava-1.5-7b.json"))];
 static QWEN: &[(&str, &[u8])] = &[(
@@ -39,8 +39,8 @@ pub struct Model {
 
 /// The vision tower of a family.
 pub enum Tower {
-    /// LLaVA-1.5.
-    Clip(ClipConfig),
+    /// LLaVA.
+    Vit(VitConfig),
     /// Qwen-VL.
     Qwen(Box<QwenTowerConfig>),
 }
@@ -71,11 +71,12 @@ impl Model {
                 tie_word_embeddings: false,
                 // Prompts are as long as is measured.
                 max_position_embeddings: 1 << 20,
+                sliding_window: None,
                 ..full
             },
             visual: config.typical_visual_tokens(),
             tower: match config {
-                ModelConfig::Llava(config) => Tower::Clip(config.vision),
+                ModelConfig::Llava(config) => Tower::Vit(config.vision),
                 ModelConfig::QwenVl(config) => Tower::Qwen(Box::new(config.vision)),
                 _ => anyhow::bail!("no tower of this family is measured"),
             },

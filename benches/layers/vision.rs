@@ -6,8 +6,8 @@ use reroute_cli::backend::{Backend, Device};
 use serde::Serialize;
 use serde_json::{Value, json};
 use vision_encoder::Grid;
-use vision_encoder::clip::ClipConfig;
 use vision_encoder::qwen::{QwenTowerConfig, QwenVisionTower};
+use vision_encoder::vit::VitConfig;
 
 use crate::model::{Model, Tower, toy_qwen_tower};
 use crate::options::Options;
@@ -16,8 +16,8 @@ use crate::setup::{Cast, dtype_name};
 use crate::sizes::exponent;
 use crate::timing::{Spread, mebibytes, seconds_and_peak, wait_for_one};
 
-/// Layers of CLIP's tower that are timed.
-const CLIP_LAYERS: usize = 2;
+/// Layers of LLaVA's tower that are timed.
+const VIT_LAYERS: usize = 2;
 
 /// Sides of the pictures in patches: 1024, 2304 (672 × 672 pixels, 576 visual tokens), 4096 and 16384.
 const SIDES: [usize; 4] = [32, 48, 64, 128];
@@ -37,20 +37,20 @@ pub fn run(
         qwen(&toy_qwen_tower()?, peak, device, options)?;
     }
     match &model.tower {
-        Tower::Clip(config) => clip(config, peak, device, options),
+        Tower::Vit(config) => vit(config, peak, device, options),
         Tower::Qwen(config) => qwen(config, peak, device, options),
     }
 }
 
-/// Patch embedding and one layer of CLIP's tower.
-fn clip(
-    config: &ClipConfig,
+/// Patch embedding and one layer of LLaVA's tower.
+fn vit(
+    config: &VitConfig,
     peak: &Peak,
     device: &Device,
     options: &Options,
 ) -> anyhow::Result<Value> {
-    let config = ClipConfig {
-        num_layers: CLIP_LAYERS,
+    let config = VitConfig {
+        num_layers: VIT_LAYERS,
         ..config.clone()
     };
     let dtype = options.dtype.burn();
@@ -61,14 +61,14 @@ fn clip(
     let pixels = pixels.cast(dtype);
     let time =
         |layers| seconds_and_peak(|| wait_for_one(tower.patch_features(pixels.clone(), layers)?));
-    let (first, _) = time(CLIP_LAYERS)?;
+    let (first, _) = time(VIT_LAYERS)?;
     let (mut embedding, mut layers) = (Vec::new(), Vec::new());
     let mut peak_bytes = None;
     for _ in 0..options.rounds() {
         let (alone, _) = time(0)?;
-        let (both, bytes) = time(CLIP_LAYERS)?;
+        let (both, bytes) = time(VIT_LAYERS)?;
         embedding.push(alone);
-        layers.push((both - alone).max(0.0) / CLIP_LAYERS as f64);
+        layers.push((both - alone).max(0.0) / VIT_LAYERS as f64);
         peak_bytes = bytes;
     }
     let (d, m) = (config.hidden_size as f64, config.intermediate_size as f64);

@@ -284,8 +284,23 @@ fn config_numbers_that_are_impossible_or_contradict_each_other() {
         ),
         (
             "/vision_feature_layer",
-            json!([-2, -3]),
-            "lists several layers",
+            json!([]),
+            "vision_feature_layer lists 0 layers",
+        ),
+        (
+            "/vision_config/model_type",
+            json!("pixtral"),
+            "this is Pixtral, which shares the model_type",
+        ),
+        (
+            "/text_config/rope_scaling",
+            json!({"type": "yarn", "factor": 4.0}),
+            "rope type \"yarn\" is not supported",
+        ),
+        (
+            "/vision_feature_select_strategy",
+            json!("cls"),
+            "\"cls\" is neither \"default\" nor \"full\"",
         ),
         (
             "/vision_feature_select_strategy",
@@ -341,8 +356,8 @@ fn preprocessor_numbers_that_are_impossible_or_contradict_the_tower() {
         ),
         (
             "/size",
-            json!({"height": 112, "width": 112}),
-            "size must be {\"shortest_edge\": n}",
+            json!({"shortest_edge": 112, "longest_edge": 224}),
+            "size.longest_edge is not supported",
         ),
         ("/image_mean", json!([0.5]), "three numbers each"),
         (
@@ -350,7 +365,8 @@ fn preprocessor_numbers_that_are_impossible_or_contradict_the_tower() {
             json!([0.5, 0, 0.5]),
             "image_std that is not 0",
         ),
-        ("/resample", json!(2), "resample 2 is not 3"),
+        ("/resample", json!(1), "resample 1 is not 2"),
+        ("/do_thumbnail", json!(true), "do_thumbnail is not known"),
         ("/do_normalize", json!(false), "do_normalize is off"),
         ("/rescale_factor", json!(1e308), "must make finite pixels"),
     ] {
@@ -412,6 +428,16 @@ fn config_that_contradicts_the_weights() {
             "/multimodal_projector_bias",
             json!(false),
             ["tensors the model does not know", "linear_1.bias"],
+        ),
+        (
+            "/vision_feature_layer",
+            json!([-2, -3]),
+            [wrong_shape, "linear_1.weight\" is [96, 64], not [96, 128]"],
+        ),
+        (
+            "/vision_config/model_type",
+            json!("siglip_vision_model"),
+            ["tensors the model does not know", "class_embedding"],
         ),
     ] {
         let folder = Scratch::checkpoint();

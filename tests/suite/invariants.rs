@@ -56,6 +56,7 @@ fn plain(layers: usize) -> DecoderConfig {
         qk_norm: false,
         tie_word_embeddings: false,
         max_position_embeddings: 512,
+        sliding_window: None,
         rope: RopeConfig::one_axis(1e4, 8),
     }
 }

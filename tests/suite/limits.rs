@@ -24,6 +24,7 @@ fn config() -> DecoderConfig {
         qk_norm: true,
         tie_word_embeddings: true,
         max_position_embeddings: CONTEXT,
+        sliding_window: None,
         rope: RopeConfig::one_axis(1e4, 8),
     }
 }
@@ -47,7 +48,7 @@ fn a_prompt_longer_than_the_context_is_a_typed_error() {
         let error = prefill(CONTEXT + 1).unwrap_err();
         let named = matches!(
             error,
-            RerouteError::ContextLength { needed, available }
+            RerouteError::ContextLength { needed, available, .. }
                 if needed == CONTEXT + 1 && available == CONTEXT
         );
         assert!(named, "{error}");
@@ -99,7 +100,7 @@ fn tokens_that_cannot_be_fed_leave_the_cache_as_it_was() {
     let error = decoder.decode(&[(1, 4), (0, 1), (0, 2), (0, 3)], &mut cache);
     let too_long = matches!(
         error,
-        Err(RerouteError::ContextLength { needed, available: CONTEXT }) if needed == CONTEXT + 1
+        Err(RerouteError::ContextLength { needed, available: CONTEXT, .. }) if needed == CONTEXT + 1
     );
     assert!(too_long, "{error:?}");
     let error = decoder.decode(&[(0, 1), (0, VOCAB as u32)], &mut cache);

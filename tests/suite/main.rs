@@ -20,6 +20,7 @@ mod inputs;
 mod invariants;
 mod layers;
 mod limits;
+mod llava_variants;
 mod methods;
 mod nuwa;
 mod parity;

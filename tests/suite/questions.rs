@@ -203,7 +203,10 @@ fn the_context_ends_prompts_with_an_error_and_answers_in_peace() {
     assert_eq!(answer.prompt_rows + answer.tokens.len(), context + 1);
 
     let error = ask(fitting + 1).expect_err("it does not fit");
-    let ZooError::Reroute(RerouteError::ContextLength { needed, available }) = &error else {
+    let ZooError::Reroute(RerouteError::ContextLength {
+        needed, available, ..
+    }) = &error
+    else {
         panic!("{error:?}");
     };
     assert_eq!((*needed, *available), (answer.prompt_rows + more, context));

@@ -16,7 +16,7 @@ use reducers::{
     Action, Attention, Duplication, HeadReduce, Positions, Query, Schedule, Score, ScoreLayer,
     SoftmaxKeys, Stage,
 };
-use reroute::{Decoder, DecoderConfig};
+use reroute::{Decoder, DecoderConfig, RopeScaling};
 
 use crate::support::{Sample, weights};
 
@@ -362,6 +362,7 @@ impl Reference {
         let mut turned = head.to_vec();
         for (i, &axis) in self.config.rope.axis_of_frequency.iter().enumerate() {
             let frequency = self.config.rope.theta.powf(-(i as f64) / half as f64);
+            let frequency = scaled(frequency, &self.config.rope.scaling);
             let (sin, cos) = (position[axis] as f64 * frequency).sin_cos();
             turned[i] = head[i] * cos - head[i + half] * sin;
             turned[i + half] = head[i + half] * cos + head[i] * sin;
@@ -392,6 +393,25 @@ impl Reference {
             true => self.linear("embed_tokens", &normed),
             false => self.linear("lm_head", &normed),
         }
+    }
+}
+
+/// Frequencies for longer contexts; Llama 3's in terms of turns within the context of the training.
+fn scaled(frequency: f64, scaling: &RopeScaling) -> f64 {
+    match *scaling {
+        RopeScaling::None => frequency,
+        RopeScaling::Linear { factor } => frequency / factor,
+        RopeScaling::Llama3 {
+            factor,
+            low_freq_factor: low,
+            high_freq_factor: high,
+            original_max_position_embeddings: trained,
+        } => {
+            let turns = trained as f64 * frequency / std::f64::consts::TAU;
+            let kept = ((turns - low) / (high - low)).clamp(0.0, 1.0);
+            frequency * (kept + (1.0 - kept) / factor)
+        }
+        ref other => panic!("{other:?} is not restated"),
     }
 }
 

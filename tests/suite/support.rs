@@ -351,6 +351,7 @@ pub fn model() -> impl Strategy<Value = DecoderConfig> {
                 qk_norm,
                 tie_word_embeddings: tied,
                 max_position_embeddings: 512,
+                sliding_window: None,
                 rope: RopeConfig {
                     theta: 1e4,
                     scaling: Default::default(),

@@ -197,6 +197,7 @@ fn picture(
         return Ok(None);
     };
     let [_, cell_rows, columns] = view.tokens;
+    anyhow::ensure!(view.is_grid(), draw::NO_GRID);
     let tokens = cell_rows * columns;
     let mut grid = Vec::new();
     for row in rows {

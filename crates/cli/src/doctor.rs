@@ -222,14 +222,14 @@ impl Report {
     /// Whether the decoder has positions for the whole conversation.
     fn check_context(&mut self, answer: &Answer, picture: &Picture) {
         let rows = picture.visual_tokens.saturating_add(answer.text_tokens);
-        let most = answer.config.decoder().max_position_embeddings;
+        let (most, limit) = answer.config.decoder().context();
         if rows > most {
             let what = format!("{rows} tokens do not fit into the model's {most} positions");
             let left = most.saturating_sub(picture.visual_tokens);
             let remedy = match (left < LEAST_TEXT, answer.takes_any_size()) {
                 (false, _) => less_text(left),
                 (true, true) => "use a smaller --max-pixels".into(),
-                (true, false) => "use a model of more positions (max_position_embeddings)".into(),
+                (true, false) => format!("use a model of more positions ({limit})"),
             };
             self.problem(what, remedy);
         }

@@ -18,6 +18,11 @@ pub(crate) const FOUND: [u8; 3] = [255, 45, 85];
 /// Colour of the frame around tokens that came back.
 const RETURNED: [u8; 3] = [52, 199, 89];
 
+/// Why a picture is not drawn on.
+pub(crate) const NO_GRID: &str = "the visual tokens of this model are not the patches of the picture \
+    (vision_feature_select_strategy of config.json), so that there is nothing to draw on it; \
+    `trace` tells what was selected";
+
 /// What a stage does with a visual token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum TokenState {

@@ -92,6 +92,7 @@ fn pictures(
     let mut frames = Vec::new();
     for (index, (visual, view)) in question.visuals.iter().zip(&answer.views).enumerate() {
         let [_, rows, columns] = view.tokens;
+        anyhow::ensure!(view.is_grid(), draw::NO_GRID);
         for (step, picture) in vlm
             .preprocessor()
             .pictures(visual, view)?

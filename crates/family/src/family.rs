@@ -32,6 +32,14 @@ pub trait FamilyConfig: Debug + Send + Sync {
     /// The vision tower as methods that reduce before the decoder know it.
     fn encoder(&self) -> EncoderShape;
 
+    /// Whether methods before the decoder can work on the visual tokens.
+    ///
+    /// # Errors
+    /// Tokens that stand in no grid.
+    fn check_reducible(&self) -> Result<(), FamilyError> {
+        Ok(())
+    }
+
     /// The tokens that stand for visual tokens.
     fn slots(&self) -> SlotTokens;
 

@@ -195,9 +195,14 @@ impl Packed {
         let full = config.positions(sample)?;
         // Before they become a tensor: backends count in 32 bits.
         let needed = usize::try_from(full.next).unwrap_or(usize::MAX);
-        let available = config.decoder().max_position_embeddings;
+        let (available, limit) = config.decoder().context();
         if needed > available {
-            return Err(RerouteError::ContextLength { needed, available }.into());
+            return Err(RerouteError::ContextLength {
+                needed,
+                available,
+                limit,
+            }
+            .into());
         }
         let ids = kept.of(&sample.ids)?;
         let next_position = match (kept.positions, &mut self.positions[..]) {

@@ -68,7 +68,10 @@ pub fn see<B: Backend, M: FamilyModel<B>>(
     questions: [Vec<Tensor<B, 2>>; 2],
 ) -> Result<VisualTokens<B>, FamilyError> {
     let needs = match step {
-        Some(step) => step.reducer.needs(&model.config().encoder())?,
+        Some(step) => {
+            model.config().check_reducible()?;
+            step.reducer.needs(&model.config().encoder())?
+        }
         None => Vec::new(),
     };
     let [of_images, of_videos] = questions;

@@ -55,6 +55,14 @@ impl View {
         self.tokens.iter().product()
     }
 
+    /// Whether its visual tokens divide the picture like its patches; else they have no places in it.
+    pub fn is_grid(&self) -> bool {
+        let [_, rows, columns] = self.tokens;
+        let Grid { h, w, .. } = self.grid;
+        let merged = h.checked_div(rows).unwrap_or(0);
+        merged > 0 && [rows * merged, columns * merged] == [h, w]
+    }
+
     /// What `max_pixels` took from it, for people to read.
     pub fn notice(&self) -> Option<String> {
         let [width, height] = self.original;

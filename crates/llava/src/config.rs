@@ -1,18 +1,21 @@
-use reroute::{DecoderConfig, RopeConfig};
-use serde::Deserialize;
-use vision_encoder::clip::{ClipConfig, ClipVisionConfig};
-
+use reroute::DecoderConfig;
 use reroute_family::FamilyError;
+use serde::Deserialize;
+use vision_encoder::vit::{VitConfig, VitHfConfig, VitKind};
 
-/// `config.json` of a LLaVA-1.5 checkpoint, hub-era or current, with the library's defaults.
+use crate::text::TextConfig;
+
+/// `config.json` of a LLaVA checkpoint, hub-era or current, with the library's defaults.
 #[derive(Debug, Clone, Deserialize)]
 pub struct LlavaHfConfig {
     #[serde(default)]
     text_config: TextConfig,
-    #[serde(default = "ClipVisionConfig::large_patch14_336")]
-    vision_config: ClipVisionConfig,
-    #[serde(alias = "image_token_id", default = "default_image_token")]
-    image_token_index: u32,
+    #[serde(default = "VitHfConfig::clip_large_patch14_336")]
+    vision_config: VitHfConfig,
+    #[serde(default)]
+    image_token_index: Option<u32>,
+    #[serde(default)]
+    image_token_id: Option<u32>,
     #[serde(default = "default_feature_layer")]
     vision_feature_layer: FeatureLayer,
     #[serde(default = "default_select_strategy")]
@@ -27,7 +30,7 @@ pub struct LlavaHfConfig {
     image_seq_length: Option<usize>,
 }
 
-/// One layer, or (in variants of the model that are not LLaVA-1.5) several.
+/// One layer of the tower, or several whose features stand one below the other.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(untagged)]
 enum FeatureLayer {
@@ -35,63 +38,11 @@ enum FeatureLayer {
     Several(Vec<i64>),
 }
 
-/// `text_config`, with the defaults of the LLaMA configuration.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(default)]
-struct TextConfig {
-    model_type: String,
-    vocab_size: usize,
-    hidden_size: usize,
-    intermediate_size: usize,
-    num_hidden_layers: usize,
-    num_attention_heads: usize,
-    num_key_value_heads: Option<usize>,
-    head_dim: Option<usize>,
-    max_position_embeddings: usize,
-    rms_norm_eps: f64,
-    rope_theta: Option<f64>,
-    rope_scaling: Option<RopeScaling>,
-    rope_parameters: Option<RopeScaling>,
-    hidden_act: String,
-    attention_bias: bool,
-    mlp_bias: bool,
-    tie_word_embeddings: bool,
-}
+/// The image token where config.json names none.
+const IMAGE_TOKEN: u32 = 32000;
 
-#[derive(Debug, Clone, Default, Deserialize)]
-struct RopeScaling {
-    #[serde(alias = "type")]
-    rope_type: Option<String>,
-    rope_theta: Option<f64>,
-}
-
-impl Default for TextConfig {
-    fn default() -> Self {
-        Self {
-            model_type: "llama".into(),
-            vocab_size: 32000,
-            hidden_size: 4096,
-            intermediate_size: 11008,
-            num_hidden_layers: 32,
-            num_attention_heads: 32,
-            num_key_value_heads: None,
-            head_dim: None,
-            max_position_embeddings: 2048,
-            rms_norm_eps: 1e-6,
-            rope_theta: None,
-            rope_scaling: None,
-            rope_parameters: None,
-            hidden_act: "silu".into(),
-            attention_bias: false,
-            mlp_bias: false,
-            tie_word_embeddings: false,
-        }
-    }
-}
-
-fn default_image_token() -> u32 {
-    32000
-}
+/// `image_seq_length` where config.json is silent; the library writes it whatever the tower makes.
+const DEFAULT_LENGTH: usize = 576;
 
 fn default_feature_layer() -> FeatureLayer {
     FeatureLayer::One(-2)
@@ -109,38 +60,117 @@ fn yes() -> bool {
     true
 }
 
-/// A resolved LLaVA-1.5 configuration.
+/// A resolved LLaVA configuration.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LlavaConfig {
     /// The vision tower.
-    pub vision: ClipConfig,
-    /// Layers of the tower to run before its features are taken.
-    pub vision_layers: usize,
+    pub vision: VitConfig,
+    /// Layers of the tower to run before its features are taken; those of several stand one below the
+    /// other.
+    pub vision_layers: Vec<usize>,
+    /// Rows of an image that the projector does not get, from the first: 1 under
+    /// `vision_feature_select_strategy` `"default"` whatever the tower (the class token, or SigLIP's
+    /// first patch), 0 under `"full"`.
+    pub skipped_rows: usize,
     /// Whether the projector's layers have biases.
     pub projector_bias: bool,
     /// The decoder.
     pub text: DecoderConfig,
     /// Token id of an image slot.
     pub image_token: u32,
+    /// Visual tokens of an image, if config.json says it.
+    pub image_seq_length: Option<usize>,
+}
+
+impl LlavaConfig {
+    /// Visual tokens of one image.
+    pub fn visual_tokens(&self) -> usize {
+        self.vision.tokens().saturating_sub(self.skipped_rows)
+    }
+
+    /// Features of a row that the projector takes: the tower's, once for each layer.
+    pub fn feature_size(&self) -> usize {
+        self.vision_layers.len() * self.vision.hidden_size
+    }
+
+    /// Whether the visual tokens are the patches of the image, all of them and no more.
+    pub fn tokens_are_patches(&self) -> bool {
+        self.skipped_rows == self.vision.prefix_tokens()
+    }
+
+    /// Rows and columns of the visual tokens of an image: those of its patches, or one row of all of
+    /// them where they are not its patches.
+    pub fn token_grid(&self) -> [usize; 2] {
+        match self.tokens_are_patches() {
+            true => [self.vision.grid(); 2],
+            false => [1, self.visual_tokens()],
+        }
+    }
+
+    /// Refuses methods before the decoder where visual tokens have no grid for them.
+    pub(crate) fn check_grid(&self) -> Result<(), FamilyError> {
+        if self.tokens_are_patches() {
+            return Ok(());
+        }
+        let why = match self.skipped_rows {
+            0 => "\"full\" keeps the class token among",
+            _ => "\"default\" takes the first patch from",
+        };
+        Err(FamilyError::Config(format!(
+            "vision_feature_select_strategy {why} the {} patches of this tower, so that its {} visual \
+             tokens are no grid: methods before the decoder do not work on it, schedules in the \
+             decoder do",
+            self.vision.patches(),
+            self.visual_tokens()
+        )))
+    }
+
+    /// Whether `image_seq_length` is what the tower gives.
+    pub(crate) fn check_length(&self) -> Result<(), FamilyError> {
+        let given = self.visual_tokens();
+        let said = |&length: &usize| length != given && length != DEFAULT_LENGTH;
+        let Some(length) = self.image_seq_length.filter(said) else {
+            return Ok(());
+        };
+        let strategy = match self.skipped_rows {
+            0 => "full",
+            _ => "default",
+        };
+        Err(FamilyError::Config(format!(
+            "image_seq_length is {length}, but image_size and patch_size give {given} visual tokens \
+             under vision_feature_select_strategy \"{strategy}\""
+        )))
+    }
 }
 
 impl LlavaHfConfig {
     /// Checks every number and maps the names.
     pub fn resolve(&self) -> Result<LlavaConfig, FamilyError> {
+        let unsupported = |what: String| Err(FamilyError::Config(what));
+        if self.vision_config.model_type() == "pixtral" {
+            return unsupported(
+                "this is Pixtral, which shares the model_type \"llava\" (vision_config.model_type \
+                 \"pixtral\": 2-D rotary positions, images of any size, row breaks); it is not \
+                 supported. Nearest: a LLaVA whose tower is clip_vision_model, siglip_vision_model or \
+                 dinov2, or Qwen2.5-VL for images of any size"
+                    .into(),
+            );
+        }
         let vision = self.vision_config.resolve()?;
         let text = self.text_config.resolve(self.tie_word_embeddings)?;
-        let unsupported = |what: String| Err(FamilyError::Config(what));
-        if self.vision_feature_select_strategy != "default" {
+        let skipped_rows = match self.vision_feature_select_strategy.as_str() {
+            "default" => 1,
+            "full" => 0,
+            other => {
+                return unsupported(format!(
+                    "vision_feature_select_strategy \"{other}\" is neither \"default\" nor \"full\""
+                ));
+            }
+        };
+        if skipped_rows >= vision.tokens() {
             return unsupported(format!(
-                "vision_feature_select_strategy \"{}\" is not supported, only \"default\" (patches \
-                 without the class token) is LLaVA-1.5",
-                self.vision_feature_select_strategy
-            ));
-        }
-        if let Some(length) = self.image_seq_length.filter(|&n| n != vision.patches()) {
-            return unsupported(format!(
-                "image_seq_length is {length}, but image_size and patch_size give {} visual tokens",
-                vision.patches()
+                "vision_feature_select_strategy \"default\" takes the only patch of an image of {} pixels",
+                vision.image_size
             ));
         }
         if self.projector_hidden_act != "gelu" {
@@ -149,86 +179,60 @@ impl LlavaHfConfig {
                 self.projector_hidden_act
             ));
         }
-        let layer = match &self.vision_feature_layer {
-            FeatureLayer::One(layer) => *layer,
-            FeatureLayer::Several(layers) => {
+        let image_token = match (self.image_token_index, self.image_token_id) {
+            (Some(index), Some(id)) if index != id => {
                 return unsupported(format!(
-                    "vision_feature_layer {layers:?} lists several layers; LLaVA-1.5 has one"
+                    "image_token_index is {index}, but image_token_id beside it is {id}: remove the \
+                     wrong one"
                 ));
             }
+            (index, id) => index.or(id).unwrap_or(IMAGE_TOKEN),
         };
-        // Entry 0 of the reference's list of hidden states is the input of the first layer.
-        let entries = vision.num_layers as i64 + 1;
-        let vision_layers = if layer < 0 { entries + layer } else { layer };
-        if !(0..entries).contains(&vision_layers) {
-            return unsupported(format!(
-                "vision_feature_layer {layer} does not exist in a tower of {} layers",
-                vision.num_layers
-            ));
-        }
-        Ok(LlavaConfig {
+        let layers = match &self.vision_feature_layer {
+            FeatureLayer::One(layer) => std::slice::from_ref(layer),
+            FeatureLayer::Several(layers) => layers,
+        };
+        let config = LlavaConfig {
+            vision_layers: resolve_layers(layers, vision.num_layers)?,
             vision,
-            vision_layers: vision_layers as usize,
+            skipped_rows,
             projector_bias: self.multimodal_projector_bias,
             text,
-            image_token: self.image_token_index,
-        })
+            image_token,
+            image_seq_length: self.image_seq_length,
+        };
+        // DINOv2 may see another size than config.json says.
+        if config.vision.kind != VitKind::Dinov2 {
+            config.check_length()?;
+        }
+        Ok(config)
     }
 }
 
-impl TextConfig {
-    fn resolve(&self, tied: Option<bool>) -> Result<DecoderConfig, FamilyError> {
-        let unsupported = |what: String| Err(FamilyError::Config(what));
-        if !["llama", "vicuna"].contains(&self.model_type.as_str()) {
+/// Depths after which features are taken. Entry 0 of the reference's list of hidden states is the
+/// input of the first layer.
+fn resolve_layers(layers: &[i64], num_layers: usize) -> Result<Vec<usize>, FamilyError> {
+    let unsupported = |what: String| Err(FamilyError::Config(what));
+    let entries = num_layers as i64 + 1;
+    // More than all of them is nobody's configuration, and takes memory for each.
+    if layers.is_empty() || layers.len() > entries as usize {
+        return unsupported(format!(
+            "vision_feature_layer lists {} layers, 1 to {entries} are possible",
+            layers.len()
+        ));
+    }
+    let mut resolved = Vec::with_capacity(layers.len());
+    for &layer in layers {
+        let at = match layer < 0 {
+            true => entries.saturating_add(layer),
+            false => layer,
+        };
+        if !(0..entries).contains(&at) {
             return unsupported(format!(
-                "text_config.model_type \"{}\" is not LLaMA",
-                self.model_type
+                "vision_feature_layer {layer} does not exist in a tower of {num_layers} layers"
             ));
         }
-        if self.hidden_act != "silu" || self.attention_bias || self.mlp_bias {
-            return unsupported(
-                "text_config asks for an activation other than silu, or for biases; \
-                 LLaVA-1.5 has neither"
-                    .into(),
-            );
-        }
-        let ropes = [&self.rope_parameters, &self.rope_scaling];
-        for rope in ropes.into_iter().flatten() {
-            if let Some(kind) = rope.rope_type.as_deref().filter(|kind| *kind != "default") {
-                return unsupported(format!("rope type \"{kind}\" is not supported"));
-            }
-        }
-        let parameters = self.rope_parameters.as_ref();
-        let theta = parameters
-            .and_then(|rope| rope.rope_theta)
-            .or(self.rope_theta);
-        let heads = self.num_attention_heads;
-        let head_dim = match self.head_dim {
-            Some(head_dim) => head_dim,
-            None if heads > 0 && self.hidden_size.is_multiple_of(heads) => self.hidden_size / heads,
-            None => {
-                return unsupported(format!(
-                    "text_config.hidden_size {} is not a multiple of num_attention_heads {heads}",
-                    self.hidden_size
-                ));
-            }
-        };
-        let config = DecoderConfig {
-            vocab_size: self.vocab_size,
-            hidden_size: self.hidden_size,
-            intermediate_size: self.intermediate_size,
-            num_layers: self.num_hidden_layers,
-            num_attention_heads: heads,
-            num_key_value_heads: self.num_key_value_heads.unwrap_or(heads),
-            head_dim,
-            rms_norm_eps: self.rms_norm_eps,
-            qkv_bias: false,
-            qk_norm: false,
-            tie_word_embeddings: tied.unwrap_or(false) || self.tie_word_embeddings,
-            max_position_embeddings: self.max_position_embeddings,
-            rope: RopeConfig::one_axis(theta.unwrap_or(10_000.0), head_dim),
-        };
-        config.validate()?;
-        Ok(config)
+        resolved.push(at as usize);
     }
+    Ok(resolved)
 }

@@ -8,6 +8,9 @@ use reroute_family::{
     Modality, Preprocessor, Sample, SlotTokens,
 };
 
+use vision_encoder::vit::VitKind;
+
+use crate::preprocess::read;
 use crate::{LlavaConfig, LlavaHfConfig, LlavaPreprocessor, NAMES};
 
 /// The prompt that LLaVA-1.5 was trained on for referring expressions (arXiv 2310.03744, Table 9); the
@@ -32,7 +35,17 @@ impl FamilyConfig for LlavaConfig {
 
     fn open(folder: &Folder) -> Result<Self, FamilyError> {
         let config: LlavaHfConfig = folder.read_json("config.json", CONFIG_MAX_BYTES)?;
-        config.resolve()
+        let mut config = config.resolve()?;
+        if config.vision.kind == VitKind::Dinov2 {
+            // The size that it sees is the preprocessor's; its positions are interpolated.
+            if let Ok([height, width]) = read(folder).map(|squares| squares.output_size())
+                && height == width
+            {
+                config.vision = config.vision.with_image_size(height)?;
+            }
+        }
+        config.check_length()?;
+        Ok(config)
     }
 
     fn decoder(&self) -> &DecoderConfig {
@@ -42,12 +55,19 @@ impl FamilyConfig for LlavaConfig {
     fn encoder(&self) -> EncoderShape {
         EncoderShape {
             num_layers: self.vision.num_layers,
-            feature_layer: self.vision_layers,
+            feature_layer: self.vision_layers.iter().copied().max().unwrap_or(0),
             num_heads: self.vision.num_heads,
-            class_token: true,
+            class_token: self.vision.class_token(),
             position_axes: 1,
-            tower: Tower::Clip,
+            tower: match self.vision.kind {
+                VitKind::Clip => Tower::Clip,
+                _ => Tower::Other,
+            },
         }
+    }
+
+    fn check_reducible(&self) -> Result<(), FamilyError> {
+        self.check_grid()
     }
 
     fn slots(&self) -> SlotTokens {
@@ -78,7 +98,7 @@ impl FamilyConfig for LlavaConfig {
     }
 
     fn typical_visual_tokens(&self) -> usize {
-        self.vision.patches()
+        self.visual_tokens()
     }
 
     fn tower_memory(&self) -> LayerMemory {
@@ -93,8 +113,12 @@ impl FamilyConfig for LlavaConfig {
         }
     }
 
-    /// Every image has the same grid, so that samples need not say it.
+    /// Every image has the same grid, so that samples need not say it; none if its tokens are not its
+    /// patches.
     fn cells(&self, sample: &Sample, modality: Modality) -> Vec<[usize; 2]> {
+        if !self.tokens_are_patches() {
+            return Vec::new();
+        }
         let is_slot = |id: &&u32| self.slots().modality(**id) == Some(modality);
         let side = self.vision.grid();
         let cells = sample.ids.iter().filter(is_slot).enumerate();

@@ -4,14 +4,14 @@ use burn::tensor::backend::Backend;
 use reducers::encoder::{Tap, Taps};
 use reroute::Decoder;
 use reroute_family::{FamilyError, FamilyModel, Look, Pictures};
-use vision_encoder::clip::ClipVisionTower;
+use vision_encoder::vit::VitTower;
 
 use crate::{LlavaConfig, Projector};
 
-/// LLaVA-1.5.
+/// LLaVA: a vision transformer, a projector, a decoder.
 #[derive(Module, Debug)]
 pub struct Llava<B: Backend> {
-    vision_tower: ClipVisionTower<B>,
+    vision_tower: VitTower<B>,
     multi_modal_projector: Projector<B>,
     language_model: Decoder<B>,
     #[module(skip)]
@@ -20,24 +20,23 @@ pub struct Llava<B: Backend> {
 
 impl<B: Backend> Llava<B> {
     /// The vision tower.
-    pub fn vision_tower(&self) -> &ClipVisionTower<B> {
+    pub fn vision_tower(&self) -> &VitTower<B> {
         &self.vision_tower
     }
 
     /// Visual tokens of one image.
     pub fn tokens_per_image(&self) -> usize {
-        self.config.vision.patches()
+        self.config.visual_tokens()
     }
 
     /// Vision features, as the projector takes them.
     ///
     /// # Shapes
     /// - `pixels`: `[images, 3, image_size, image_size]`
-    /// - returns `[vision hidden_size, images · tokens_per_image]`
+    /// - returns `[feature_size, images · tokens_per_image]`, see [`LlavaConfig::feature_size`]
     pub fn vision_features(&self, pixels: Tensor<B, 4>) -> Result<Tensor<B, 2>, FamilyError> {
-        Ok(self
-            .vision_tower
-            .patch_features(pixels, self.config.vision_layers)?)
+        let (layers, skipped) = (&self.config.vision_layers, self.config.skipped_rows);
+        Ok(self.vision_tower.features(pixels, layers, skipped)?)
     }
 }
 
@@ -68,8 +67,8 @@ impl<B: Backend> FamilyModel<B> for Llava<B> {
                 wanted: "squares [images, 3, height, width]",
             });
         };
-        let side = self.config.vision.grid();
-        let grids = vec![[1, side, side]; pixels.dims()[0]];
+        let [rows, columns] = self.config.token_grid();
+        let grids = vec![[1, rows, columns]; pixels.dims()[0]];
         let taps = match taps.is_empty() {
             true => Taps::from([(Tap::Features, self.vision_features(pixels)?)]),
             false => self.vision_taps(pixels, taps)?,

@@ -2,16 +2,18 @@ use std::sync::Arc;
 
 use reroute_checkpoint::{CONFIG_MAX_BYTES, Folder};
 use reroute_family::{FamilyError, ImageOptions, Picture, Prepared, Preprocessor, View, Visual};
-use vision_encoder::{ClipPreprocessor, ClipPreprocessorConfig, Geometry, Grid, RgbImage};
+use vision_encoder::{Geometry, Grid, RgbImage, VitPreprocessor, VitPreprocessorConfig};
 
 use crate::LlavaConfig;
 
 /// Images as squares of one size.
 #[derive(Debug, Clone)]
 pub struct LlavaPreprocessor {
-    clip: ClipPreprocessor,
+    squares: VitPreprocessor,
     /// Patches along each side of the square.
     side: usize,
+    /// Visual tokens of an image: rows and columns, or one row where they are not the patches.
+    tokens: [usize; 2],
 }
 
 impl LlavaPreprocessor {
@@ -27,21 +29,23 @@ impl LlavaPreprocessor {
                 instead: "sees every picture at one size",
             });
         }
-        let file: ClipPreprocessorConfig =
-            folder.read_json("preprocessor_config.json", CONFIG_MAX_BYTES)?;
-        let mut clip = file.resolve()?;
+        let mut squares = read(folder)?;
         if let Some(pad) = options.pad_to_square {
-            clip = clip.with_pad_to_square(pad);
+            squares = squares.with_pad_to_square(pad);
         }
         let (size, side) = (config.vision.image_size, config.vision.grid());
-        let [height, width] = clip.output_size();
+        let [height, width] = squares.output_size();
         if [height, width] != [size, size] {
             return Err(FamilyError::ImageSize {
                 made: format!("{width}×{height}"),
                 wanted: format!("{size}×{size}"),
             });
         }
-        Ok(Self { clip, side })
+        Ok(Self {
+            squares,
+            side,
+            tokens: config.token_grid(),
+        })
     }
 
     fn image<'a>(&self, visual: &'a Visual) -> Result<&'a RgbImage, FamilyError> {
@@ -52,17 +56,25 @@ impl LlavaPreprocessor {
     }
 }
 
+/// Reads `preprocessor_config.json`.
+pub(crate) fn read(folder: &Folder) -> Result<VitPreprocessor, FamilyError> {
+    let file: VitPreprocessorConfig =
+        folder.read_json("preprocessor_config.json", CONFIG_MAX_BYTES)?;
+    Ok(file.resolve()?)
+}
+
 impl Preprocessor for LlavaPreprocessor {
     fn prepare(&self, visual: &Visual) -> Result<(View, Prepared), FamilyError> {
         let image = self.image(visual)?;
-        let pixels = self.clip.preprocess(image)?;
-        let [height, width] = self.clip.output_size();
-        let [t, h, w] = [1, self.side, self.side];
+        let pixels = self.squares.preprocess(image)?;
+        let [height, width] = self.squares.output_size();
+        let [h, w] = [self.side; 2];
+        let [rows, columns] = self.tokens;
         let view = View {
             original: [image.width(), image.height()],
             resized: [width, height],
-            grid: Grid { t, h, w },
-            tokens: [t, h, w],
+            grid: Grid { t: 1, h, w },
+            tokens: [1, rows, columns],
             time: None,
             allowed: [width, height],
         };
@@ -70,21 +82,20 @@ impl Preprocessor for LlavaPreprocessor {
     }
 
     fn pictures(&self, visual: &Visual, _: &View) -> Result<Vec<RgbImage>, FamilyError> {
-        Ok(vec![self.clip.view(self.image(visual)?)?])
+        Ok(vec![self.squares.view(self.image(visual)?)?])
     }
 
     fn picture(&self, _: [usize; 2]) -> Result<Picture, FamilyError> {
-        let [height, width] = self.clip.output_size();
-        let patches = self.side * self.side;
+        let [height, width] = self.squares.output_size();
         Ok(Picture {
             resized: [width, height],
-            patches,
-            visual_tokens: patches,
+            patches: self.side * self.side,
+            visual_tokens: self.tokens.iter().product(),
         })
     }
 
     fn geometry(&self, view: &View) -> Geometry {
-        self.clip.geometry(view.original)
+        self.squares.geometry(view.original)
     }
 
     fn check(&self, visual: &Visual) -> Result<(), FamilyError> {

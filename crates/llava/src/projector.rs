@@ -15,7 +15,7 @@ pub struct Projector<B: Backend> {
 
 impl<B: Backend> Projector<B> {
     pub(crate) fn new(config: &LlavaConfig, device: &B::Device) -> Self {
-        let (vision, text) = (config.vision.hidden_size, config.text.hidden_size);
+        let (vision, text) = (config.feature_size(), config.text.hidden_size);
         let linear = |input| {
             LinearConfig::new(input, text)
                 .with_bias(config.projector_bias)
@@ -28,7 +28,7 @@ impl<B: Backend> Projector<B> {
     }
 
     /// # Shapes
-    /// - `features`: `[vision hidden_size, rows]`
+    /// - `features`: `[feature_size, rows]`, see [`LlavaConfig::feature_size`]
     /// - returns `[text hidden_size, rows]`
     pub fn forward(&self, features: Tensor<B, 2>) -> Tensor<B, 2> {
         self.linear_2.forward(gelu(self.linear_1.forward(features)))

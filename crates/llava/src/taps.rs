@@ -1,5 +1,7 @@
 //! What methods that reduce visual tokens may see of the vision tower.
 
+use std::collections::BTreeMap;
+
 use burn::tensor::activation::softmax;
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
@@ -16,7 +18,26 @@ impl<B: Backend> Llava<B> {
     /// # Shapes
     /// - `pixels`: `[images, 3, image_size, image_size]`
     /// - returns as each [`Tap`] says, times `images` columns
+    ///
+    /// # Errors
+    /// Visual tokens that are not the patches of the image have no grid for methods to work on.
     pub fn vision_taps(&self, pixels: Tensor<B, 4>, taps: &[Tap]) -> Result<Taps<B>, FamilyError> {
+        self.config().check_grid()?;
+        let of_class = |tap: &Tap| {
+            matches!(
+                tap,
+                Tap::ClassToken
+                    | Tap::ClassAttention { .. }
+                    | Tap::ClassQuery { .. }
+                    | Tap::ClassKey { .. }
+            )
+        };
+        if !self.config().vision.class_token() && taps.iter().any(of_class) {
+            return Err(FamilyError::Config(format!(
+                "a {} has no class token for a method to look at",
+                self.config().vision.kind.model_type()
+            )));
+        }
         let images = pixels.dims()[0];
         let layers = taps.iter().map(|tap| match *tap {
             Tap::ClassAttention { layer }
@@ -27,8 +48,9 @@ impl<B: Backend> Llava<B> {
             Tap::MeanHidden { last, .. } | Tap::MeanHiddenInWindows { last, .. } => last,
             Tap::Features | Tap::Embeddings | Tap::ClassToken | Tap::Question => 0,
         });
-        let features_after = self.config().vision_layers;
-        let layers = layers.max().unwrap_or(0).max(features_after);
+        let depths = &self.config().vision_layers;
+        let deepest = depths.iter().copied().max().unwrap_or(0);
+        let layers = layers.max().unwrap_or(0).max(deepest);
         let received: Vec<usize> = taps
             .iter()
             .filter_map(|tap| match *tap {
@@ -38,19 +60,22 @@ impl<B: Backend> Llava<B> {
             .collect();
         let mut rows = Rows {
             images,
-            tokens: 1 + self.tokens_per_image(),
+            tokens: self.config().vision.tokens(),
+            prefix: self.config().vision.prefix_tokens(),
             heads: self.config().vision.num_heads,
+            states: BTreeMap::new(),
             seen: Taps::new(),
         };
         let last =
             self.vision_tower()
                 .forward_inspected(pixels, layers, &received, &mut |inspected| {
-                    rows.tap(taps, features_after, inspected)
+                    if depths.contains(&inspected.layer) {
+                        rows.states.insert(inspected.layer, inspected.input.clone());
+                    }
+                    rows.tap(taps, inspected)
                 })?;
-        if features_after == 0 {
-            // A tower without layers: its input is its output.
-            rows.features(taps, last);
-        }
+        rows.states.insert(layers, last);
+        rows.features(taps, depths);
         let mut seen = rows.seen;
         if taps.contains(&Tap::Embeddings) {
             let embeddings = seen.get(&Tap::Features).and_then(|x| self.project(x));
@@ -65,17 +90,17 @@ struct Rows<B: Backend> {
     images: usize,
     /// Rows of an image, class token first.
     tokens: usize,
+    /// Rows before its patches.
+    prefix: usize,
     heads: usize,
+    /// The hidden states after so many layers that features are made of.
+    states: BTreeMap<usize, Tensor<B, 2>>,
     seen: Taps<B>,
 }
 
 impl<B: Backend> Rows<B> {
-    fn tap(&mut self, taps: &[Tap], features_after: usize, inspected: Inspected<B>) {
+    fn tap(&mut self, taps: &[Tap], inspected: Inspected<B>) {
         let here = inspected.layer;
-        let after = here + 1;
-        if after == features_after {
-            self.features(taps, inspected.output.clone());
-        }
         for &tap in taps {
             let seen = match tap {
                 Tap::ClassAttention { layer } if layer == here => {
@@ -90,8 +115,8 @@ impl<B: Backend> Rows<B> {
                 },
                 Tap::MeanHidden { .. } => {
                     let shown = [&inspected.input, &inspected.output];
-                    let (images, tokens) = (self.images, self.tokens);
-                    let rows = |x: &Tensor<B, 2>| patches(x, images, tokens);
+                    let (images, tokens, prefix) = (self.images, self.tokens, self.prefix);
+                    let rows = |x: &Tensor<B, 2>| patches(x, images, tokens, prefix);
                     MeanHidden::add(&mut self.seen, tap, here, shown, rows);
                     continue;
                 }
@@ -101,20 +126,25 @@ impl<B: Backend> Rows<B> {
         }
     }
 
-    fn features(&mut self, taps: &[Tap], hidden_states: Tensor<B, 2>) {
-        let features = self.patches(&hidden_states);
+    /// Features of the patches, and of the class token if it is asked for, after each of `layers`.
+    fn features(&mut self, taps: &[Tap], layers: &[usize]) {
+        let states: Vec<_> = layers.iter().filter_map(|at| self.states.get(at)).collect();
+        let stacked = |rows: &dyn Fn(&Tensor<B, 2>) -> Tensor<B, 2>| {
+            Tensor::cat(states.iter().map(|state| rows(state)).collect(), 0)
+        };
+        let features = stacked(&|state| self.patches(state));
+        let class = (taps.contains(&Tap::ClassToken) && self.prefix > 0)
+            .then(|| stacked(&|state| self.class(state)));
         self.seen.insert(Tap::Features, features);
-        if taps.contains(&Tap::ClassToken) {
-            let class = self.class(&hidden_states);
-            self.seen.insert(Tap::ClassToken, class);
-        }
+        self.seen
+            .extend(class.map(|class| (Tap::ClassToken, class)));
     }
 
     fn patches(&self, x: &Tensor<B, 2>) -> Tensor<B, 2> {
-        patches(x, self.images, self.tokens)
+        patches(x, self.images, self.tokens, self.prefix)
     }
 
-    /// `[features, images · (1 + patches)]` → `[features, images]`
+    /// `[features, images · tokens]` → `[features, images]`
     fn class(&self, x: &Tensor<B, 2>) -> Tensor<B, 2> {
         let features = x.dims()[0];
         x.clone()
@@ -136,17 +166,22 @@ impl<B: Backend> Rows<B> {
             let query = split(queries, start, 1).swap_dims(1, 2) * scale;
             let logits = query.matmul(split(keys, start, self.tokens));
             let probabilities = softmax(logits, 2).reshape([self.heads, self.tokens]);
-            probabilities.narrow(1, 1, self.tokens - 1)
+            probabilities.narrow(1, self.prefix, self.tokens - self.prefix)
         };
         Tensor::cat((0..self.images).map(of_image).collect(), 1)
     }
 }
 
-/// `[features, images · (1 + patches)]` → `[features, images · patches]`
-fn patches<B: Backend>(x: &Tensor<B, 2>, images: usize, tokens: usize) -> Tensor<B, 2> {
+/// `[features, images · tokens]` → `[features, images · patches]`
+fn patches<B: Backend>(
+    x: &Tensor<B, 2>,
+    images: usize,
+    tokens: usize,
+    prefix: usize,
+) -> Tensor<B, 2> {
     let features = x.dims()[0];
     x.clone()
         .reshape([features, images, tokens])
-        .narrow(2, 1, tokens - 1)
-        .reshape([features, images * (tokens - 1)])
+        .narrow(2, prefix, tokens - prefix)
+        .reshape([features, images * (tokens - prefix)])
 }

@@ -223,6 +223,7 @@ impl TextConfig {
             max_position_embeddings: self
                 .max_position_embeddings
                 .unwrap_or(default.max_position_embeddings),
+            sliding_window: None,
             rope: self.rope(head_dim, is_qwen3, &default)?,
         };
         config.validate()?;

@@ -30,6 +30,7 @@ fn main() {
         qk_norm: false,
         tie_word_embeddings: false,
         max_position_embeddings: 8192,
+        sliding_window: None,
         rope: RopeConfig::one_axis(1e4, head_dim),
     };
     let device = FlexDevice;

@@ -36,6 +36,9 @@ pub struct DecoderConfig {
     pub tie_word_embeddings: bool,
     /// Positions the model was made for.
     pub max_position_embeddings: usize,
+    /// Rows that a row attends to at most, itself included (Mistral). Within so many positions the
+    /// window hides nothing; further than that the model is not run.
+    pub sliding_window: Option<usize>,
     /// Rotary positions.
     pub rope: RopeConfig,
 }
@@ -95,6 +98,9 @@ impl DecoderConfig {
         if !(theta.is_finite() && theta > 0.0) {
             return inconsistent(format!("rope_theta is {}", self.rope.theta));
         }
+        if self.sliding_window == Some(0) {
+            return inconsistent("sliding_window is 0".into());
+        }
         if let Some(problem) = self.rope.scaling.problem() {
             return inconsistent(problem);
         }
@@ -102,6 +108,15 @@ impl DecoderConfig {
             return inconsistent(format!("rms_norm_eps is {}", self.rms_norm_eps));
         }
         Ok(())
+    }
+
+    /// Positions that the model can be run for, and the name of what limits them in config.json.
+    pub fn context(&self) -> (usize, &'static str) {
+        let positions = self.max_position_embeddings;
+        match self.sliding_window {
+            Some(window) if window < positions => (window, "sliding_window"),
+            _ => (positions, "max_position_embeddings"),
+        }
     }
 
     /// The sizes that cost accounting needs.

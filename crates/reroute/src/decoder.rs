@@ -409,9 +409,13 @@ impl<B: Backend> Decoder<B> {
             needed[sample] += 1;
         }
         let needed = needed.into_iter().max().unwrap_or(0);
-        let available = self.config.max_position_embeddings;
+        let (available, limit) = self.config.context();
         match needed > available {
-            true => Err(RerouteError::ContextLength { needed, available }),
+            true => Err(RerouteError::ContextLength {
+                needed,
+                available,
+                limit,
+            }),
             false => Ok(()),
         }
     }

@@ -33,13 +33,15 @@ pub enum RerouteError {
     /// The prompt does not fit the context.
     #[error(
         "the prompt needs {needed} positions but the model has {available} \
-         (max_position_embeddings): shorten the text or give fewer images"
+         ({limit}): shorten the text or give fewer images"
     )]
     ContextLength {
         /// Positions the prompt occupies.
         needed: usize,
-        /// Positions the model was made for.
+        /// Positions the model can be run for.
         available: usize,
+        /// What limits them.
+        limit: &'static str,
     },
     /// A sample is not in the cache.
     #[error("there is no sample {sample}: the cache has {samples}, counted from 0")]

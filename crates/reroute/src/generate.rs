@@ -108,8 +108,7 @@ pub fn generate<B: Backend>(
             if on_token(sample, token).is_break() {
                 break 'tokens;
             }
-            let has_room =
-                cache.next_position(sample) < decoder.config().max_position_embeddings as i64;
+            let has_room = cache.next_position(sample) < decoder.config().context().0 as i64;
             writer.end = writer.ends(token, has_room).map(Ok);
             if writer.end.is_none() {
                 next.push((sample, token));

@@ -138,15 +138,17 @@ impl<B: Backend> Prompt<B> {
             let total = total.map_or("too many".into(), |total| total.to_string());
             return malformed(format!("samples cover {total} rows of {rows}"));
         }
+        let (available, limit) = config.context();
         for (index, sample) in self.samples.iter().enumerate() {
             if let Some(problem) = sample.problem() {
                 return malformed(format!("sample {index} {problem}"));
             }
             let needed = sample.next_position.max(sample.rows as i64) as usize;
-            if needed > config.max_position_embeddings {
+            if needed > available {
                 return Err(RerouteError::ContextLength {
                     needed,
-                    available: config.max_position_embeddings,
+                    available,
+                    limit,
                 });
             }
         }

@@ -1,10 +1,9 @@
 //! Images to visual tokens: exact preprocessing and vision transformers.
 //!
 //! [`decode`] → [`RgbImage`], and from there
-//! - [`ClipPreprocessor`] → [`Pixels`] → [`to_tensor`] → [`clip::ClipVisionTower`], or
+//! - [`VitPreprocessor`] → [`Pixels`] → [`to_tensor`] → [`vit::VitTower`], or
 //! - [`qwen::QwenPreprocessor`] → [`qwen::PatchPixels`] → [`qwen::pack`] → [`qwen::QwenVisionTower`].
 
-pub mod clip;
 mod error;
 mod geometry;
 mod grid;
@@ -16,8 +15,8 @@ mod orientation;
 mod output;
 pub mod qwen;
 mod resize;
+pub mod vit;
 
-pub use clip::{ClipPreprocessor, ClipPreprocessorConfig, Pixels, to_tensor};
 pub use error::VisionError;
 pub use geometry::Geometry;
 pub use grid::Grid;
@@ -25,4 +24,5 @@ pub use image::{DecodeLimits, RgbImage, decode};
 pub use inspect::Inspected;
 pub use output::VisionOutput;
 pub use qwen::{PatchPixels, pack};
-pub use resize::{Canvas, Window, resize_bicubic};
+pub use resize::{Canvas, Resample, Window, resize, resize_bicubic};
+pub use vit::{Pixels, VitPreprocessor, VitPreprocessorConfig, to_tensor};

@@ -3,9 +3,7 @@
 use serde::Deserialize;
 
 use crate::VisionError;
-
-/// Pillow's number for bicubic.
-const BICUBIC: u32 = 3;
+use crate::resize::Resample;
 
 /// Mean and standard deviation of the channels, of values from 0 to 1.
 #[derive(Debug, Clone, Copy)]
@@ -40,7 +38,28 @@ pub(crate) struct NormalisationConfig {
 }
 
 impl NormalisationConfig {
-    /// Checks the numbers; `default` are the library's for the family.
+    /// How images are resized, of the ways that are `possible`; bicubic if it is not said.
+    pub(crate) fn resample(&self, possible: &[Resample]) -> Result<Resample, VisionError> {
+        let number = self.resample.unwrap_or(3);
+        let named = match number {
+            2 => Some(Resample::Bilinear),
+            3 => Some(Resample::Bicubic),
+            _ => None,
+        };
+        let Some(resample) = named.filter(|named| possible.contains(named)) else {
+            let possible = possible.iter().map(|resample| match resample {
+                Resample::Bilinear => "2 (bilinear)",
+                Resample::Bicubic => "3 (bicubic)",
+            });
+            let possible = possible.collect::<Vec<_>>().join(" or ");
+            return Err(VisionError::Preprocessor(format!(
+                "resample {number} is not {possible}"
+            )));
+        };
+        Ok(resample)
+    }
+
+    /// Checks the other numbers; `default` are the library's for the family.
     pub(crate) fn resolve(&self, default: Statistics) -> Result<Normalisation, VisionError> {
         let wrong = |reason: String| Err(VisionError::Preprocessor(reason));
         for (name, on) in [
@@ -49,9 +68,6 @@ impl NormalisationConfig {
             ("do_normalize", self.do_normalize),
         ] {
             require(name, on)?;
-        }
-        if let Some(other) = self.resample.filter(|&resample| resample != BICUBIC) {
-            return wrong(format!("resample {other} is not 3 (bicubic)"));
         }
         let three = |values: &Option<Vec<f64>>, default: [f64; 3]| match values {
             Some(values) => <[f64; 3]>::try_from(values.as_slice()),
@@ -83,7 +99,7 @@ impl NormalisationConfig {
 }
 
 /// Refuses a step that is switched off.
-pub(crate) fn require(name: &str, on: Option<bool>) -> Result<(), VisionError> {
+fn require(name: &str, on: Option<bool>) -> Result<(), VisionError> {
     match on {
         Some(false) => Err(VisionError::Preprocessor(format!(
             "{name} is off, the vision tower needs it on"

@@ -1,4 +1,4 @@
-//! Pillow's bicubic resize, to the byte.
+//! Pillow's resize, to the byte.
 //!
 //! Two passes, horizontal then vertical, through an 8-bit intermediate; coefficients are fixed-point
 //! numbers of 22 bits; when shrinking, the filter widens with the scale (antialiasing). Each output
@@ -18,8 +18,32 @@ const PRECISION_BITS: u32 = 32 - 8 - 2;
 /// What rounds a fixed-point sum to the nearest.
 const HALF: i32 = 1 << (PRECISION_BITS - 1);
 
-/// Radius of the bicubic filter, in pixels of the smaller image.
-const SUPPORT: f64 = 2.0;
+/// How a pixel of the result is weighed out of those of the image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Resample {
+    /// A triangle, one pixel to either side.
+    Bilinear,
+    /// Catmull–Rom's cubic (a = −0.5), two pixels to either side.
+    Bicubic,
+}
+
+impl Resample {
+    /// Radius of the filter, in pixels of the smaller image.
+    fn support(self) -> f64 {
+        match self {
+            Self::Bilinear => 1.0,
+            Self::Bicubic => 2.0,
+        }
+    }
+
+    fn weight(self, x: f64) -> f64 {
+        match self {
+            Self::Bilinear => (1.0 - x.abs()).max(0.0),
+            Self::Bicubic => bicubic(x),
+        }
+    }
+}
 
 /// An image on a larger canvas of one colour; nothing of the canvas is stored.
 #[derive(Debug, Clone, Copy)]
@@ -84,12 +108,26 @@ impl<'a> Canvas<'a> {
     }
 }
 
-/// Resizes to `width` × `height` and returns the part in `window`.
+/// [`resize`] by the bicubic filter.
 pub fn resize_bicubic(
     canvas: &Canvas,
     width: usize,
     height: usize,
     window: &Window,
+) -> Result<RgbImage, VisionError> {
+    resize(canvas, width, height, window, Resample::Bicubic)
+}
+
+/// Resizes to `width` × `height` and returns the part in `window`.
+///
+/// # Errors
+/// [`VisionError::ImageData`] for a window that is empty or not within the result.
+pub fn resize(
+    canvas: &Canvas,
+    width: usize,
+    height: usize,
+    window: &Window,
+    resample: Resample,
 ) -> Result<RgbImage, VisionError> {
     let (columns, rows) = (window.x.len(), window.y.len());
     let fits = window.x.end <= width && window.y.end <= height && columns > 0 && rows > 0;
@@ -100,8 +138,11 @@ pub fn resize_bicubic(
             bytes: 0,
         });
     }
-    let horizontal = Filter::new(canvas.width, width, window.x.clone(), canvas.columns());
-    let vertical = Filter::new(canvas.height, height, window.y.clone(), canvas.rows());
+    let pass = |input, output, window: &Range<usize>, image| {
+        Filter::new(resample, [input, output], window.clone(), image)
+    };
+    let horizontal = pass(canvas.width, width, &window.x, canvas.columns());
+    let vertical = pass(canvas.height, height, &window.y, canvas.rows());
 
     // A row above or below the image after the horizontal pass.
     let mut blank = Vec::with_capacity(columns * 3);
@@ -145,8 +186,13 @@ struct Tap {
 }
 
 impl Filter {
-    /// `image` are the positions of the canvas that the image covers.
-    fn new(input: usize, output: usize, window: Range<usize>, image: Range<usize>) -> Self {
+    /// From `input` to `output` positions; `image` are those of the canvas that the image covers.
+    fn new(
+        resample: Resample,
+        [input, output]: [usize; 2],
+        window: Range<usize>,
+        image: Range<usize>,
+    ) -> Self {
         let mut filter = Self {
             taps: Vec::with_capacity(window.len()),
             weights: Vec::new(),
@@ -160,12 +206,12 @@ impl Filter {
                 continue;
             }
             let centre = (at as f64 + 0.5) * scale;
-            let reach = SUPPORT * stretch;
+            let reach = resample.support() * stretch;
             let first = (centre - reach + 0.5).max(0.0) as usize;
             let last = ((centre + reach + 0.5) as usize).min(input);
             // In the order of Pillow's operations, so that the last bit agrees.
             let shrink = 1.0 / stretch;
-            let weight = |source: usize| bicubic((source as f64 - centre + 0.5) * shrink);
+            let weight = |source: usize| resample.weight((source as f64 - centre + 0.5) * shrink);
             let weights: Vec<f64> = (first..last).map(weight).collect();
             let total: f64 = weights.iter().sum();
             let fixed = weights.iter().map(|w| {
@@ -235,7 +281,6 @@ fn clip(sum: i32) -> u8 {
     (sum >> PRECISION_BITS).clamp(0, 255) as u8
 }
 
-/// Catmull–Rom's cubic (a = −0.5).
 fn bicubic(x: f64) -> f64 {
     const A: f64 = -0.5;
     let x = x.abs();

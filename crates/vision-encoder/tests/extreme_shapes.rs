@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use peak_alloc::PeakAlloc;
-use vision_encoder::{ClipPreprocessorConfig, RgbImage};
+use vision_encoder::{RgbImage, VitPreprocessorConfig};
 
 #[global_allocator]
 static HEAP: PeakAlloc = PeakAlloc;
@@ -12,7 +12,7 @@ static HEAP: PeakAlloc = PeakAlloc;
 #[test]
 fn thirty_thousand_to_one_is_preprocessed_in_little_memory_and_time() {
     let config = r#"{"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}"#;
-    let config: ClipPreprocessorConfig = serde_json::from_str(config).expect("parses");
+    let config: VitPreprocessorConfig = serde_json::from_str(config).expect("parses");
     let preprocessor = config.resolve().expect("resolves");
     for (width, height) in [(1, 30_000), (30_000, 1)] {
         let data = (0..width * height * 3).map(|i| (i % 251) as u8).collect();

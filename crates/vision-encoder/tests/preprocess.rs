@@ -1,4 +1,5 @@
-//! Resizing and CLIP preprocessing: equal to Pillow and `CLIPImageProcessor` to the bit.
+//! Resizing and preprocessing to one size: equal to Pillow and to Hugging Face's image processors to
+//! the bit.
 
 mod support;
 
@@ -10,16 +11,16 @@ use proptest::prelude::*;
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 use vision_encoder::{
-    Canvas, ClipPreprocessor, ClipPreprocessorConfig, Pixels, RgbImage, VisionError, Window,
+    Canvas, Pixels, RgbImage, VisionError, VitPreprocessor, VitPreprocessorConfig, Window,
     resize_bicubic, to_tensor,
 };
 
-fn preprocessor(config: &Value) -> ClipPreprocessor {
-    let config: ClipPreprocessorConfig = serde_json::from_value(config.clone()).expect("parses");
+fn preprocessor(config: &Value) -> VitPreprocessor {
+    let config: VitPreprocessorConfig = serde_json::from_value(config.clone()).expect("parses");
     config.resolve().expect("resolves")
 }
 
-fn sized(edge: usize, crop: [usize; 2]) -> ClipPreprocessor {
+fn sized(edge: usize, crop: [usize; 2]) -> VitPreprocessor {
     preprocessor(&json!({
         "size": {"shortest_edge": edge},
         "crop_size": {"height": crop[0], "width": crop[1]},
@@ -68,8 +69,12 @@ struct Case {
 }
 
 fn each_case(kind: &str, check: impl Fn(Case, &SafeTensors)) {
-    let cases: Value = serde_json::from_slice(&support::bytes("cases.json")).expect("JSON");
-    let bytes = support::bytes("preprocess.safetensors");
+    each_case_of(["cases.json", "preprocess.safetensors"], kind, check);
+}
+
+fn each_case_of([cases, tensors]: [&str; 2], kind: &str, check: impl Fn(Case, &SafeTensors)) {
+    let cases: Value = serde_json::from_slice(&support::bytes(cases)).expect("JSON");
+    let bytes = support::bytes(tensors);
     let tensors = SafeTensors::deserialize(&bytes).expect("safetensors");
     let cases = cases[kind].as_array().expect("a list");
     assert!(!cases.is_empty());
@@ -111,18 +116,30 @@ fn resize_and_crop_equal_hugging_face_byte_for_byte() {
 
 #[test]
 fn pixel_values_equal_hugging_face_bit_for_bit() {
-    each_case("pixels", |case, tensors| {
-        let tensor = tensors.tensor(&case.result).expect("there");
-        let expected = tensor.data().chunks_exact(4);
-        let expected: Vec<u32> = expected
-            .map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-            .collect();
-        let found = preprocessor(&case.case["config"]).preprocess(&case.source);
-        let found = found.expect("pixels");
-        assert_eq!([3, found.height, found.width], tensor.shape());
-        let bits: Vec<u32> = found.data.iter().map(|v| v.to_bits()).collect();
-        assert!(bits == expected, "{}", case.case);
-    });
+    each_case("pixels", assert_pixels);
+}
+
+/// `fixtures/make_processors.py`: SigLIP's, DINOv2's, LLaVA's with padding, other filters.
+#[test]
+fn every_processor_of_one_size_is_the_library_s() {
+    let files = [
+        "../processors/cases.json",
+        "../processors/processors.safetensors",
+    ];
+    each_case_of(files, "pixels", assert_pixels);
+}
+
+fn assert_pixels(case: Case, tensors: &SafeTensors) {
+    let tensor = tensors.tensor(&case.result).expect("there");
+    let expected = tensor.data().chunks_exact(4);
+    let expected: Vec<u32> = expected
+        .map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+        .collect();
+    let found = preprocessor(&case.case["config"]).preprocess(&case.source);
+    let found = found.expect("pixels");
+    assert_eq!([3, found.height, found.width], tensor.shape());
+    let bits: Vec<u32> = found.data.iter().map(|v| v.to_bits()).collect();
+    assert!(bits == expected, "{}", case.case);
 }
 
 // Properties of resizing ------------------------------------------------------------------------
@@ -264,7 +281,7 @@ fn padding_is_the_mean_colour_and_a_small_crop_is_surrounded_by_black() {
 
 /// What a box in shares of what the model sees is in the picture as given, in pixels.
 fn box_to_pixels(
-    preprocessor: &ClipPreprocessor,
+    preprocessor: &VitPreprocessor,
     image: &RgbImage,
     [x1, y1, x2, y2]: [f64; 4],
 ) -> Option<[f64; 4]> {
@@ -353,8 +370,8 @@ proptest! {
 
 // Configuration ---------------------------------------------------------------------------------
 
-fn resolved(config: &str) -> Result<ClipPreprocessor, VisionError> {
-    let config: ClipPreprocessorConfig = serde_json::from_str(config).expect(config);
+fn resolved(config: &str) -> Result<VitPreprocessor, VisionError> {
+    let config: VitPreprocessorConfig = serde_json::from_str(config).expect(config);
     config.resolve()
 }
 
@@ -387,6 +404,27 @@ fn fields_of_other_libraries_and_nulls_are_ignored() {
     );
 }
 
+/// Case 04: `LlavaImageProcessor` pads before it resizes.
+#[test]
+fn llava_s_processor_pads_where_it_says_so() {
+    let padded = resolved(r#"{"image_processor_type": "LlavaImageProcessor", "do_pad": true}"#);
+    let plain = resolved(r#"{"image_processor_type": "LlavaImageProcessor", "do_pad": false}"#);
+    let plain = plain.expect("resolves");
+    assert_eq!(
+        padded.expect("resolves"),
+        plain.clone().with_pad_to_square(true)
+    );
+    assert_eq!(plain, resolved("{}").expect("CLIP"));
+}
+
+#[test]
+fn a_key_that_is_not_known_may_be_switched_off() {
+    let config = r#"{"do_thumbnail": false, "reducing_gap": null, "_name": "x",
+        "image_processor_type": "SiglipImageProcessorFast", "device": "cpu"}"#;
+    let siglip = resolved(config).expect("resolves");
+    assert_eq!(siglip.output_size(), [224, 224]);
+}
+
 #[test]
 fn original_llava_pads_by_configuration() {
     let padded = resolved(r#"{"image_aspect_ratio": "pad"}"#).expect("resolves");
@@ -399,7 +437,8 @@ fn original_llava_pads_by_configuration() {
 #[test]
 fn impossible_configurations_are_errors_that_name_the_field() {
     for (config, field) in [
-        (r#"{"resample": 2}"#, "resample 2"),
+        (r#"{"resample": 1}"#, "resample 1"),
+        (r#"{"resample": 7}"#, "resample 7"),
         (r#"{"do_resize": false}"#, "do_resize"),
         (r#"{"do_center_crop": false}"#, "do_center_crop"),
         (r#"{"do_rescale": false}"#, "do_rescale"),
@@ -409,7 +448,11 @@ fn impossible_configurations_are_errors_that_name_the_field() {
         (r#"{"image_std": [0.5, 0.5, 0.5, 0.5]}"#, "image_std"),
         (r#"{"image_std": [0.5, 0, 0.5]}"#, "image_std"),
         (r#"{"image_std": [0.5, -0.0, 0.5]}"#, "image_std"),
-        (r#"{"size": {"height": 24, "width": 24}}"#, "size"),
+        (r#"{"size": {"height": 24, "width": 0}}"#, "size"),
+        (
+            r#"{"size": {"shortest_edge": 24, "longest_edge": 60}}"#,
+            "longest_edge",
+        ),
         (r#"{"size": 0}"#, "size"),
         (r#"{"size": {"shortest_edge": 99999999999}}"#, "size"),
         (r#"{"crop_size": 0}"#, "crop_size"),
@@ -424,6 +467,25 @@ fn impossible_configurations_are_errors_that_name_the_field() {
         (r#"{"image_std": [0.5, 0.5, 1e-300]}"#, "image_std"),
         (r#"{"image_std": [0.5, 0.5, 1e-42]}"#, "image_std"),
         (r#"{"rescale_factor": 1e300}"#, "rescale_factor"),
+        (
+            r#"{"image_processor_type": "PixtralImageProcessor"}"#,
+            "PixtralImageProcessor",
+        ),
+        (
+            r#"{"image_processor_type": "SiglipImageProcessor", "size": {"shortest_edge": 24}}"#,
+            "do_center_crop",
+        ),
+        (
+            r#"{"image_processor_type": "CLIPImageProcessor", "do_pad": true}"#,
+            "do_pad",
+        ),
+        // Not known, and they change pixels.
+        (
+            r#"{"image_grid_pinpoints": [[336, 672]]}"#,
+            "image_grid_pinpoints",
+        ),
+        (r#"{"use_square_size": true}"#, "use_square_size"),
+        (r#"{"do_thumbnail": true}"#, "do_thumbnail"),
     ] {
         match resolved(config) {
             Err(VisionError::Preprocessor(text)) => {
@@ -447,14 +509,14 @@ fn what_is_no_number_does_not_parse() {
         r#"{"size": "24"}"#,
         r#"{"resample": -1}"#,
     ] {
-        let found: Result<ClipPreprocessorConfig, _> = serde_json::from_str(config);
+        let found: Result<VitPreprocessorConfig, _> = serde_json::from_str(config);
         assert!(found.is_err(), "{config}");
     }
 }
 
 #[test]
 fn a_size_that_does_not_parse_says_what_does() {
-    let found: Result<ClipPreprocessorConfig, _> = serde_json::from_str(r#"{"crop_size": -24}"#);
+    let found: Result<VitPreprocessorConfig, _> = serde_json::from_str(r#"{"crop_size": -24}"#);
     let text = found.expect_err("refused").to_string();
     assert!(
         text.contains("shortest_edge") && text.contains("height"),

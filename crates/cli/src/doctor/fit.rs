@@ -111,7 +111,7 @@ impl Answer<'_> {
             }
             _ => vec![self.max_pixels],
         };
-        let positions = self.config.decoder().max_position_embeddings;
+        let positions = self.config.decoder().context().0;
         for text_tokens in halved(self.text_tokens.min(positions), LEAST_TEXT) {
             for &max_pixels in &areas {
                 for &dtype in &dtypes {

@@ -30,6 +30,7 @@ pub fn config() -> DecoderConfig {
         qk_norm: false,
         tie_word_embeddings: false,
         max_position_embeddings: CONTEXT,
+        sliding_window: None,
         rope: RopeConfig::one_axis(1e4, 8),
     }
 }

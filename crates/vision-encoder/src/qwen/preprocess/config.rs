@@ -7,6 +7,7 @@ use crate::normalise::{
 };
 use crate::qwen::smart_resize::PixelBounds;
 use crate::qwen::{QwenGeneration, QwenTowerConfig};
+use crate::resize::Resample;
 
 // Far above any checkpoint; what an image becomes stays below the memory of a machine.
 const MAX_AREA: usize = 1 << 28;
@@ -151,6 +152,7 @@ impl QwenPreprocessorConfig {
                  must ascend, from 1 to {MAX_AREA}"
             ));
         }
+        self.pixels.resample(&[Resample::Bicubic])?;
         Ok(Recipe {
             normalisation: self.pixels.resolve(default.statistics)?,
             bounds: PixelBounds { min, max },

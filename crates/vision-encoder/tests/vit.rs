@@ -1,4 +1,4 @@
-//! The CLIP tower against a plain restatement in loops, and what it refuses.
+//! The towers against a plain restatement in loops, and what they refuse.
 
 use std::collections::HashMap;
 
@@ -10,11 +10,11 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use serde_json::{Value, json};
 use vision_encoder::VisionError;
-use vision_encoder::clip::{ClipConfig, ClipVisionConfig, ClipVisionTower};
+use vision_encoder::vit::{VitActivation, VitConfig, VitHfConfig, VitKind, VitTower};
 
-type Tower = ClipVisionTower<Flex>;
+type Tower = VitTower<Flex>;
 
-fn config(change: Value) -> Result<ClipConfig, VisionError> {
+fn config(change: Value) -> Result<VitConfig, VisionError> {
     let mut config = json!({
         "model_type": "clip_vision_model", "hidden_size": 8, "intermediate_size": 12,
         "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 11, "patch_size": 3,
@@ -22,7 +22,7 @@ fn config(change: Value) -> Result<ClipConfig, VisionError> {
     });
     let fields = config.as_object_mut().expect("an object");
     fields.extend(change.as_object().expect("an object").clone());
-    let config: ClipVisionConfig = serde_json::from_value(config).expect("parses");
+    let config: VitHfConfig = serde_json::from_value(config).expect("parses");
     config.resolve()
 }
 
@@ -57,7 +57,7 @@ impl<B: Backend> ModuleMapper<B> for Randomise {
 }
 
 /// A tower with random parameters, and these by their names in a checkpoint.
-fn random_tower(config: &ClipConfig, seed: u64) -> (Tower, HashMap<String, Vec<f64>>) {
+fn random_tower(config: &VitConfig, seed: u64) -> (Tower, HashMap<String, Vec<f64>>) {
     let mut mapper = Randomise {
         rng: StdRng::seed_from_u64(seed),
         path: Vec::new(),
@@ -88,15 +88,22 @@ fn values(tensor: Tensor<Flex, 2>) -> Vec<f32> {
 type Rows = Vec<Vec<f64>>;
 
 struct Naive<'a> {
-    config: &'a ClipConfig,
+    config: &'a VitConfig,
     weights: &'a HashMap<String, Vec<f64>>,
 }
 
 impl Naive<'_> {
     fn weight(&self, name: &str) -> &[f64] {
-        self.weights
-            .get(name)
-            .unwrap_or_else(|| panic!("no {name}"))
+        self.optional(name).unwrap_or_else(|| panic!("no {name}"))
+    }
+
+    fn optional(&self, name: &str) -> Option<&[f64]> {
+        self.weights.get(name).map(Vec::as_slice)
+    }
+
+    /// The one of two spellings that is there.
+    fn either(&self, names: [&str; 2]) -> Option<&[f64]> {
+        names.into_iter().find_map(|name| self.optional(name))
     }
 
     /// A convolution with the patch as stride, the class token before it, positions added.
@@ -104,9 +111,12 @@ impl Naive<'_> {
         let (hidden, patch) = (self.config.hidden_size, self.config.patch_size);
         let (side, grid) = (self.config.image_size, self.config.grid());
         let kernel = self.weight("embeddings.patch_embedding.weight");
-        let mut rows = vec![self.weight("embeddings.class_embedding").to_vec()];
+        let bias = self.optional("embeddings.patch_embedding.bias");
+        assert_eq!(bias.is_none(), self.config.kind == VitKind::Clip);
+        let class = self.either(["embeddings.class_embedding", "embeddings.cls_token"]);
+        let mut rows: Rows = class.map(<[f64]>::to_vec).into_iter().collect();
         for (top, left) in (0..grid * grid).map(|i| (i / grid * patch, i % grid * patch)) {
-            let mut row = vec![0.0; hidden];
+            let mut row = bias.map_or(vec![0.0; hidden], <[f64]>::to_vec);
             for (out, value) in row.iter_mut().enumerate() {
                 for channel in 0..3 {
                     for y in 0..patch {
@@ -120,7 +130,12 @@ impl Naive<'_> {
             }
             rows.push(row);
         }
-        let positions = self.weight("embeddings.position_embedding.weight");
+        let positions = self.either([
+            "embeddings.position_embedding.weight",
+            "embeddings.position_embeddings",
+        ]);
+        let positions = positions.expect("positions");
+        assert_eq!(positions.len(), rows.len() * hidden);
         for (row, position) in rows.iter_mut().zip(positions.chunks_exact(hidden)) {
             row.iter_mut().zip(position).for_each(|(v, p)| *v += p);
         }
@@ -146,10 +161,15 @@ impl Naive<'_> {
     /// Weights are `[out, in]`, as checkpoints have them.
     fn linear(&self, name: &str, rows: &Rows) -> Rows {
         let weight = self.weight(&format!("{name}.weight"));
-        let bias = self.weight(&format!("{name}.bias"));
+        let bias = self.optional(&format!("{name}.bias"));
         let product = |row: &Vec<f64>| {
-            let outputs = weight.chunks_exact(row.len()).zip(bias);
-            outputs.map(|(w, b)| dot(w, row) + b).collect()
+            let mut outputs: Vec<f64> = weight
+                .chunks_exact(row.len())
+                .map(|w| dot(w, row))
+                .collect();
+            let bias = bias.unwrap_or_default();
+            outputs.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
+            outputs
         };
         rows.iter().map(product).collect()
     }
@@ -179,25 +199,56 @@ impl Naive<'_> {
 
     fn mlp(&self, name: &str, rows: &Rows) -> Rows {
         let mut inner = self.linear(&format!("{name}.fc1"), rows);
-        for v in inner.iter_mut().flatten() {
-            *v *= match self.config.quick_gelu {
-                true => 1.0 / (1.0 + (-1.702 * *v).exp()),
-                false => (1.0 + erf(*v / 2f64.sqrt())) / 2.0,
-            };
+        let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
+        let activation = self.config.activation;
+        for row in &mut inner {
+            if activation == VitActivation::SwiGlu {
+                let up = row.split_off(row.len() / 2);
+                let gated = row.iter().zip(up).map(|(&g, up)| g * sigmoid(g) * up);
+                *row = gated.collect();
+                continue;
+            }
+            for v in row {
+                *v *= match activation {
+                    VitActivation::QuickGelu => sigmoid(1.702 * *v),
+                    VitActivation::Gelu => (1.0 + erf(*v / 2f64.sqrt())) / 2.0,
+                    VitActivation::GeluTanh => {
+                        let inner = *v + 0.044715 * v.powi(3);
+                        (1.0 + (inner * (2.0 / std::f64::consts::PI).sqrt()).tanh()) / 2.0
+                    }
+                    other => panic!("{other:?}"),
+                };
+            }
         }
         self.linear(&format!("{name}.fc2"), &inner)
     }
 
+    fn scaled(&self, name: &str, mut rows: Rows) -> Rows {
+        if let Some(scale) = self.optional(&format!("{name}.lambda1")) {
+            let values = rows.iter_mut().flat_map(|row| row.iter_mut().zip(scale));
+            values.for_each(|(v, scale)| *v *= scale);
+        }
+        rows
+    }
+
     fn forward(&self, image: &[f32], layers: usize) -> Rows {
-        let mut rows = self.norm("pre_layrnorm", &self.embeddings(image));
+        let mut rows = self.embeddings(image);
+        if self.config.kind == VitKind::Clip {
+            rows = self.norm("pre_layrnorm", &rows);
+        }
         for layer in (0..layers).map(|layer| format!("encoder.layers.{layer}")) {
             let normed = self.norm(&format!("{layer}.layer_norm1"), &rows);
+            let attended = self.attention(&format!("{layer}.self_attn"), &normed);
             add(
                 &mut rows,
-                self.attention(&format!("{layer}.self_attn"), &normed),
+                self.scaled(&format!("{layer}.layer_scale1"), attended),
             );
             let normed = self.norm(&format!("{layer}.layer_norm2"), &rows);
-            add(&mut rows, self.mlp(&format!("{layer}.mlp"), &normed));
+            let inner = self.mlp(&format!("{layer}.mlp"), &normed);
+            add(
+                &mut rows,
+                self.scaled(&format!("{layer}.layer_scale2"), inner),
+            );
         }
         rows
     }
@@ -248,6 +299,10 @@ fn hidden_states_equal_plain_loops_after_every_layer() {
         json!({"hidden_act": "gelu", "num_attention_heads": 4, "patch_size": 2}),
         json!({"image_size": 4, "patch_size": 4, "num_attention_heads": 8, "num_hidden_layers": 3}),
         json!({"image_size": 5, "patch_size": 1, "num_attention_heads": 1, "layer_norm_eps": 0.1}),
+        json!({"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh"}),
+        json!({"model_type": "siglip_vision_model", "hidden_act": "gelu", "patch_size": 11}),
+        json!({"model_type": "dinov2", "mlp_ratio": 2, "hidden_act": "gelu"}),
+        json!({"model_type": "dinov2", "mlp_ratio": 3, "use_swiglu_ffn": true, "qkv_bias": false}),
     ]
     .into_iter()
     .enumerate()
@@ -267,15 +322,53 @@ fn hidden_states_equal_plain_loops_after_every_layer() {
             let found = tower
                 .forward(pixels(&input, side), layers)
                 .expect("forward");
-            assert_eq!(found.dims(), [8, 2 * (1 + config.patches())]);
+            assert_eq!(found.dims(), [8, 2 * config.tokens()]);
             assert_close(&values(found), &expected, &case);
 
             // The features of the patches are the same less the class tokens.
-            expected.iter_mut().for_each(|rows| drop(rows.remove(0)));
+            let prefix = usize::from(config.kind != VitKind::Siglip);
+            expected
+                .iter_mut()
+                .for_each(|rows| drop(rows.drain(..prefix)));
             let found = tower.patch_features(pixels(&input, side), layers);
             let found = found.expect("features");
             assert_eq!(found.dims(), [8, 2 * config.patches()]);
             assert_close(&values(found), &expected, &case);
+        }
+    }
+}
+
+/// Features of several layers stand below each other in the order asked for; rows are skipped whatever
+/// they are.
+#[test]
+fn features_are_the_states_that_were_asked_for() {
+    for change in [
+        json!({}),
+        json!({"model_type": "siglip_vision_model", "hidden_act": "gelu"}),
+        json!({"model_type": "dinov2", "mlp_ratio": 2, "hidden_act": "gelu"}),
+    ] {
+        let config = config(change).expect("resolves");
+        let (tower, _) = random_tower(&config, 3);
+        let input = random_pixels(2, 11, 4);
+        let state = |layers: usize, skip: usize| {
+            let all = tower.forward(pixels(&input, 11), layers).expect("forward");
+            let of_image = |image| {
+                let start = image * config.tokens() + skip;
+                all.clone().narrow(1, start, config.tokens() - skip)
+            };
+            Tensor::cat(vec![of_image(0), of_image(1)], 1)
+        };
+        for skip in [0, 1, 2] {
+            for layers in [&[2, 0, 1][..], &[1], &[0], &[2, 2]] {
+                let found = tower.features(pixels(&input, 11), layers, skip);
+                let expected = layers.iter().map(|&layer| state(layer, skip));
+                let expected = Tensor::cat(expected.collect(), 0);
+                assert_eq!(values(found.expect("features")), values(expected));
+            }
+        }
+        for (layers, skip) in [(&[][..], 0), (&[3], 0), (&[1], config.tokens())] {
+            let found = tower.features(pixels(&input, 11), layers, skip);
+            assert!(matches!(found, Err(VisionError::Config(_))), "{layers:?}");
         }
     }
 }
@@ -372,7 +465,18 @@ fn pixels_of_another_shape_are_an_error() {
 #[test]
 fn contradicting_configurations_are_errors_that_name_the_field() {
     for (change, field) in [
-        (json!({"model_type": "siglip_vision_model"}), "model_type"),
+        (json!({"model_type": "pixtral"}), "pixtral"),
+        (
+            json!({"model_type": "dinov2_with_registers"}),
+            "dinov2_with_registers",
+        ),
+        (json!({"image_size": [11, 12]}), "image_size"),
+        (json!({"patch_size": [3, 4]}), "patch_size"),
+        (json!({"model_type": "dinov2", "mlp_ratio": 0}), "mlp_ratio"),
+        (
+            json!({"model_type": "dinov2", "mlp_ratio": u64::MAX}),
+            "mlp_ratio",
+        ),
         (json!({"hidden_size": 0}), "hidden_size"),
         (json!({"hidden_size": 9}), "hidden_size"),
         (json!({"hidden_size": 1u64 << 40}), "hidden_size"),
@@ -406,21 +510,65 @@ fn contradicting_configurations_are_errors_that_name_the_field() {
 
 #[test]
 fn what_is_left_out_of_a_configuration_has_the_library_s_defaults() {
-    let empty: ClipVisionConfig = serde_json::from_str("{}").expect("parses");
+    let empty: VitHfConfig = serde_json::from_str("{}").expect("parses");
     let found = empty.resolve().expect("CLIP ViT-B/32");
     assert_eq!(
         (found.hidden_size, found.num_layers, found.patches()),
         (768, 12, 49)
     );
-    assert!(found.quick_gelu);
+    assert_eq!(found.activation, VitActivation::QuickGelu);
 
-    let large = ClipVisionConfig::large_patch14_336()
+    // As `SiglipVisionConfig()` and `Dinov2Config()` of transformers 5.24.
+    for (name, patch, activation, inner) in [
+        ("siglip_vision_model", 16, VitActivation::GeluTanh, 3072),
+        ("dinov2", 14, VitActivation::Gelu, 3072),
+    ] {
+        let config: VitHfConfig =
+            serde_json::from_value(json!({"model_type": name})).expect("parses");
+        let found = config.resolve().expect("resolves");
+        assert_eq!(
+            (found.patch_size, found.activation, found.intermediate_size),
+            (patch, activation, inner)
+        );
+        assert_eq!((found.num_layers, found.layer_norm_eps), (12, 1e-6));
+        assert!(found.qkv_bias);
+    }
+
+    let large = VitHfConfig::clip_large_patch14_336()
         .resolve()
         .expect("resolves");
     assert_eq!(
         (large.grid(), large.patches(), large.num_layers),
         (24, 576, 24)
     );
+}
+
+/// Learned positions are for one size; DINOv2's are interpolated.
+#[test]
+fn only_dinov2_takes_another_size_of_image() {
+    let dinov2 = config(json!({"model_type": "dinov2", "mlp_ratio": 2, "hidden_act": "gelu"}));
+    let larger = dinov2
+        .expect("resolves")
+        .with_image_size(16)
+        .expect("five patches");
+    assert_eq!((larger.grid(), larger.position_grid), (5, 3));
+    let (tower, weights) = random_tower(&larger, 5);
+    assert_eq!(weights["embeddings.position_embeddings"].len(), 10 * 8);
+    let input = pixels(&random_pixels(2, 16, 6), 16);
+    let found = tower.forward(input, 2).expect("forward");
+    assert_eq!(found.dims(), [8, 2 * 26]);
+    assert!(values(found).iter().all(|v| v.is_finite()));
+    assert!(larger.with_image_size(2).is_err(), "no whole patch");
+
+    for kind in ["clip_vision_model", "siglip_vision_model"] {
+        let tower = config(json!({"model_type": kind})).expect("resolves");
+        assert_eq!(tower.clone().with_image_size(11).expect("the same"), tower);
+        let text = tower.with_image_size(12).expect_err("refused").to_string();
+        assert!(
+            text.contains("image_size is 11") && text.contains(kind),
+            "{text}"
+        );
+    }
 }
 
 #[test]

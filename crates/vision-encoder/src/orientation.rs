@@ -31,7 +31,7 @@ pub(crate) fn find(bytes: &[u8], format: ImageFormat) -> Orientation {
         .unwrap_or(Orientation::NoTransforms)
 }
 
-/// The parts of a file that may name the orientation. Of several, the last counts.
+/// The parts of a file that may name the orientation; of several of a kind, the last.
 #[derive(Default)]
 struct Notes {
     exif: Option<Vec<u8>>,
@@ -161,12 +161,12 @@ fn in_exif(exif: &[u8]) -> Option<Option<u8>> {
     let start = tiff.u32(4)? as usize;
     let entries = usize::from(tiff.u16(start)?);
     let entries = (0..entries).map(|entry| start.checked_add(2 + entry * 12));
-    // The last of several counts, as of all that can be read.
+    // The first of several counts that can be read.
     let found = entries.map_while(|at| {
         let at = at?;
         Some((tiff.u16(at)? == TAG).then(|| tiff.value(at)).flatten())
     });
-    found.flatten().last()
+    found.flatten().next()
 }
 
 /// A TIFF file, in which EXIF lies.

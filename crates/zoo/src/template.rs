@@ -42,20 +42,31 @@ pub struct ChatTemplate {
 /// What `tokenizer_config.json` calls `bos_token`, `eos_token`, `pad_token` and so on, which templates
 /// refer to by these names.
 #[derive(Debug, Clone, Default, Deserialize)]
-struct SpecialTokens(BTreeMap<String, Setting>);
+struct SpecialTokens {
+    #[serde(default)]
+    bos_token: Option<TokenText>,
+    #[serde(default)]
+    eos_token: Option<TokenText>,
+    /// All other settings.
+    #[serde(flatten)]
+    others: BTreeMap<String, Setting>,
+}
 
 impl SpecialTokens {
-    fn get(&self, name: &str) -> Option<&str> {
-        match self.0.get(name)? {
-            Setting::Token(token) => Some(token.text()),
-            Setting::Other(_) => None,
-        }
-    }
-
     fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
-        let names = self.0.keys().map(String::as_str);
-        let names = names.filter(|name| name.ends_with("_token"));
-        names.filter_map(|name| Some((name, self.get(name)?)))
+        let others = self.others.iter().filter_map(|(name, value)| match value {
+            Setting::Token(token) if name.ends_with("_token") => Some((name.as_str(), token)),
+            _ => None,
+        });
+        let named = [
+            ("bos_token", &self.bos_token),
+            ("eos_token", &self.eos_token),
+        ];
+        let named = named.into_iter();
+        let named = named.filter_map(|(name, token)| Some((name, token.as_ref()?)));
+        named
+            .chain(others)
+            .map(|(name, token)| (name, token.text()))
     }
 }
 
@@ -315,12 +326,12 @@ impl ChatTemplate {
     }
 
     fn bos_token(&self) -> Option<&str> {
-        self.special_tokens.get("bos_token")
+        self.special_tokens.bos_token.as_ref().map(TokenText::text)
     }
 
     /// The token that ends an answer, according to `tokenizer_config.json`.
     pub fn eos_token(&self) -> Option<&str> {
-        self.special_tokens.get("eos_token")
+        self.special_tokens.eos_token.as_ref().map(TokenText::text)
     }
 }
 

@@ -8,7 +8,8 @@ use jiff::fmt::strtime::{BrokenDownTime, Config, PosixCustom};
 use jiff::tz::TimeZone;
 use jiff::{Timestamp, ZonedDateTime};
 use minijinja::syntax::SyntaxConfig;
-use minijinja::{Environment, Error, ErrorKind};
+use minijinja::value::Rest;
+use minijinja::{Environment, Error, ErrorKind, Value};
 
 use super::{FUEL, json};
 
@@ -24,6 +25,10 @@ pub(super) fn environment() -> Result<Environment<'static>, Error> {
     environment.set_fuel(Some(FUEL));
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     minijinja_contrib::add_to_environment(&mut environment);
+    // Python's takes its items one by one.
+    environment.add_function("cycler", |items: Rest<Value>| {
+        minijinja_contrib::globals::cycler(items.0)
+    });
     environment.add_filter("tojson", json::dumps);
     environment.add_filter("fromjson", json::loads);
     environment.add_function("raise_exception", |message: String| {

@@ -34,7 +34,7 @@ fn without_anything_a_box_is_drawn() {
 #[test]
 fn an_image_comes_through_a_pipe() {
     let folder = tempfile::tempdir().expect("a folder");
-    let scene = concat!(env!("CARGO_MANIFEST_DIR"), "/../../assets/scenes/063.png");
+    let scene = concat!(env!("CARGO_MANIFEST_DIR"), "/../zoo/assets/scenes/063.png");
     let question = ["--prompt", "How many rings are there?"];
     let expected = reroute(
         &[&["ask", "--image", scene], &question[..]].concat(),
@@ -198,7 +198,7 @@ fn completions_and_the_manual_know_every_command() {
 #[test]
 fn the_doctor_counts_the_program_itself() {
     use std::io::{BufRead, BufReader, Write};
-    let scene = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../assets/scenes/063.png");
+    let scene = Path::new(env!("CARGO_MANIFEST_DIR")).join("../zoo/assets/scenes/063.png");
     let mut program = Command::new(env!("CARGO_BIN_EXE_reroute"))
         .args(["chat", "--image"])
         .arg(scene)

@@ -56,6 +56,10 @@ fn a_good_checkpoint_needs_the_memory_that_an_answer_takes() {
     let parts = ["weights_bytes", "kv_bytes", "activation_bytes"].map(|part| &dense[part]);
     let parts = parts.map(|bytes| bytes.as_u64().expect("bytes"));
     assert!(parts.iter().all(|&bytes| bytes > 0));
+    // Where tensors lie in the machine's memory, the program lies beside them.
+    let program = dense["program_bytes"].as_u64().expect("bytes");
+    assert_eq!(program > 0, backend::ON_HOST);
+    let parts = [&parts[..], &[program]].concat();
     assert_eq!(dense["total_bytes"], parts.iter().sum::<u64>());
 }
 
@@ -146,6 +150,148 @@ fn a_remedy_is_for_what_is_wrong() {
         let remedy = problem["remedy"].as_str().expect("a text");
         assert!(remedy.contains(words), "{remedy}");
     }
+}
+
+/// What the user has decides what helps.
+#[test]
+fn a_remedy_is_for_what_the_user_has() {
+    let variant = |pointer: &str, value: Value| {
+        let folder = Scratch::checkpoint();
+        folder.set("config.json", pointer, value);
+        folder
+    };
+    let family = |name: &str| variant("/model_type", json!(name));
+    let without = |name: &str, others: &[&str]| {
+        let folder = Scratch::checkpoint();
+        folder.remove(name);
+        for other in others {
+            folder.write(other, "x");
+        }
+        folder
+    };
+    let quantised = |how: &str| {
+        let folder = Scratch::checkpoint();
+        let config = json!({"quant_method": how});
+        folder.set("config.json", "/quantization_config", config);
+        // Quantised weights have other shapes.
+        folder.set("config.json", "/text_config/intermediate_size", json!(48));
+        folder
+    };
+    let adapter = Scratch::new();
+    adapter.write(
+        "adapter_config.json",
+        r#"{"peft_type": "LORA", "base_model_name_or_path": "llava-hf/llava-1.5-7b-hf"}"#,
+    );
+    adapter.write("adapter_model.safetensors", "x");
+    let cache = Scratch::new();
+    std::fs::create_dir(cache.at("snapshots")).expect("a folder");
+    let files = |name: &str| {
+        let folder = Scratch::new();
+        folder.write(name, "x");
+        folder
+    };
+    let weights = "model.safetensors";
+    for (folder, part, words) in [
+        (
+            family("llava_next"),
+            "config.json",
+            &["not supported", "llava-1.5-7b-hf"][..],
+        ),
+        (
+            family("qwen2"),
+            "config.json",
+            &["Qwen/Qwen2.5-VL-7B-Instruct"],
+        ),
+        (
+            family("siglip_vision_model"),
+            "config.json",
+            &["tower", "llava-1.5-7b-hf"],
+        ),
+        (
+            family("llava_llama"),
+            "config.json",
+            &["reroute convert", "--vision-tower"],
+        ),
+        (
+            variant("/text_config/hidden_act", json!("relu")),
+            "config.json",
+            &["not supported", "nearest", "llava-1.5-7b-hf"],
+        ),
+        (
+            adapter,
+            "config.json",
+            &["adapter", "llava-hf/llava-1.5-7b-hf", "merge_and_unload"],
+        ),
+        (cache, "config.json", &["snapshots"]),
+        (
+            files("model-q4.gguf"),
+            "weights",
+            &["GGUF", "not supported", "safetensors"],
+        ),
+        (without(weights, &["model-q4.gguf"]), "weights", &["GGUF"]),
+        (files("model.onnx"), "weights", &["ONNX", "not supported"]),
+        (
+            without(weights, &["pytorch_model.bin"]),
+            "weights",
+            &["reroute convert", "--allow-pickle"],
+        ),
+        (without(weights, &[]), "weights", &["finish the download"]),
+        (
+            without("tokenizer.json", &["tokenizer.model"]),
+            "tokenizer.json",
+            &["tokenizer.model", "AutoTokenizer"],
+        ),
+        (
+            without("tokenizer.json", &["vocab.json", "merges.txt"]),
+            "tokenizer.json",
+            &["vocab.json", "AutoTokenizer"],
+        ),
+        (
+            quantised("bitsandbytes"),
+            "weights",
+            &["bitsandbytes", "dequantize"],
+        ),
+        (
+            quantised("awq"),
+            "weights",
+            &["awq", "not supported", "--dtype f16"],
+        ),
+    ] {
+        let (report, well) = doctor(&["--model", &folder.path()]);
+        assert!(!well);
+        let problems = report["problems"].as_array().expect("a list");
+        let is_meant = |problem: &&Value| {
+            let text = problem["problem"].as_str().expect("a text");
+            text.starts_with(part)
+        };
+        let problem = problems.iter().find(is_meant);
+        let problem = problem.unwrap_or_else(|| panic!("{part} of {report}"));
+        let remedy = problem["remedy"].as_str().expect("a text");
+        for words in words {
+            assert!(remedy.contains(words), "{words}: {problem}");
+        }
+        assert!(
+            !remedy.contains("xtask") && !remedy.contains("again"),
+            "{remedy}"
+        );
+    }
+}
+
+#[test]
+fn a_flag_without_a_meaning_is_a_problem() {
+    for flags in [
+        &["--max-pixels", "5000"][..],
+        &["--pad-to-square", "--model", &qwen()],
+    ] {
+        let (report, well) = doctor(flags);
+        assert!(!well);
+        assert_eq!(report["problems"][0]["remedy"], "leave the flag out");
+    }
+}
+
+fn qwen() -> String {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/qwen25vl/ckpt");
+    folder.to_str().expect("UTF-8").to_string()
 }
 
 #[test]

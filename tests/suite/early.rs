@@ -116,6 +116,18 @@ fn flags_are_checked_before_weights_are_read() {
         ("trace", &["--inputs", &missing, "--out", &file], "none.png"),
         (
             "trace",
+            &[
+                "--routing",
+                "cdpruner@64",
+                "--inputs",
+                &input,
+                "--out",
+                &missing,
+            ],
+            "reads the question",
+        ),
+        (
+            "trace",
             &["--inputs", &bad_input, "--out", &file],
             "bad.safetensors",
         ),

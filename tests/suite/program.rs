@@ -120,7 +120,7 @@ impl Scratch {
 
     /// A folder with the files of the built-in model.
     pub fn built_in() -> Self {
-        Self::copy(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/tiny-llava"))
+        Self::copy(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/zoo/assets/tiny-llava"))
     }
 
     /// A folder with the files of another.

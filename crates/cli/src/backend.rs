@@ -239,6 +239,17 @@ fn host_memory() -> Option<(u64, u64)> {
     }))
 }
 
+/// Memory that the program has of the machine's, in bytes: its code, what it has read, and what its
+/// allocator keeps.
+pub fn own_memory() -> Option<u64> {
+    use sysinfo::{ProcessRefreshKind, ProcessesToUpdate, System};
+    let own = sysinfo::get_current_pid().ok()?;
+    let mut system = System::new();
+    let what = ProcessRefreshKind::nothing().with_memory();
+    system.refresh_processes_specifics(ProcessesToUpdate::Some(&[own]), false, what);
+    Some(system.process(own)?.memory())
+}
+
 /// Bytes of files that a control group has read and does not use, of its `memory.stat`: version 1
 /// counts the groups inside apart.
 #[cfg(not(feature = "cuda"))]

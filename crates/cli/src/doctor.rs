@@ -17,6 +17,11 @@ use crate::{open, output};
 use fit::{Answer, LEAST_TEXT, Need, less_text, tensor_bytes};
 use remedy::{Contents, HOLDS_CONFIG};
 
+/// What the program and each of its threads take once they compute, in bytes: code that nothing else
+/// touches, stacks, and the allocator's pages of each thread.
+const RUNNING: u64 = 12 << 20;
+const THREAD: u64 = 2 << 20;
+
 /// The remedy where nothing else helps.
 const LARGER: &str = "use a smaller model, or a machine with more memory";
 
@@ -39,6 +44,8 @@ struct Report {
     dtypes: Vec<DType>,
     /// What weights and activations are reckoned in.
     dtype: DType,
+    /// What the program itself takes of the memory that is reckoned, in bytes.
+    program: u64,
     parameters: Option<Parameters>,
     picture: Option<Picture>,
     needs: Vec<Need>,
@@ -65,6 +72,7 @@ fn examine(args: &DoctorArgs) -> Report {
         adapter: backend::adapter(),
         dtypes: Vec::new(),
         dtype: args.model.dtype.burn(),
+        program: 0,
         parameters: None,
         picture: None,
         needs: Vec::new(),
@@ -98,6 +106,13 @@ fn examine(args: &DoctorArgs) -> Report {
     for problem in &checkup.problems {
         let what = format!("{}: {}", problem.part, problem.error);
         report.problem(what, contents.remedy(problem));
+    }
+    if let Some(own) = backend::own_memory().filter(|_| backend::ON_HOST) {
+        // By now it has read everything but the weights, and gives it back when it ends.
+        let threads = rayon::current_num_threads() as u64;
+        report.program = own + RUNNING + threads * THREAD;
+        let free = &mut report.adapter.available_bytes;
+        *free = free.map(|free| free.saturating_add(own));
     }
     report.check_memory(&checkup, args);
     report
@@ -135,6 +150,7 @@ impl Report {
             image_size: args.image_size,
             text_tokens: args.text_tokens as usize,
             dtype: self.dtype,
+            program: self.program,
             max_pixels: args.model.max_pixels,
         };
         let [width, height] = args.image_size;
@@ -274,24 +290,26 @@ impl Report {
             writeln!(
                 out,
                 "\nMemory in {}, MiB, with {} text tokens; activations are an estimate\n\
-                 {:<26} {:>9} {:>9} {:>11} {:>9}",
+                 {:<26} {:>9} {:>9} {:>11} {:>9} {:>9}",
                 name(self.dtype),
                 args.text_tokens,
                 "routing",
                 "weights",
                 "KV",
                 "activations",
+                "program",
                 "together"
             )?;
         }
         for need in &self.needs {
             writeln!(
                 out,
-                "{:<26} {:>9} {:>9} {:>11} {:>9}",
+                "{:<26} {:>9} {:>9} {:>11} {:>9} {:>9}",
                 need.routing,
                 mebibytes(need.weights),
                 mebibytes(need.kv),
                 mebibytes(need.activations),
+                mebibytes(need.program),
                 mebibytes(need.total())
             )?;
         }
@@ -323,6 +341,7 @@ impl Report {
                 "weights_bytes": need.weights,
                 "kv_bytes": need.kv,
                 "activation_bytes": need.activations,
+                "program_bytes": need.program,
                 "total_bytes": need.total(),
                 "largest_tensor_bytes": need.largest,
             })
@@ -378,6 +397,7 @@ mod tests {
             },
             dtypes: vec![DType::F32, DType::F16],
             dtype,
+            program: 0,
             parameters: None,
             picture: None,
             needs: Vec::new(),
@@ -412,6 +432,7 @@ mod tests {
             image_size: [840, 840],
             text_tokens: 320,
             dtype: DType::F32,
+            program: 0,
             max_pixels: None,
         };
         let half = Answer {
@@ -498,6 +519,7 @@ mod tests {
                 weights: 2 << 20,
                 kv: 1,
                 activations: 1,
+                program: 0,
                 largest: 1,
             });
             let mut printed = Vec::new();

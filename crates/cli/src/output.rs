@@ -134,9 +134,11 @@ fn turn_flops(vlm: &Vlm<Backend>, answer: &Answer) -> f64 {
 
 /// Says which images lost resolution, and whether the answer is whole.
 pub(crate) fn print_notices(answer: &Answer) {
-    let tokens = answer.tokens.len();
     let cut_off = match answer.finish {
-        FinishReason::Length => format!("at {tokens} tokens (--max-new-tokens)"),
+        FinishReason::Length => match answer.tokens.len() {
+            1 => "after 1 token (--max-new-tokens)".into(),
+            tokens => format!("after {tokens} tokens (--max-new-tokens)"),
+        },
         FinishReason::Context => "where the model has no further position".into(),
         _ => String::new(),
     };

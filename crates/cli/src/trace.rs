@@ -7,8 +7,11 @@ use std::io::Write;
 
 use anyhow::{Context, bail};
 use burn::tensor::{DType, Tensor, TensorData};
+use reducers::encoder::{EncoderReducer, Tap};
 use reroute::{Prompt, SampleLayout};
-use reroute_zoo::{ModelConfig, Pictures, PixelTensors, TensorInputs, TensorOutputs, VisualTokens};
+use reroute_zoo::{
+    ModelConfig, Pictures, PixelTensors, TensorInputs, TensorOutputs, VisualTokens, ZooError,
+};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::json;
 use vision_encoder::Grid;
@@ -25,12 +28,19 @@ const NO_TOKEN: i64 = -1;
 pub fn run(args: &TraceArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let known = Known::of(&args.model)?;
     let plan = known.plan(&args.routing.routing)?;
+    let config = &known.outline().config;
+    if let Some(step) = &plan.encoder {
+        let needs = EncoderReducer::<Backend>::needs(&step.method, &config.encoder())?;
+        if needs.contains(&Tap::Question) {
+            return Err(ZooError::NoQuestion.into());
+        }
+    }
     known::check_file(&args.out)?;
     let bytes = open::tensors(&args.inputs)?;
     let file = format!("inputs {}", args.inputs.display());
     let tensors = SafeTensors::deserialize(&bytes).with_context(|| file.clone())?;
     let device = backend::device()?;
-    let inputs = inputs(&tensors, &known.outline().config, &device).with_context(|| file)?;
+    let inputs = inputs(&tensors, config, &device).with_context(|| file)?;
     let vlm = open::model(&args.model)?;
     let outputs = vlm.run_tensors(inputs, &plan, args.new_tokens, args.hidden_states)?;
     let written = Written::collect(outputs, args.hidden_states)?;

@@ -34,7 +34,7 @@ fn without_anything_a_box_is_drawn() {
 #[test]
 fn an_image_comes_through_a_pipe() {
     let folder = tempfile::tempdir().expect("a folder");
-    let scene = concat!(env!("CARGO_MANIFEST_DIR"), "/../../assets/scenes/063.png");
+    let scene = concat!(env!("CARGO_MANIFEST_DIR"), "/../zoo/assets/scenes/063.png");
     let question = ["--prompt", "How many rings are there?"];
     let expected = reroute(
         &[&["ask", "--image", scene], &question[..]].concat(),
@@ -190,6 +190,50 @@ fn completions_and_the_manual_know_every_command() {
     assert_eq!(
         reroute(&["completions"], Path::new(".")).status.code(),
         Some(2)
+    );
+}
+
+/// What an answer takes at its peak is what the doctor says: never more, and not much less.
+#[cfg(all(target_os = "linux", feature = "flex"))]
+#[test]
+fn the_doctor_counts_the_program_itself() {
+    use std::io::{BufRead, BufReader, Write};
+    let scene = Path::new(env!("CARGO_MANIFEST_DIR")).join("../zoo/assets/scenes/063.png");
+    let mut program = Command::new(env!("CARGO_BIN_EXE_reroute"))
+        .args(["chat", "--image"])
+        .arg(scene)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("the program starts");
+    let mut input = program.stdin.take().expect("a pipe");
+    writeln!(input, "find the cross").expect("it listens");
+    let mut answer = String::new();
+    let output = program.stdout.take().expect("a pipe");
+    BufReader::new(output)
+        .read_line(&mut answer)
+        .expect("it answers");
+    // It waits for the next question.
+    let status = std::fs::read_to_string(format!("/proc/{}/status", program.id()));
+    let status = status.expect("it runs");
+    drop(input);
+    program.wait().expect("it ends");
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let peak = peak.expect("known").trim().trim_end_matches(" kB");
+    let peak = peak.parse::<f64>().expect("a number") * 1024.0;
+
+    let report = reroute(&["doctor", "--json", "--text-tokens", "20"], Path::new("."));
+    let report: serde_json::Value = serde_json::from_slice(&report.stdout).expect("JSON");
+    let needs = report["needs"].as_array().expect("a list");
+    let dense = needs.iter().find(|need| need["routing"] == "dense");
+    let said = dense.expect("it is first")["total_bytes"]
+        .as_f64()
+        .expect("bytes");
+    let ratio = said / peak;
+    assert!(
+        (1.0..1.25).contains(&ratio),
+        "{said} bytes said, {peak} taken"
     );
 }
 

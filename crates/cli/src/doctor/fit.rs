@@ -17,6 +17,8 @@ pub(super) struct Need {
     pub(super) weights: u64,
     pub(super) kv: u64,
     pub(super) activations: u64,
+    /// The program itself.
+    pub(super) program: u64,
     /// The largest of the tensors that an operation takes.
     pub(super) largest: u64,
 }
@@ -24,7 +26,7 @@ pub(super) struct Need {
 impl Need {
     /// All of it but the largest tensor, which is part of it.
     pub(super) fn total(&self) -> u64 {
-        let parts = [self.weights, self.kv, self.activations];
+        let parts = [self.weights, self.kv, self.activations, self.program];
         parts.into_iter().fold(0, u64::saturating_add)
     }
 }
@@ -38,6 +40,8 @@ pub(super) struct Answer<'a> {
     pub(super) image_size: [usize; 2],
     pub(super) text_tokens: usize,
     pub(super) dtype: DType,
+    /// What the program itself takes, in bytes.
+    pub(super) program: u64,
     /// See [`reroute_zoo::ImageOptions::max_pixels`].
     pub(super) max_pixels: Option<usize>,
 }
@@ -74,13 +78,14 @@ impl Answer<'_> {
             let text = self.text_tokens;
             let memory = Memory::of(&**self.config, &picture, text, &schedule, numbers);
             let weight = tensor_bytes(self.parameters.largest_elements, self.dtype);
-            // What the allocator keeps of the memory that weights were read into.
-            let kept = if backend::ON_HOST { weight } else { 0 };
+            // What the allocator keeps of the memory that weights were read into and converted in.
+            let kept = if backend::ON_HOST { 2 * weight } else { 0 };
             Need {
                 routing,
                 weights: tensor_bytes(self.parameters.elements, self.dtype),
                 kv: memory.kv,
                 activations: memory.activations.saturating_add(kept),
+                program: self.program,
                 largest: memory.largest.max(weight),
             }
         };

@@ -443,9 +443,9 @@ fn a_method_of_ones_own_is_checked_like_any_other() {
     }
     struct LastFirst;
     impl<B: AnyBackend> Scorer<B> for LastFirst {
-        fn score(&self, standing: &dyn DecisionView<B>) -> Result<Tensor<B, 1>, ReducerError> {
-            let device = standing.hidden_states().device();
-            Ok(Tensor::<B, 1, Int>::arange(0..standing.rows() as i64, &device).float())
+        fn score(&self, view: &dyn DecisionView<B>) -> Result<Tensor<B, 1>, ReducerError> {
+            let device = view.hidden_states().device();
+            Ok(Tensor::<B, 1, Int>::arange(0..view.rows() as i64, &device).float())
         }
     }
     let schedule = Schedule::new(Action::Reroute, false, vec![Stage::count(1, 3)]).unwrap();

@@ -193,9 +193,9 @@ impl<B: Backend> EncoderReducer<B> for Nuwa {
         let near = self.near.unwrap_or(rule.near);
         let similarity = unit(seen.get(self.similarity(encoder))?)?;
         // A block of columns at a time: what is on the way to the weights is several times their size.
-        let blocks = inside.chunks((MOST / seen.tokens()).max(1)).map(|block| {
-            weights(similarity.clone(), block, &grid, near, rule.keeps_itself)
-        });
+        let blocks = inside
+            .chunks((MOST / seen.tokens()).max(1))
+            .map(|block| weights(similarity.clone(), block, &grid, near, rule.keeps_itself));
         let weights = Tensor::cat(blocks.collect(), 1);
         Ok(Reduction {
             places: inside.iter().map(|&(token, _)| Some(token)).collect(),

@@ -321,6 +321,47 @@ fn plans_are_data() {
     }
 }
 
+/// Whatever ranks after a decision that kept nothing: there is nothing to rank, and the model answers.
+#[test]
+fn every_rule_may_follow_a_decision_that_kept_nothing() {
+    let rules = [
+        r#"{"attention": {}}"#,
+        r#"{"attention": {"keys": "candidates"}}"#,
+        r#"{"attention": {"query": "raters"}}"#,
+        r#"{"attention": {"query": {"last-mean": 3}}}"#,
+        r#"{"duplication": {}}"#,
+        r#"{"duplication": {"visual_pivots": 0}}"#,
+        r#"{"random": {}}"#,
+    ];
+    for (family, vlm) in FAMILIES.iter() {
+        for rule in rules {
+            for action in ["remove", "reroute"] {
+                let rule = rule.replace(
+                    "\"duplication\": {",
+                    "\"duplication\": {\"layer\": \"this\", ",
+                );
+                let rule = rule.replace(", }", "}");
+                let text = format!(
+                    r#"{{"action": "{action}", "stages": [
+                        {{"layer": 1, "keep_ratio": 0.001, "rounding": "truncate"}},
+                        {{"layer": 2, "keep_ratio": 0.5, "score": {rule}}}]}}"#
+                );
+                let plan = Plan::from_json(&text).unwrap();
+                let answer = ask(vlm, &questions()[..1], &plan).remove(0);
+                let kept: Vec<usize> = answer
+                    .trace
+                    .decisions
+                    .iter()
+                    .map(|d| d.selected.len())
+                    .collect();
+                let expected = plan.schedule.keep_counts(answer.visual_tokens);
+                assert_eq!(kept, expected, "{rule}, {action} on {family}");
+                assert_eq!(expected[0], 0);
+            }
+        }
+    }
+}
+
 /// What the positions of a plan say: those of the full picture, or none left out.
 #[test]
 fn tokens_keep_the_positions_of_the_picture_unless_told_otherwise() {
@@ -402,9 +443,9 @@ fn a_method_of_ones_own_is_checked_like_any_other() {
     }
     struct LastFirst;
     impl<B: AnyBackend> Scorer<B> for LastFirst {
-        fn score(&self, standing: &dyn DecisionView<B>) -> Result<Tensor<B, 1>, ReducerError> {
-            let device = standing.hidden_states().device();
-            Ok(Tensor::<B, 1, Int>::arange(0..standing.rows() as i64, &device).float())
+        fn score(&self, view: &dyn DecisionView<B>) -> Result<Tensor<B, 1>, ReducerError> {
+            let device = view.hidden_states().device();
+            Ok(Tensor::<B, 1, Int>::arange(0..view.rows() as i64, &device).float())
         }
     }
     let schedule = Schedule::new(Action::Reroute, false, vec![Stage::count(1, 3)]).unwrap();

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::ReducerError;
 
 /// How many visual tokens a decision keeps, always in terms of the *original* visual tokens, never
-/// of the survivors of the decision before.
+/// of those that the decision before kept.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Keep {
     /// A share of the original visual tokens, in (0, 1], truncated to whole tokens, at least one.

@@ -29,12 +29,14 @@ fn what_may_be_left_out() {
     assert!(plan.schedule.is_dense());
     assert_eq!(plan.entering(10), 5);
     // But not both: a file that says nothing is a mistake.
-    let (error, said) = refused(r#"{"action": "remove"}"#);
-    assert!(matches!(error, ReducerError::Json { .. }));
-    assert!(
-        said.contains("`stages`") && said.contains("`encoder`"),
-        "{said}"
-    );
+    for text in [r#"{"action": "remove"}"#, r#"{"stages": []}"#, "{}"] {
+        let (error, said) = refused(text);
+        assert!(matches!(error, ReducerError::Json { .. }));
+        assert!(
+            said.contains("`stages`") && said.contains("`encoder`"),
+            "{said}"
+        );
+    }
     assert!(Schedule::from_json(r#"{"stages": []}"#).unwrap().is_dense());
 }
 

@@ -104,7 +104,7 @@ fn the_models_type_rounds_probabilities_and_their_mean() {
     let half = |rows: [[f32; 5]; 2]| {
         Tensor::<Flex, 2>::from_data(rows, &Default::default()).cast(FloatDType::F16)
     };
-    let standing = Half {
+    let view = Half {
         queries: half([[0.0, 0.0, 0.0, 1.0, 0.5], [0.0, 0.0, 0.0, 0.25, 1.0]]),
         keys: half([[0.5, 1.0, 1.0, 0.75, 0.2], [0.5, 0.0, 0.0001, 0.75, 0.2]]),
     };
@@ -114,7 +114,7 @@ fn the_models_type_rounds_probabilities_and_their_mean() {
             dtype,
             ..Attention::default()
         };
-        let scores: Tensor<Flex, 1> = attention.score(&standing).unwrap();
+        let scores: Tensor<Flex, 1> = attention.score(&view).unwrap();
         let scores: Vec<f32> = scores.into_data().to_vec().unwrap();
         scores
     };
@@ -122,7 +122,7 @@ fn the_models_type_rounds_probabilities_and_their_mean() {
     // What each of the two rows gives, rounded, then the mean, rounded.
     let round = |x: f32| f16::from_f32(x).to_f32();
     let of_row = |query: [f32; 2], seen: usize| {
-        let keys = standing.keys.clone().cast(FloatDType::F32).into_data();
+        let keys = view.keys.clone().cast(FloatDType::F32).into_data();
         let keys: Vec<f32> = keys.to_vec().unwrap();
         let logit =
             |key: usize| (query[0] * keys[key] + query[1] * keys[5 + key]) * 2f32.powf(-0.5);

@@ -11,7 +11,7 @@ use crate::ReducerError;
 use crate::device::indices;
 
 /// Most similarities held at a time, 64 MiB of them: all pairs of 4096 tokens.
-const MOST: usize = 1 << 24;
+pub(super) const MOST: usize = 1 << 24;
 
 /// Cosine similarity of every token to every token. A zero vector is similar to none.
 pub(super) struct Cosines<B: Backend> {

@@ -31,8 +31,7 @@ pub(crate) struct ScheduleFile {
 pub(crate) struct PlanFile {
     #[serde(default)]
     pub(crate) encoder: Option<EncoderFile>,
-    #[serde(default)]
-    action: Action,
+    action: Option<Action>,
     #[serde(default)]
     monotonic: bool,
     #[serde(default)]
@@ -44,16 +43,26 @@ pub(crate) struct PlanFile {
 
 impl PlanFile {
     /// What happens in the decoder; nothing, if that is left out and the tokens are `reduced` before.
+    ///
+    /// # Errors
+    /// If the file says neither.
     pub(crate) fn schedule(self, reduced: bool) -> serde_json::Result<ScheduleFile> {
-        let stages = self.stages.or_else(|| reduced.then(Vec::new));
+        let says_nothing = |stages: &Vec<StageFile>| stages.is_empty() && self.action.is_none();
+        let stages = match self.stages {
+            Some(stages) if reduced || !says_nothing(&stages) => stages,
+            None if reduced => Vec::new(),
+            _ => {
+                return Err(serde_json::Error::custom(
+                    "there are no `stages`, and no `encoder` either",
+                ));
+            }
+        };
         Ok(ScheduleFile {
-            action: self.action,
+            action: self.action.unwrap_or_default(),
             monotonic: self.monotonic,
             positions: self.positions,
             layout: self.layout,
-            stages: stages.ok_or_else(|| {
-                serde_json::Error::custom("missing field `stages`, and no `encoder` either")
-            })?,
+            stages,
         })
     }
 }

@@ -8,10 +8,10 @@ use reducers::encoder::{
     VisPruner, VisionZip,
 };
 
-use crate::support::{CLIP, Flex, Left, Picture, QWEN, assert_same, dense_weights};
+use crate::support::{CLIP, Flex, Kept, Picture, QWEN, assert_same, dense_weights};
 
 /// Tokens of one feature each, by place.
-fn left(tokens: &[(Option<usize>, f64)]) -> Left {
+fn kept(tokens: &[(Option<usize>, f64)]) -> Kept {
     let token = |&(place, value)| (place, vec![value]);
     tokens.iter().map(token).collect()
 }
@@ -49,7 +49,7 @@ fn vision_zip_adds_the_mean_of_those_like_a_target() {
         (Some(1), 2.0),
         (Some(3), 4.0 + 5.0),
     ];
-    assert_same(&picture.left(&method, 3), &left(&expected), "three of six");
+    assert_same(&picture.kept(&method, 3), &kept(&expected), "three of six");
 }
 
 /// 54 + 10, 108 + 20, 162 + 30, the class token among the first.
@@ -100,9 +100,9 @@ fn pru_merge_adds_weighted_neighbours_and_sums_up_the_rest() {
         (None, 10.0 / 4.5 + 30.0 * 0.5 / 4.5),
         (Some(1), 20.0 + 10.0 / 4.5),
     ];
-    assert_same(&picture.left(&method, 2), &left(&expected), "two of three");
+    assert_same(&picture.kept(&method, 2), &kept(&expected), "two of three");
     let all = [(None, 10.0 / 4.5 + 20.0 * 2.0 / 4.5 + 30.0 * 0.5 / 4.5)];
-    assert_same(&picture.left(&method, 1), &left(&all), "one of three");
+    assert_same(&picture.kept(&method, 1), &kept(&all), "one of three");
 }
 
 #[test]
@@ -184,8 +184,8 @@ fn vscan_takes_half_by_windows_and_averages_the_rest() {
         (Some(5), (6.0 + 8.0) / 2.0),
     ];
     assert_same(
-        &picture.left(&VScan::default(), 4),
-        &left(&expected),
+        &picture.kept(&VScan::default(), 4),
+        &kept(&expected),
         "four of eight",
     );
 }

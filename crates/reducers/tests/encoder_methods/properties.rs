@@ -60,15 +60,15 @@ proptest! {
     #[test]
     fn counts_and_places((picture, keep) in pictures()) {
         for (method, adaptive) in methods_of(picture.encoder) {
-            let left = picture.left(&*method, keep);
+            let kept = picture.kept(&*method, keep);
             if adaptive {
-                prop_assert!((1..=keep).contains(&left.len()));
+                prop_assert!((1..=keep).contains(&kept.len()));
             } else {
-                prop_assert_eq!(left.len(), keep);
+                prop_assert_eq!(kept.len(), keep);
             }
-            prop_assert!(left.keys().flatten().all(|&place| place < picture.tokens()));
-            prop_assert!(left.values().flatten().all(|value| value.is_finite()));
-            prop_assert_eq!(&left, &picture.left(&*method, keep));
+            prop_assert!(kept.keys().flatten().all(|&place| place < picture.tokens()));
+            prop_assert!(kept.values().flatten().all(|value| value.is_finite()));
+            prop_assert_eq!(&kept, &picture.kept(&*method, keep));
         }
     }
 
@@ -78,9 +78,9 @@ proptest! {
         let features = picture.tap(Tap::Features).columns();
         for (method, adaptive) in methods_of(picture.encoder) {
             if !adaptive {
-                let left = picture.left(&*method, tokens);
-                let found: Vec<Vec<f64>> = left.values().cloned().collect();
-                prop_assert!(left.keys().copied().eq((0..tokens).map(Some)));
+                let kept = picture.kept(&*method, tokens);
+                let found: Vec<Vec<f64>> = kept.values().cloned().collect();
+                prop_assert!(kept.keys().copied().eq((0..tokens).map(Some)));
                 prop_assert_eq!(found, features.clone());
             }
         }
@@ -124,8 +124,8 @@ fn flat_pictures() {
                     shown.values.fill(value);
                     picture.shown.insert(tap, shown);
                 }
-                let left = picture.left(&*method, 5);
-                assert!(left.len() == 5 || adaptive);
+                let kept = picture.kept(&*method, 5);
+                assert!(kept.len() == 5 || adaptive);
             }
         }
     }

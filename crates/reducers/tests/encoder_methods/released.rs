@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use reducers::encoder::{DivPrune, HiPrune, PruMerge, Tap, VisionZip};
 use safetensors::SafeTensors;
 
-use crate::support::{CLIP, Left, Matrix, Method, Picture, QWEN, assert_same};
+use crate::support::{CLIP, Kept, Matrix, Method, Picture, QWEN, assert_same};
 
 const FIXTURE: &[u8] = include_bytes!("../fixtures/encoder_methods.safetensors");
 
@@ -80,7 +80,7 @@ fn picture(case: &str) -> Picture {
     picture
 }
 
-fn released(name: &str, picture: &Picture) -> Left {
+fn released(name: &str, picture: &Picture) -> Kept {
     let fixture = SafeTensors::deserialize(FIXTURE).unwrap();
     let places = fixture.tensor(&format!("{name}.places")).unwrap();
     let places = places.data().chunks(4).map(|bytes| {
@@ -132,7 +132,7 @@ fn tokens_are_those_of_published_code() {
         for keep in keeps {
             let name = format!("{method}.{case}.{keep}");
             let expected = released(&name, &picture);
-            assert_same(&picture.left(&*reducer, *keep), &expected, &name);
+            assert_same(&picture.kept(&*reducer, *keep), &expected, &name);
         }
     }
 }

@@ -7,7 +7,7 @@ use reducers::encoder::{
     VisPruner, VisionZip,
 };
 
-use crate::support::{CLIP, Flex, Left, Matrix, Picture, QWEN, assert_same};
+use crate::support::{CLIP, Flex, Kept, Matrix, Picture, QWEN, assert_same};
 
 const GRIDS: [[usize; 2]; 8] = [
     [1, 1],
@@ -20,11 +20,11 @@ const GRIDS: [[usize; 2]; 8] = [
     [18, 12],
 ];
 
-/// Compares the tokens left of random pictures.
+/// Compares what is made of random pictures.
 fn check(
     method: &dyn EncoderReducer<Flex>,
     encoder: EncoderShape,
-    oracle: impl Fn(&Picture, usize) -> Left,
+    oracle: impl Fn(&Picture, usize) -> Kept,
 ) {
     for (seed, grid) in (0..).zip(GRIDS) {
         let picture = Picture::random(grid, encoder, seed);
@@ -41,14 +41,14 @@ fn check(
         ] {
             if (1..=tokens).contains(&keep) {
                 let what = format!("{keep} of {grid:?}");
-                assert_same(&picture.left(method, keep), &oracle(&picture, keep), &what);
+                assert_same(&picture.kept(method, keep), &oracle(&picture, keep), &what);
             }
         }
     }
 }
 
 /// These cells, unchanged.
-fn cells(picture: &Picture, cells: impl IntoIterator<Item = usize>) -> Left {
+fn cells(picture: &Picture, cells: impl IntoIterator<Item = usize>) -> Kept {
     let features = picture.tap(Tap::Features);
     let token = |cell| (Some(cell), features.column(cell));
     cells.into_iter().map(token).collect()
@@ -102,7 +102,7 @@ fn vision_zip() {
     }
 }
 
-fn vision_zip_by_definition(picture: &Picture, keep: usize) -> Left {
+fn vision_zip_by_definition(picture: &Picture, keep: usize) -> Kept {
     let tokens = picture.tokens();
     if keep == tokens {
         return cells(picture, 0..tokens);
@@ -122,12 +122,12 @@ fn vision_zip_by_definition(picture: &Picture, keep: usize) -> Left {
     };
     let contextual = contextual.min(keep - 1);
     let dominant = &ranked(&scores)[..keep - contextual - usize::from(is_clip)];
-    let mut left = cells(picture, dominant.iter().copied());
+    let mut kept = cells(picture, dominant.iter().copied());
     if is_clip {
-        left.insert(None, picture.tap(Tap::ClassToken).column(0));
+        kept.insert(None, picture.tap(Tap::ClassToken).column(0));
     }
     if contextual == 0 {
-        return left;
+        return kept;
     }
 
     let mean_key = |token: usize| {
@@ -160,9 +160,9 @@ fn vision_zip_by_definition(picture: &Picture, keep: usize) -> Left {
         let mut parts = vec![(1.0, &features[target][..])];
         let share = 1.0 / members.len() as f64;
         parts.extend(members.iter().map(|&member| (share, &features[member][..])));
-        left.insert(Some(target), weighted_sum(&parts));
+        kept.insert(Some(target), weighted_sum(&parts));
     }
-    left
+    kept
 }
 
 #[test]
@@ -172,7 +172,7 @@ fn div_prune() {
     }
 }
 
-fn div_prune_by_definition(picture: &Picture, keep: usize) -> Left {
+fn div_prune_by_definition(picture: &Picture, keep: usize) -> Kept {
     let embeddings = picture.tap(Tap::Embeddings).columns();
     let mut chosen: Vec<usize> = Vec::new();
     for _ in 0..keep {
@@ -188,8 +188,8 @@ fn div_prune_by_definition(picture: &Picture, keep: usize) -> Left {
                 .map(|&other| 1.0 - cosine(&embeddings[token], &embeddings[other]));
             distances.fold(f64::INFINITY, f64::min)
         };
-        let left = (0..embeddings.len()).filter(|token| !chosen.contains(token));
-        let farthest = best(left, distance_to_set);
+        let kept = (0..embeddings.len()).filter(|token| !chosen.contains(token));
+        let farthest = best(kept, distance_to_set);
         chosen.push(farthest);
     }
     cells(picture, chosen)
@@ -199,7 +199,7 @@ fn div_prune_by_definition(picture: &Picture, keep: usize) -> Left {
 #[test]
 fn div_prune_of_many_tokens() {
     let picture = Picture::random([42, 100], QWEN, 0);
-    let found = picture.left(&DivPrune::default(), 2);
+    let found = picture.kept(&DivPrune::default(), 2);
     assert_same(&found, &div_prune_by_definition(&picture, 2), "two of 4200");
 }
 
@@ -219,7 +219,7 @@ fn pru_merge() {
     }
 }
 
-fn pru_merge_by_definition(method: &PruMerge, picture: &Picture, keep: usize) -> Left {
+fn pru_merge_by_definition(method: &PruMerge, picture: &Picture, keep: usize) -> Kept {
     let tokens = picture.tokens();
     if keep == tokens && !method.adaptive {
         return cells(picture, 0..tokens);
@@ -258,7 +258,7 @@ fn pru_merge_by_definition(method: &PruMerge, picture: &Picture, keep: usize) ->
 
     let features = picture.tap(Tap::Features).columns();
     let part = |&token: &usize| (attention[token], &features[token][..]);
-    let mut left = Left::new();
+    let mut kept = Kept::new();
     for &token in &chosen {
         let similarity: Vec<f64> = keys.iter().map(|key| cosine(key, &keys[token])).collect();
         let others = ranked(&similarity)
@@ -267,14 +267,14 @@ fn pru_merge_by_definition(method: &PruMerge, picture: &Picture, keep: usize) ->
         let others: Vec<usize> = others.take(32).collect();
         let mut parts = vec![(1.0, &features[token][..])];
         parts.extend(others.iter().map(part));
-        left.insert(Some(token), weighted_sum(&parts));
+        kept.insert(Some(token), weighted_sum(&parts));
     }
     let rest: Vec<usize> = (0..tokens)
         .filter(|token| !chosen.contains(token))
         .collect();
     let rest: Vec<(f64, &[f64])> = rest.iter().map(part).collect();
-    left.insert(None, weighted_sum(&rest));
-    left
+    kept.insert(None, weighted_sum(&rest));
+    kept
 }
 
 /// Values beyond the third quartile by more than 1.5 times the distance of the quartiles, which are
@@ -433,7 +433,7 @@ fn filled_up(mut chosen: Vec<usize>, scores: &[f64], keep: usize) -> Vec<usize> 
     chosen
 }
 
-fn merge_rest(picture: &Picture, chosen: Vec<usize>) -> Left {
+fn merge_rest(picture: &Picture, chosen: Vec<usize>) -> Kept {
     let embeddings = picture.tap(Tap::Embeddings).columns();
     let features = picture.tap(Tap::Features).columns();
     let like_most = |token: usize| {
@@ -462,7 +462,7 @@ fn cd_pruner() {
         for (seed, grid) in (0..).zip([[1, 1], [1, 4], [4, 6], [7, 5]]) {
             let picture = Picture::random(grid, encoder, seed);
             for keep in 1..=picture.tokens().min(9) {
-                let found = picture.left(&CdPruner { negative }, keep);
+                let found = picture.kept(&CdPruner { negative }, keep);
                 let expected = cd_pruner_by_definition(&picture, keep, negative);
                 assert_same(&found, &expected, &format!("{keep} of {grid:?}"));
             }
@@ -471,7 +471,7 @@ fn cd_pruner() {
 }
 
 /// Greedy, by the determinants themselves.
-fn cd_pruner_by_definition(picture: &Picture, keep: usize, negative: bool) -> Left {
+fn cd_pruner_by_definition(picture: &Picture, keep: usize, negative: bool) -> Kept {
     let embeddings = picture.tap(Tap::Embeddings).columns();
     let question = picture.tap(Tap::Question).columns();
     let relevance = |embedding: &Vec<f64>| {
@@ -494,8 +494,8 @@ fn cd_pruner_by_definition(picture: &Picture, keep: usize, negative: bool) -> Le
             let row = |&a: &usize| set.iter().map(|&b| kernel(a, b)).collect();
             determinant(set.iter().map(row).collect())
         };
-        let left = (0..embeddings.len()).filter(|token| !chosen.contains(token));
-        let largest = best(left, with);
+        let kept = (0..embeddings.len()).filter(|token| !chosen.contains(token));
+        let largest = best(kept, with);
         chosen.push(largest);
     }
     cells(picture, chosen)

@@ -11,7 +11,7 @@ use reducers::encoder::{
 pub type Method = Box<dyn EncoderReducer<Flex>>;
 
 /// The tokens of a reduction, by place, with their features.
-pub type Left = BTreeMap<Option<usize>, Vec<f64>>;
+pub type Kept = BTreeMap<Option<usize>, Vec<f64>>;
 
 pub const CLIP: EncoderShape = EncoderShape {
     num_layers: 24,
@@ -163,7 +163,7 @@ impl Picture {
     }
 
     /// The tokens that a reduction makes of this picture, by plain loops.
-    pub fn left(&self, method: &dyn EncoderReducer<Flex>, keep: usize) -> Left {
+    pub fn kept(&self, method: &dyn EncoderReducer<Flex>, keep: usize) -> Kept {
         let reduced = self.reduced(method, keep).unwrap();
         let mut sources = self.tap(Tap::Features).columns();
         sources.extend(self.tap(Tap::ClassToken).columns());
@@ -188,8 +188,8 @@ impl Picture {
 
     /// The cells of a selection.
     pub fn cells(&self, method: &dyn EncoderReducer<Flex>, keep: usize) -> Vec<usize> {
-        let left = self.left(method, keep);
-        left.into_keys().map(Option::unwrap).collect()
+        let kept = self.kept(method, keep);
+        kept.into_keys().map(Option::unwrap).collect()
     }
 }
 
@@ -205,8 +205,8 @@ pub fn dense_weights(reduction: &Reduction<Flex>, sources: usize) -> Vec<f32> {
     weights.into_data().to_vec().unwrap()
 }
 
-pub fn assert_same(found: &Left, expected: &Left, what: &str) {
-    let places = |left: &Left| left.keys().copied().collect::<Vec<_>>();
+pub fn assert_same(found: &Kept, expected: &Kept, what: &str) {
+    let places = |kept: &Kept| kept.keys().copied().collect::<Vec<_>>();
     assert_eq!(places(found), places(expected), "{what}");
     for (place, token) in found {
         for (found, expected) in token.iter().zip(&expected[place]) {

@@ -3,7 +3,7 @@ use burn::tensor::{DType, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
 use crate::device::indices;
-use crate::encoder::cosines::unit;
+use crate::encoder::cosines::{MOST, unit};
 use crate::encoder::host::{read, require_share};
 use crate::encoder::{BuiltIn, EncoderReducer, EncoderShape, Reduction, Seen, Tap, Tower, Weights};
 use crate::{About, ReducerError, top_k};
@@ -192,7 +192,11 @@ impl<B: Backend> EncoderReducer<B> for Nuwa {
             .collect();
         let near = self.near.unwrap_or(rule.near);
         let similarity = unit(seen.get(self.similarity(encoder))?)?;
-        let weights = weights(similarity, &inside, &grid, near, rule.keeps_itself);
+        // A block of columns at a time: what is on the way to the weights is several times their size.
+        let blocks = inside
+            .chunks((MOST / seen.tokens()).max(1))
+            .map(|block| weights(similarity.clone(), block, &grid, near, rule.keeps_itself));
+        let weights = Tensor::cat(blocks.collect(), 1);
         Ok(Reduction {
             places: inside.iter().map(|&(token, _)| Some(token)).collect(),
             weights: Weights::Dense(weights),

@@ -32,7 +32,7 @@ impl BuiltIn for VisPruner {
         description: "top class attention, and others without duplicates",
         source: "arXiv 2412.01818v2; github.com/Theia-4869/VisPruner",
         exact: "class attention of the layer that makes the features, similarity of the features, \
-                rounds of eight, the order of what is left between rounds",
+                rounds of eight, the order of what remains between rounds",
         interpretation: "an odd number of others, at which the release stops with an error, leaves one \
                          more at even places",
         towers: &[Tower::Clip],

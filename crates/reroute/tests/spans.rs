@@ -10,7 +10,7 @@ use tracing::{Event, Metadata, Subscriber};
 
 use crate::support::{decoder, observed, prompt, schedule};
 
-#[allow(dead_code)]
+#[expect(dead_code, reason = "the decoder tests use the rest")]
 #[path = "decoder/support.rs"]
 mod support;
 

@@ -147,7 +147,8 @@ fn prompts_that_contradict_themselves() {
         prompt.ranges();
         decoder.prefill(&prompt, &schedule, Default::default())
     };
-    let wrong: [&dyn Fn(&mut Prompt<B>); 15] = [
+    type Change<'a> = &'a dyn Fn(&mut Prompt<B>);
+    let wrong: [Change<'_>; 15] = [
         &|prompt| prompt.samples.clear(),
         &|prompt| prompt.samples[0].rows = 0,
         &|prompt| prompt.samples[0].rows = usize::MAX,

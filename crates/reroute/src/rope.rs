@@ -451,5 +451,5 @@ mod tests {
     }
 
     /// Frequencies of Llama 3.1 8B by their index.
-    const LLAMA3: [(usize, f32); 3] = [(28, 3.2114460e-3), (31, 8.5675141e-4), (63, 3.0689260e-7)];
+    const LLAMA3: [(usize, f32); 3] = [(28, 3.211_446e-3), (31, 8.567_514e-4), (63, 3.068_926e-7)];
 }

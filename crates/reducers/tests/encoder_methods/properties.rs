@@ -14,31 +14,25 @@ use crate::support::{CLIP, DINOV2, Flex, Method, Picture, QWEN, SIGLIP};
 
 const TOWERS: [EncoderShape; 4] = [CLIP, QWEN, SIGLIP, DINOV2];
 
-/// Methods, whether they need a class token, and whether a picture may say how many tokens it keeps.
-fn methods() -> [(Method, bool, bool); 10] {
+/// Every built-in method that works behind an encoder, and whether the picture may say how many tokens
+/// it keeps. Nüwa, which mixes whatever it keeps, has tests of its own.
+fn methods_of(encoder: EncoderShape) -> impl Iterator<Item = (Method, bool)> {
+    let by_name = EncoderMethod::NAMES.iter().map(|name| {
+        let text = format!(r#"{{"{name}": {{}}}}"#);
+        serde_json::from_str(&text).unwrap()
+    });
     let adaptive = PruMerge {
         adaptive: true,
         ..PruMerge::plus()
     };
-    [
-        (Box::new(VisionZip::default()), false, false),
-        (Box::new(DivPrune::default()), false, false),
-        (Box::new(HiPrune::default()), false, false),
-        (Box::new(VScan::default()), false, false),
-        (Box::new(CdPruner::default()), false, false),
-        (Box::new(FasterVlm::default()), true, false),
-        (Box::new(VisPruner::default()), true, false),
-        (Box::new(PruMerge::plus()), true, false),
-        (Box::new(PruMerge::default()), true, true),
-        (Box::new(adaptive), true, true),
-    ]
-}
-
-/// Methods that work behind an encoder.
-fn methods_of(encoder: EncoderShape) -> impl Iterator<Item = (Method, bool)> {
-    let works = move |needs_class: bool| encoder.class_token || !needs_class;
-    let methods = methods().into_iter().filter(move |method| works(method.1));
-    methods.map(|(method, _, adaptive)| (method, adaptive))
+    let forms = [PruMerge::plus(), adaptive].map(EncoderMethod::PruMerge);
+    let methods = by_name.chain(forms).filter(move |method: &EncoderMethod| {
+        method.name() != Nuwa::NAME && method.works_behind(&encoder).is_ok()
+    });
+    methods.map(|method| {
+        let adaptive = matches!(&method, EncoderMethod::PruMerge(method) if method.adaptive);
+        (Box::new(method) as Method, adaptive)
+    })
 }
 
 fn pictures() -> impl Strategy<Value = (Picture, usize)> {

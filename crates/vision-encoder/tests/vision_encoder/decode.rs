@@ -1,12 +1,11 @@
 //! Decoding image files: the pixels that Pillow sees, and a typed error for everything else.
-
-mod support;
-
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use safetensors::SafeTensors;
 use vision_encoder::{DecodeLimits, RgbImage, VisionError, decode};
+
+use crate::support;
 
 fn decoded(bytes: &[u8]) -> Result<RgbImage, VisionError> {
     decode(bytes, &DecodeLimits::default())

@@ -1,8 +1,5 @@
 //! Resizing and preprocessing to one size: equal to Pillow and to Hugging Face's image processors to
 //! the bit.
-
-mod support;
-
 use std::ops::Range;
 
 use burn::tensor::Tensor;
@@ -14,6 +11,8 @@ use vision_encoder::{
     Canvas, Pixels, RgbImage, VisionError, VitPreprocessor, VitPreprocessorConfig, Window,
     resize_bicubic, to_tensor,
 };
+
+use crate::support;
 
 fn preprocessor(config: &Value) -> VitPreprocessor {
     let config: VitPreprocessorConfig = serde_json::from_value(config.clone()).expect("parses");

@@ -8,7 +8,7 @@ use reducers::encoder::{
     VisPruner, VisionZip,
 };
 
-use crate::support::{CLIP, Flex, Kept, Picture, QWEN, assert_same, dense_weights};
+use super::support::{CLIP, Flex, Kept, Picture, QWEN, assert_same, dense_weights};
 
 /// Tokens of one feature each, by place.
 fn kept(tokens: &[(Option<usize>, f64)]) -> Kept {

@@ -7,7 +7,7 @@ use reducers::encoder::{
     VisPruner, VisionZip,
 };
 
-use crate::support::{CLIP, Flex, Kept, Matrix, Picture, QWEN, assert_same};
+use super::support::{CLIP, Flex, Kept, Matrix, Picture, QWEN, assert_same};
 
 const GRIDS: [[usize; 2]; 8] = [
     [1, 1],

@@ -10,7 +10,7 @@ use reducers::encoder::{
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::support::{CLIP, DINOV2, Flex, Method, Picture, QWEN, SIGLIP};
+use super::support::{CLIP, DINOV2, Flex, Method, Picture, QWEN, SIGLIP};
 
 const TOWERS: [EncoderShape; 4] = [CLIP, QWEN, SIGLIP, DINOV2];
 

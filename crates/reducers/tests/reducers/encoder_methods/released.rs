@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use reducers::encoder::{DivPrune, HiPrune, PruMerge, Tap, VisionZip};
 use safetensors::SafeTensors;
 
-use crate::support::{CLIP, Kept, Matrix, Method, Picture, QWEN, assert_same};
+use super::support::{CLIP, Kept, Matrix, Method, Picture, QWEN, assert_same};
 
-const FIXTURE: &[u8] = include_bytes!("../fixtures/encoder_methods.safetensors");
+const FIXTURE: &[u8] = include_bytes!("../../fixtures/encoder_methods.safetensors");
 
 /// Shape and numbers of a tensor.
 fn load(name: &str) -> (Vec<usize>, Vec<f32>) {

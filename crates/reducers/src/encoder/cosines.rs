@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{FloatDType, Tensor};
+use rayon::prelude::*;
 
 use super::host::{argmax, read};
 use crate::ReducerError;
@@ -66,27 +67,6 @@ impl<B: Backend> Cosines<B> {
         Ok(nearest)
     }
 
-    /// Similarities of some tokens to others, token by token, `others.len()` numbers each.
-    pub(super) fn between(
-        &self,
-        tokens: &[usize],
-        others: &[usize],
-    ) -> Result<Vec<f32>, ReducerError> {
-        if let Some(table) = &self.table {
-            let row = |&token: &usize| &table[token * self.tokens()..];
-            let of = |token| others.iter().map(move |&other| row(token)[other]);
-            return Ok(tokens.iter().flat_map(of).collect());
-        }
-        if tokens.is_empty() || others.is_empty() {
-            return Ok(Vec::new());
-        }
-        let columns = |of: &[usize]| {
-            let of = indices(of.iter().copied(), &self.unit.device());
-            self.unit.clone().select(1, of)
-        };
-        read(columns(tokens).transpose().matmul(columns(others)))
-    }
-
     /// Each token's mean similarity to other vectors.
     ///
     /// # Shapes
@@ -103,6 +83,60 @@ impl<B: Backend> Cosines<B> {
     fn rows(&self, rows: Range<usize>) -> Result<Vec<f32>, ReducerError> {
         let rows = self.unit.clone().narrow(1, rows.start, rows.len());
         read(rows.transpose().matmul(self.unit.clone()))
+    }
+}
+
+/// Similarities of pairs, asked for in no order: those of many tokens are products on the host, of
+/// vectors that are read back when a token is first asked for.
+pub(super) struct Pairs<'a, B: Backend> {
+    cosines: &'a Cosines<B>,
+    /// The tokens' columns, as far as they were read back.
+    vectors: Vec<Vec<f32>>,
+}
+
+impl<'a, B: Backend> Pairs<'a, B> {
+    pub(super) fn new(cosines: &'a Cosines<B>) -> Self {
+        Self {
+            vectors: vec![Vec::new(); cosines.tokens()],
+            cosines,
+        }
+    }
+
+    /// Similarities of some tokens to others, token by token, `others.len()` numbers each.
+    pub(super) fn between(
+        &mut self,
+        tokens: &[usize],
+        others: &[usize],
+    ) -> Result<Vec<f32>, ReducerError> {
+        if let Some(table) = &self.cosines.table {
+            let row = |&token: &usize| &table[token * self.cosines.tokens()..];
+            let of = |token| others.iter().map(move |&other| row(token)[other]);
+            return Ok(tokens.iter().flat_map(of).collect());
+        }
+        self.read(tokens)?;
+        self.read(others)?;
+        let vectors = &self.vectors;
+        let row = |&token: &usize| {
+            let cosine = move |&other: &usize| dot(&vectors[token], &vectors[other]);
+            others.iter().map(cosine).collect::<Vec<f32>>()
+        };
+        Ok(tokens.par_iter().flat_map_iter(row).collect())
+    }
+
+    fn read(&mut self, tokens: &[usize]) -> Result<(), ReducerError> {
+        let mut missing = tokens.to_vec();
+        missing.retain(|&token| self.vectors[token].is_empty());
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let unit = &self.cosines.unit;
+        let columns = indices(missing.iter().copied(), &unit.device());
+        let columns = read(unit.clone().select(1, columns).transpose())?;
+        let columns = columns.chunks(unit.dims()[0]);
+        for (token, column) in missing.into_iter().zip(columns) {
+            self.vectors[token] = column.to_vec();
+        }
+        Ok(())
     }
 }
 
@@ -133,6 +167,21 @@ pub(super) fn nearest<B: Backend>(
     Ok(nearest)
 }
 
+/// The product of two vectors of one length.
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    const LANES: usize = 16;
+    let mut sums = [0.0; LANES];
+    let (blocks, others) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+    let rest = blocks.remainder().iter().zip(others.remainder());
+    let rest: f32 = rest.map(|(a, b)| a * b).sum();
+    for (a, b) in blocks.zip(others) {
+        for lane in 0..LANES {
+            sums[lane] += a[lane] * b[lane];
+        }
+    }
+    sums.iter().sum::<f32>() + rest
+}
+
 /// Every column scaled to length 1, in f32.
 pub(super) fn unit<B: Backend>(features: Tensor<B, 2>) -> Result<Tensor<B, 2>, ReducerError> {
     let features = features.cast(FloatDType::F32);
@@ -142,4 +191,33 @@ pub(super) fn unit<B: Backend>(features: Tensor<B, 2>) -> Result<Tensor<B, 2>, R
         return Err(ReducerError::NanScore { index });
     }
     Ok(features / lengths.clamp_min(f32::MIN_POSITIVE))
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::{Distribution, Tensor};
+    use burn_flex::Flex;
+
+    use super::{Cosines, Pairs};
+
+    #[test]
+    fn products_on_the_host_are_those_of_the_device() {
+        let features = Tensor::<Flex, 2>::random(
+            [37, 50],
+            Distribution::Uniform(-1.0, 1.0),
+            &Default::default(),
+        );
+        let mut cosines = Cosines::new(features).unwrap();
+        let (tokens, others) = ([3, 0, 49], [7, 3, 8, 0]);
+        let by_table = Pairs::new(&cosines).between(&tokens, &others).unwrap();
+        cosines.table = None;
+        let mut pairs = Pairs::new(&cosines);
+        let by_vectors = pairs.between(&tokens, &others).unwrap();
+        assert_eq!(by_table.len(), 12);
+        for (a, b) in by_table.iter().zip(&by_vectors) {
+            assert!((a - b).abs() < 1e-6, "{a} {b}");
+        }
+        assert_eq!(pairs.between(&tokens, &others).unwrap(), by_vectors);
+        assert!(pairs.between(&tokens, &[]).unwrap().is_empty());
+    }
 }

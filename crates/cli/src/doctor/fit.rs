@@ -78,11 +78,16 @@ impl Answer<'_> {
             let text = self.text_tokens;
             let memory = Memory::of(&**self.config, &picture, text, &schedule, numbers);
             let weight = tensor_bytes(self.parameters.largest_elements, self.dtype);
-            // What the allocator keeps of the memory that weights were read into and converted in.
-            let kept = if backend::ON_HOST { 2 * weight } else { 0 };
+            let weights = tensor_bytes(self.parameters.elements, self.dtype);
+            // What the allocator keeps of the memory that weights were read into and converted in, and
+            // a hundredth between them.
+            let kept = match backend::ON_HOST {
+                true => weight.saturating_mul(2).saturating_add(weights / 100),
+                false => 0,
+            };
             Need {
                 routing,
-                weights: tensor_bytes(self.parameters.elements, self.dtype),
+                weights,
                 kv: memory.kv,
                 activations: memory.activations.saturating_add(kept),
                 program: self.program,

@@ -121,6 +121,8 @@ macro_rules! families {
                 step: Option<&EncoderStep<'_, B>>,
                 questions: [Vec<Tensor<B, 2>>; 2],
             ) -> Result<VisualTokens<B>, ZooError> {
+                let reduced = step.is_some();
+                let _span = tracing::info_span!("vision", reduced).entered();
                 Ok(match self {
                     $(Self::$family(model) => reroute_family::see(model, pixels, step, questions)?,)+
                 })
@@ -194,6 +196,7 @@ impl<B: Backend> Model<B> {
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, ZooError> {
         let shards = Shards::open(folder)?;
+        let _span = tracing::info_span!("loading", dtype = ?dtype).entered();
         let (names, options) = (config.names(), config.load_options(dtype));
         Ok(Self::new(config, device)?.load(&shards, names, &options, progress)?)
     }

@@ -19,6 +19,9 @@
 //! (methods, schedules, rules of one's own), [`reroute`] (the routed decoder), [`reroute_family`] (what a
 //! family implements), [`llava`] and [`qwen_vl`].
 //!
+//! Those who embed the library see what it does in [`tracing`](https://docs.rs/tracing) spans: `loading`,
+//! `vision`, `prefill` (samples, rows), each `decision` (layer, candidates, kept), `decode`.
+//!
 //! Fine-tuning through a routed prefill: a [`Model`] is a Burn [`Module`](burn::module::Module), and
 //! [`Vlm::logits`] are those behind each token of a known answer.
 //!

@@ -30,7 +30,7 @@ macro_rules! families {
 
         /// A model of one of the families.
         #[derive(Module, Debug)]
-        #[expect(clippy::large_enum_variant, reason = "a Box is no Module")]
+        #[allow(clippy::large_enum_variant, reason = "a Box is no Module; how much they differ is the families' business")]
         pub enum Model<B: Backend> {
             $($(#[$doc])* $family($krate::$model<B>),)+
         }

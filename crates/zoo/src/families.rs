@@ -1,4 +1,5 @@
 //! The families that this zoo opens. A further one is one more line in the list below.
+#![allow(clippy::large_enum_variant, reason = "a Box is no Module")]
 
 use std::ops::Deref;
 
@@ -30,7 +31,6 @@ macro_rules! families {
 
         /// A model of one of the families.
         #[derive(Module, Debug)]
-        #[allow(clippy::large_enum_variant, reason = "a Box is no Module; how much they differ is the families' business")]
         pub enum Model<B: Backend> {
             $($(#[$doc])* $family($krate::$model<B>),)+
         }

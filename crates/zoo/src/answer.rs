@@ -62,7 +62,7 @@ pub struct Answer {
     /// How each image and video of the prompt was seen.
     pub views: Vec<View>,
     /// Of each visual token of the prompt, the view it belongs to and its place there; `None` for a
-    /// token without one (see [`reducers::encoder::KeptVisuals`]).
+    /// token without one (see [`reducers::encoder::Reduction`]).
     pub cells: Vec<(usize, Option<usize>)>,
     /// What routing did; decisions of this sample only. Its rows are those that were computed: in a
     /// conversation, earlier turns have computed the others.

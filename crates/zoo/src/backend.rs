@@ -8,7 +8,7 @@
 //! | `webgpu` | `Wgpu` | GPUs through Metal, DirectX 12 or Vulkan, in WebGPU's own shading language |
 //! | `cuda` | `Cuda` | NVIDIA GPUs; the driver is loaded at run time |
 //!
-//! Several may be compiled in. For training wrap one in [`burn::backend::Autodiff`], which the feature
+//! Several may be compiled in. For training wrap one in `burn::backend::Autodiff`, which the feature
 //! `autodiff` brings.
 
 /// CPU, the fastest.

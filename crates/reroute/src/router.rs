@@ -206,7 +206,7 @@ impl<'a, B: Backend> Router<'a, B> {
     /// rows of earlier turns.
     ///
     /// # Shapes
-    /// - `hidden_states`: `[hidden_size, rows]` as [`leave`](Self::leave) returned them
+    /// - `hidden_states`: `[hidden_size, rows]` as leaving a layer returned them
     ///
     /// # Errors
     /// [`RerouteError::Prompt`] for other rows, and what a scorer refuses.

@@ -37,9 +37,6 @@ pub use drift::Drift;
 pub use error::{Place, RerouteError};
 pub use generate::{FinishReason, Generation, GenerationOptions, generate};
 pub use prompt::{KeptRows, Prompt, SampleLayout, interleave};
-// What `KeptRows` was called.
-#[doc(hidden)]
-pub use prompt::KeptRows as Survivors;
 pub use rope::{RopeConfig, RopeDefaults, RopeError, RopeFields, RopeReading, RopeScaling};
 pub use router::{Routed, Router};
 pub use sampling::{Sampler, SamplingOptions};

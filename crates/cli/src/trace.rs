@@ -127,7 +127,7 @@ fn check_types(
     Ok(())
 }
 
-/// The pixels of either family.
+/// Pixels of images of one size, or patches.
 fn pixels(tensors: &SafeTensors, device: &Device) -> anyhow::Result<PixelTensors<Backend>> {
     let images = tensors.tensor("in.pixel_values").ok();
     let images = images.filter(|view| !view.data().is_empty());

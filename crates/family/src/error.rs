@@ -96,6 +96,30 @@ pub enum FamilyError {
         /// Entries of rows kept.
         kept: usize,
     },
+    /// A family gives positions of other axes than its decoder turns by.
+    #[error("positions have {found} axes, the decoder's rotary positions have {expected}")]
+    Axes {
+        /// As given.
+        found: usize,
+        /// What the decoder has.
+        expected: usize,
+    },
+    /// What a tower shows does not belong together.
+    #[error("the vision tower shows {shown} tokens of pictures that have {tokens}")]
+    Look {
+        /// Columns of its features.
+        shown: usize,
+        /// Tokens by the grids.
+        tokens: usize,
+    },
+    /// A reduction reads the question of every picture, and they are not as many.
+    #[error("{questions} questions were given for {pictures} pictures: give one for each")]
+    Questions {
+        /// Questions.
+        questions: usize,
+        /// Images, or videos.
+        pictures: usize,
+    },
     /// The model has never seen a video.
     #[error("this model takes images only, no videos; give single frames as images")]
     NoVideos,

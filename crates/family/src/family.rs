@@ -180,3 +180,17 @@ pub struct Look<B: Backend> {
     /// See [`reroute::Prompt::deepstack`].
     pub deepstack: Vec<Tensor<B, 2>>,
 }
+
+impl<B: Backend> Look<B> {
+    /// Whether there are pictures, and the features are of as many tokens as these have.
+    pub(crate) fn check(&self) -> Result<(), FamilyError> {
+        let tokens = |grid: &[usize; 3]| grid.iter().copied().reduce(usize::saturating_mul);
+        let tokens = self.grids.iter().filter_map(tokens);
+        let tokens = tokens.fold(0, usize::saturating_add);
+        let shown = self.taps.get(&Tap::Features).map_or(0, |x| x.dims()[1]);
+        match tokens == shown && shown > 0 {
+            true => Ok(()),
+            false => Err(FamilyError::Look { shown, tokens }),
+        }
+    }
+}

@@ -100,7 +100,7 @@ fn decoder_layer(config: &DecoderConfig) -> LayerMemory {
     }
 }
 
-/// Arithmetic that a row has in a layer.
+/// Numbers that a row has in a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LayerMemory {
     /// Attention heads.

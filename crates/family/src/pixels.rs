@@ -80,6 +80,12 @@ impl<B: Backend> PixelTensors<B> {
             let packed = packed.transpose()?;
             Ok::<_, FamilyError>(packed.map(|(patches, grids)| Pictures::Patches(patches, grids)))
         };
+        if !(fixed.is_empty() || images.is_empty()) {
+            return Err(FamilyError::WrongPixels {
+                given: "squares and patches together",
+                wanted: "one of them",
+            });
+        }
         let images = match fixed.is_empty() {
             true => pack(images)?,
             false => Some(Pictures::Fixed(to_tensor(&fixed, device)?)),

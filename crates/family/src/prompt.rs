@@ -193,6 +193,12 @@ impl Packed {
         kept: &KeptRows,
     ) -> Result<(), FamilyError> {
         let full = config.positions(sample)?;
+        if full.axes.len() != self.positions.len() {
+            return Err(FamilyError::Axes {
+                found: full.axes.len(),
+                expected: self.positions.len(),
+            });
+        }
         // Before they become a tensor: backends count in 32 bits.
         let needed = usize::try_from(full.next).unwrap_or(usize::MAX);
         let (available, limit) = config.decoder().context();

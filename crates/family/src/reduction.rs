@@ -47,7 +47,7 @@ impl KeptVisuals {
 }
 
 /// What a reduction made of images, or of videos.
-pub(crate) struct Pictures<B: Backend> {
+pub(crate) struct ReducedTokens<B: Backend> {
     /// As [`Tap::Features`].
     pub(crate) features: Tensor<B, 2>,
     pub(crate) deepstack: Vec<Tensor<B, 2>>,
@@ -72,7 +72,7 @@ pub(crate) fn reduce<B: Backend>(
     questions: &[Tensor<B, 2>],
     step: &EncoderStep<'_, B>,
     encoder: EncoderShape,
-) -> Result<Pictures<B>, FamilyError> {
+) -> Result<ReducedTokens<B>, FamilyError> {
     let (mut features, mut kept) = (Vec::new(), Vec::new());
     let mut deepstack = vec![Vec::new(); look.deepstack.len()];
     let (mut start, mut picture) = (0, 0);
@@ -106,7 +106,7 @@ pub(crate) fn reduce<B: Backend>(
         }
         kept.push(of_visual);
     }
-    Ok(Pictures {
+    Ok(ReducedTokens {
         features: Tensor::cat(features, 1),
         deepstack: deepstack
             .into_iter()
@@ -209,7 +209,8 @@ pub(crate) fn kept_of_slots(
             let (of_visual, after) = rest.split_at(visual.tokens.min(rest.len()));
             of_visual.iter().for_each(|&row| is_slot[row] = true);
             for (at, place) in visual.places.iter().enumerate() {
-                let salience = visual.salience.as_ref().map(|salience| salience[at]);
+                let salience = visual.salience.as_ref();
+                let salience = salience.and_then(|salience| salience.get(at).copied());
                 let row = of_visual.get(place.unwrap_or(0));
                 chosen.extend(row.map(|&row| (row, salience)));
             }

@@ -110,6 +110,13 @@ fn of_kind<B: Backend, M: FamilyModel<B>>(
         return Ok(None);
     };
     let mut look = model.look(pictures, needs)?;
+    look.check()?;
+    if needs.contains(&Tap::Question) && questions.len() != look.grids.len() {
+        return Err(FamilyError::Questions {
+            questions: questions.len(),
+            pictures: look.grids.len(),
+        });
+    }
     let mut kept = Vec::new();
     let features = match step {
         Some(step) => {

@@ -19,15 +19,16 @@ impl MeanHidden {
         else {
             return;
         };
-        let after = layer + 1;
-        if !(first..=last).contains(&after) {
+        // Number 0 is the input of the tower, number `layer + 1` the output of the layer.
+        let is_first = first == 0 && layer == 0;
+        let is_output = (first..=last).contains(&layer.saturating_add(1));
+        let share = 1.0 / last.saturating_sub(first).saturating_add(1) as f64;
+        let shown = [(is_output, output), (is_first, input)].into_iter();
+        let shown = shown.filter(|&(is_shown, _)| is_shown);
+        let shown = shown.map(|(_, x)| rows(x) * share);
+        let Some(sum) = shown.reduce(|sum, x| sum + x) else {
             return;
-        }
-        let share = 1.0 / (last - first + 1) as f64;
-        let mut sum = rows(output) * share;
-        if first == 0 && layer == 0 {
-            sum = sum + rows(input) * share;
-        }
+        };
         let sum = match seen.remove(&tap) {
             Some(before) => before + sum,
             None => sum,

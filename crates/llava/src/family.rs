@@ -81,6 +81,11 @@ impl FamilyConfig for LlavaConfig {
         &NAMES
     }
 
+    /// Towers have other names.
+    fn file_name(&self, path: &str) -> Option<String> {
+        crate::names::file_name(&self.vision, path)
+    }
+
     fn dialect(&self) -> Dialect {
         DIALECT
     }

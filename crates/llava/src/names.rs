@@ -1,4 +1,5 @@
 use reroute_checkpoint::{NameTable, Rule};
+use vision_encoder::vit::{VitActivation, VitConfig, VitKind};
 
 /// A rule for parameters of the vision tower, below any of the prefixes that libraries have written.
 macro_rules! tower {
@@ -68,9 +69,58 @@ pub static NAMES: NameTable = NameTable {
     ],
 };
 
+/// What the hub's checkpoints with this tower call the parameter at a path of
+/// [`Llava`](crate::Llava): the other way round than [`NAMES`], for saving.
+pub(crate) fn file_name(tower: &VitConfig, path: &str) -> Option<String> {
+    let Some(rest) = path.strip_prefix("vision_tower.") else {
+        return NAMES.file_name(path);
+    };
+    match tower.kind {
+        VitKind::Dinov2 if tower.activation == VitActivation::SwiGlu => {
+            SWIGLU.file_name(rest).or_else(|| DINOV2.file_name(rest))
+        }
+        VitKind::Dinov2 => DINOV2.file_name(rest),
+        _ => Some(format!("vision_tower.vision_model.{rest}")),
+    }
+}
+
+/// A rule of one spelling.
+macro_rules! written {
+    ($($module:literal: $file:literal,)+) => {
+        NameTable {
+            rules: &[$(Rule { module: $module, file: &[concat!("vision_tower.", $file)] }),+],
+            ignore: &[],
+        }
+    };
+}
+
+static DINOV2: NameTable = written! {
+    "embeddings.patch_embedding.*": "embeddings.patch_embeddings.projection.*",
+    "encoder.layers.{}.self_attn.q_proj.*": "encoder.layer.{}.attention.attention.query.*",
+    "encoder.layers.{}.self_attn.k_proj.*": "encoder.layer.{}.attention.attention.key.*",
+    "encoder.layers.{}.self_attn.v_proj.*": "encoder.layer.{}.attention.attention.value.*",
+    "encoder.layers.{}.self_attn.out_proj.*": "encoder.layer.{}.attention.output.dense.*",
+    "encoder.layers.{}.layer_norm1.*": "encoder.layer.{}.norm1.*",
+    "encoder.layers.{}.layer_norm2.*": "encoder.layer.{}.norm2.*",
+    "encoder.layers.{}.*": "encoder.layer.{}.*",
+    "*": "*",
+};
+
+/// Where a gated MLP differs.
+static SWIGLU: NameTable = written! {
+    "encoder.layers.{}.mlp.fc1.*": "encoder.layer.{}.mlp.weights_in.*",
+    "encoder.layers.{}.mlp.fc2.*": "encoder.layer.{}.mlp.weights_out.*",
+};
+
 #[cfg(test)]
 mod tests {
-    use super::NAMES;
+    use super::{NAMES, file_name};
+    use vision_encoder::vit::{VitConfig, VitHfConfig};
+
+    fn clip() -> VitConfig {
+        let config = VitHfConfig::clip_large_patch14_336();
+        config.resolve().expect("the published configuration")
+    }
 
     /// What is written reads back, as the hub spells it.
     #[test]
@@ -93,7 +143,7 @@ mod tests {
                 "vision_tower.vision_model.encoder.layers.3.mlp.fc1.weight",
             ),
         ] {
-            assert_eq!(NAMES.file_name(path).as_deref(), Some(name));
+            assert_eq!(file_name(&clip(), path).as_deref(), Some(name));
             assert_eq!(NAMES.module_path(name).as_deref(), Some(path));
         }
     }

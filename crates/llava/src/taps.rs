@@ -44,7 +44,7 @@ impl<B: Backend> Llava<B> {
             | Tap::ReceivedAttention { layer }
             | Tap::ClassQuery { layer }
             | Tap::ClassKey { layer }
-            | Tap::Keys { layer } => layer + 1,
+            | Tap::Keys { layer } => layer.saturating_add(1),
             Tap::MeanHidden { last, .. } | Tap::MeanHiddenInWindows { last, .. } => last,
             Tap::Features | Tap::Embeddings | Tap::ClassToken | Tap::Question => 0,
         });

@@ -1,4 +1,4 @@
-use reroute::{DecoderConfig, MAX_HEAD_DIM, RopeConfig};
+use reroute::{DecoderConfig, MAX_HEAD_DIM, RopeConfig, RopeDefaults, RopeFields};
 use serde::Deserialize;
 use vision_encoder::qwen::{QwenGeneration, QwenTowerConfig, QwenVisionConfig};
 
@@ -31,25 +31,14 @@ struct TextConfig {
     head_dim: Option<usize>,
     max_position_embeddings: Option<usize>,
     rms_norm_eps: Option<f64>,
-    rope_theta: Option<f64>,
-    rope_scaling: Option<RopeParameters>,
-    rope_parameters: Option<RopeParameters>,
+    #[serde(flatten)]
+    rope: RopeFields,
     hidden_act: Option<String>,
     attention_bias: Option<bool>,
     use_sliding_window: Option<bool>,
     max_window_layers: Option<usize>,
     layer_types: Option<Vec<String>>,
     tie_word_embeddings: Option<bool>,
-}
-
-#[derive(Debug, Clone, Default, Deserialize)]
-struct RopeParameters {
-    // Current libraries write both names at once.
-    rope_type: Option<String>,
-    r#type: Option<String>,
-    rope_theta: Option<f64>,
-    mrope_section: Option<[usize; 3]>,
-    mrope_interleaved: Option<bool>,
 }
 
 fn default_image_token() -> u32 {
@@ -247,20 +236,15 @@ impl TextConfig {
         interleaved: bool,
         default: &Defaults,
     ) -> Result<RopeConfig, FamilyError> {
-        let given = self.rope_scaling.as_ref().or(self.rope_parameters.as_ref());
-        let rope = given.cloned().unwrap_or_default();
-        for kind in [&rope.rope_type, &rope.r#type].into_iter().flatten() {
-            if !["default", "mrope"].contains(&kind.as_str()) {
-                return unsupported(format!(
-                    "rope type \"{kind}\" is not supported, only \"default\" and \"mrope\" are: remove the \
-                     scaling for long contexts to run the model as it was trained"
-                ));
-            }
-        }
-        if rope
-            .mrope_interleaved
-            .is_some_and(|given| given != interleaved)
-        {
+        let rope = self.rope.read(RopeDefaults {
+            theta: default.rope_theta,
+            max_position_embeddings: self
+                .max_position_embeddings
+                .unwrap_or(default.max_position_embeddings),
+            mrope: true,
+        });
+        let rope = rope.map_err(|error| FamilyError::Config(error.to_string()))?;
+        if (rope.mrope_interleaved).is_some_and(|given| given != interleaved) {
             return unsupported(format!(
                 "mrope_interleaved must be {interleaved} in this model"
             ));
@@ -277,11 +261,8 @@ impl TextConfig {
             sectioned_axis
         };
         Ok(RopeConfig {
-            scaling: Default::default(),
-            theta: rope
-                .rope_theta
-                .or(self.rope_theta)
-                .unwrap_or(default.rope_theta),
+            scaling: rope.scaling,
+            theta: rope.theta,
             // Of a wider head, which is refused later, no memory is asked for.
             axis_of_frequency: (0..head_dim.min(MAX_HEAD_DIM) / 2)
                 .map(|frequency| axis(frequency, section))

@@ -2,6 +2,9 @@
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum VisionError {
+    /// A tower was called on no image.
+    #[error("there are no images; leave them out of the call, or give at least one")]
+    NoImages,
     /// A tower's configuration contradicts itself.
     #[error("config.json: {0}")]
     Config(String),

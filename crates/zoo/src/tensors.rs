@@ -7,7 +7,7 @@ use reroute::{
     Generation, GenerationOptions, HiddenStates, KvCache, PrefillOptions, Prompt, RoutingTrace,
     generate,
 };
-use reroute_family::{Modality, Sample};
+use reroute_family::{FamilyError, Modality, Sample};
 use vision_encoder::Grid;
 
 use crate::{PixelTensors, Routing, VisualTokens, Vlm, ZooError};
@@ -53,6 +53,15 @@ impl<B: Backend> Vlm<B> {
         hidden_states: bool,
     ) -> Result<TensorOutputs<B>, ZooError> {
         let model = self.model();
+        let videos = inputs.pixels.videos.as_ref();
+        let videos = videos.map_or(0, |videos| videos.grids().len());
+        let seconds = &inputs.second_per_grid_ts;
+        if !seconds.is_empty() && seconds.len() != videos {
+            return Err(ZooError::Family(FamilyError::SecondsPerGrid {
+                given: seconds.clone(),
+                videos,
+            }));
+        }
         let samples = self.with_grids(&inputs);
         let routing = routing.into();
         let pixels = inputs.pixels.cast(self.dtype());

@@ -3,7 +3,7 @@ use std::sync::Arc;
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
 use reducers::encoder::Tap;
-use reroute::{DecoderConfig, Drift, GenerationOptions, Prompt};
+use reroute::{DecoderConfig, Drift, GenerationOptions, Prompt, RerouteError};
 use reroute_checkpoint::{CONFIG_MAX_BYTES, Folder, LoadProgress, TOKENIZER_MAX_BYTES};
 use reroute_family::kept_rows;
 use serde::Deserialize;
@@ -15,10 +15,13 @@ use crate::{
     Preprocessor, Question, Routing, Sample, Tokenizer, View, Visual, VisualTokens, ZooError,
 };
 
+/// Rows of a prompt before a reduction that no model takes: 64 MiB of token ids.
+const MAX_ROWS: usize = 1 << 24;
+
 /// A vision-language model with everything it needs to answer.
 ///
 /// Threads may share it. On GPU backends of Burn 0.21 that needs `max_streams = 1` in a `cubecl.toml`: see
-/// "Backends" in the README.
+/// `docs/backends.md`.
 pub struct Vlm<B: Backend> {
     config: ModelConfig,
     model: Model<B>,
@@ -313,11 +316,25 @@ pub(crate) fn encode_messages(
 ) -> Result<Vec<u32>, ZooError> {
     let ids = template.encode(tokenizer, messages, true)?;
     let (mut images, mut videos) = (Vec::new(), Vec::new());
+    // Before anything is as long as they say.
+    let needed = views.iter().fold(ids.len(), |rows, view| {
+        let tokens = view.tokens.iter().copied().reduce(usize::saturating_mul);
+        rows.saturating_add(tokens.unwrap_or(0))
+    });
+    if needed > MAX_ROWS {
+        let (available, limit) = config.decoder().context();
+        return Err(ZooError::Reroute(RerouteError::ContextLength {
+            needed,
+            available,
+            limit,
+        }));
+    }
     for view in views {
         let [steps, rows, columns] = view.tokens;
+        let tokens = rows.saturating_mul(columns);
         match view.time {
-            None => images.push(rows * columns),
-            Some(_) => videos.extend(template.dialect().video_slots(steps, rows * columns)),
+            None => images.push(tokens),
+            Some(_) => videos.extend(template.dialect().video_slots(steps, tokens)),
         }
     }
     let tokens = config.slots();

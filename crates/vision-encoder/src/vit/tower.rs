@@ -154,6 +154,9 @@ impl<B: Backend> VitTower<B> {
     ) -> Result<Tensor<B, 2>, VisionError> {
         let size = self.config.image_size;
         let [images, channels, height, width] = pixels.dims();
+        if images == 0 {
+            return Err(VisionError::NoImages);
+        }
         if [channels, height, width] != [3, size, size] {
             return Err(VisionError::PixelShape {
                 expected: [3, size, size],

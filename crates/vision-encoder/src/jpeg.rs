@@ -9,7 +9,12 @@ use libjpeg_turbo_rs::{ComponentInfo, Decoder, FrameHeader, JpegError, PixelForm
 
 use crate::{DecodeLimits, VisionError};
 
-/// Decodes a whole file; `None` if only another decoder can.
+/// Most pixels of a picture that is decoded here: the decoder holds all colours of it once more, and of a
+/// progressive file six bytes a pixel. Of larger ones a third of the pixels may differ from Pillow's by up
+/// to 4 levels, before they are scaled down to what a model sees.
+const MOST_PIXELS: u64 = 1 << 24;
+
+/// Decodes a whole file; `None` if only another decoder can, or shall.
 pub(crate) fn decode(
     bytes: &[u8],
     limits: &DecodeLimits,
@@ -37,6 +42,7 @@ pub(crate) fn decode(
         return Err(broken(io::Error::from(io::ErrorKind::UnexpectedEof)));
     }
     let is_cmyk = match channels(frame) {
+        _ if u64::from(width) * u64::from(height) > MOST_PIXELS => return Ok(None),
         Some(channels) => channels == 4,
         None => return Ok(None),
     };

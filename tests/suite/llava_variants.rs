@@ -8,8 +8,8 @@ use reducers::encoder::{DivPrune, EncoderReducer, FasterVlm, UniformGrid};
 use reducers::{Action, Keep, Schedule, Stage};
 use reroute_cli::backend::{Backend, Device};
 use reroute_zoo::{
-    EncoderStep, FamilyConfig, Folder, OpenOptions, Pictures, PixelTensors, Routing, TensorInputs,
-    TensorOutputs, Visual, Vlm, ZooError,
+    EncoderStep, Folder, OpenOptions, Pictures, PixelTensors, Routing, TensorInputs, TensorOutputs,
+    Visual, Vlm, ZooError,
 };
 use safetensors::SafeTensors;
 

@@ -11,6 +11,7 @@ use reroute_zoo::{
     EncoderStep, Folder, OpenOptions, Pictures, PixelTensors, Routing, TensorInputs, TensorOutputs,
     Visual, Vlm, ZooError,
 };
+use safetensors::SafeTensors;
 
 use crate::golden::{Reference as Golden, assert_close, fixture, picture, rows, values};
 use crate::reference::Reference;
@@ -138,6 +139,32 @@ fn features_logits_and_tokens_are_those_of_the_library() {
         let last = &expected[expected.len() - logits.len()..];
         close("logits", &logits, last);
         assert_eq!(out.generations[0].tokens, golden.ids("greedy"), "{name}");
+    }
+}
+
+/// What is written under our names is what the library wrote, but for `vision_model`, which current ones
+/// leave out where older ones have it.
+#[test]
+fn weights_are_written_under_the_library_s_names() {
+    for Variant { name, vlm, .. } in ALL.iter() {
+        let names = vlm.config().names();
+        let path = fixture(&format!("llava_variants/{name}/model.safetensors"));
+        let file = std::fs::read(path).expect("the fixture is complete");
+        let tensors = SafeTensors::deserialize(&file).expect("safetensors");
+        let mut written = 0;
+        for stored in tensors.names() {
+            if names.ignores(stored) {
+                continue;
+            }
+            let module = names.module_path(stored).expect("a parameter");
+            let found = names.file_name(&module).expect("a name");
+            assert_eq!(
+                found.replace("vision_tower.vision_model.", "vision_tower."),
+                *stored
+            );
+            written += 1;
+        }
+        assert!(written > 50, "{name}: {written}");
     }
 }
 

@@ -10,8 +10,9 @@ use reroute_family::{
 
 use vision_encoder::vit::VitKind;
 
+use crate::names::names;
 use crate::preprocess::read;
-use crate::{LlavaConfig, LlavaHfConfig, LlavaPreprocessor, NAMES};
+use crate::{LlavaConfig, LlavaHfConfig, LlavaPreprocessor};
 
 /// The prompt that LLaVA-1.5 was trained on for referring expressions (arXiv 2310.03744, Table 9); the
 /// answer is `[0.12, 0.34, 0.56, 0.78]`.
@@ -78,12 +79,7 @@ impl FamilyConfig for LlavaConfig {
     }
 
     fn names(&self) -> &'static NameTable {
-        &NAMES
-    }
-
-    /// Towers have other names.
-    fn file_name(&self, path: &str) -> Option<String> {
-        crate::names::file_name(&self.vision, path)
+        names(&self.vision)
     }
 
     fn dialect(&self) -> Dialect {

@@ -2,6 +2,7 @@
 //! rounding of the inverse cosine transform and how halved colour is scaled up.
 
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use image::error::{DecodingError, ImageFormatHint};
 use image::{DynamicImage, ImageError, ImageFormat};
@@ -52,7 +53,10 @@ pub(crate) fn decode(
     });
     // As libjpeg does where a progressive file ends after its first scans.
     decoder.set_block_smoothing(true);
-    let data = decoder.decode_image().map_err(failed)?.data;
+    // On some broken files of four channels it panics instead of refusing them.
+    let decoded = catch_unwind(AssertUnwindSafe(|| decoder.decode_image()));
+    let decoded = decoded.map_err(|_| broken(io::Error::from(io::ErrorKind::InvalidData)))?;
+    let data = decoded.map_err(failed)?.data;
     let data = match is_cmyk {
         true => data.as_chunks().0.iter().flat_map(rgb).collect(),
         false => data,
@@ -70,7 +74,15 @@ fn channels(frame: &FrameHeader) -> Option<usize> {
         _ if frame.precision != 8 => None,
         [_] => Some(1),
         [_, _, _] => Some(3),
-        [first, _, _, last] if sampling(first) == sampling(last) => Some(4),
+        [first, colours @ .., last] if colours.len() == 2 && sampling(first) == sampling(last) => {
+            // Scaled up by whole numbers.
+            let whole = |c: &ComponentInfo| {
+                let divides = |of: u8, part: u8| part > 0 && of.is_multiple_of(part);
+                divides(first.horizontal_sampling, c.horizontal_sampling)
+                    && divides(first.vertical_sampling, c.vertical_sampling)
+            };
+            colours.iter().all(whole).then_some(4)
+        }
         _ => None,
     }
 }

@@ -170,7 +170,7 @@ fn measure(
         reduce_ms: None,
         drift: Vec::new(),
     };
-    let shape = vlm.decoder_config().shape();
+    let shape = vlm.config().decoder().shape();
     let plan = match preset.plan(shape.num_layers, &vlm.config().encoder()) {
         Ok(plan) => plan,
         Err(error) => {

@@ -320,7 +320,7 @@ fn config_numbers_that_are_impossible_or_contradict_each_other() {
         (
             "/image_token_index",
             json!(5),
-            "0 image slots for 1 images (the image token of config.json is 5)",
+            "0 image placeholders for 1 images (the image token of config.json is 5)",
         ),
         (
             "/model_type",

@@ -276,6 +276,14 @@ fn trace_inputs_that_are_missing_or_of_the_wrong_kind() {
             vec![i64s("in.input_ids", [2], [1, 2])],
             "in.input_ids must be [B, L], but is [2]",
         ),
+        (
+            vec![
+                ids(),
+                good(),
+                f32s("in.pixel_values_videos", [1, 2], [0.0; 2]),
+            ],
+            "in.pixel_values_videos are patches",
+        ),
         (vec![empty([0, 4])], no_tokens),
         (vec![empty([1, 0])], no_tokens),
         (vec![empty([1 << 60, 0])], no_tokens),

@@ -63,7 +63,7 @@ fn tokenizers_that_are_broken_or_belong_to_another_model() {
     let (place, text) = ("/added_tokens/3/content", json!("<picture>"));
     let folder = Scratch::checkpoint();
     folder.set("tokenizer.json", place, text);
-    refuses(&ask(&folder), &["makes 0 image slots for 1 images"]);
+    refuses(&ask(&folder), &["makes 0 image placeholders for 1 images"]);
 }
 
 /// Asserts that the fixture with this chat template is refused.
@@ -83,11 +83,11 @@ fn chat_templates_that_are_broken_or_without_a_slot() {
         ("", "the image token of config.json is 407"),
         (
             "{{ messages[0].content[-1].text }}",
-            "makes 0 image slots for 1 images",
+            "makes 0 image placeholders for 1 images",
         ),
         (
             "<image><image>{{ messages[0].content[-1].text }}",
-            "makes 2 image slots for 1 images",
+            "makes 2 image placeholders for 1 images",
         ),
     ] {
         refuses_template(source, expected);
@@ -128,7 +128,7 @@ fn chat_templates_that_would_overflow_the_stack() {
         ("(", "(", 60_000, "recursion limits"),
         ("-", "-", 60_000, "syntax error"),
         ("1", "|nobody", 9_000, "unknown filter"),
-        ("1", "|string", 9_000, "makes 0 image slots"),
+        ("1", "|string", 9_000, "makes 0 image placeholders"),
         ("1", "+nothing", 7_000, "unsupported types"),
         ("messages", ".a", 30_000, "undefined value"),
     ] {

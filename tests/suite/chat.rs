@@ -306,7 +306,7 @@ fn qwen_converses_about_images_and_videos() {
 fn a_rerouted_qwen_turn_equals_one_prompt_of_the_whole_conversation() {
     for family in ["qwen2vl", "qwen25vl", "qwen3vl"] {
         let vlm = open(family);
-        let layers = vlm.decoder_config().num_layers;
+        let layers = vlm.config().decoder().num_layers;
         let schedule = presets::find("reroute-pdrop@192")
             .unwrap()
             .schedule(layers)

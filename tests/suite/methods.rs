@@ -67,7 +67,7 @@ fn may_keep_fewer(preset: &Preset) -> bool {
 #[test]
 fn every_method_keeps_what_its_label_says() {
     for (family, vlm) in FAMILIES.iter() {
-        let num_layers = vlm.decoder_config().num_layers;
+        let num_layers = vlm.config().decoder().num_layers;
         let mut planned = 0;
         for preset in presets::presets() {
             let Some(plan) = plan(vlm, &preset) else {
@@ -117,7 +117,7 @@ fn every_method_keeps_what_its_label_says() {
             assert_eq!(rows, per_layer, "{what}");
             assert_eq!(answer.kv_rows, answer.trace.rows.concat(), "{what}");
             let (text, bytes) = (text, vlm.dtype().size());
-            let shape = vlm.decoder_config().shape();
+            let shape = vlm.config().decoder().shape();
             let cost =
                 reducers::Cost::of(&shape, &plan.schedule, answer.visual_tokens, text, bytes);
             assert_eq!(answer.kv_bytes, cost.kv_bytes, "{what}");

@@ -26,7 +26,7 @@ fn open(folder: &Folder) -> Vlm<Backend> {
 /// A preset for the built-in model.
 pub fn schedule(preset: &str) -> Schedule {
     let preset = presets::find(preset).expect("a preset");
-    let layers = BUILT_IN.decoder_config().num_layers;
+    let layers = BUILT_IN.config().decoder().num_layers;
     preset.schedule(layers).expect("it has enough layers")
 }
 

@@ -185,7 +185,7 @@ fn sampled_answers_end_at_a_stop_token_and_not_before() {
 
 #[test]
 fn the_context_ends_prompts_with_an_error_and_answers_in_peace() {
-    let context = BUILT_IN.decoder_config().max_position_embeddings;
+    let context = BUILT_IN.config().decoder().max_position_embeddings;
     let words = |count: usize| question(&["063"], &"a ".repeat(count));
     let fixed = BUILT_IN.encode(&words(1)).expect("one image").len();
     let more = BUILT_IN.encode(&words(2)).expect("one image").len() - fixed;

@@ -11,7 +11,7 @@ use flate2::read::GzDecoder;
 use proptest::prelude::*;
 use qwen_vl::patch_seconds;
 use reroute_zoo::grounding::parse_box;
-use reroute_zoo::messages::{Content, Message, Role, Slots};
+use reroute_zoo::messages::{Content, Message, Placeholders, Role};
 use reroute_zoo::{ChatTemplate, Dialect, FamilyError, Folder, Modality, ModelConfig, Tokenizer};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -247,16 +247,18 @@ fn whole_prompts_are_those_of_the_processors() {
             let video_tokens: Vec<usize> = videos
                 .flat_map(|(tokens, times)| {
                     let patches = times.len();
-                    template.dialect().video_slots(patches, tokens / patches)
+                    template
+                        .dialect()
+                        .video_placeholders(patches, tokens / patches)
                 })
                 .collect();
             let slots = [
-                Slots {
+                Placeholders {
                     modality: Modality::Image,
                     token: QWEN_IMAGE,
                     lengths: &case.image_tokens,
                 },
-                Slots {
+                Placeholders {
                     modality: Modality::Video,
                     token: QWEN_VIDEO,
                     lengths: &video_tokens,
@@ -341,7 +343,7 @@ fn templates_of_language_models_take_slots_as_text() {
 fn slots_that_do_not_match_are_refused() {
     let [_, qwen2] = published_and_built_in("qwen2-vl");
     let lengths = [4];
-    let slots = Slots {
+    let slots = Placeholders {
         modality: Modality::Image,
         token: QWEN_IMAGE,
         lengths: &lengths,
@@ -349,7 +351,7 @@ fn slots_that_do_not_match_are_refused() {
     let refused = qwen2.expand(&[1, QWEN_IMAGE, 2, QWEN_IMAGE], &[slots]);
     let message = refused.unwrap_err().to_string();
     assert!(
-        message.contains("makes 2 image slots for 1 images"),
+        message.contains("makes 2 image placeholders for 1 images"),
         "{message}"
     );
 
@@ -363,7 +365,7 @@ fn slots_that_do_not_match_are_refused() {
     let template = open(&folder, qwen_vl::QWEN3_DIALECT);
     let refused = template.render_conversation(&[Message { role, content }], true);
     let message = refused.unwrap_err().to_string();
-    assert!(message.contains("makes 0 slots"), "{message}");
+    assert!(message.contains("makes 0 placeholders"), "{message}");
 
     for fps in [0.0, -1.0, f64::NAN, f64::INFINITY, 1e-39, 5e-324] {
         let refused = patch_seconds(&[0, 1], fps, 2);

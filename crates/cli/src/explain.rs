@@ -235,7 +235,7 @@ impl Layer {
 }
 
 fn layers(vlm: &Vlm<Backend>, plan: &Plan, answer: &Answer) -> Vec<Layer> {
-    let shape = vlm.decoder_config().shape();
+    let shape = vlm.config().decoder().shape();
     let (cost, _) = output::costs(vlm, plan, answer);
     let layer = |index: usize| {
         let rows = answer.trace.rows[index][0];

@@ -46,7 +46,7 @@ pub(crate) fn print_json(out: &mut dyn Write, value: &Value) -> anyhow::Result<(
 
 /// Predicted cost of a plan for an answered prompt, and of the dense model.
 pub(crate) fn costs(vlm: &Vlm<Backend>, plan: &Plan, answer: &Answer) -> (Cost, Cost) {
-    let shape = vlm.decoder_config().shape();
+    let shape = vlm.config().decoder().shape();
     let text = answer.prompt_rows - answer.visual_tokens;
     let bytes = vlm.dtype().size();
     let cost = |schedule, visual| Cost::of(&shape, schedule, visual, text, bytes);
@@ -125,7 +125,7 @@ pub(crate) fn turn_summary(vlm: &Vlm<Backend>, plan: &Plan, answer: &Answer) -> 
 
 /// Floating-point operations of the rows that the layers computed in this turn.
 fn turn_flops(vlm: &Vlm<Backend>, answer: &Answer) -> f64 {
-    let shape = vlm.decoder_config().shape();
+    let shape = vlm.config().decoder().shape();
     let layers = answer.trace.rows.iter().zip(&answer.kv_rows);
     layers
         .map(|(rows, &keys)| shape.continued_layer_flops(rows[0], keys))

@@ -131,6 +131,7 @@ fn check_types(
 fn pixels(tensors: &SafeTensors, device: &Device) -> anyhow::Result<PixelTensors<Backend>> {
     let images = tensors.tensor("in.pixel_values").ok();
     let images = images.filter(|view| !view.data().is_empty());
+    let videos = tensors.tensor("in.pixel_values_videos").ok();
     if let Some(view) = images.as_ref().filter(|view| view.shape().len() != 2) {
         let [images, channels, height, width] = view.shape()[..] else {
             bail!(
@@ -138,12 +139,16 @@ fn pixels(tensors: &SafeTensors, device: &Device) -> anyhow::Result<PixelTensors
                 view.shape()
             );
         };
+        if videos.is_some() {
+            bail!(
+                "in.pixel_values_videos are patches: give in.pixel_values as [patches, features], too"
+            );
+        }
         let values = floats(view, "in.pixel_values")?;
         let data = TensorData::new(values, [images, channels, height, width]);
         let pixels = Tensor::from_data(data, (device, DType::F32));
         return Ok(PixelTensors::images(Pictures::Fixed(pixels)));
     }
-    let videos = tensors.tensor("in.pixel_values_videos").ok();
     let patches = |view: Option<TensorView>, pixels, grids| {
         view.map(|view| patches(tensors, &view, pixels, grids, device))
             .transpose()
@@ -336,7 +341,7 @@ impl Written {
 
     /// Scores and selections per decision layer, one row per sample. `scores` has one column per
     /// candidate in visual order and `selected` points at those columns; under *remove* the
-    /// candidates of a later decision are the survivors, whose numbers among all visual tokens are
+    /// candidates of a later decision are those kept so far, whose numbers among all visual tokens are
     /// in `candidates`.
     fn routing(&mut self, trace: &reroute::RoutingTrace, samples: usize) {
         let layers: std::collections::BTreeSet<usize> = trace

@@ -250,7 +250,11 @@ fn checkpoints_made_to_exhaust_memory_or_stack_exit_with_2() {
     for (name, content, expected) in [
         ("config.json", layers, "num_hidden_layers is 1000000000"),
         ("config.json", heads, "head_dim is 2147483646"),
-        ("chat_template.jinja", chain, "0 image slots for 1 images"),
+        (
+            "chat_template.jinja",
+            chain,
+            "0 image placeholders for 1 images",
+        ),
     ] {
         let folder = tempfile::tempdir().expect("a folder");
         let copy = folder.path().join("model");

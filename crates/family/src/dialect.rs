@@ -4,20 +4,27 @@ pub struct Dialect {
     /// Chat template for folders that bring none: it renders what the published one does, but for
     /// tools.
     pub template: &'static str,
-    /// An image slot, for templates that take a message as one string.
+    /// The placeholder of an image, for templates that take a message as one string.
     pub image: &'static str,
-    /// A video slot.
+    /// The placeholder of a video.
     pub video: &'static str,
-    /// Whether each temporal patch of a video has a slot of its own, after its time.
-    pub timed: bool,
+    /// The time before each temporal patch of a video, with `{seconds}` in it, if every patch has a
+    /// placeholder of its own; seconds have one decimal.
+    pub time: Option<&'static str>,
 }
 
 impl Dialect {
-    /// The lengths of a video's slots, for the slots of a prompt.
-    pub fn video_slots(&self, patches: usize, tokens_per_patch: usize) -> Vec<usize> {
-        match self.timed {
-            true => vec![tokens_per_patch; patches],
-            false => vec![tokens_per_patch.saturating_mul(patches)],
+    /// The visual tokens of each placeholder of a video.
+    pub fn video_placeholders(&self, patches: usize, tokens_per_patch: usize) -> Vec<usize> {
+        match self.time {
+            Some(_) => vec![tokens_per_patch; patches],
+            None => vec![tokens_per_patch.saturating_mul(patches)],
         }
+    }
+
+    /// What stands before the placeholder of a temporal patch; nothing if patches have none of their own.
+    pub fn time_text(&self, seconds: f64) -> String {
+        let time = self.time.unwrap_or_default();
+        time.replace("{seconds}", &format!("{seconds:.1}"))
     }
 }

@@ -88,6 +88,12 @@ pub enum FamilyError {
         /// Visual tokens given.
         tokens: usize,
     },
+    /// Visual tokens of two models cannot be joined.
+    #[error(
+        "visual tokens of another width, type or number of DeepStack layers cannot follow these: take both from \
+         the same model"
+    )]
+    OtherTokens,
     /// Samples and what a reduction kept of them are not the same in number.
     #[error("{samples} samples come with the rows kept of {kept}: give one for each")]
     Samples {

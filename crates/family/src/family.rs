@@ -14,10 +14,21 @@ use crate::{
     Dialect, FamilyError, GroundingFormat, ImageOptions, LayerMemory, Pictures, Preprocessor,
 };
 
+/// A kind of models that a family has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ModelType {
+    /// What `config.json` calls it (`model_type`).
+    pub name: &'static str,
+    /// What people call it.
+    pub title: &'static str,
+    /// A published checkpoint of it.
+    pub checkpoint: &'static str,
+}
+
 /// The resolved configuration of a model: everything that is known of it before its weights are read.
 pub trait FamilyConfig: Debug + Send + Sync {
-    /// What `config.json` calls models of this family (`model_type`), and what people call them.
-    fn model_types() -> &'static [(&'static str, &'static str)]
+    /// The models of this family.
+    fn model_types() -> &'static [ModelType]
     where
         Self: Sized;
 
@@ -93,16 +104,25 @@ pub trait FamilyConfig: Debug + Send + Sync {
         Ok(RowPositions::counted(sample.ids.len()))
     }
 
+    /// Whether the tokens of an answer stand where they would in a longer prompt that goes on behind them:
+    /// then a conversation keeps their keys and values.
+    fn keeps_answer(&self, _: &Sample) -> bool {
+        true
+    }
+
     /// Row and column in its picture of each visual token of an image or of a video, in the order of
     /// their slots; empty if a picture has no such grid.
     fn cells(&self, sample: &Sample, modality: Modality) -> Vec<[usize; 2]> {
         let merge = self.spatial_merge_size();
         let of_grid = |grid: &Grid| {
             let [height, width] = [grid.h / merge, grid.w / merge];
-            let cells = (0..height * width).map(move |cell| [cell / width, cell % width]);
+            let cells =
+                (0..height.saturating_mul(width)).map(move |cell| [cell / width, cell % width]);
             (0..grid.t).flat_map(move |_| cells.clone())
         };
-        sample.grids(modality).iter().flat_map(of_grid).collect()
+        let cells = sample.grids(modality).iter().flat_map(of_grid);
+        // Whatever the grids say, a prompt has no more slots than rows.
+        cells.take(sample.ids.len()).collect()
     }
 }
 

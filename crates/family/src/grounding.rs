@@ -1,4 +1,10 @@
+//! How a model is asked where something is, and how it answers.
+
+mod places;
+
 use serde::Deserialize;
+
+pub use places::{Named, Place, parse_box, parse_places};
 
 /// A box `[x1, y1, x2, y2]`, corners ordered.
 pub type BoundingBox = [f64; 4];

@@ -22,12 +22,14 @@ mod visual;
 
 pub use dialect::Dialect;
 pub use error::FamilyError;
-pub use family::{FamilyConfig, FamilyModel, Look, SlotTokens};
-pub use grounding::{BoundingBox, BoxUnits, GroundingFormat};
+pub use family::{FamilyConfig, FamilyModel, Look, ModelType, SlotTokens};
+pub use grounding::{
+    BoundingBox, BoxUnits, GroundingFormat, Named, Place, parse_box, parse_places,
+};
 pub use memory::{Arithmetic, LayerMemory, Memory, Picture};
 pub use pixels::{Pictures, PixelTensors};
 pub use prompt::{Modality, RowPositions, Sample, kept_rows, prompt};
 pub use reduction::{EncoderStep, KeptTokens, KeptVisuals};
 pub use see::{VisualTokens, see};
-pub use taps::MeanHidden;
+pub use taps::{MeanHidden, received_layers};
 pub use visual::{ImageOptions, Prepared, Preprocessor, Video, VideoTime, View, Visual};

@@ -32,29 +32,46 @@ impl<B: Backend> Default for VisualTokens<B> {
 
 impl<B: Backend> VisualTokens<B> {
     /// These tokens, then those.
-    pub fn followed_by(self, more: Self) -> Self {
-        let cat = |a: Tensor<B, 2>, b: Tensor<B, 2>| Tensor::cat(vec![a, b], 1);
-        let join = |a: Option<VisionOutput<B>>, b: Option<VisionOutput<B>>| match (a, b) {
-            (Some(a), Some(b)) => {
-                let deepstack = a.deepstack.into_iter().zip(b.deepstack);
-                Some(VisionOutput {
-                    tokens: cat(a.tokens, b.tokens),
-                    deepstack: deepstack.map(|(a, b)| cat(a, b)).collect(),
-                })
-            }
-            (a, b) => a.or(b),
-        };
+    ///
+    /// # Errors
+    /// [`FamilyError::OtherTokens`] for tokens of another model.
+    pub fn followed_by(self, more: Self) -> Result<Self, FamilyError> {
         let kept = match (self.kept, more.kept) {
             (Some(a), Some(b)) => Some(a.followed_by(b)),
             (a, b) => a.or(b),
         };
-        Self {
+        Ok(Self {
             features: None,
-            images: join(self.images, more.images),
-            videos: join(self.videos, more.videos),
+            images: join(self.images, more.images)?,
+            videos: join(self.videos, more.videos)?,
             kept,
-        }
+        })
     }
+}
+
+/// The tokens of both, side by side.
+fn join<B: Backend>(
+    a: Option<VisionOutput<B>>,
+    b: Option<VisionOutput<B>>,
+) -> Result<Option<VisionOutput<B>>, FamilyError> {
+    let (a, b) = match (a, b) {
+        (Some(a), Some(b)) => (a, b),
+        (a, b) => return Ok(a.or(b)),
+    };
+    let form = |x: &VisionOutput<B>| {
+        let layers = x.deepstack.iter().chain([&x.tokens]);
+        let layers = layers.map(|layer| (layer.dims()[0], layer.dtype()));
+        layers.collect::<Vec<_>>()
+    };
+    if form(&a) != form(&b) {
+        return Err(FamilyError::OtherTokens);
+    }
+    let cat = |a: Tensor<B, 2>, b: Tensor<B, 2>| Tensor::cat(vec![a, b], 1);
+    let deepstack = a.deepstack.into_iter().zip(b.deepstack);
+    Ok(Some(VisionOutput {
+        tokens: cat(a.tokens, b.tokens),
+        deepstack: deepstack.map(|(a, b)| cat(a, b)).collect(),
+    }))
 }
 
 /// Visual tokens of preprocessed images and videos; with a `step`, every picture reduced by itself.

@@ -2,6 +2,15 @@ use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
 use reducers::encoder::{Tap, Taps};
 
+/// The layers whose received attention is asked for.
+pub fn received_layers(taps: &[Tap]) -> Vec<usize> {
+    let layer = |tap: &Tap| match *tap {
+        Tap::ReceivedAttention { layer } => Some(layer),
+        _ => None,
+    };
+    taps.iter().filter_map(layer).collect()
+}
+
 /// A tap that is a mean over hidden states, while a tower runs.
 pub struct MeanHidden;
 

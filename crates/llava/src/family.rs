@@ -5,9 +5,8 @@ use reroute::DecoderConfig;
 use reroute_checkpoint::{CONFIG_MAX_BYTES, Folder, NameTable};
 use reroute_family::{
     BoxUnits, Dialect, FamilyConfig, FamilyError, GroundingFormat, ImageOptions, LayerMemory,
-    Modality, Preprocessor, Sample, SlotTokens,
+    Modality, ModelType, Preprocessor, Sample, SlotTokens,
 };
-
 use vision_encoder::vit::VitKind;
 
 use crate::names::names;
@@ -26,12 +25,16 @@ pub const DIALECT: Dialect = Dialect {
     template: include_str!("templates/llava.jinja"),
     image: "<image>\n",
     video: "",
-    timed: false,
+    time: None,
 };
 
 impl FamilyConfig for LlavaConfig {
-    fn model_types() -> &'static [(&'static str, &'static str)] {
-        &[("llava", "LLaVA-1.5")]
+    fn model_types() -> &'static [ModelType] {
+        &[ModelType {
+            name: "llava",
+            title: "LLaVA-1.5",
+            checkpoint: "llava-hf/llava-1.5-7b-hf",
+        }]
     }
 
     fn open(folder: &Folder) -> Result<Self, FamilyError> {

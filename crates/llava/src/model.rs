@@ -24,16 +24,11 @@ impl<B: Backend> Llava<B> {
         &self.vision_tower
     }
 
-    /// Visual tokens of one image.
-    pub fn tokens_per_image(&self) -> usize {
-        self.config.visual_tokens()
-    }
-
     /// Vision features, as the projector takes them.
     ///
     /// # Shapes
     /// - `pixels`: `[images, 3, image_size, image_size]`
-    /// - returns `[feature_size, images · tokens_per_image]`, see [`LlavaConfig::feature_size`]
+    /// - returns `[feature_size, images · tokens]`, see [`LlavaConfig::feature_size`]
     pub fn vision_features(&self, pixels: Tensor<B, 4>) -> Result<Tensor<B, 2>, FamilyError> {
         let (layers, skipped) = (&self.config.vision_layers, self.config.skipped_rows);
         Ok(self.vision_tower.features(pixels, layers, skipped)?)

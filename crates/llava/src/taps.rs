@@ -6,7 +6,7 @@ use burn::tensor::activation::softmax;
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
 use reducers::encoder::{Tap, Taps};
-use reroute_family::{FamilyError, FamilyModel, MeanHidden};
+use reroute_family::{FamilyError, FamilyModel, MeanHidden, received_layers};
 use vision_encoder::Inspected;
 
 use crate::Llava;
@@ -51,13 +51,7 @@ impl<B: Backend> Llava<B> {
         let depths = &self.config().vision_layers;
         let deepest = depths.iter().copied().max().unwrap_or(0);
         let layers = layers.max().unwrap_or(0).max(deepest);
-        let received: Vec<usize> = taps
-            .iter()
-            .filter_map(|tap| match *tap {
-                Tap::ReceivedAttention { layer } => Some(layer),
-                _ => None,
-            })
-            .collect();
+        let received = received_layers(taps);
         let mut rows = Rows {
             images,
             tokens: self.config().vision.tokens(),

@@ -5,7 +5,7 @@ use reroute::DecoderConfig;
 use reroute_checkpoint::{CONFIG_MAX_BYTES, Folder, NameTable};
 use reroute_family::{
     BoxUnits, Dialect, FamilyConfig, FamilyError, GroundingFormat, ImageOptions, LayerMemory,
-    Preprocessor, RowPositions, Sample, SlotTokens,
+    ModelType, Preprocessor, RowPositions, Sample, SlotTokens,
 };
 use vision_encoder::qwen::QwenGeneration;
 
@@ -26,22 +26,34 @@ pub const QWEN2_DIALECT: Dialect = Dialect {
     template: include_str!("templates/qwen2-vl.jinja"),
     image: "<|vision_start|><|image_pad|><|vision_end|>",
     video: "<|vision_start|><|video_pad|><|vision_end|>",
-    timed: false,
+    time: None,
 };
 
 /// How prompts of Qwen3-VL are written.
 pub const QWEN3_DIALECT: Dialect = Dialect {
     template: include_str!("templates/qwen3-vl.jinja"),
-    timed: true,
+    time: Some("<{seconds} seconds>"),
     ..QWEN2_DIALECT
 };
 
 impl FamilyConfig for QwenVlConfig {
-    fn model_types() -> &'static [(&'static str, &'static str)] {
+    fn model_types() -> &'static [ModelType] {
         &[
-            ("qwen2_vl", "Qwen2-VL"),
-            ("qwen2_5_vl", "Qwen2.5-VL"),
-            ("qwen3_vl", "Qwen3-VL"),
+            ModelType {
+                name: "qwen2_vl",
+                title: "Qwen2-VL",
+                checkpoint: "Qwen/Qwen2-VL-7B-Instruct",
+            },
+            ModelType {
+                name: "qwen2_5_vl",
+                title: "Qwen2.5-VL",
+                checkpoint: "Qwen/Qwen2.5-VL-7B-Instruct",
+            },
+            ModelType {
+                name: "qwen3_vl",
+                title: "Qwen3-VL",
+                checkpoint: "Qwen/Qwen3-VL-8B-Instruct",
+            },
         ]
     }
 
@@ -138,5 +150,11 @@ impl FamilyConfig for QwenVlConfig {
 
     fn positions(&self, sample: &Sample) -> Result<RowPositions, FamilyError> {
         self.mrope(sample)
+    }
+
+    /// After a video the text goes on behind its longer side, but an answer behind its last moment (as in
+    /// transformers).
+    fn keeps_answer(&self, sample: &Sample) -> bool {
+        sample.video_grids.is_empty()
     }
 }

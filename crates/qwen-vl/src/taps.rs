@@ -3,7 +3,7 @@
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
 use reducers::encoder::{Tap, Taps};
-use reroute_family::{FamilyError, FamilyModel, MeanHidden};
+use reroute_family::{FamilyError, FamilyModel, MeanHidden, received_layers};
 use vision_encoder::Inspected;
 use vision_encoder::{Grid, VisionOutput};
 
@@ -21,13 +21,7 @@ impl<B: Backend> QwenVl<B> {
         grids: &[Grid],
         taps: &[Tap],
     ) -> Result<(VisionOutput<B>, Taps<B>), FamilyError> {
-        let received: Vec<usize> = taps
-            .iter()
-            .filter_map(|tap| match *tap {
-                Tap::ReceivedAttention { layer } => Some(layer),
-                _ => None,
-            })
-            .collect();
+        let received = received_layers(taps);
         let merge = self.config().vision.spatial_merge_size;
         let mut seen = Taps::new();
         let output =

@@ -1,6 +1,9 @@
 //! From bytes to the numbers that towers take: the part of preprocessing that every family shares.
 
+use std::collections::BTreeMap;
+
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 
 use crate::VisionError;
 use crate::resize::Resample;
@@ -35,6 +38,52 @@ pub(crate) struct NormalisationConfig {
     do_normalize: Option<bool>,
     image_mean: Option<Vec<f64>>,
     image_std: Option<Vec<f64>>,
+}
+
+/// Keys of `preprocessor_config.json` that change no pixel, whatever the processor.
+const HARMLESS: [&str; 11] = [
+    "auto_map",
+    "data_format",
+    "device",
+    "disable_grouping",
+    "do_convert_rgb",
+    "feature_extractor_type",
+    "image_seq_length",
+    "input_data_format",
+    "processor_class",
+    "return_tensors",
+    "transformers_version",
+];
+
+/// Keys that a reader has no field for, which it joins by `#[serde(flatten)]` as the last.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(transparent)]
+pub(crate) struct OtherKeys(BTreeMap<String, Option<Setting>>);
+
+/// Switched on or off, or anything else.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(untagged)]
+enum Setting {
+    Switch(bool),
+    Value(IgnoredAny),
+}
+
+impl OtherKeys {
+    /// Refuses a key that might change pixels in a way that is not known here: one that is neither off nor
+    /// null, nor among those that do not matter to any processor, or to this one (`harmless`).
+    pub(crate) fn check(&self, harmless: &[&str]) -> Result<(), VisionError> {
+        let matters = |(key, value): &(&String, &Option<Setting>)| {
+            let is_known = |known: &[&str]| known.contains(&key.as_str());
+            let on = !matches!(value, None | Some(Setting::Switch(false)));
+            on && !key.starts_with('_') && !is_known(&HARMLESS) && !is_known(harmless)
+        };
+        match self.0.iter().find(matters) {
+            None => Ok(()),
+            Some((key, _)) => Err(VisionError::Preprocessor(format!(
+                "{key} is not known and might change pixels; take it out if it does not"
+            ))),
+        }
+    }
 }
 
 impl NormalisationConfig {

@@ -2,12 +2,13 @@ use std::ops::ControlFlow;
 use std::time::Instant;
 
 use burn::tensor::backend::Backend;
-use reducers::Plan;
+use reducers::{Action, Plan};
 use reroute::{GenerationOptions, KvCache, PrefillOptions};
 
 use crate::answer::Prefilled;
 use crate::messages::{Content, Message, Role};
 use crate::tokenizer::trimmed;
+use crate::vlm::sample;
 use crate::{Answer, Question, Routing, Timings, View, VisualTokens, Vlm, ZooError};
 
 /// Questions that follow one another, about the same images and videos or further ones.
@@ -69,7 +70,7 @@ impl<'a, B: Backend> Conversation<'a, B> {
         let routing = Routing::from(&self.plan);
         let texts = vec![question.text.as_str(); views.len()];
         let seen = vlm.see(&views, pixels, &texts, routing.encoder.as_ref())?;
-        let tokens = self.tokens.clone().followed_by(seen);
+        let tokens = self.tokens.clone().followed_by(seen)?;
         let views = [&self.views[..], &views].concat();
         vlm.finish(started, &mut timings.vision);
 
@@ -84,7 +85,14 @@ impl<'a, B: Backend> Conversation<'a, B> {
         let decoder = vlm.model().decoder();
         // Before the cache is taken: a question that cannot be asked costs nothing.
         decoder.check(&prompt, routing.schedule)?;
-        let prefill = match self.past.take() {
+        // What earlier turns removed cannot be had again, so that a question that fails must not cost it.
+        let schedule = routing.schedule;
+        let removes = schedule.action() == Action::Remove && !schedule.stages().is_empty();
+        let past = match removes {
+            true => self.past.clone(),
+            false => self.past.take(),
+        };
+        let prefill = match past {
             Some((mut cache, known)) => {
                 let same = known
                     .iter()
@@ -99,9 +107,8 @@ impl<'a, B: Backend> Conversation<'a, B> {
         vlm.finish(started, &mut timings.prefill);
 
         let mut known = kept[0].clone();
-        // After a video the text goes on behind its longer side, but an answer behind its last
-        // moment (as in transformers): such an answer is computed again where it stands in the text.
-        let keeps_answer = views.iter().all(|view| view.time.is_none());
+        // Or it is computed again where it stands in the text.
+        let keeps_answer = vlm.config().keeps_answer(&sample(&[], &views));
         let prefilled = Prefilled {
             ids,
             views: samples,
@@ -128,5 +135,56 @@ impl<'a, B: Backend> Conversation<'a, B> {
         });
         (self.messages, self.views, self.tokens) = (messages, views, tokens);
         Ok(answer)
+    }
+}
+
+#[cfg(test)]
+#[cfg(feature = "embedded")]
+mod tests {
+    use burn_flex::Flex;
+    use reducers::presets;
+    use vision_encoder::{DecodeLimits, decode};
+
+    use super::*;
+    use crate::{OpenOptions, embedded};
+
+    /// What a removing routing kept for earlier turns cannot be computed again.
+    #[test]
+    fn a_question_that_fails_after_its_prefill_leaves_what_earlier_turns_kept() {
+        let vlm = Vlm::<Flex>::open(
+            &embedded::checkpoint(),
+            &OpenOptions::default(),
+            &Default::default(),
+        );
+        let vlm = vlm.expect("it is built in");
+        let (layers, encoder) = (vlm.config().decoder().num_layers, vlm.config().encoder());
+        let options = GenerationOptions {
+            max_new_tokens: 4,
+            ..vlm.generation_defaults()
+        };
+        let image = decode(embedded::SCENE.image, &DecodeLimits::default()).expect("a picture");
+        let first = Question::about(vec![image], "find the cross");
+        let [next, broken] =
+            ["find the square", "find the red cross"].map(|text| Question::about(Vec::new(), text));
+        for routing in ["dense", "fastv@64", "reroute-fastv@64"] {
+            let plan = presets::find(routing).and_then(|preset| preset.plan(layers, &encoder));
+            let plan = plan.expect("a preset");
+            let kept = |fails: bool| {
+                let mut conversation = Conversation::new(&vlm, plan.clone(), options.clone());
+                conversation.ask(&first, |_| {}).expect("an answer");
+                if fails {
+                    conversation.options.sampling.temperature = -1.0;
+                    assert!(conversation.ask(&broken, |_| {}).is_err());
+                    conversation.options.sampling.temperature = 0.0;
+                }
+                let answer = conversation.ask(&next, |_| {}).expect("an answer");
+                (answer.tokens, answer.trace.rows)
+            };
+            let [(found, computed), (expected, rows)] = [true, false].map(kept);
+            assert_eq!(found, expected, "{routing}");
+            if routing == "fastv@64" {
+                assert_eq!(computed, rows, "only what is new");
+            }
+        }
     }
 }

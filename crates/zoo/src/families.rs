@@ -6,13 +6,14 @@ use std::ops::Deref;
 use burn::module::Module;
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
-use reroute::{Decoder, Prompt};
+use reroute::{Decoder, KeptRows, Prompt};
 use reroute_checkpoint::{
     CONFIG_MAX_BYTES, CheckpointError, Folder, LoadOptions, LoadProgress, NameTable, Shards,
     check_fit, load_into,
 };
 use reroute_family::{
-    EncoderStep, FamilyConfig, FamilyModel, PixelTensors, Sample, VisualTokens, kept_rows,
+    EncoderStep, FamilyConfig, FamilyModel, ModelType, PixelTensors, Sample, VisualTokens,
+    kept_rows,
 };
 use serde::Deserialize;
 
@@ -35,8 +36,8 @@ macro_rules! families {
             $($(#[$doc])* $family($krate::$model<B>),)+
         }
 
-        /// `model_type` and name of everything that can be opened.
-        fn known() -> Vec<(&'static str, &'static str)> {
+        /// Everything that can be opened.
+        pub fn model_types() -> Vec<ModelType> {
             let all = [$($krate::$config::model_types(),)+];
             all.concat()
         }
@@ -54,7 +55,7 @@ macro_rules! families {
 
         impl ModelConfig {
             fn open_as(model_type: &str, folder: &Folder) -> Result<Option<Self>, ZooError> {
-                let is = |types: &[(&str, &str)]| types.iter().any(|(known, _)| *known == model_type);
+                let is = |types: &[ModelType]| types.iter().any(|known| known.name == model_type);
                 $(if is($krate::$config::model_types()) {
                     return Ok(Some(Self::$family($krate::$config::open(folder)?)));
                 })+
@@ -128,17 +129,17 @@ macro_rules! families {
                 })
             }
 
-            /// Packs token ids (slots repeated) and visual tokens into a prompt.
-            pub fn prompt(
+            /// Packs the rows of samples that a reduction has kept ([`kept_rows`]).
+            pub(crate) fn prompt_of(
                 &self,
                 samples: &[Sample],
+                kept: &[KeptRows],
                 tokens: &VisualTokens<B>,
             ) -> Result<Prompt<B>, ZooError> {
-                let kept = kept_rows(self.config(), samples, tokens.kept.as_ref());
                 let (images, videos) = (tokens.images.as_ref(), tokens.videos.as_ref());
                 Ok(match self {
                     $(Self::$family(model) => {
-                        reroute_family::prompt(model, samples, &kept, images, videos)?
+                        reroute_family::prompt(model, samples, kept, images, videos)?
                     })+
                 })
             }
@@ -166,8 +167,8 @@ impl ModelConfig {
         match Self::open_as(&model_type, folder)? {
             Some(config) => Ok(config),
             None => {
-                let name = |(model_type, name): (&str, &str)| format!("{model_type} ({name})");
-                let known: Vec<String> = known().into_iter().map(name).collect();
+                let name = |known: &ModelType| format!("{} ({})", known.name, known.title);
+                let known: Vec<String> = model_types().iter().map(name).collect();
                 Err(ZooError::UnknownFamily {
                     found: model_type,
                     known: known.join(", "),
@@ -205,6 +206,16 @@ impl<B: Backend> Model<B> {
     pub(crate) fn check_fit(&self, config: &ModelConfig, shards: &Shards) -> Result<(), ZooError> {
         let (names, options) = (config.names(), config.load_options(DType::F32));
         Ok(self.fits(shards, names, &options)?)
+    }
+
+    /// Packs token ids (slots repeated) and visual tokens into a prompt.
+    pub fn prompt(
+        &self,
+        samples: &[Sample],
+        tokens: &VisualTokens<B>,
+    ) -> Result<Prompt<B>, ZooError> {
+        let kept = kept_rows(self.config(), samples, tokens.kept.as_ref());
+        self.prompt_of(samples, &kept, tokens)
     }
 
     /// Visual tokens of preprocessed images and videos.

@@ -1,15 +1,14 @@
 //! Grounding: from an expression to a prompt, from an answer to boxes.
 
-mod places;
-
 use burn::tensor::backend::Backend;
 use reroute::{FinishReason, GenerationOptions};
 use vision_encoder::{Geometry, RgbImage};
 
 use crate::{Answer, Question, Routing, Vlm, ZooError};
 
-pub use places::{Named, Place, parse_box, parse_places};
-pub use reroute_family::{BoundingBox, BoxUnits, GroundingFormat};
+pub use reroute_family::{
+    BoundingBox, BoxUnits, GroundingFormat, Named, Place, parse_box, parse_places,
+};
 
 /// Something that an answer names in a picture.
 #[derive(Debug, Clone, PartialEq)]

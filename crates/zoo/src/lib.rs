@@ -73,15 +73,15 @@ pub use answer::{Answer, Question, Timings};
 pub use checkup::{Checkup, Outline, Parameters, Part, Problem};
 pub use conversation::Conversation;
 pub use error::ZooError;
-pub use families::{Model, ModelConfig};
+pub use families::{Model, ModelConfig, model_types};
 pub use grounding::Grounding;
 pub use reducers::{Plan, Schedule, presets};
 pub use reroute::{FinishReason, GenerationOptions, SamplingOptions};
 pub use reroute_checkpoint::Folder;
 pub use reroute_family::{
     Arithmetic, Dialect, EncoderStep, FamilyConfig, FamilyError, FamilyModel, ImageOptions,
-    KeptTokens, KeptVisuals, Memory, Modality, Picture, Pictures, PixelTensors, Prepared,
-    Preprocessor, Sample, Video, VideoTime, View, Visual, VisualTokens,
+    KeptTokens, KeptVisuals, Memory, Modality, ModelType, Picture, Pictures, PixelTensors,
+    Prepared, Preprocessor, Sample, Video, VideoTime, View, Visual, VisualTokens,
 };
 pub use routing::Routing;
 pub use template::ChatTemplate;

@@ -1,4 +1,4 @@
-//! Conversations: who said what, and how many tokens the slots of images and videos have.
+//! Conversations: who said what, and how many slots each image and video becomes.
 
 use minijinja::{Value, context};
 
@@ -39,14 +39,14 @@ pub enum Content {
     Text(String),
 }
 
-/// The slots that one kind of media has in a prompt.
+/// The placeholders that one kind of media has in a prompt.
 #[derive(Debug, Clone, Copy)]
-pub struct Slots<'a> {
+pub struct Placeholders<'a> {
     /// What is shown.
     pub modality: Modality,
     /// The token that stands for a visual token.
     pub token: u32,
-    /// Visual tokens of each slot, in order.
+    /// Visual tokens of each, in order.
     pub lengths: &'a [usize],
 }
 
@@ -68,7 +68,7 @@ impl Message {
     }
 
     /// The message with special tokens in its texts made harmless, see [`Tokenizer::disarm`]: no
-    /// more than a user may a system prompt or an earlier answer forge a slot or end a turn.
+    /// more than a user may a system prompt or an earlier answer forge a placeholder or end a turn.
     pub fn disarmed(&self, tokenizer: &Tokenizer) -> Self {
         let disarm = |part: &Content| match part {
             Content::Text(text) => Content::Text(tokenizer.disarm(text)),
@@ -103,26 +103,29 @@ impl Message {
     }
 }
 
-/// Repeats the token of each slot as often as the slot has visual tokens. Fails with what is wrong,
-/// as the end of a sentence about the template, unless there are as many slots as lengths.
-pub(crate) fn expand(ids: &[u32], slots: &[Slots]) -> Result<Vec<u32>, String> {
-    for Slots {
+/// Makes as many slots of each placeholder as it has visual tokens. Fails with what is wrong, as the end of
+/// a sentence about the template, unless there are as many placeholders as lengths.
+pub(crate) fn expand(ids: &[u32], placeholders: &[Placeholders]) -> Result<Vec<u32>, String> {
+    for Placeholders {
         modality,
         token,
         lengths,
-    } in slots
+    } in placeholders
     {
         let made = ids.iter().filter(|&id| id == token).count();
         if made != lengths.len() {
             return Err(format!(
-                "makes {made} {modality} slots for {} {modality}s (the {modality} token of config.json is {token})",
+                "makes {made} {modality} placeholders for {} {modality}s (the {modality} token of config.json is {token})",
                 lengths.len()
             ));
         }
     }
-    let mut lengths: Vec<_> = slots.iter().map(|kind| kind.lengths.iter()).collect();
+    let mut lengths: Vec<_> = placeholders
+        .iter()
+        .map(|kind| kind.lengths.iter())
+        .collect();
     let mut length = |id: u32| {
-        let kind = slots.iter().position(|kind| kind.token == id);
+        let kind = placeholders.iter().position(|kind| kind.token == id);
         kind.and_then(|kind| lengths[kind].next()).map_or(1, |&n| n)
     };
     let repeated = ids

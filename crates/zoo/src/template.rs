@@ -9,7 +9,7 @@ use reroute_checkpoint::Folder;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 
-use crate::messages::{Content, Message, Role, Slots, expand};
+use crate::messages::{Content, Message, Placeholders, Role, expand};
 use crate::{Dialect, Tokenizer, ZooError};
 
 /// Instructions a template may execute, and bytes it may render: a template is untrusted input.
@@ -234,13 +234,13 @@ impl ChatTemplate {
         add_generation_prompt: bool,
     ) -> Result<String, ZooError> {
         let rendered = self.run(messages, add_generation_prompt)?;
-        match self.dialect.timed {
-            true => self.write_times(&rendered, messages),
-            false => Ok(rendered),
+        match self.dialect.time {
+            Some(_) => self.write_times(&rendered, messages),
+            None => Ok(rendered),
         }
     }
 
-    /// Token ids of a conversation, one per slot, special tokens in its texts made harmless.
+    /// Token ids of a conversation, one per placeholder, special tokens in its texts made harmless.
     pub fn encode(
         &self,
         tokenizer: &Tokenizer,
@@ -255,15 +255,15 @@ impl ChatTemplate {
         tokenizer.encode(&rendered, !has_bos)
     }
 
-    /// Repeats the token of each slot as often as the slot has visual tokens.
-    pub fn expand(&self, ids: &[u32], slots: &[Slots]) -> Result<Vec<u32>, ZooError> {
-        expand(ids, slots).map_err(|reason| self.unusable(reason))
+    /// Makes as many slots of each placeholder as it has visual tokens.
+    pub fn expand(&self, ids: &[u32], placeholders: &[Placeholders]) -> Result<Vec<u32>, ZooError> {
+        expand(ids, placeholders).map_err(|reason| self.unusable(reason))
     }
 
-    /// Replaces each video slot by one slot per temporal patch, after the time of the patch. The
+    /// Replaces each video's placeholder by one per temporal patch, after the time of the patch. The
     /// time must be there before tokenisation: it may share tokens with the text before it.
     fn write_times(&self, rendered: &str, messages: &[Message]) -> Result<String, ZooError> {
-        let slot = self.dialect.video;
+        let placeholder = self.dialect.video;
         let parts = messages.iter().flat_map(|message| &message.content);
         let videos: Vec<&[f64]> = parts
             .filter_map(|part| match part {
@@ -271,15 +271,20 @@ impl ChatTemplate {
                 _ => None,
             })
             .collect();
-        let mut texts = rendered.split(slot);
+        let mut texts = rendered.split(placeholder);
         let mut timed = texts.next().unwrap_or_default().to_string();
         let texts: Vec<&str> = texts.collect();
         if texts.len() != videos.len() {
             let [made, wanted] = [texts.len(), videos.len()];
-            return Err(self.unusable(format!("makes {made} slots {slot} for {wanted} videos")));
+            return Err(self.unusable(format!(
+                "makes {made} placeholders {placeholder} for {wanted} videos"
+            )));
         }
         for (seconds, text) in videos.into_iter().zip(texts) {
-            timed.extend(seconds.iter().map(|s| format!("<{s:.1} seconds>{slot}")));
+            let times = seconds
+                .iter()
+                .map(|&seconds| self.dialect.time_text(seconds));
+            timed.extend(times.map(|time| time + placeholder));
             timed.push_str(text);
         }
         Ok(timed)

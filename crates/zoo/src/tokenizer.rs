@@ -64,7 +64,7 @@ impl Tokenizer {
     }
 
     /// Replaces special tokens in a user's text by stand-ins, so that the text can go through a chat
-    /// template and [`encode`](Self::encode) without forging an image slot or the end of a turn.
+    /// template and [`encode`](Self::encode) without forging an image placeholder or the end of a turn.
     pub fn disarm(&self, text: &str) -> String {
         // A stand-in typed by the user would be taken for one of ours.
         let mut text: String = text

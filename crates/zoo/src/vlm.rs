@@ -3,13 +3,13 @@ use std::sync::Arc;
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
 use reducers::encoder::Tap;
-use reroute::{DecoderConfig, Drift, GenerationOptions, Prompt, RerouteError};
+use reroute::{Drift, GenerationOptions, Prompt, RerouteError};
 use reroute_checkpoint::{CONFIG_MAX_BYTES, Folder, LoadProgress, TOKENIZER_MAX_BYTES};
 use reroute_family::kept_rows;
 use serde::Deserialize;
 
 use crate::grounding::GroundingFormat;
-use crate::messages::{Message, Slots};
+use crate::messages::{Message, Placeholders};
 use crate::{
     ChatTemplate, EncoderStep, ImageOptions, Modality, Model, ModelConfig, PixelTensors, Prepared,
     Preprocessor, Question, Routing, Sample, Tokenizer, View, Visual, VisualTokens, ZooError,
@@ -133,15 +133,16 @@ impl<B: Backend> Vlm<B> {
         self,
         change: impl FnOnce(Model<B>) -> Model<C>,
     ) -> Vlm<C> {
+        let model = change(self.model);
         Vlm {
-            model: change(self.model),
+            dtype: model.decoder().dtype(),
+            model,
             config: self.config,
             tokenizer: self.tokenizer,
             template: self.template,
             preprocessor: self.preprocessor,
             grounding: self.grounding,
             generation: self.generation,
-            dtype: self.dtype,
             device: self.device,
         }
     }
@@ -149,11 +150,6 @@ impl<B: Backend> Vlm<B> {
     /// The resolved configuration.
     pub fn config(&self) -> &ModelConfig {
         &self.config
-    }
-
-    /// The decoder's resolved configuration.
-    pub fn decoder_config(&self) -> &DecoderConfig {
-        self.config.decoder()
     }
 
     /// The device that the model lives on.
@@ -261,9 +257,9 @@ impl<B: Backend> Vlm<B> {
         let samples = ids.iter().zip(views);
         let samples: Vec<Sample> = samples.map(|(ids, views)| sample(ids, views)).collect();
         let kept = kept_rows(self.model.config(), &samples, tokens.kept.as_ref());
+        let prompt = self.model.prompt_of(&samples, &kept, tokens)?;
         let kept = ids.iter().zip(kept).map(|(ids, kept)| kept.of(ids));
-        let kept = kept.collect::<Result<_, _>>()?;
-        Ok((self.model.prompt(&samples, tokens)?, kept))
+        Ok((prompt, kept.collect::<Result<_, _>>()?))
     }
 
     /// The prompt of one question.
@@ -295,7 +291,7 @@ impl<B: Backend> Vlm<B> {
 }
 
 /// A prompt whose visuals are seen like this.
-fn sample(ids: &[u32], views: &[View]) -> Sample {
+pub(crate) fn sample(ids: &[u32], views: &[View]) -> Sample {
     let (videos, images): (Vec<&View>, Vec<&View>) = views.iter().partition(|v| v.time.is_some());
     let times = videos.iter().filter_map(|view| view.time.as_ref());
     Sample {
@@ -334,24 +330,21 @@ pub(crate) fn encode_messages(
         let tokens = rows.saturating_mul(columns);
         match view.time {
             None => images.push(tokens),
-            Some(_) => videos.extend(template.dialect().video_slots(steps, tokens)),
+            Some(_) => videos.extend(template.dialect().video_placeholders(steps, tokens)),
         }
     }
-    let tokens = config.slots();
-    let lengths = [&images, &videos];
-    let slots = Modality::ALL
-        .into_iter()
-        .zip(lengths)
-        .filter_map(|(modality, lengths)| {
-            let token = tokens.of(modality)?;
-            Some(Slots {
-                modality,
-                token,
-                lengths,
-            })
-        });
-    let slots: Vec<Slots> = slots.collect();
-    template.expand(&ids, &slots)
+    let slots = config.slots();
+    let lengths = [&images[..], &videos[..]];
+    let of_kind = |(modality, lengths)| {
+        Some(Placeholders {
+            modality,
+            token: slots.of(modality)?,
+            lengths,
+        })
+    };
+    let kinds = Modality::ALL.into_iter().zip(lengths);
+    let placeholders: Vec<Placeholders> = kinds.filter_map(of_kind).collect();
+    template.expand(&ids, &placeholders)
 }
 
 /// Reads a JSON file, or takes the default if there is none.

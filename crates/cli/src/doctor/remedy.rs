@@ -4,15 +4,11 @@
 use std::path::Path;
 
 use reroute_checkpoint::CheckpointError;
-use reroute_zoo::{FamilyError, Part, Problem, ZooError};
+use reroute_zoo::{FamilyError, ModelType, Part, Problem, ZooError, model_types};
 use serde_json::Value;
 
 /// The remedy where there is no checkpoint.
 pub(super) const HOLDS_CONFIG: &str = "give the folder that holds config.json to --model";
-
-/// The checkpoint that is nearest to what a LLaVA variant, and what a Qwen, wants to be.
-const LLAVA: &str = "llava-hf/llava-1.5-7b-hf (LLaVA-1.5)";
-const QWEN: &str = "Qwen/Qwen2.5-VL-7B-Instruct";
 
 /// Largest settings file that is looked into, in bytes.
 const MAX_BYTES: u64 = 1 << 20;
@@ -63,7 +59,7 @@ impl Contents {
             (_, ZooError::UnknownFamily { found, .. }) => self.instead_of(found),
             (Part::Config, ZooError::Family(_)) => {
                 let family = self.config["model_type"].as_str();
-                variant(nearest(family.unwrap_or_default()))
+                variant(&nearest(family.unwrap_or_default()))
             }
             (_, ZooError::TemplateOutput { .. }) => {
                 "take the chat template, tokenizer.json and config.json of one revision".into()
@@ -169,11 +165,11 @@ impl Contents {
             "" => HOLDS_CONFIG.into(),
             "llava_llama" => format!(
                 "this is LLaVA as its authors published it: reroute convert --from {} --to NEW \
-                 --vision-tower CLIP --tokenizer {LLAVA}",
+                 --vision-tower CLIP --tokenizer {nearest}",
                 self.folder
             ),
             _ if is_tower => {
-                format!("this is a vision tower alone; nearest is a model with one: {LLAVA}")
+                format!("this is a vision tower alone; nearest is a model with one: {nearest}")
             }
             _ if is_vision => format!("{family} is not supported; nearest is {nearest}"),
             _ => format!("{family} is no vision-language model; nearest is one: {nearest}"),
@@ -181,12 +177,19 @@ impl Contents {
     }
 }
 
-/// The checkpoint that is nearest to a model of this type.
-fn nearest(model_type: &str) -> &'static str {
-    match model_type.starts_with("qwen") {
-        true => QWEN,
-        false => LLAVA,
-    }
+/// The checkpoint that is nearest to a model of this type: of what can be opened, the last whose type begins
+/// with most of the same letters, or the first if none begins alike.
+fn nearest(model_type: &str) -> String {
+    let alike = |known: &ModelType| {
+        let pairs = known.name.bytes().zip(model_type.bytes());
+        pairs.take_while(|(a, b)| a == b).count()
+    };
+    let known = model_types();
+    let nearest = known.iter().filter(|known| alike(known) > 0);
+    let nearest = nearest.max_by_key(|known| alike(known)).or(known.first());
+    nearest.map_or(String::new(), |known| {
+        format!("{} ({})", known.checkpoint, known.title)
+    })
 }
 
 /// A variant of a known family.

@@ -18,7 +18,7 @@ pub struct QwenVisionTower<B: Backend> {
     pos_embed: Option<Embedding<B>>,
     blocks: Vec<Block<B>>,
     merger: PatchMerger<B>,
-    /// One per tapped block.
+    /// One per layer of DeepStack.
     deepstack_merger_list: Vec<PatchMerger<B>>,
     #[module(skip)]
     config: QwenTowerConfig,
@@ -35,7 +35,7 @@ struct PatchEmbed<B: Backend> {
 
 impl<B: Backend> QwenVisionTower<B> {
     pub(super) fn new(config: &QwenTowerConfig, device: &B::Device) -> Self {
-        let taps = config.deepstack_layers.iter();
+        let deepstack = config.deepstack_layers.iter();
         Self {
             patch_embed: PatchEmbed::new(config, device),
             pos_embed: config.position_embeddings.map(|entries| {
@@ -49,7 +49,7 @@ impl<B: Backend> QwenVisionTower<B> {
                 .map(|_| Block::new(config, device))
                 .collect(),
             merger: PatchMerger::new(config, false, device),
-            deepstack_merger_list: taps
+            deepstack_merger_list: deepstack
                 .map(|_| PatchMerger::new(config, true, device))
                 .collect(),
             config: config.clone(),

@@ -1,34 +1,18 @@
 //! Preprocessing to one size, as the Pillow path of Hugging Face's `CLIPImageProcessor`,
 //! `LlavaImageProcessor`, `SiglipImageProcessor` and `BitImageProcessor` (DINOv2's) does it.
 
-use std::collections::BTreeMap;
-
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor, TensorData};
 use serde::Deserialize;
-use serde::de::IgnoredAny;
 
-use crate::normalise::{CLIP_STATISTICS, Normalisation, NormalisationConfig, STANDARD_STATISTICS};
+use crate::normalise::{
+    CLIP_STATISTICS, Normalisation, NormalisationConfig, OtherKeys, STANDARD_STATISTICS,
+};
 use crate::resize::{Canvas, Resample, Window, resize};
 use crate::{Geometry, RgbImage, VisionError};
 
 /// Largest side that a configuration may ask for, in pixels.
 const MAX_SIDE: usize = 1 << 14;
-
-/// Keys of `preprocessor_config.json` that change no pixel.
-const HARMLESS: [&str; 11] = [
-    "data_format",
-    "device",
-    "disable_grouping",
-    "do_convert_rgb",
-    "feature_extractor_type",
-    "image_seq_length",
-    "input_data_format",
-    "processor_class",
-    "return_tensors",
-    "auto_map",
-    "transformers_version",
-];
 
 /// `preprocessor_config.json` of a model whose images are all of one size.
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -44,7 +28,7 @@ pub struct VitPreprocessorConfig {
     /// The original LLaVA code's switch; `"pad"` is the one it was trained with.
     image_aspect_ratio: Option<String>,
     #[serde(flatten)]
-    other: BTreeMap<String, Option<Setting>>,
+    other: OtherKeys,
 }
 
 /// A size, as the various versions of the library write it.
@@ -65,14 +49,6 @@ enum Size {
     },
 }
 
-/// A key that is not known: switched on or off, or anything else.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(untagged)]
-enum Setting {
-    Switch(bool),
-    Value(IgnoredAny),
-}
-
 /// The library's classes that differ in what they do with a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Processor {
@@ -88,11 +64,7 @@ impl VitPreprocessorConfig {
     /// Checks the numbers.
     pub fn resolve(&self) -> Result<VitPreprocessor, VisionError> {
         let processor = self.processor()?;
-        if let Some(key) = self.unknown() {
-            return wrong(format!(
-                "{key} is not known and might change pixels; take it out if it does not"
-            ));
-        }
+        self.other.check(&[])?;
         let (statistics, siglip) = match processor {
             Processor::Siglip => (STANDARD_STATISTICS, true),
             Processor::Clip | Processor::Llava => (CLIP_STATISTICS, false),
@@ -177,15 +149,6 @@ impl VitPreprocessorConfig {
                  LlavaImageProcessor, SiglipImageProcessor and BitImageProcessor are"
             )),
         }
-    }
-
-    /// A key that might change pixels in a way that is not known here.
-    fn unknown(&self) -> Option<&str> {
-        let matters = |(key, value): &(&String, &Option<Setting>)| {
-            let on = !matches!(value, None | Some(Setting::Switch(false)));
-            on && !key.starts_with('_') && !HARMLESS.contains(&key.as_str())
-        };
-        self.other.iter().find(matters).map(|(key, _)| key.as_str())
     }
 }
 

@@ -6,7 +6,8 @@ use serde_json::{Value, json};
 use vision_encoder::Grid;
 use vision_encoder::VisionError;
 use vision_encoder::qwen::{
-    QwenGeneration, QwenTowerConfig, QwenVisionConfig, QwenVisionTower, WindowConfig,
+    QwenGeneration, QwenPreprocessorConfig, QwenTowerConfig, QwenVisionConfig, QwenVisionTower,
+    WindowConfig,
 };
 
 use QwenGeneration::{Qwen2, Qwen2_5, Qwen3};
@@ -256,5 +257,33 @@ fn grids_that_do_not_fit_the_patches_are_refused() {
             .expect_err("refused")
             .to_string();
         assert!(error.contains(named), "{grids:?}: {error}");
+    }
+}
+
+/// What the library writes beside what matters is left alone; what might change pixels is not.
+#[test]
+fn a_key_that_is_not_known_is_refused_unless_it_is_off() {
+    let tower = QwenVisionConfig::default().resolve(QwenGeneration::Qwen2_5);
+    let tower = tower.expect("a tower");
+    let resolve = |key: &str, value: Value| {
+        let config = Value::Object([(key.to_string(), value)].into_iter().collect());
+        let config: QwenPreprocessorConfig = serde_json::from_value(config).expect("parses");
+        config.resolve(None, &tower)
+    };
+    for key in ["do_pad", "do_center_crop", "do_sharpen"] {
+        let error = resolve(key, true.into()).expect_err("refused");
+        assert!(error.to_string().contains(key), "{error}");
+        for off in [false.into(), Value::Null] {
+            assert!(resolve(key, off).is_ok(), "{key}");
+        }
+    }
+    for (key, value) in [
+        ("image_processor_type", "Qwen2VLImageProcessorFast".into()),
+        ("default_to_square", true.into()),
+        ("do_convert_rgb", true.into()),
+        ("fps", 2.into()),
+        ("data_format", "channels_first".into()),
+    ] {
+        assert!(resolve(key, value).is_ok(), "{key}");
     }
 }

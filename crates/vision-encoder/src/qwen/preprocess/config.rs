@@ -3,7 +3,7 @@ use serde::Deserialize;
 use super::{DEFAULT_MAX_PIXELS, QwenPreprocessor};
 use crate::VisionError;
 use crate::normalise::{
-    CLIP_STATISTICS, Normalisation, NormalisationConfig, STANDARD_STATISTICS, Statistics,
+    CLIP_STATISTICS, Normalisation, NormalisationConfig, OtherKeys, STANDARD_STATISTICS, Statistics,
 };
 use crate::qwen::smart_resize::PixelBounds;
 use crate::qwen::{QwenGeneration, QwenTowerConfig};
@@ -67,7 +67,24 @@ pub struct QwenPreprocessorConfig {
     patch_size: Option<usize>,
     temporal_patch_size: Option<usize>,
     merge_size: Option<usize>,
+    #[serde(flatten)]
+    other: OtherKeys,
 }
+
+/// Keys of the library's image and video processors that change no pixel here: which frames of a video are
+/// taken is the caller's choice, and sides of squares have no meaning.
+const HARMLESS: [&str; 10] = [
+    "default_to_square",
+    "do_sample_frames",
+    "fps",
+    "image_processor_type",
+    "max_frames",
+    "min_frames",
+    "num_frames",
+    "return_metadata",
+    "video_metadata",
+    "video_processor_type",
+];
 
 /// Bounds on the area in pixels, under names that once meant sides.
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -152,6 +169,7 @@ impl QwenPreprocessorConfig {
                  must ascend, from 1 to {MAX_AREA}"
             ));
         }
+        self.other.check(&HARMLESS)?;
         self.pixels.resample(&[Resample::Bicubic])?;
         Ok(Recipe {
             normalisation: self.pixels.resolve(default.statistics)?,

@@ -1,16 +1,15 @@
 //! What an answer names: boxes and points in any of the notations that models have.
 
-/// The end of the keys of a box and of a point in the JSON of Qwen2.5-VL and Qwen3-VL.
+use super::BoundingBox;
+
+/// The end of the keys of a box and of a point in JSON.
 const KEY_END: &str = "_2d\"";
 
-/// What stands around a label before its boxes: Qwen-VL's tags, and the special tokens of Qwen2-VL.
+/// What stands around a label before its boxes: tags, or special tokens.
 const LABEL_MARKS: [[&str; 2]; 2] = [
     ["<ref>", "</ref>"],
     ["<|object_ref_start|>", "<|object_ref_end|>"],
 ];
-
-/// A box `[x1, y1, x2, y2]`, corners ordered.
-pub type BoundingBox = [f64; 4];
 
 /// A place in a picture.
 #[derive(Debug, Clone, Copy, PartialEq)]

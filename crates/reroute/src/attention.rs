@@ -110,15 +110,21 @@ impl<B: Backend> SelfAttention<B> {
     ) -> Result<Tensor<B, 2>, RerouteError> {
         let keys_values = keys_values.map(|x| self.split_heads(x));
         let group = queries.dims()[0] / (self.num_key_value_heads * self.head_dim);
-        let context = |run: &Run| {
-            let (start, rows) = (run.packed.start, run.packed.len());
-            let own = keys_values.clone().map(|x| x.narrow(2, start, rows));
+        let mut context = |run: &Run, queries: Tensor<B, 2>, own| {
             let [keys, values] = cache.append(run, own)?;
-            let queries = queries.clone().narrow(1, start, rows);
+            let rows = run.packed.len();
             let queries = queries.reshape([self.num_key_value_heads, group, self.head_dim, rows]);
             Ok(attention(queries, keys, values, causal))
         };
-        let contexts: Result<Vec<_>, RerouteError> = runs.iter().map(context).collect();
+        if let [all] = runs {
+            return context(all, queries, keys_values);
+        }
+        let contexts = runs.iter().map(|run| {
+            let (start, rows) = (run.packed.start, run.packed.len());
+            let own = keys_values.clone().map(|x| x.narrow(2, start, rows));
+            context(run, queries.clone().narrow(1, start, rows), own)
+        });
+        let contexts: Result<Vec<_>, RerouteError> = contexts.collect();
         Ok(Tensor::cat(contexts?, 1))
     }
 

@@ -2,9 +2,10 @@
 
 use std::io::Write;
 
-use reducers::{Plan, Schedule, Support, presets};
+use reducers::presets::{self, Preset};
+use reducers::{Cost, Plan, ReducerError, Schedule, Support};
 use reroute_zoo::ModelConfig;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::args::PresetsArgs;
 use crate::{open, output};
@@ -22,81 +23,101 @@ pub fn run(args: &PresetsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let bytes = args.dtype.burn().size();
     let cost = |plan: &Plan| plan.cost(&shape, visual, text, bytes);
     let dense = cost(&Schedule::dense().into());
+    let rows = presets::presets().map(|preset| {
+        let plan = preset.plan(shape.num_layers, &config.encoder());
+        let plan = plan.map(|plan| Planned::new(cost(&plan), plan, visual));
+        (preset, plan)
+    });
 
-    let mut reports = Vec::new();
-    if !args.json {
-        writeln!(
-            out,
-            "{} layers, {visual} visual + {text} text tokens; FLOPs of the decoder prefill with scoring, \
-             KV in {:?}",
-            shape.num_layers, args.dtype
-        )?;
-        writeln!(
-            out,
-            "{:<26} {:>9} {:>9} {:>7} {:>8} {:>9} {:>6}  {:<20} keep counts",
-            "preset", "average", "GFLOPs", "FLOPs", "ceiling", "KV KiB", "enter", "decision layers"
-        )?;
-    }
-    for preset in presets::presets() {
-        let plan = match preset.plan(shape.num_layers, &config.encoder()) {
-            Ok(plan) => plan,
-            Err(error) if args.json => {
-                reports.push(json!({"preset": preset.name, "error": error.to_string()}));
-                continue;
-            }
-            Err(error) => {
-                writeln!(out, "{:<26} {error}", preset.name)?;
-                continue;
-            }
+    if args.json {
+        let report = |(preset, plan): (Preset, Result<Planned, ReducerError>)| match plan {
+            Ok(planned) => planned.report(&preset, &dense),
+            Err(error) => json!({"preset": preset.name, "error": error.to_string()}),
         };
-        let cost = cost(&plan);
-        let entering = plan.entering(visual);
-        let counts = plan.schedule.keep_counts(entering);
-        let stages = plan.schedule.stages().iter();
-        let layers: Vec<usize> = stages.map(|stage| stage.layer).collect();
-        if args.json {
-            reports.push(json!({
-                "preset": preset.name,
-                "method": preset.method.about.description,
-                "source": preset.method.about.source,
-                "exact": preset.method.about.exact,
-                "interpretation": preset.method.about.interpretation,
-                "schedule": plan.to_json(),
-                "entering_tokens": entering,
-                "layers": layers,
-                "keep_counts": counts,
-                "average_visual_tokens": cost.average_tokens(),
-                "flops": cost.total_flops(),
-                "scorer_flops": cost.total_scorer_flops(),
-                "kv_bytes": cost.total_kv_bytes(),
-                "speedup_ceiling": cost.speedup_ceiling(&dense),
-            }));
-            continue;
+        let report = json!({
+            "num_layers": shape.num_layers,
+            "visual_tokens": visual,
+            "text_tokens": text,
+            "presets": rows.map(report).collect::<Vec<Value>>(),
+        });
+        return output::print_json(out, &report);
+    }
+    writeln!(
+        out,
+        "{} layers, {visual} visual + {text} text tokens; FLOPs of the decoder prefill with scoring, \
+         KV in {:?}",
+        shape.num_layers, args.dtype
+    )?;
+    writeln!(
+        out,
+        "{:<26} {:>9} {:>9} {:>7} {:>8} {:>9} {:>6}  {:<20} keep counts",
+        "preset", "average", "GFLOPs", "FLOPs", "ceiling", "KV KiB", "enter", "decision layers"
+    )?;
+    for (preset, plan) in rows {
+        match plan {
+            Ok(planned) => writeln!(out, "{:<26} {}", preset.name, planned.line(&dense))?,
+            Err(error) => writeln!(out, "{:<26} {error}", preset.name)?,
         }
-        writeln!(
-            out,
-            "{:<26} {:>9.2} {:>9.3} {:>6.1}% {:>7.2}× {:>9.1} {entering:>6}  {:<20} {}",
-            preset.name,
+    }
+    Ok(())
+}
+
+/// A preset on a model.
+struct Planned {
+    plan: Plan,
+    cost: Cost,
+    /// Visual tokens that the decoder gets.
+    entering: usize,
+    /// Its decision layers.
+    layers: Vec<usize>,
+    keep_counts: Vec<usize>,
+}
+
+impl Planned {
+    fn new(cost: Cost, plan: Plan, visual: usize) -> Self {
+        let entering = plan.entering(visual);
+        let stages = plan.schedule.stages().iter();
+        Self {
+            layers: stages.map(|stage| stage.layer).collect(),
+            keep_counts: plan.schedule.keep_counts(entering),
+            plan,
+            cost,
+            entering,
+        }
+    }
+
+    fn report(&self, preset: &Preset, dense: &Cost) -> Value {
+        let about = &preset.method.about;
+        json!({
+            "preset": preset.name,
+            "method": about.description,
+            "source": about.source,
+            "exact": about.exact,
+            "interpretation": about.interpretation,
+            "schedule": self.plan.to_json(),
+            "entering_tokens": self.entering,
+            "layers": self.layers,
+            "keep_counts": self.keep_counts,
+            "average_visual_tokens": self.cost.average_tokens(),
+            "flops": self.cost.total_flops(),
+            "scorer_flops": self.cost.total_scorer_flops(),
+            "kv_bytes": self.cost.total_kv_bytes(),
+            "speedup_ceiling": self.cost.speedup_ceiling(dense),
+        })
+    }
+
+    fn line(&self, dense: &Cost) -> String {
+        let (cost, entering) = (&self.cost, self.entering);
+        format!(
+            "{:>9.2} {:>9.3} {:>6.1}% {:>7.2}× {:>9.1} {entering:>6}  {:<20} {}",
             cost.average_tokens(),
             cost.total_flops() / 1e9,
             100.0 * cost.total_flops() / dense.total_flops(),
-            cost.speedup_ceiling(&dense),
+            cost.speedup_ceiling(dense),
             cost.total_kv_bytes() as f64 / 1024.0,
-            joined(&layers),
-            joined(&counts),
-        )?;
-    }
-    match args.json {
-        true => output::print_json(
-            out,
-            &json!({
-                "num_layers": shape.num_layers,
-                "visual_tokens": visual,
-                "text_tokens": text,
-                "presets": reports,
-            }),
-        ),
-        false => Ok(()),
+            joined(&self.layers),
+            joined(&self.keep_counts),
+        )
     }
 }
 

@@ -2,8 +2,8 @@ use std::ops::ControlFlow;
 use std::time::Instant;
 
 use burn::tensor::backend::Backend;
-use reducers::{Action, Plan};
-use reroute::{GenerationOptions, KvCache, PrefillOptions};
+use reducers::{Action, Plan, Schedule};
+use reroute::{GenerationOptions, KvCache, Prefill, PrefillOptions, Prompt};
 
 use crate::answer::Prefilled;
 use crate::messages::{Content, Message, Role};
@@ -78,32 +78,7 @@ impl<'a, B: Backend> Conversation<'a, B> {
         let ids = vec![vlm.encode_messages(&messages, &views)?];
         let samples = vec![views.clone()];
         let (prompt, kept) = vlm.prompt(&ids, &samples, &tokens)?;
-        let options = PrefillOptions {
-            keep_pool: true,
-            ..Default::default()
-        };
-        let decoder = vlm.model().decoder();
-        // Before the cache is taken: a question that cannot be asked costs nothing.
-        decoder.check(&prompt, routing.schedule)?;
-        // What earlier turns removed cannot be had again, so that a question that fails must not cost it.
-        let schedule = routing.schedule;
-        let removes = schedule.action() == Action::Remove && !schedule.stages().is_empty();
-        let past = match removes {
-            true => self.past.clone(),
-            false => self.past.take(),
-        };
-        let prefill = match past {
-            Some((mut cache, known)) => {
-                let same = known
-                    .iter()
-                    .zip(&kept[0])
-                    .take_while(|(a, b)| a == b)
-                    .count();
-                cache.truncate(0, same)?;
-                decoder.resume(cache, &prompt, routing.schedule, options)?
-            }
-            None => decoder.prefill(&prompt, routing.schedule, options)?,
-        };
+        let prefill = prefill(vlm, &mut self.past, &prompt, routing.schedule, &kept[0])?;
         vlm.finish(started, &mut timings.prefill);
 
         let mut known = kept[0].clone();
@@ -136,6 +111,35 @@ impl<'a, B: Backend> Conversation<'a, B> {
         (self.messages, self.views, self.tokens) = (messages, views, tokens);
         Ok(answer)
     }
+}
+
+/// Runs the prompt of a whole conversation, whose ids are `ids`, on what earlier turns have cached.
+fn prefill<B: Backend>(
+    vlm: &Vlm<B>,
+    past: &mut Option<(KvCache<B>, Vec<u32>)>,
+    prompt: &Prompt<B>,
+    schedule: &Schedule,
+    ids: &[u32],
+) -> Result<Prefill<B>, ZooError> {
+    let options = PrefillOptions {
+        keep_pool: true,
+        ..Default::default()
+    };
+    let decoder = vlm.model().decoder();
+    // Before the cache is taken: a question that cannot be asked costs nothing.
+    decoder.check(prompt, schedule)?;
+    // What earlier turns removed cannot be had again, so that a question that fails must not cost it.
+    let removes = schedule.action() == Action::Remove && !schedule.stages().is_empty();
+    let past = match removes {
+        true => past.clone(),
+        false => past.take(),
+    };
+    let Some((mut cache, known)) = past else {
+        return Ok(decoder.prefill(prompt, schedule, options)?);
+    };
+    let pairs = known.iter().zip(ids);
+    cache.truncate(0, pairs.take_while(|(a, b)| a == b).count())?;
+    Ok(decoder.resume(cache, prompt, schedule, options)?)
 }
 
 #[cfg(test)]

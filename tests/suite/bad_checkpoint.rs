@@ -157,6 +157,11 @@ fn refuses_setting(name: &str, (pointer, value, expected): &(&str, Value, &str))
 fn config_numbers_that_are_impossible_or_contradict_each_other() {
     for case in [
         (
+            "/text_config/rms_norm_eps",
+            json!(1e300),
+            "rms_norm_eps is 1000",
+        ),
+        (
             "/text_config/num_attention_heads",
             json!(5),
             "96 is not a multiple of num_attention_heads 5",

@@ -224,6 +224,10 @@ fn flags_that_are_out_of_range() {
             "presets --text-tokens 4294967296",
             "is not in 0..=4294967295",
         ),
+        (
+            "presets --visual-tokens 0 --text-tokens 0",
+            "a prompt of no tokens",
+        ),
         ("answer", "unrecognized subcommand 'answer'"),
         ("trace --out x", "--inputs"),
     ] {
@@ -283,6 +287,10 @@ fn trace_inputs_that_are_missing_or_of_the_wrong_kind() {
                 f32s("in.pixel_values_videos", [1, 2], [0.0; 2]),
             ],
             "in.pixel_values_videos are patches",
+        ),
+        (
+            vec![ids(), i64s("in.attention_maks", [1, 1], [1])],
+            "in.attention_maks is no input; known are in.input_ids",
         ),
         (vec![empty([0, 4])], no_tokens),
         (vec![empty([1, 0])], no_tokens),

@@ -99,7 +99,7 @@ fn chat_templates_that_are_broken_or_without_a_slot() {
 
 #[test]
 fn chat_templates_that_are_endless_or_huge() {
-    let fuel = "ran out of fuel";
+    let (fuel, long) = ("ran out of fuel", "a text is longer than 8388608 bytes");
     let range = |body: &str| format!("{{% for i in range(99999) %}}{body}{{% endfor %}}");
     let double = "{% set n.x = n.x ~ n.x %}";
     for (source, expected) in [
@@ -109,6 +109,21 @@ fn chat_templates_that_are_endless_or_huge() {
             fuel,
         ),
         ("{{ 'a' * 1000000000000 }}".into(), fuel),
+        (
+            "{{ ('a' * 1000000).replace('a', 'b' * 1000000) }}".into(),
+            fuel,
+        ),
+        ("{{ 'x'.join(['y' * 1000] * 1000000) }}".into(), fuel),
+        ("{{ (['y' * 100000] * 100000)|join }}".into(), long),
+        ("{{ ([['y' * 10000] * 10000] * 1000)|string }}".into(), long),
+        (
+            "{{ ([{'a': 'y' * 100000}] * 100000)|map(attribute='a')|join }}".into(),
+            long,
+        ),
+        (
+            "{{ (['y' * 100000] * 100000)|sum(start='') }}".into(),
+            "sum adds no strings",
+        ),
         (range("{{ 'a' * 9999 }}"), "the rendered prompt is too long"),
         (
             "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}".into(),

@@ -46,6 +46,7 @@ fn flags_are_checked_before_weights_are_read() {
         "in.safetensors",
         safetensors(&[i64s("in.input_ids", [1, 2], [10, 11])]),
     );
+    let weights = format!("{llava}/model.safetensors");
     let bad_input = scratch.write("bad.safetensors", "x");
     let cases: &[(&str, &[&str], &str)] = &[
         ("ask", &[], "--prompt is missing"),
@@ -67,6 +68,7 @@ fn flags_are_checked_before_weights_are_read() {
             "max_pixels is not for this model, which sees every picture at one size",
         ),
         ("chat", &["--image", &missing], "none.png"),
+        ("chat", &["--image", "-"], "from the standard input"),
         ("chat", &["--routing", "fastv@17"], "no preset"),
         ("ground", &["--image", &image], "--expression is missing"),
         ("ground", &["--expression", "x"], "--image is missing"),
@@ -91,6 +93,21 @@ fn flags_are_checked_before_weights_are_read() {
             "ground",
             &["--expression", "x", "--image", &image, "--overlay", &folder],
             "it is a folder",
+        ),
+        (
+            "ground",
+            &["--expression", "x", "--image", &image, "--overlay", &image],
+            "it is read here",
+        ),
+        (
+            "trace",
+            &["--inputs", &input, "--out", &input],
+            "it is read here",
+        ),
+        (
+            "trace",
+            &["--inputs", &input, "--out", &weights],
+            "it is read here",
         ),
         ("explain", &[], "--prompt is missing"),
         (
@@ -305,4 +322,17 @@ fn names_that_are_no_text_are_escaped_in_json() {
         let path = report.pointer(pointer).and_then(Value::as_str);
         assert!(path.expect("a path").contains("b\\xff"), "{report}");
     }
+}
+
+/// What a link leads to is written, and the link stays one.
+#[cfg(unix)]
+#[test]
+fn a_picture_is_written_through_a_link() {
+    let scratch = Scratch::new();
+    let (file, link) = (scratch.write("file.png", "x"), scratch.at("link.png"));
+    std::os::unix::fs::symlink(&file, &link).expect("a link");
+    reroute(&["ground", "--overlay", &link]).expect("a box is found");
+    assert!(std::path::Path::new(&link).is_symlink());
+    let written = std::fs::read(&file).expect("it is there");
+    assert!(written.starts_with(b"\x89PNG"));
 }

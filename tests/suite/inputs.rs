@@ -173,6 +173,12 @@ fn frames_that_cannot_be_seen_are_named() {
         &flags,
         &["frame_11.jpg", "frame_9.png", "one size", "56×56"],
     );
+    #[cfg(unix)]
+    {
+        std::os::unix::fs::symlink("nothing", folder.at("frame_12.png")).expect("a link");
+        refuses(&flags, &["frame_12.png", "link to nothing"]);
+        folder.remove("frame_12.png");
+    }
     let file = folder.at("frame_9.png");
     refuses(
         &watch(&model, &file, "2"),

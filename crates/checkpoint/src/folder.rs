@@ -111,10 +111,18 @@ impl Folder {
         max_bytes: u64,
     ) -> Result<T, CheckpointError> {
         let content = self.read(name, max_bytes)?;
-        serde_json::from_slice(&content).map_err(|source| CheckpointError::Json {
+        let failed = |source| CheckpointError::Json {
             file: self.path_of(name),
             source,
-        })
+        };
+        let value = serde_json::from_slice(&content).map_err(failed)?;
+        // It was read as the fields of a structure in their order.
+        match content.trim_ascii_start().first() {
+            Some(b'[') => Err(failed(serde::de::Error::custom(
+                "it is a list, not an object",
+            ))),
+            _ => Ok(value),
+        }
     }
 
     /// Where a file of this folder lies, links resolved: it is no pipe, and inside. An embedded folder

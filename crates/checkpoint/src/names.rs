@@ -17,7 +17,7 @@
 /// const TABLE: NameTable = NameTable {
 ///     rules: &[
 ///         Rule {
-///             module: "tower.layers.{}.norm.gamma",
+///             module: "tower.layers.{}.norm.weight",
 ///             file: &["tower.encoder.layers.{}.layer_norm.weight"],
 ///         },
 ///         Rule {
@@ -67,8 +67,8 @@ impl NameTable {
     /// #     rules: &[Rule { module: "decoder.*", file: &["language_model.model.*", "model.*"] }],
     /// #     ignore: &[],
     /// # };
-    /// let name = TABLE.file_name("decoder.norm.gamma");
-    /// assert_eq!(name.as_deref(), Some("language_model.model.norm.gamma"));
+    /// let name = TABLE.file_name("decoder.norm.weight");
+    /// assert_eq!(name.as_deref(), Some("language_model.model.norm.weight"));
     /// ```
     pub fn file_name(&self, path: &str) -> Option<String> {
         self.rules.iter().find_map(|rule| {

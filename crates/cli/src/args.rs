@@ -55,10 +55,11 @@ pub struct ModelArgs {
     /// Type of the weights in memory.
     #[arg(long, value_enum, default_value = "f32")]
     pub dtype: Dtype,
-    /// Pad images to a square instead of cropping them, as the original LLaVA code does (LLaVA).
+    /// Pad images to a square instead of cropping them, as the original LLaVA code does, for models whose images are all of one
+    /// size.
     #[arg(long)]
     pub pad_to_square: bool,
-    /// Largest area of an image or video frame in pixels; larger ones are scaled down (Qwen). The
+    /// Largest area of an image or video frame in pixels; larger ones are scaled down, for models that take any size. The
     /// default is the checkpoint's own limit, but at most 1003520, which is 1280 visual tokens of 28×28.
     #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = one_or_more)]
     pub max_pixels: Option<usize>,
@@ -281,8 +282,8 @@ pub struct TraceArgs {
     #[command(flatten)]
     pub model: ModelArgs,
     /// Safetensors with in.input_ids [B, L], in.attention_mask [B, L] and
-    /// LLaVA: in.pixel_values [N, 3, H, W];
-    /// Qwen: in.pixel_values [patches, features], in.image_grid_thw [N, 3], for videos
+    /// models of one size: in.pixel_values [N, 3, H, W];
+    /// others: in.pixel_values [patches, features], in.image_grid_thw [N, 3], for videos
     /// in.pixel_values_videos, in.video_grid_thw, in.second_per_grid_ts (one number per video);
     /// in.mm_token_type_ids [B, L] is checked against the ids.
     #[arg(long, value_name = "IN.safetensors")]

@@ -44,12 +44,12 @@ pub fn run_on(
     let known = Known::of(&args.model)?;
     let plan = known.plan(&args.routing.routing)?;
     known::check_generation(&args.generation)?;
-    let mut visuals = known.visuals(&args.visual)?;
-    let vlm = open::model(&args.model)?;
-    let options = open::generation(&args.generation, vlm.generation_defaults())?;
     if args.visual.image.iter().any(|path| is_stdin(path)) {
         bail!("chat reads its questions from the standard input; give the image as a file");
     }
+    let mut visuals = known.visuals(&args.visual)?;
+    let vlm = open::model(&args.model)?;
+    let options = open::generation(&args.generation, vlm.generation_defaults())?;
     let start = || Conversation::new(&vlm, plan.clone(), options.clone());
     let mut conversation = start();
     let mut is_first = true;

@@ -38,7 +38,8 @@ pub fn run(args: &CompareArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let plans = plans.map(|routing| Ok((routing.clone(), known.plan(routing)?)));
     let plans = plans.collect::<anyhow::Result<Vec<(String, Plan)>>>()?;
     known::check_generation(&args.generation)?;
-    known::check_picture(&args.out)?;
+    let visual = args.visual.image.iter().chain(&args.visual.video);
+    known::check_picture(&args.out, visual.chain(&args.model.model))?;
     let built_in = args.model.model.is_none();
     let asked = Asked::of(&known, &args.visual, args.prompt.as_deref(), built_in)?;
     let vlm = open::model(&args.model)?;

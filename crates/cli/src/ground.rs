@@ -38,7 +38,10 @@ pub fn run(args: &GroundArgs, out: &mut dyn Write) -> anyhow::Result<()> {
         (None, None) => embedded::SCENE.expression,
         (None, Some(_)) => bail!("--expression is missing: say what to find"),
     };
-    overlay.as_deref().map_or(Ok(()), known::check_picture)?;
+    let read = args.image.iter().chain(&args.model.model);
+    overlay
+        .as_deref()
+        .map_or(Ok(()), |path| known::check_picture(path, read))?;
     known.outline().check(&Visual::Image(image.clone()))?;
     let vlm = open::model(&args.model)?;
     let options = open::generation(&args.generation, vlm.generation_defaults())?;

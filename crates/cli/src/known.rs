@@ -45,12 +45,31 @@ pub(crate) fn check_generation(args: &GenerationArgs) -> anyhow::Result<()> {
     open::generation(args, GenerationOptions::default()).map(drop)
 }
 
-/// Whether a file can be written there.
-pub(crate) fn check_file(path: &Path) -> anyhow::Result<()> {
+/// Whether a file can be written there, and is none of those that are read, nor in a folder that is.
+pub(crate) fn check_file<'a>(
+    path: &Path,
+    read: impl IntoIterator<Item = &'a PathBuf>,
+) -> anyhow::Result<()> {
     let cannot = || format!("cannot write {}", path.display());
     if path.is_dir() {
         bail!("{}: it is a folder, give the name of a file", cannot());
     }
+    let found = path.canonicalize().ok();
+    let read: Vec<PathBuf> = { read.into_iter() }
+        .filter_map(|path| path.canonicalize().ok())
+        .collect();
+    let is_read = |path: &PathBuf| {
+        read.iter()
+            .any(|read| path.parent() == Some(read) || path == read)
+    };
+    if found.as_ref().is_some_and(is_read) {
+        bail!("{}: it is read here, give another name", cannot());
+    }
+    if found.as_ref().is_some_and(|path| !path.is_file()) {
+        // A device or a pipe.
+        return Ok(());
+    }
+    let path = found.as_deref().unwrap_or(path);
     let folder = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
@@ -59,9 +78,12 @@ pub(crate) fn check_file(path: &Path) -> anyhow::Result<()> {
 }
 
 /// Whether a picture can be written there.
-pub(crate) fn check_picture(path: &Path) -> anyhow::Result<()> {
+pub(crate) fn check_picture<'a>(
+    path: &Path,
+    read: impl IntoIterator<Item = &'a PathBuf>,
+) -> anyhow::Result<()> {
     draw::Format::of(path)?;
-    check_file(path)
+    check_file(path, read)
 }
 
 /// Whether a folder is there, or can be made, and files can be written into it.

@@ -135,6 +135,12 @@ fn frames(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
     for entry in folder.read_dir().with_context(cannot)? {
         let path = entry.with_context(cannot)?.path();
         if !path.is_file() {
+            if is_called_picture(&path) && !path.is_dir() {
+                bail!(
+                    "{} is called a picture and is no file, or a link to nothing",
+                    path.display()
+                );
+            }
             continue;
         }
         match is_picture(&path)? {
@@ -168,14 +174,19 @@ fn frames(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
     Ok(pictures)
 }
 
-/// Whether a file is a picture by its first bytes, or by its name: then it may be a damaged one.
-fn is_picture(path: &Path) -> anyhow::Result<bool> {
+/// Whether the name is that of a picture, and not hidden.
+fn is_called_picture(path: &Path) -> bool {
     let extension = path.extension().and_then(|end| end.to_str());
     let is_called = |end: &str| PICTURES.iter().any(|known| known.eq_ignore_ascii_case(end));
     let hidden = path
         .file_name()
         .is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
-    if extension.is_some_and(is_called) && !hidden {
+    extension.is_some_and(is_called) && !hidden
+}
+
+/// Whether a file is a picture by its first bytes, or by its name: then it may be a damaged one.
+fn is_picture(path: &Path) -> anyhow::Result<bool> {
+    if is_called_picture(path) {
         return Ok(true);
     }
     let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;

@@ -1,5 +1,6 @@
 //! Files that appear whole or not at all, and the lines that commands share.
 
+use std::fs::OpenOptions;
 use std::io::{Write, stderr};
 use std::path::Path;
 
@@ -11,9 +12,19 @@ use serde_json::{Value, json};
 
 use crate::backend::{self, Backend};
 
-/// Writes a file under a temporary name beside it, then renames it.
+/// Writes a file under a temporary name beside it, then renames it. Of a link, the file that it leads to;
+/// into devices and pipes what they take.
 pub(crate) fn write_file(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
     let cannot = || format!("cannot write {}", path.display());
+    let found = path.canonicalize();
+    let path = found.as_deref().unwrap_or(path);
+    if path.exists() && !path.is_file() {
+        let mut stream = OpenOptions::new()
+            .write(true)
+            .open(path)
+            .with_context(cannot)?;
+        return stream.write_all(bytes).with_context(cannot);
+    }
     let folder = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),

@@ -2,6 +2,7 @@
 
 use std::io::Write;
 
+use anyhow::ensure;
 use reducers::presets::{self, Preset};
 use reducers::{Cost, Plan, ReducerError, Schedule, Support};
 use reroute_zoo::ModelConfig;
@@ -20,6 +21,10 @@ pub fn run(args: &PresetsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let typical = config.typical_visual_tokens();
     let visual = args.visual_tokens.map_or(typical, |n| n as usize);
     let text = args.text_tokens as usize;
+    ensure!(
+        visual + text > 0,
+        "a prompt of no tokens costs nothing: give --visual-tokens or --text-tokens"
+    );
     let bytes = args.dtype.burn().size();
     let cost = |plan: &Plan| plan.cost(&shape, visual, text, bytes);
     let dense = cost(&Schedule::dense().into());

@@ -35,10 +35,14 @@ pub fn run(args: &TraceArgs, out: &mut dyn Write) -> anyhow::Result<()> {
             return Err(ZooError::NoQuestion.into());
         }
     }
-    known::check_file(&args.out)?;
+    known::check_file(
+        &args.out,
+        [&args.inputs].into_iter().chain(&args.model.model),
+    )?;
     let bytes = open::tensors(&args.inputs)?;
     let file = format!("inputs {}", args.inputs.display());
     let tensors = SafeTensors::deserialize(&bytes).with_context(|| file.clone())?;
+    check_names(&tensors).with_context(|| file.clone())?;
     let device = backend::device()?;
     let inputs = inputs(&tensors, config, &device).with_context(|| file)?;
     let vlm = open::model(&args.model)?;
@@ -57,6 +61,27 @@ pub fn run(args: &TraceArgs, out: &mut dyn Write) -> anyhow::Result<()> {
             names.len(),
             args.out.display()
         )?),
+    }
+}
+
+/// Inputs that are known; a file may hold tensors of other names beside them, such as outputs.
+const INPUTS: [&str; 8] = [
+    "in.input_ids",
+    "in.attention_mask",
+    "in.mm_token_type_ids",
+    "in.pixel_values",
+    "in.image_grid_thw",
+    "in.pixel_values_videos",
+    "in.video_grid_thw",
+    "in.second_per_grid_ts",
+];
+
+/// An input of an unknown name, perhaps misspelt, is not left out in silence.
+fn check_names(tensors: &SafeTensors) -> anyhow::Result<()> {
+    let unknown = |name: &&str| name.starts_with("in.") && !INPUTS.contains(name);
+    match tensors.names().into_iter().find(unknown) {
+        Some(name) => bail!("{name} is no input; known are {}", INPUTS.join(", ")),
+        None => Ok(()),
     }
 }
 

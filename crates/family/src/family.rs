@@ -62,10 +62,9 @@ pub trait FamilyConfig: Debug + Send + Sync {
         self.names().file_name(path)
     }
 
-    /// Path of the head that checkpoints may store although the embedding table takes its place.
-    fn tied_head(&self) -> &'static str {
-        "language_model.lm_head.weight"
-    }
+    /// Path in the network of the head that checkpoints may store although the embedding table takes its
+    /// place.
+    fn tied_head(&self) -> &'static str;
 
     /// How prompts are written where the checkpoint does not say.
     fn dialect(&self) -> Dialect;
@@ -111,7 +110,8 @@ pub trait FamilyConfig: Debug + Send + Sync {
     }
 
     /// Row and column in its picture of each visual token of an image or of a video, in the order of
-    /// their slots; empty if a picture has no such grid.
+    /// their slots; empty if a picture has no such grid. By default those of the grids of the sample, which
+    /// samples of families whose images are all of one size need not have: they say it here.
     fn cells(&self, sample: &Sample, modality: Modality) -> Vec<[usize; 2]> {
         let merge = self.spatial_merge_size();
         let of_grid = |grid: &Grid| {

@@ -73,6 +73,8 @@ pub(crate) fn reduce<B: Backend>(
     step: &EncoderStep<'_, B>,
     encoder: EncoderShape,
 ) -> Result<ReducedTokens<B>, FamilyError> {
+    // A program may make what no file can say.
+    step.keep.check(0).map_err(|_| ReducerError::EncoderKeep)?;
     let (mut features, mut kept) = (Vec::new(), Vec::new());
     let mut deepstack = vec![Vec::new(); look.deepstack.len()];
     let (mut start, mut picture) = (0, 0);

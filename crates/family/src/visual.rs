@@ -52,7 +52,7 @@ pub struct VideoTime {
 impl View {
     /// Number of its visual tokens.
     pub fn token_count(&self) -> usize {
-        self.tokens.iter().product()
+        self.tokens.iter().copied().fold(1, usize::saturating_mul)
     }
 
     /// Whether its visual tokens divide the picture like its patches; else they have no places in it.

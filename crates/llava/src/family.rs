@@ -85,6 +85,10 @@ impl FamilyConfig for LlavaConfig {
         names(&self.vision)
     }
 
+    fn tied_head(&self) -> &'static str {
+        "language_model.lm_head.weight"
+    }
+
     fn dialect(&self) -> Dialect {
         DIALECT
     }

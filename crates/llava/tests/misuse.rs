@@ -4,7 +4,7 @@ use burn::tensor::{Device, Tensor};
 use burn_flex::Flex;
 use llava::{Llava, LlavaConfig, LlavaHfConfig};
 use reducers::encoder::{CdPruner, EncoderReducer};
-use reducers::{Keep, Positions, Rest};
+use reducers::{Keep, Positions, ReducerError, Rest};
 use reroute::{KeptRows, RerouteError};
 use reroute_family::{
     EncoderStep, FamilyError, FamilyModel, KeptTokens, KeptVisuals, Modality, Pictures,
@@ -92,6 +92,29 @@ fn questions_that_are_not_one_for_each_picture() {
         let error = see(&model(), images(2), Some(&step), questions).unwrap_err();
         let named = matches!(error, FamilyError::Questions { questions, pictures: 2 } if questions == given);
         assert!(named, "{given}: {error}");
+    }
+}
+
+#[test]
+fn shares_that_are_none() {
+    let reducer = CdPruner::default();
+    for keep in [
+        Keep::Ratio(f64::NAN),
+        Keep::Ratio(-1.0),
+        Keep::Rounded(7.0),
+        Keep::Raised(f64::INFINITY),
+        Keep::Count(0),
+    ] {
+        let step = EncoderStep {
+            reducer: &reducer as &dyn EncoderReducer<Flex>,
+            keep,
+            rest: Rest::Drop,
+            positions: Positions::Gap,
+        };
+        let questions = [vec![Tensor::ones([HIDDEN, 2], &device())], Vec::new()];
+        let error = see(&model(), images(1), Some(&step), questions).unwrap_err();
+        let named = matches!(error, FamilyError::Reducer(ReducerError::EncoderKeep));
+        assert!(named, "{keep:?}: {error}");
     }
 }
 

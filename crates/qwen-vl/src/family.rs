@@ -93,6 +93,10 @@ impl FamilyConfig for QwenVlConfig {
         crate::file_name(self.vision.generation, path)
     }
 
+    fn tied_head(&self) -> &'static str {
+        "language_model.lm_head.weight"
+    }
+
     fn dialect(&self) -> Dialect {
         match self.vision.generation {
             QwenGeneration::Qwen2 | QwenGeneration::Qwen2_5 => QWEN2_DIALECT,

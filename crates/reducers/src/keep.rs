@@ -86,7 +86,10 @@ impl Keep {
     }
 
     /// Whether it is a share in (0, 1], or a number of at least 1.
-    pub(crate) fn check(self, stage: usize) -> Result<(), ReducerError> {
+    ///
+    /// # Errors
+    /// [`ReducerError::KeepRatio`], [`ReducerError::KeepCount`]; both name the `stage`.
+    pub fn check(self, stage: usize) -> Result<(), ReducerError> {
         match (self.ratio(), self) {
             // Written so that NaN is refused as well.
             (Some(ratio), _) if !(ratio > 0.0 && ratio <= 1.0) => {

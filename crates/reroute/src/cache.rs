@@ -185,6 +185,15 @@ impl<B: Backend> KvCache<B> {
         rows.truncate(rows.partition_point(|&held| held < row));
     }
 
+    /// The leading rows of a sample that every layer holds.
+    pub(crate) fn held_by_all(&self, sample: usize) -> usize {
+        let held = self.layers.iter().map(|layer| {
+            let rows = layer[sample].rows.iter().enumerate();
+            rows.take_while(|&(at, &row)| at == row).count()
+        });
+        held.min().unwrap_or(0)
+    }
+
     /// The position that a sample's next token will have; 0 where there is no such sample, or where
     /// [`truncate`](Self::truncate) has forgotten rows.
     pub fn next_position(&self, sample: usize) -> i64 {

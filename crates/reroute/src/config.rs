@@ -104,7 +104,7 @@ impl DecoderConfig {
         if let Some(problem) = self.rope.scaling.problem() {
             return inconsistent(problem);
         }
-        if !(self.rms_norm_eps.is_finite() && self.rms_norm_eps >= 0.0) {
+        if !((self.rms_norm_eps as f32).is_finite() && self.rms_norm_eps >= 0.0) {
             return inconsistent(format!("rms_norm_eps is {}", self.rms_norm_eps));
         }
         Ok(())

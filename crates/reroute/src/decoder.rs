@@ -141,6 +141,19 @@ impl<B: Backend> Decoder<B> {
         }
     }
 
+    /// Whether something is of the type of the weights.
+    pub(crate) fn check_type(&self, what: &'static str, given: DType) -> Result<(), RerouteError> {
+        let expected = self.dtype();
+        match given == expected {
+            true => Ok(()),
+            false => Err(RerouteError::Type {
+                what,
+                given,
+                expected,
+            }),
+        }
+    }
+
     /// Whether prompt and schedule fit the decoder and each other.
     ///
     /// # Errors
@@ -225,7 +238,8 @@ impl<B: Backend> Decoder<B> {
     ///   earlier turn; without it everything after the first image is computed anew.
     /// - Under [`Action::Remove`](reducers::Action::Remove) new rows run through all layers and see
     ///   what each layer has kept: what an earlier turn removed is gone. Only new images are decided on.
-    /// - Without decisions new rows run through all layers and see everything.
+    /// - Without decisions the result is that of the plain model: new rows run through all layers and see
+    ///   everything, and what an earlier turn kept from a layer is computed there.
     ///
     /// Schedules that give positions away or rank by what no cache holds compute everything anew.
     ///
@@ -427,7 +441,7 @@ impl<B: Backend> Decoder<B> {
     /// - returns `[rows, vocab_size]`
     ///
     /// # Errors
-    /// [`RerouteError::Prompt`] for other features, or no rows.
+    /// [`RerouteError::Prompt`] for other features, or no rows; [`RerouteError::Type`].
     pub fn logits(&self, hidden_states: Tensor<B, 2>) -> Result<Tensor<B, 2>, RerouteError> {
         let [features, rows] = hidden_states.dims();
         if features != self.config.hidden_size || rows == 0 {
@@ -436,6 +450,7 @@ impl<B: Backend> Decoder<B> {
                 self.config.hidden_size
             )));
         }
+        self.check_type("hidden states", hidden_states.dtype())?;
         let head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
         Ok(head.logits(self.norm.forward(hidden_states)))
     }

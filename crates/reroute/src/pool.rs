@@ -48,7 +48,8 @@ impl<B: Backend> Past<B> {
     /// Rows before the first visual token never depend on a decision: every layer keeps them. From
     /// there on, under *reroute*, layers below the first decision keep all rows; from the decision on
     /// they are computed anew, because the turn's own last row chooses which tokens they work on.
-    /// Under *remove* and without decisions every layer keeps what it has. A schedule that gives
+    /// Under *remove* every layer keeps what it has; without decisions, the rows before the first that an
+    /// earlier turn kept from a layer. A schedule that gives
     /// positions away, or that ranks by what no cache holds, starts from nothing.
     ///
     /// # Errors
@@ -74,6 +75,13 @@ impl<B: Backend> Past<B> {
             // The last row is always computed: its logits are the answer.
             let known = cache.rows(sample).min(layout.rows - 1);
             let first_visual = layout.visual.first().copied().unwrap_or(layout.rows);
+            let is_plain = schedule.stages().is_empty()
+                && cache.renumbered_from(sample, first_visual).is_none();
+            let known = match is_plain {
+                // No layer may lack a row before a new one.
+                true => known.min(cache.held_by_all(sample)),
+                false => known,
+            };
             match chooses_anew.filter(|_| first_visual < known) {
                 None => cache.truncate(sample, known)?,
                 Some(layer) => {

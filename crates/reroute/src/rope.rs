@@ -93,7 +93,7 @@ impl RopeConfig {
 impl RopeScaling {
     /// Why the numbers make no sense, if they do not.
     pub(crate) fn problem(&self) -> Option<String> {
-        let is_positive = |x: f64| x.is_finite() && x > 0.0;
+        let is_positive = |x: f64| (x as f32).is_finite() && x > 0.0;
         match *self {
             Self::None => None,
             Self::Linear { factor } => {

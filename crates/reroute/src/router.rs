@@ -209,7 +209,7 @@ impl<'a, B: Backend> Router<'a, B> {
     /// - `hidden_states`: `[hidden_size, rows]` as leaving a layer returned them
     ///
     /// # Errors
-    /// [`RerouteError::Prompt`] for other rows, and what a scorer refuses.
+    /// [`RerouteError::Prompt`] for other rows, [`RerouteError::Type`], and what a scorer refuses.
     pub fn enter(
         &mut self,
         index: usize,
@@ -225,6 +225,8 @@ impl<'a, B: Backend> Router<'a, B> {
                 hidden_states.dims()
             )));
         }
+        self.decoder
+            .check_type("hidden states", hidden_states.dtype())?;
         let hidden_states = self.gather(hidden_states);
         match self.schedule.decision_at(index) {
             Some(stage) if self.candidates.iter().any(|&candidates| candidates > 0) => {

@@ -39,7 +39,7 @@ pub(crate) fn decode(
     let frame = decoder.header();
     let (width, height) = (u32::from(frame.width), u32::from(frame.height));
     limits.check(width, height)?;
-    if !is_whole(bytes) {
+    if !is_whole(bytes) || width == 0 || height == 0 {
         return Err(broken(io::Error::from(io::ErrorKind::UnexpectedEof)));
     }
     let is_cmyk = match channels(frame) {

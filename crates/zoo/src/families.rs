@@ -36,6 +36,11 @@ macro_rules! families {
             $($(#[$doc])* $family($krate::$model<B>),)+
         }
 
+        /// The crates of the families.
+        pub mod crates {
+            $(pub use $krate;)+
+        }
+
         /// Everything that can be opened.
         pub fn model_types() -> Vec<ModelType> {
             let all = [$($krate::$config::model_types(),)+];

@@ -91,8 +91,7 @@ pub use vision_encoder::{DecodeLimits, RgbImage, decode};
 pub use vlm::{OpenOptions, Vlm};
 
 pub use burn;
-pub use llava;
-pub use qwen_vl;
+pub use families::crates::*;
 pub use reducers;
 pub use reroute;
 pub use reroute_checkpoint;

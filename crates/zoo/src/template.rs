@@ -142,7 +142,10 @@ impl ChatTemplate {
                 "chat_template.jinja",
                 reroute_checkpoint::TEMPLATE_MAX_BYTES,
             )?;
-            let source = String::from_utf8_lossy(&bytes).into_owned();
+            let source = String::from_utf8(bytes).map_err(|_| ZooError::TemplateOutput {
+                name: "chat_template.jinja".into(),
+                reason: "is not UTF-8".into(),
+            })?;
             return Self::new("chat_template.jinja", source, special_tokens, dialect);
         }
         for name in [

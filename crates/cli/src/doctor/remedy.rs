@@ -177,6 +177,9 @@ impl Contents {
     }
 }
 
+/// Letters that two types begin with in common, at least, if they have anything to do with each other.
+const ALIKE: usize = 3;
+
 /// The checkpoint that is nearest to a model of this type: of what can be opened, the last whose type begins
 /// with most of the same letters, or the first if none begins alike.
 fn nearest(model_type: &str) -> String {
@@ -185,7 +188,7 @@ fn nearest(model_type: &str) -> String {
         pairs.take_while(|(a, b)| a == b).count()
     };
     let known = model_types();
-    let nearest = known.iter().filter(|known| alike(known) > 0);
+    let nearest = known.iter().filter(|known| alike(known) >= ALIKE);
     let nearest = nearest.max_by_key(|known| alike(known)).or(known.first());
     nearest.map_or(String::new(), |known| {
         format!("{} ({})", known.checkpoint, known.title)

@@ -74,6 +74,15 @@ impl<B: Backend> Reduction<B> {
     ) -> Result<Tensor<B, 2>, ReducerError> {
         let tokens = of.dims()[1];
         let sources = match class {
+            Some(class) if (class.dims()[0], class.dtype()) != (of.dims()[0], of.dtype()) => {
+                return refuse(format!(
+                    "a class token of {} features in {:?} beside tokens of {} in {:?}",
+                    class.dims()[0],
+                    class.dtype(),
+                    of.dims()[0],
+                    of.dtype()
+                ));
+            }
             Some(class) => Tensor::cat(vec![of, class], 1),
             None => of,
         };

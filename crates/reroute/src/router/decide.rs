@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
-use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
+use burn::tensor::{DType, Tensor};
 use reducers::{Action, HiddenLayout, Positions, ScoreLayer, Scorer, Stage};
 use reroute_layers::indices;
 use tracing::field::Empty;
@@ -162,7 +162,8 @@ impl<'a, B: Backend> Router<'a, B> {
             if given != expected {
                 return Err(RerouteError::Scores { given, expected });
             }
-            scores.push(of_sample);
+            // A rule may compute in a type of its own.
+            scores.push(of_sample.cast(DType::F32));
         }
         let scores = read_back(Tensor::cat(scores, 0), "routing scores")?;
 

@@ -344,6 +344,40 @@ fn a_scorer_that_cannot_count() {
     }
 }
 
+/// Scores of all samples are read at once, whatever type a rule computes in.
+#[test]
+fn a_scorer_of_another_type() {
+    struct Counted(Option<DType>);
+    impl Scorer<B> for Counted {
+        fn score(&self, view: &dyn DecisionView<B>) -> Result<Tensor<B, 1>, ReducerError> {
+            let rows = Tensor::<B, 1, Int>::arange(0..view.rows() as i64, &DEVICE).float();
+            let half = self.0.filter(|_| view.candidates().len() == 4);
+            Ok(half.map_or(rows.clone(), |dtype| rows.cast(dtype)))
+        }
+    }
+    let (decoder, prompt) = (decoder(1), prompt(&[4, 5], 1));
+    let schedule = schedule(Action::Reroute, &[(1, 2)]);
+    let routed = |dtype| {
+        let (cache, options) = (KvCache::new(LAYERS, 2), Default::default());
+        let scorer = Counted(dtype);
+        let routed = decoder.resume_by(Some(&scorer), cache, &prompt, &schedule, options);
+        values(routed.unwrap().logits)
+    };
+    assert_eq!(routed(Some(DType::F16)), routed(None));
+}
+
+#[test]
+fn hidden_states_of_another_type() {
+    let (decoder, prompt) = (decoder(1), prompt(&[4], 1));
+    let schedule = schedule(Action::Reroute, &[(1, 2)]);
+    let states = prompt.embeddings.clone().cast(DType::F64);
+    refused!(decoder.logits(states.clone()), RerouteError::Type { .. });
+    let mut router = Router::new(&decoder, &prompt, &schedule).unwrap();
+    let nothing = KvCache::new(0, 0);
+    let entered = router.enter(1, &decoder.layers()[1], states, &nothing);
+    refused!(entered, RerouteError::Type { .. });
+}
+
 #[test]
 fn a_router_that_is_entered_wrongly() {
     let (decoder, prompt) = (decoder(1), prompt(&[4], 1));

@@ -164,6 +164,20 @@ fn a_turn_with_gaps_after_a_renumbered_one_is_refused() {
     close(&values(resumed.logits), &values(fresh.logits));
 }
 
+/// Without decisions a turn is the plain model's, whatever earlier turns kept from a layer.
+#[test]
+fn a_dense_turn_after_a_routed_one_is_the_plain_model() {
+    let (decoder, prompt) = (decoder(1), prompt(&[VISUAL], 1));
+    let dense = Schedule::dense();
+    let fresh = observed(&decoder, &prompt, &dense).unwrap();
+    let expected = values(fresh.logits);
+    for action in [Action::Reroute, Action::Remove] {
+        let turn = observed(&decoder, &prompt, &schedule(action, &[(1, 4)])).unwrap();
+        let resumed = decoder.resume(turn.cache, &prompt, &dense, Default::default());
+        close(&values(resumed.unwrap().logits), &expected);
+    }
+}
+
 /// One more token costs what it costs, however the cache has grown; tokens at once are tokens in turn.
 #[test]
 fn tokens_at_once_are_tokens_in_turn() {

@@ -291,7 +291,7 @@ impl VitConfig {
                 self.position_grid
             ));
         }
-        if !(self.layer_norm_eps.is_finite() && self.layer_norm_eps >= 0.0) {
+        if !((self.layer_norm_eps as f32).is_finite() && self.layer_norm_eps >= 0.0) {
             return inconsistent(format!("layer_norm_eps is {}", self.layer_norm_eps));
         }
         Ok(())

@@ -304,7 +304,12 @@ pub fn to_tensor<B: Backend>(
 ) -> Result<Tensor<B, 4>, VisionError> {
     let size = |pixels: &Pixels| [pixels.height, pixels.width];
     let [height, width] = images.first().map(size).ok_or(VisionError::MixedSizes)?;
-    if images.iter().any(|pixels| size(pixels) != [height, width]) {
+    let values = height
+        .checked_mul(width)
+        .and_then(|area| area.checked_mul(3));
+    let fits =
+        |pixels: &Pixels| Some(pixels.data.len()) == values && size(pixels) == [height, width];
+    if !images.iter().all(fits) {
         return Err(VisionError::MixedSizes);
     }
     let values: Vec<f32> = images

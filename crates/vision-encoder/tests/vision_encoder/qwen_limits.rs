@@ -278,6 +278,12 @@ fn a_key_that_is_not_known_is_refused_unless_it_is_off() {
         }
     }
     for (key, value) in [
+        ("image_processor_type", "CLIPImageProcessor".into()),
+        ("size", serde_json::json!({"height": 112, "width": 112})),
+    ] {
+        assert!(resolve(key, value).is_err(), "{key}");
+    }
+    for (key, value) in [
         ("image_processor_type", "Qwen2VLImageProcessorFast".into()),
         ("default_to_square", true.into()),
         ("do_convert_rgb", true.into()),

@@ -8,10 +8,10 @@ use jiff::fmt::strtime::{BrokenDownTime, Config, PosixCustom};
 use jiff::tz::TimeZone;
 use jiff::{Timestamp, ZonedDateTime};
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::Rest;
-use minijinja::{Environment, Error, ErrorKind, Value};
+use minijinja::value::{Kwargs, Rest, ValueKind};
+use minijinja::{Environment, Error, ErrorKind, State, Value, filters};
 
-use super::{FUEL, json};
+use super::{FUEL, MAX_OUTPUT, json};
 
 /// An environment without templates.
 pub(super) fn environment() -> Result<Environment<'static>, Error> {
@@ -29,6 +29,9 @@ pub(super) fn environment() -> Result<Environment<'static>, Error> {
     environment.add_function("cycler", |items: Rest<Value>| {
         minijinja_contrib::globals::cycler(items.0)
     });
+    environment.add_filter("string", string);
+    environment.add_filter("join", join);
+    environment.add_filter("sum", sum);
     environment.add_filter("tojson", json::dumps);
     environment.add_filter("fromjson", json::loads);
     environment.add_function("raise_exception", |message: String| {
@@ -38,6 +41,73 @@ pub(super) fn environment() -> Result<Environment<'static>, Error> {
         strftime(ZonedDateTime::now().datetime(), &format)
     });
     Ok(environment)
+}
+
+/// The filter, for what is no longer than a prompt may be: it is charged when it is there.
+fn string(state: &mut State, value: Value) -> Result<Value, Error> {
+    bounded(&value)?;
+    filters::string(state, &value)
+}
+
+/// The filter, for what is no longer than a prompt may be.
+fn join(
+    state: &mut State,
+    value: Value,
+    joiner: Option<Value>,
+    attribute: Option<Value>,
+    options: Kwargs,
+) -> Result<Value, Error> {
+    bounded(&value)?;
+    let [joiner, attribute] = [joiner, attribute].map(Option::unwrap_or_default);
+    let arguments = [value, joiner, attribute, options.into()];
+    Value::from_function(filters::join).call(state, &arguments)
+}
+
+/// The filter, which as Python's adds no strings: they would be copied once an item.
+fn sum(
+    state: &mut State,
+    values: Value,
+    attribute: Option<Value>,
+    start: Option<Value>,
+    options: Kwargs,
+) -> Result<Value, Error> {
+    let named = options.peek::<Option<Value>>("start")?;
+    if let Some(start) = start.as_ref().or(named.as_ref())
+        && start.kind() == ValueKind::String
+    {
+        let reason = "sum adds no strings, use join";
+        return Err(Error::new(ErrorKind::InvalidOperation, reason));
+    }
+    let [attribute, start] = [attribute, start].map(Option::unwrap_or_default);
+    let arguments = [values, attribute, start, options.into()];
+    Value::from_function(filters::sum).call(state, &arguments)
+}
+
+/// Whether a value is no longer than a prompt may be when it is written, without writing it.
+fn bounded(value: &Value) -> Result<(), Error> {
+    fn take(value: &Value, left: &mut usize) -> Option<()> {
+        let length = value.as_str().map_or(1, |text| text.len().max(1));
+        *left = left.checked_sub(length)?;
+        if value.kind() == ValueKind::Map {
+            for key in value.try_iter().into_iter().flatten() {
+                take(&key, left)?;
+                take(&value.get_item(&key).unwrap_or_default(), left)?;
+            }
+        } else if value.as_str().is_none() {
+            for item in value.try_iter().into_iter().flatten() {
+                take(&item, left)?;
+            }
+        }
+        Some(())
+    }
+    let mut left = MAX_OUTPUT;
+    match take(value, &mut left) {
+        Some(()) => Ok(()),
+        None => Err(Error::new(
+            ErrorKind::InvalidOperation,
+            format!("a text is longer than {MAX_OUTPUT} bytes"),
+        )),
+    }
 }
 
 /// Stops the clock that templates read, at this time in UTC.
@@ -76,4 +146,32 @@ fn unknown(error: jiff::Error) -> Error {
         ErrorKind::InvalidOperation,
         format!("strftime_now: {error}"),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bounded_filters_are_the_engine_s() {
+        let environment = environment().expect("it is set up");
+        for (source, expected) in [
+            ("{{ [1, 'a']|join }}", "1a"),
+            ("{{ [1, 2]|join('-') }}", "1-2"),
+            ("{{ [{'a': 1}, {'a': 2}]|join('-', 'a') }}", "1-2"),
+            (
+                "{{ [{'a': 1}, {'a': 2}]|join(', ', attribute='a') }}",
+                "1, 2",
+            ),
+            ("{{ [1, 2]|sum }}", "3"),
+            ("{{ [1, 2]|sum(start=4) }}", "7"),
+            ("{{ [{'a': 1}, {'a': 2}]|sum('a', 1) }}", "4"),
+            ("{{ [{'a': 1}, {'a': 2}]|sum(attribute='a') }}", "3"),
+            ("{{ {'a': [1]}|string|length }}", "10"),
+            ("{{ 5|string ~ 'x' }}", "5x"),
+        ] {
+            let rendered = environment.render_str(source, ());
+            assert_eq!(rendered.expect(source), expected, "{source}");
+        }
+    }
 }

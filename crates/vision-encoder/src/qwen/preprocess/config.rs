@@ -67,17 +67,17 @@ pub struct QwenPreprocessorConfig {
     patch_size: Option<usize>,
     temporal_patch_size: Option<usize>,
     merge_size: Option<usize>,
+    image_processor_type: Option<String>,
     #[serde(flatten)]
     other: OtherKeys,
 }
 
 /// Keys of the library's image and video processors that change no pixel here: which frames of a video are
 /// taken is the caller's choice, and sides of squares have no meaning.
-const HARMLESS: [&str; 10] = [
+const HARMLESS: [&str; 9] = [
     "default_to_square",
     "do_sample_frames",
     "fps",
-    "image_processor_type",
     "max_frames",
     "min_frames",
     "num_frames",
@@ -94,6 +94,8 @@ struct Area {
     shortest_edge: Option<usize>,
     #[serde(alias = "max_pixels")]
     longest_edge: Option<usize>,
+    #[serde(flatten)]
+    other: OtherKeys,
 }
 
 impl QwenPreprocessorConfig {
@@ -152,6 +154,7 @@ impl QwenPreprocessorConfig {
             }
         }
         let size = self.size.clone().unwrap_or_default();
+        size.other.check(&[])?;
         let max = self.max_pixels.or(size.longest_edge);
         let min = self.min_pixels.or(size.shortest_edge);
         // A default gives way to what the checkpoint says.
@@ -170,6 +173,13 @@ impl QwenPreprocessorConfig {
             ));
         }
         self.other.check(&HARMLESS)?;
+        if let Some(kind) = &self.image_processor_type
+            && !kind.starts_with("Qwen")
+        {
+            return wrong(format!(
+                "image_processor_type is {kind}, a tower of Qwen's takes one of Qwen's"
+            ));
+        }
         self.pixels.resample(&[Resample::Bicubic])?;
         Ok(Recipe {
             normalisation: self.pixels.resolve(default.statistics)?,

@@ -335,4 +335,20 @@ fn a_picture_is_written_through_a_link() {
     assert!(std::path::Path::new(&link).is_symlink());
     let written = std::fs::read(&file).expect("it is there");
     assert!(written.starts_with(b"\x89PNG"));
+
+    // Unless it is one of the files of the model, which may all be links.
+    let model = without_weights("llava");
+    let weights = model.at("model.safetensors");
+    model.remove("model.safetensors");
+    std::os::unix::fs::symlink(&file, &weights).expect("a link");
+    let input = scratch.write(
+        "in.safetensors",
+        safetensors(&[i64s("in.input_ids", [1, 2], [10, 11])]),
+    );
+    let model = model.path();
+    let flags = [
+        "trace", "--model", &model, "--inputs", &input, "--out", &weights,
+    ];
+    refuses(&flags, &["it is read here"]);
+    assert_eq!(std::fs::read(&file).expect("it is there"), written);
 }

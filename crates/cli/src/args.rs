@@ -55,11 +55,12 @@ pub struct ModelArgs {
     /// Type of the weights in memory.
     #[arg(long, value_enum, default_value = "f32")]
     pub dtype: Dtype,
-    /// Pad images to a square instead of cropping them, as the original LLaVA code does, for models whose images are all of one
-    /// size.
+    /// Pad images to a square instead of cropping them, as the original LLaVA code does, for models
+    /// whose images are all of one size.
     #[arg(long)]
     pub pad_to_square: bool,
-    /// Largest area of an image or video frame in pixels; larger ones are scaled down, for models that take any size. The
+    /// Largest area of an image or video frame in pixels; larger ones are scaled down, for models
+    /// that take any size. The
     /// default is the checkpoint's own limit, but at most 1003520, which is 1280 visual tokens of 28×28.
     #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = one_or_more)]
     pub max_pixels: Option<usize>,

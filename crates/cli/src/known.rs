@@ -58,10 +58,11 @@ pub(crate) fn check_file<'a>(
     let read: Vec<PathBuf> = { read.into_iter() }
         .filter_map(|path| path.canonicalize().ok())
         .collect();
-    let is_read = |path: &PathBuf| {
-        read.iter()
-            .any(|read| path.parent() == Some(read) || path == read)
-    };
+    // A link in a folder that is read belongs to it, wherever it leads.
+    let folder = Path::new(".").join(path).parent().map(Path::canonicalize);
+    let folder = folder.and_then(Result::ok);
+    let is_read =
+        |found: &PathBuf| read.contains(found) || folder.iter().any(|folder| read.contains(folder));
     if found.as_ref().is_some_and(is_read) {
         bail!("{}: it is read here, give another name", cannot());
     }

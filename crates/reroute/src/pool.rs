@@ -75,6 +75,7 @@ impl<B: Backend> Past<B> {
             // The last row is always computed: its logits are the answer.
             let known = cache.rows(sample).min(layout.rows - 1);
             let first_visual = layout.visual.first().copied().unwrap_or(layout.rows);
+            // Rows that were renumbered are refused below.
             let is_plain = schedule.stages().is_empty()
                 && cache.renumbered_from(sample, first_visual).is_none();
             let known = match is_plain {

@@ -162,7 +162,9 @@ impl<B: Backend> Decoder<B> {
     /// [`RerouteError::Reducer`] for a decision beyond the last layer.
     pub fn check(&self, prompt: &Prompt<B>, schedule: &Schedule) -> Result<(), RerouteError> {
         prompt.validate(&self.config)?;
-        prompt.check_type(self.dtype())?;
+        for (what, given) in prompt.types() {
+            self.check_type(what, given)?;
+        }
         if schedule.positions() == Positions::Renumber && self.config.rope.axes() > 1 {
             return Err(RerouteError::Renumber);
         }

@@ -116,7 +116,7 @@ impl<'a> Decoding<'a> {
         schedule: &Schedule,
         options: &Options,
     ) -> anyhow::Result<Self> {
-        let mut cache = setup.nothing_cached();
+        let mut cache = setup.nothing_cached()?;
         let prefill = repeated_seconds(options.rounds(), || {
             cache = setup.prefill(schedule)?.cache;
             Ok(())

@@ -165,7 +165,7 @@ pub fn run(setup: &Setup, model: &Model, peak: &Peak, options: &Options) -> anyh
     let report = Report {
         visual_tokens: setup.visual,
         text_tokens: TEXT,
-        layers: shape.num_layers,
+        layers: shape.num_layers.into(),
         dtype: dtype_name(setup.dtype()),
         full_depth: model.full_depth,
         rounds: options.rounds(),
@@ -227,7 +227,7 @@ fn measure_round(
 /// depends on how many rows come and go, not on their values.
 fn selection(setup: &Setup, schedule: &Schedule) -> anyhow::Result<Selection> {
     let mut router = setup.router(schedule)?;
-    let cache = setup.nothing_cached();
+    let cache = setup.nothing_cached()?;
     let mut hidden_states = setup.prompt.embeddings.clone();
     let mut total = Selection::default();
     for stage in schedule.stages() {
@@ -240,7 +240,7 @@ fn selection(setup: &Setup, schedule: &Schedule) -> anyhow::Result<Selection> {
         // The weights of the keys are then as near to the processor as for the entries below.
         plain_entry(setup, layer, setup.rows())?;
         let decision = seconds(|| {
-            let routed = router.enter(stage.layer, layer, hidden_states.clone(), &cache)?;
+            let routed = router.enter(stage.layer, hidden_states.clone(), &cache)?;
             settle(&routed)?;
             let candidates = routed.decisions.iter().map(|d| d.candidates.len());
             pool = TEXT + candidates.sum::<usize>();

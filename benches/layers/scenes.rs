@@ -171,7 +171,7 @@ fn measure(
         drift: Vec::new(),
     };
     let shape = vlm.config().decoder().shape();
-    let plan = match preset.plan(shape.num_layers, &vlm.config().encoder()) {
+    let plan = match preset.plan(shape.num_layers.into(), &vlm.config().encoder()) {
         Ok(plan) => plan,
         Err(error) => {
             row.unplanned = Some(error.to_string());

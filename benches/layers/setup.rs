@@ -123,8 +123,9 @@ impl Setup {
     }
 
     /// The cache before the first turn.
-    pub fn nothing_cached(&self) -> KvCache<Backend> {
-        KvCache::new(self.decoder.layers().len(), self.prompt.samples.len())
+    pub fn nothing_cached(&self) -> anyhow::Result<KvCache<Backend>> {
+        let (layers, samples) = (self.decoder.layers().len(), self.prompt.samples.len());
+        Ok(KvCache::new(layers, samples)?)
     }
 }
 

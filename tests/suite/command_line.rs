@@ -29,7 +29,7 @@ fn ask_prints_the_answer_and_json_says_how_it_came_about() {
     let text = report["prompt_rows"].as_u64().unwrap() as usize - 64;
     let schedule = schedule("reroute-pdrop@192");
     let visual = schedule.visual_tokens_per_layer(8, 64);
-    let rows: Vec<usize> = visual.iter().map(|visual| text + visual).collect();
+    let rows: Vec<usize> = visual.map(|visual| text + visual).collect();
     assert_eq!(indices(&report["rows_per_layer"]), rows);
     let counts = schedule.keep_counts(64);
     let decisions = report["decisions"].as_array().expect("a list");
@@ -347,11 +347,7 @@ fn trace_writes_what_it_documents() {
     expected.push(("vision_features".into(), vec![1, 128, 96]));
     expected.push(("image_embeds".into(), vec![1, 128, 128]));
     expected.push(("inputs_embeds".into(), vec![1, 133, 128]));
-    for (layer, visual) in schedule
-        .visual_tokens_per_layer(8, 128)
-        .into_iter()
-        .enumerate()
-    {
+    for (layer, visual) in schedule.visual_tokens_per_layer(8, 128).enumerate() {
         expected.push((format!("hidden.{layer}"), vec![1, visual + 5, 128]));
         expected.push((format!("hidden.{layer}.rows"), vec![visual + 5]));
     }

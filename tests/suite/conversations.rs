@@ -259,13 +259,13 @@ fn a_second_question_gets_back_what_the_first_one_deferred() {
 fn a_cache_that_does_not_fit_is_refused() {
     proptest!(cases(8), |(case in case(any_action()))| {
         let (decoder, sample) = (case.decoder::<Backend>(), case.sample());
-        let cache = reroute::KvCache::new(case.config.num_layers + 1, 1);
+        let cache = reroute::KvCache::new(case.config.num_layers + 1, 1).unwrap();
         let prompt = pack(std::slice::from_ref(&sample));
         let options = PrefillOptions::default();
         let refused = decoder.resume(cache, &prompt, &case.schedule, options);
         assert!(refused.unwrap_err().to_string().contains("the cache has"));
         // An empty one is a fresh start.
-        let cache = reroute::KvCache::new(case.config.num_layers, 1);
+        let cache = reroute::KvCache::new(case.config.num_layers, 1).unwrap();
         let fresh = decoder.resume(cache, &prompt, &case.schedule, options).unwrap();
         let expected = prefill_one(&decoder, &sample, &case.schedule);
         assert_eq!(values(fresh.logits), values(expected.logits));

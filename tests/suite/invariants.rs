@@ -286,7 +286,7 @@ proptest! {
         let visual = case
             .schedule
             .visual_tokens_per_layer(case.config.num_layers, sample.layout.visual.len());
-        let expected: Vec<usize> = visual.iter().map(|v| v + sample.text().len()).collect();
+        let expected: Vec<usize> = visual.map(|v| v + sample.text().len()).collect();
         assert_eq!(routed.cache.lengths(0), expected);
         assert_eq!(routed.cache.next_position(0), sample.layout.next_position);
         decode(&decoder, &mut routed, &[3, 4]);

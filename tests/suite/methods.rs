@@ -106,7 +106,8 @@ fn every_method_keeps_what_its_label_says() {
             }
             let per_layer = plan
                 .schedule
-                .visual_tokens_per_layer(num_layers, answer.visual_tokens);
+                .visual_tokens_per_layer(num_layers, answer.visual_tokens)
+                .collect::<Vec<usize>>();
             let text = answer.prompt_rows - answer.visual_tokens;
             let rows: Vec<usize> = answer
                 .trace
@@ -230,7 +231,7 @@ fn recoverable_twins_cost_what_they_replace() {
             for budget in [192, 128, 64] {
                 let cost = |name: &str| {
                     let preset = presets::find(&format!("{name}@{budget}")).unwrap();
-                    let plan = preset.plan(shape.num_layers, &encoder).unwrap();
+                    let plan = preset.plan(shape.num_layers.into(), &encoder).unwrap();
                     plan.cost(&shape, 576, 64, 2)
                 };
                 let (base, twin) = (cost(base_name), cost(twin_name));

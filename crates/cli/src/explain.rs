@@ -251,7 +251,7 @@ fn layers(vlm: &Vlm<Backend>, plan: &Plan, answer: &Answer) -> Vec<Layer> {
             predicted_kv_bytes: cost.kv_bytes[index],
         }
     };
-    (0..shape.num_layers).map(layer).collect()
+    (0..shape.num_layers.into()).map(layer).collect()
 }
 
 fn print_layers(out: &mut dyn Write, layers: &[Layer]) -> anyhow::Result<()> {

@@ -29,7 +29,7 @@ pub fn run(args: &PresetsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let cost = |plan: &Plan| plan.cost(&shape, visual, text, bytes);
     let dense = cost(&Schedule::dense().into());
     let rows = presets::presets().map(|preset| {
-        let plan = preset.plan(shape.num_layers, &config.encoder());
+        let plan = preset.plan(shape.num_layers.into(), &config.encoder());
         let plan = plan.map(|plan| Planned::new(cost(&plan), plan, visual));
         (preset, plan)
     });

@@ -1,3 +1,5 @@
+use std::iter::repeat_n;
+
 /// How prompts of a family are written where its checkpoint does not say.
 #[derive(Debug, Clone, Copy)]
 pub struct Dialect {
@@ -15,10 +17,14 @@ pub struct Dialect {
 
 impl Dialect {
     /// The visual tokens of each placeholder of a video.
-    pub fn video_placeholders(&self, patches: usize, tokens_per_patch: usize) -> Vec<usize> {
+    pub fn video_placeholders(
+        &self,
+        patches: usize,
+        tokens_per_patch: usize,
+    ) -> impl Iterator<Item = usize> + use<> {
         match self.time {
-            Some(_) => vec![tokens_per_patch; patches],
-            None => vec![tokens_per_patch.saturating_mul(patches)],
+            Some(_) => repeat_n(tokens_per_patch, patches),
+            None => repeat_n(tokens_per_patch.saturating_mul(patches), 1),
         }
     }
 

@@ -1,5 +1,7 @@
 //! How much memory answering takes, predicted from shapes.
 
+use std::num::Saturating;
+
 use reducers::{Cost, Schedule};
 use reroute::DecoderConfig;
 use reroute_layers::{QUERY_BLOCK, WIDENED, queries_at_a_time};
@@ -39,8 +41,11 @@ pub struct Arithmetic {
     pub threads: Option<usize>,
 }
 
+/// Numbers or bytes of a row: sizes that nothing has checked are only large.
+type Count = Saturating<usize>;
+
 /// Bytes of what loops compute.
-const SINGLE: usize = size_of::<f32>();
+const SINGLE: Count = Saturating(size_of::<f32>());
 
 /// Scores that exist at a time: as they come, masked, and after softmax.
 const SCORE_COPIES: u64 = 3;
@@ -130,10 +135,11 @@ pub struct LayerMemory {
 impl LayerMemory {
     /// A layer of a vision transformer whose MLP has no gate, and whose rows attend to all others.
     pub fn vision(heads: usize, hidden: usize, inner: usize) -> Self {
+        let head = hidden / heads.max(1);
         Self {
             heads,
             // The input of the layer, the residual stream, queries and keys, a rotary table.
-            held: 4 * hidden + 2 * hidden / heads.max(1),
+            held: (Saturating(4) * Saturating(hidden) + Saturating(2) * Saturating(head)).0,
             hidden,
             queries: hidden,
             keys: hidden,
@@ -150,53 +156,65 @@ impl LayerMemory {
     /// Bytes at the peak: where patches are embedded, rows attend, or the MLP widens, activates and
     /// narrows them.
     fn peak(&self, rows: usize, numbers: Arithmetic) -> u64 {
-        let Arithmetic {
-            bytes,
-            threads: loops,
-        } = numbers;
-        let halves = loops.is_some() && bytes < SINGLE;
+        let loops = numbers.threads;
+        let halves = loops.is_some() && numbers.bytes < SINGLE.0;
+        let bytes = Saturating(numbers.bytes);
+        let [hidden, queries, keys, inner] =
+            [self.hidden, self.queries, self.keys, self.inner].map(Saturating);
+        let nothing = Saturating(0);
         // Which has a column for each query of a block.
-        let mask = if self.causal { SINGLE * QUERY_BLOCK } else { 0 };
-        let held = bytes * self.held + mask;
-        let gate = if self.gated { bytes * self.inner } else { 0 };
+        let mask = if self.causal {
+            SINGLE * Saturating(QUERY_BLOCK)
+        } else {
+            nothing
+        };
+        let held = bytes * Saturating(self.held) + mask;
+        let gate = if self.gated { bytes * inner } else { nothing };
         // Halves are widened in one piece, computed with, and narrowed.
-        let widened = |numbers: usize| if halves { SINGLE * numbers } else { 0 };
+        let widened = |numbers: Count| if halves { SINGLE * numbers } else { nothing };
+        let copies = Saturating(self.copies);
         let (attention, scores) = match loops {
             // Keys and values of a thread's head once more, in panels, and its context in tiles.
             Some(threads) => {
-                let panels = 3 * (self.queries / self.heads.max(1)) * threads.min(self.heads);
-                let wide = widened(2 * self.queries + 2 * self.keys);
-                let copies = bytes * (self.copies + 2 * self.queries);
+                let head = Saturating(self.queries / self.heads.max(1));
+                let panels = Saturating(3) * head * Saturating(threads.min(self.heads));
+                let wide = widened(Saturating(2) * queries + Saturating(2) * keys);
+                let copies = bytes * (copies + Saturating(2) * queries);
                 (copies + wide + SINGLE * panels, 0)
             }
             // Queries, scaled queries, and contexts, block by block and together.
             None => {
-                let copies = bytes * (self.copies + 4 * self.queries);
+                let copies = bytes * (copies + Saturating(4) * queries);
                 (copies, self.scores(rows).saturating_mul(SCORE_COPIES))
             }
         };
         let activation = match (halves, self.gated) {
-            (true, true) => 3 * bytes * self.inner + widened(2 * self.inner),
-            (true, false) => 2 * bytes * self.inner + widened(self.inner),
-            (false, _) => 2 * bytes * self.inner + gate,
+            (true, true) => Saturating(3) * bytes * inner + widened(Saturating(2) * inner),
+            (true, false) => Saturating(2) * bytes * inner + widened(inner),
+            (false, _) => Saturating(2) * bytes * inner + gate,
         };
         // A cast from f32 to halves goes through f64.
-        let cast = if halves { size_of::<f64>() + bytes } else { 0 };
-        let product = |beside: usize, input: usize, output: usize| {
-            let weight = widened(input.saturating_mul(output).min(WIDENED));
-            (beside + numbers.product(input, output), weight as u64)
+        let cast = if halves {
+            Saturating(size_of::<f64>()) + bytes
+        } else {
+            nothing
         };
+        let product = |beside: Count, input: Count, output: Count| {
+            let weight = widened((input * output).min(Saturating(WIDENED)));
+            (beside + numbers.product(input, output), weight.0 as u64)
+        };
+        let (input, projected) = (Saturating(self.input), Saturating(self.projected));
         let stages = [
-            (self.input * (SINGLE + cast), 0),
-            product(0, self.input, self.hidden),
-            product(held, self.hidden, self.projected),
+            (input * (SINGLE + cast), 0),
+            product(nothing, input, hidden),
+            product(held, hidden, projected),
             (held + attention, scores),
-            product(held + gate, self.hidden, self.inner),
+            product(held + gate, hidden, inner),
             (held + activation, 0),
-            product(held, self.inner, self.hidden),
+            product(held, inner, hidden),
         ];
         let stages = stages.map(|(row, fixed)| bytes_of(rows, row).saturating_add(fixed));
-        let buffers = bytes_of(loops.unwrap_or(0), BUFFER);
+        let buffers = bytes_of(loops.unwrap_or(0), Saturating(BUFFER));
         let most = stages.into_iter().max().unwrap_or(0);
         most.saturating_add(buffers)
     }
@@ -204,7 +222,7 @@ impl LayerMemory {
     /// Bytes of the largest tensor that a product of matrices makes.
     fn largest_product(&self, rows: usize, numbers: Arithmetic) -> u64 {
         let widest = self.projected.max(self.inner).max(self.hidden);
-        let output = bytes_of(rows, numbers.bytes * widest);
+        let output = bytes_of(rows, Saturating(numbers.bytes) * Saturating(widest));
         match numbers.threads {
             Some(_) => output,
             None => output.max(self.scores(rows)),
@@ -215,27 +233,27 @@ impl LayerMemory {
     fn scores(&self, rows: usize) -> u64 {
         let per_query = self.heads.saturating_mul(rows).max(1);
         let queries = queries_at_a_time(self.heads, rows);
-        bytes_of(per_query, SINGLE * queries.min(rows))
+        bytes_of(per_query, SINGLE * Saturating(queries.min(rows)))
     }
 }
 
 impl Arithmetic {
     /// Bytes of a row in a product with a weight, what goes in and what comes out.
-    fn product(self, input: usize, output: usize) -> usize {
-        let given = self.bytes * (input + output);
-        match (self.threads, self.bytes < SINGLE) {
+    fn product(self, input: Count, output: Count) -> Count {
+        let given = Saturating(self.bytes) * (input + output);
+        match (self.threads, self.bytes < SINGLE.0) {
             (None, _) => given,
             // The product is made and copied.
             (Some(_), false) => given + SINGLE * output,
             // The same in f32, as many rows of the weight at a time as are widened at a time.
             (Some(_), true) => {
-                let block = output.min(WIDENED / input.max(1));
-                given + SINGLE * input + 2 * SINGLE * block
+                let block = output.min(Saturating(WIDENED / input.0.max(1)));
+                given + SINGLE * input + Saturating(2) * SINGLE * block
             }
         }
     }
 }
 
-fn bytes_of(rows: usize, row: usize) -> u64 {
-    (rows as u64).saturating_mul(row as u64)
+fn bytes_of(rows: usize, row: Count) -> u64 {
+    (rows as u64).saturating_mul(row.0 as u64)
 }

@@ -15,8 +15,8 @@ use crate::{Action, DecisionRows, Schedule};
 /// configuration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DecoderShape {
-    /// Layers.
-    pub num_layers: usize,
+    /// Layers: a cost has an entry for each, and no decoder has more than this type counts.
+    pub num_layers: u16,
     /// Channels of the residual stream, `d`.
     pub hidden_size: usize,
     /// Query heads, `H`.
@@ -130,7 +130,8 @@ impl Cost {
         bytes_per_element: usize,
     ) -> Self {
         let with_text = |visual: usize| visual.saturating_add(text_tokens);
-        let visual = schedule.visual_tokens_per_layer(shape.num_layers, visual_tokens);
+        let visual = schedule.visual_tokens_per_layer(shape.num_layers.into(), visual_tokens);
+        let visual: Vec<usize> = visual.collect();
         let rows: Vec<usize> = visual.iter().copied().map(with_text).collect();
 
         let decision = |layer: usize| {
@@ -190,7 +191,9 @@ impl Cost {
     /// Visual tokens a layer works on, on average.
     pub fn average_tokens(&self) -> f64 {
         let visual = self.rows.iter();
-        let visual: u128 = visual.map(|rows| (rows - self.text_tokens) as u128).sum();
+        let visual: u128 = visual
+            .map(|rows| rows.saturating_sub(self.text_tokens) as u128)
+            .sum();
         visual as f64 / self.rows.len().max(1) as f64
     }
 

@@ -90,6 +90,9 @@ pub enum Tap {
     Question,
 }
 
+/// Most tokens of a picture.
+const MAX_TOKENS: usize = 1 << 24;
+
 /// What was seen.
 pub type Taps<B> = BTreeMap<Tap, Tensor<B, 2>>;
 
@@ -114,8 +117,11 @@ impl<B: Backend> Seen<B> {
     fn check(&self) -> Result<(), ReducerError> {
         let refuse = |reason| Err(ReducerError::Picture { reason });
         let tokens = self.tokens();
-        if tokens == 0 {
-            return refuse(format!("a grid of {:?} has no tokens", self.grid));
+        if !(1..=MAX_TOKENS).contains(&tokens) {
+            return refuse(format!(
+                "a grid of {:?} has {tokens} tokens, of 1 to {MAX_TOKENS}",
+                self.grid
+            ));
         }
         for (tap, shown) in &self.taps {
             let [rows, columns] = shown.dims();

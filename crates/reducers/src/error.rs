@@ -197,6 +197,15 @@ pub enum ReducerError {
         reason: String,
     },
 
+    /// A scorer asks for a row that is not at the decision.
+    #[error("there is no row {row} at this decision: it has {rows}, counted from 0")]
+    Row {
+        /// The row.
+        row: usize,
+        /// Rows of the decision.
+        rows: usize,
+    },
+
     /// A decision ranks by the reduction before the decoder, and there was none.
     #[error(
         "a decision ranks by what the encoder-side reduction kept, but the prompt was not reduced \

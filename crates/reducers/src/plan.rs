@@ -166,7 +166,11 @@ impl Plan {
     }
 
     /// Visual tokens each of `num_layers` layers works on, of a picture of `visual_tokens`.
-    pub fn visual_tokens_per_layer(&self, num_layers: usize, visual_tokens: usize) -> Vec<usize> {
+    pub fn visual_tokens_per_layer(
+        &self,
+        num_layers: usize,
+        visual_tokens: usize,
+    ) -> impl Iterator<Item = usize> + use<> {
         let entering = self.entering(visual_tokens);
         self.schedule.visual_tokens_per_layer(num_layers, entering)
     }

@@ -15,6 +15,8 @@
 
 pub(crate) mod file;
 
+use std::iter::{once, repeat_n};
+
 use serde::{Deserialize, Serialize};
 
 use crate::{Keep, ReducerError, Score};
@@ -302,23 +304,30 @@ impl Schedule {
     }
 
     /// Visual tokens each of `num_layers` layers works on, of `visual_tokens`.
-    pub fn visual_tokens_per_layer(&self, num_layers: usize, visual_tokens: usize) -> Vec<usize> {
-        let counts = self.keep_counts(visual_tokens);
-        let mut now = visual_tokens;
-        (0..num_layers)
-            .map(|layer| {
-                if let Some(stage) = self.decision_at(layer) {
-                    now = counts[stage];
-                }
-                now
-            })
-            .collect()
+    pub fn visual_tokens_per_layer(
+        &self,
+        num_layers: usize,
+        visual_tokens: usize,
+    ) -> impl Iterator<Item = usize> + use<> {
+        let runs = self.runs(num_layers, visual_tokens).into_iter();
+        runs.flat_map(|(layers, tokens)| repeat_n(tokens, layers))
+    }
+
+    /// How many layers in a row work on how many visual tokens.
+    fn runs(&self, num_layers: usize, visual_tokens: usize) -> Vec<(usize, usize)> {
+        let decided = self.stages.iter().map(|stage| stage.layer.min(num_layers));
+        let starts: Vec<usize> = once(0).chain(decided).chain([num_layers]).collect();
+        let counts = once(visual_tokens).chain(self.keep_counts(visual_tokens));
+        let layers = starts.windows(2).map(|at| at[1] - at[0]);
+        layers.zip(counts).collect()
     }
 
     /// Visual tokens a layer works on, on average: the budget a schedule is named after.
     pub fn average_tokens(&self, num_layers: usize, visual_tokens: usize) -> f64 {
-        let per_layer = self.visual_tokens_per_layer(num_layers, visual_tokens);
-        let total: u128 = per_layer.into_iter().map(|tokens| tokens as u128).sum();
+        let runs = self.runs(num_layers, visual_tokens).into_iter();
+        let total: u128 = runs
+            .map(|(layers, tokens)| layers as u128 * tokens as u128)
+            .sum();
         total as f64 / num_layers.max(1) as f64
     }
 }
@@ -333,9 +342,13 @@ mod tests {
         let dense = Schedule::dense();
         assert!(dense.is_dense());
         assert!(dense.keep_counts(576).is_empty());
-        assert_eq!(dense.visual_tokens_per_layer(4, 576), [576; 4]);
+        let per_layer: Vec<usize> = dense.visual_tokens_per_layer(4, 576).collect();
+        assert_eq!(per_layer, [576; 4]);
         assert_eq!(dense.average_tokens(32, 576), 576.0);
         assert_eq!(dense.average_tokens(0, 576), 0.0);
+        let most = usize::MAX;
+        assert_eq!(dense.average_tokens(most, most), most as f64);
+        assert_eq!(dense.visual_tokens_per_layer(most, most).next(), Some(most));
     }
 
     #[test]
@@ -349,7 +362,10 @@ mod tests {
         let reroute = Schedule::new(Action::Reroute, false, stages).unwrap();
         assert_eq!(remove.keep_counts(64), [16, 16, 16]);
         assert_eq!(reroute.keep_counts(64), [16, 32, 64]);
-        assert_eq!(reroute.visual_tokens_per_layer(5, 64), [64, 16, 32, 64, 64]);
+        let per_layer: Vec<usize> = reroute.visual_tokens_per_layer(5, 64).collect();
+        assert_eq!(per_layer, [64, 16, 32, 64, 64]);
+        let shallow: Vec<usize> = reroute.visual_tokens_per_layer(2, 64).collect();
+        assert_eq!(shallow, [64, 16]);
     }
 
     #[test]
@@ -358,10 +374,7 @@ mod tests {
             [(2, 0.4502), (7, 0.4502), (15, 0.2251), (23, 0.1126)].map(|(l, r)| Stage::ratio(l, r));
         let schedule = Schedule::new(Action::Reroute, false, stages.into()).unwrap();
         assert_eq!(
-            schedule
-                .visual_tokens_per_layer(32, 576)
-                .iter()
-                .sum::<usize>(),
+            schedule.visual_tokens_per_layer(32, 576).sum::<usize>(),
             6127
         );
         assert_eq!(schedule.average_tokens(32, 576), 6127.0 / 32.0);

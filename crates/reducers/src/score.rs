@@ -172,7 +172,15 @@ pub trait DecisionView<B: Backend> {
     ///
     /// # Shapes
     /// - returns `[num_heads, head_dim, queries]`
-    fn queries(&self, layer: ScoreLayer, rows: &[usize], rope: bool) -> Tensor<B, 3>;
+    ///
+    /// # Errors
+    /// [`ReducerError::Row`] for a row that there is not.
+    fn queries(
+        &self,
+        layer: ScoreLayer,
+        rows: &[usize],
+        rope: bool,
+    ) -> Result<Tensor<B, 3>, ReducerError>;
 
     /// Keys of all rows, behind those of earlier turns, with rotary positions if `rope`.
     ///

@@ -14,6 +14,9 @@ const GROWTH: usize = 128;
 /// many there are, and a fifth of the memory at most has nothing in it yet.
 const GROWTH_SHARE: usize = 4;
 
+/// Samples that a cache has at most, each counted once a layer.
+const MAX_ENTRIES: usize = 1 << 24;
+
 /// Keys and values of every layer and sample. Each layer has a length of its own: it holds exactly
 /// the rows that the layer processed.
 #[derive(Debug, Clone)]
@@ -81,18 +84,31 @@ impl<B: Backend> Entry<B> {
 
 impl<B: Backend> KvCache<B> {
     /// An empty cache.
-    pub fn new(layers: usize, samples: usize) -> Self {
+    ///
+    /// # Errors
+    /// [`RerouteError::Cache`] for more layers and samples than there can be.
+    pub fn new(layers: usize, samples: usize) -> Result<Self, RerouteError> {
+        if samples
+            .checked_mul(layers.max(1))
+            .is_none_or(|all| all > MAX_ENTRIES)
+            || layers > MAX_ENTRIES
+        {
+            return Err(RerouteError::Cache {
+                given: format!("{layers} layers of {samples} samples"),
+                expected: format!("{MAX_ENTRIES} samples of all layers at most"),
+            });
+        }
         let entry = Entry {
             buffers: None,
             rows: Vec::new(),
         };
-        Self {
+        Ok(Self {
             layers: vec![vec![entry; samples]; layers],
             rows: vec![0; samples],
             next_position: vec![Some(0); samples],
             lowered: vec![vec![0; samples]; layers],
             pool: None,
-        }
+        })
     }
 
     /// One layer's share.
@@ -311,7 +327,7 @@ mod tests {
     /// that nothing is in.
     #[test]
     fn copies_of_a_growing_cache_are_few() {
-        let mut cache = KvCache::<Flex>::new(1, 1);
+        let mut cache = KvCache::<Flex>::new(1, 1).unwrap();
         let (mut copies, mut capacity, mut copied) = (0, 0, 0);
         for row in 0..4096 {
             let number = Tensor::full([2, 4, 1], row as f32, &FlexDevice);

@@ -122,7 +122,7 @@ impl DecoderConfig {
     /// The sizes that cost accounting needs.
     pub fn shape(&self) -> DecoderShape {
         DecoderShape {
-            num_layers: self.num_layers,
+            num_layers: u16::try_from(self.num_layers).unwrap_or(u16::MAX),
             hidden_size: self.hidden_size,
             num_attention_heads: self.num_attention_heads,
             num_key_value_heads: self.num_key_value_heads,

@@ -109,7 +109,17 @@ impl<B: Backend> DecisionView<B> for SampleInput<'_, B> {
         self.keep_count
     }
 
-    fn queries(&self, layer: ScoreLayer, rows: &[usize], rope: bool) -> Tensor<B, 3> {
+    fn queries(
+        &self,
+        layer: ScoreLayer,
+        rows: &[usize],
+        rope: bool,
+    ) -> Result<Tensor<B, 3>, ReducerError> {
+        let there_are = self.rows();
+        if let Some(&row) = rows.iter().find(|&&row| row >= there_are) {
+            let rows = there_are;
+            return Err(ReducerError::Row { row, rows });
+        }
         let DecisionInput {
             attention,
             normed,
@@ -120,16 +130,16 @@ impl<B: Backend> DecisionView<B> for SampleInput<'_, B> {
         let rows = indices(&rows, &normed.device());
         if let (ScoreLayer::Previous, Some(executed)) = (layer, executed) {
             let queries = executed.clone().select(1, rows.clone());
-            return attention.split_heads(match rope {
+            return Ok(attention.split_heads(match rope {
                 true => queries,
                 false => self.all.rope.select(rows).undo(queries),
-            });
+            }));
         }
         let queries = attention.unrotated_queries(normed.clone().select(1, rows.clone()));
-        attention.split_heads(match rope {
+        Ok(attention.split_heads(match rope {
             true => self.all.rope.select(rows).apply(queries),
             false => queries,
-        })
+        }))
     }
 
     fn keys(&self, layer: ScoreLayer, rope: bool) -> Tensor<B, 3> {

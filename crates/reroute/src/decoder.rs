@@ -180,10 +180,18 @@ impl<B: Backend> Decoder<B> {
         Ok(schedule.check_depth(self.layers.len())?)
     }
 
-    /// Whether a cache can be this decoder's.
-    fn check_cache(&self, cache: &KvCache<B>) -> Result<(), RerouteError> {
+    /// Whether a cache can be this decoder's, for so many samples.
+    pub(crate) fn check_cache(
+        &self,
+        cache: &KvCache<B>,
+        samples: usize,
+    ) -> Result<(), RerouteError> {
         let refused =
             |given: String, expected: String| Err(RerouteError::Cache { given, expected });
+        if cache.samples() != samples {
+            let expected = format!("{samples}, as the prompt has");
+            return refused(format!("{} samples", cache.samples()), expected);
+        }
         let (layers, format) = cache.format();
         if layers != self.layers.len() {
             let expected = format!("{} layers", self.layers.len());
@@ -224,7 +232,7 @@ impl<B: Backend> Decoder<B> {
         schedule: &Schedule,
         options: PrefillOptions,
     ) -> Result<Prefill<B>, RerouteError> {
-        let cache = KvCache::new(self.layers.len(), prompt.samples.len());
+        let cache = KvCache::new(self.layers.len(), prompt.samples.len())?;
         self.resume(cache, prompt, schedule, options)
     }
 
@@ -285,14 +293,8 @@ impl<B: Backend> Decoder<B> {
         turn: Turn<'_, B>,
     ) -> Result<Prefill<B>, RerouteError> {
         self.check(prompt, schedule)?;
-        self.check_cache(&cache)?;
-        let (given, samples) = (cache.samples(), prompt.samples.len());
-        if given != samples {
-            return Err(RerouteError::Cache {
-                given: format!("{given} samples"),
-                expected: format!("{samples}, as the prompt has"),
-            });
-        }
+        let samples = prompt.samples.len();
+        self.check_cache(&cache, samples)?;
         let rows = prompt.embeddings.dims()[1];
         let _span = tracing::info_span!("prefill", samples, rows).entered();
         let longest = prompt.samples.iter().map(|sample| sample.rows).max();
@@ -306,7 +308,7 @@ impl<B: Backend> Decoder<B> {
         let mut captured = Vec::new();
 
         for (index, layer) in self.layers.iter().enumerate() {
-            let mut input = router.enter(index, layer, hidden_states, &cache)?;
+            let mut input = router.enter(index, hidden_states, &cache)?;
             let queries = layer
                 .self_attn
                 .queries(input.normed.clone(), router.active_rope());
@@ -413,7 +415,7 @@ impl<B: Backend> Decoder<B> {
         cache: &KvCache<B>,
     ) -> Result<(), RerouteError> {
         self.check_ids(tokens.iter().map(|&(_, id)| id))?;
-        self.check_cache(cache)?;
+        self.check_cache(cache, cache.samples())?;
         let mut needed: Vec<usize> = (0..cache.samples())
             .map(|sample| cache.next_position(sample) as usize)
             .collect();

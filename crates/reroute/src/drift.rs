@@ -59,7 +59,7 @@ impl<B: Backend> Decoder<B> {
         let later = schedule.stages().iter().skip(1);
         let inputs: Vec<usize> = later.map(|stage| stage.layer - 1).collect();
         let run = |schedule: &Schedule| {
-            let cache = KvCache::new(self.layers().len(), prompt.samples.len());
+            let cache = KvCache::new(self.layers().len(), prompt.samples.len())?;
             let turn = Turn {
                 scorer,
                 keep_pool: false,

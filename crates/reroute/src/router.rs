@@ -10,7 +10,7 @@ use reroute_layers::{Rotary, indices};
 use crate::block::Run;
 use crate::pool::{Past, Pool, PooledRows};
 use crate::prompt::ranges;
-use crate::{Decision, Decoder, DecoderLayer, HiddenStates, KvCache, Prompt, RerouteError};
+use crate::{Decision, Decoder, HiddenStates, KvCache, Prompt, RerouteError};
 
 /// Walks the rows of a prompt through the stages of a schedule.
 ///
@@ -209,14 +209,19 @@ impl<'a, B: Backend> Router<'a, B> {
     /// - `hidden_states`: `[hidden_size, rows]` as leaving a layer returned them
     ///
     /// # Errors
-    /// [`RerouteError::Prompt`] for other rows, [`RerouteError::Type`], and what a scorer refuses.
+    /// [`RerouteError::Prompt`] for a layer that there is not or other rows, [`RerouteError::Cache`] for
+    /// the cache of another decoder, [`RerouteError::Type`], and what a scorer refuses.
     pub fn enter(
         &mut self,
         index: usize,
-        layer: &DecoderLayer<B>,
         hidden_states: Tensor<B, 2>,
         cache: &KvCache<B>,
     ) -> Result<Routed<B>, RerouteError> {
+        self.decoder.check_cache(cache, self.samples.len())?;
+        let layer = self.decoder.layers().get(index).ok_or_else(|| {
+            let layers = self.decoder.layers().len();
+            RerouteError::Prompt(format!("layer {index} is entered, of {layers}"))
+        })?;
         let rows = self.scattered.as_ref().unwrap_or(&self.active).len();
         let expected = [self.decoder.config().hidden_size, rows];
         if hidden_states.dims() != expected {

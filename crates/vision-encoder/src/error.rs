@@ -119,6 +119,9 @@ pub enum VisionError {
         /// Bytes given.
         bytes: usize,
     },
+    /// A resize that cannot be done.
+    #[error("the picture cannot be resized: {0}")]
+    Resize(String),
     /// Images of different size in one tensor.
     #[error("images of one batch must have the same size after preprocessing")]
     MixedSizes,

@@ -62,6 +62,12 @@ pub struct Canvas<'a> {
     pub fill: [u8; 3],
 }
 
+/// Longest side of a canvas: more than any decoder reads.
+const MAX_SIDE: usize = 1 << 24;
+
+/// Most pixels that a resize makes.
+const MAX_PIXELS: usize = 1 << 29;
+
 /// A part of a resized image: columns and rows of the result.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Window {
@@ -97,6 +103,18 @@ impl<'a> Canvas<'a> {
         }
     }
 
+    /// Whether the image lies within the canvas.
+    fn holds_image(&self) -> bool {
+        let image = [
+            (self.left, self.image.width()),
+            (self.top, self.image.height()),
+        ];
+        let fits = |((start, length), side): (&(usize, usize), usize)| {
+            side <= MAX_SIDE && start.checked_add(*length).is_some_and(|end| end <= side)
+        };
+        image.iter().zip([self.width, self.height]).all(fits)
+    }
+
     /// Columns of the image.
     fn columns(&self) -> Range<usize> {
         self.left..self.left + self.image.width()
@@ -121,7 +139,9 @@ pub fn resize_bicubic(
 /// Resizes to `width` × `height` and returns the part in `window`.
 ///
 /// # Errors
-/// [`VisionError::ImageData`] for a window that is empty or not within the result.
+/// [`VisionError::ImageData`] for a window that is empty or not within the result;
+/// [`VisionError::Resize`] for one of more than 2²⁹ pixels, and for a canvas that its image does not lie
+/// within.
 pub fn resize(
     canvas: &Canvas,
     width: usize,
@@ -137,6 +157,17 @@ pub fn resize(
             height,
             bytes: 0,
         });
+    }
+    if !canvas.holds_image() {
+        return Err(VisionError::Resize(format!(
+            "a canvas of {}×{} pixels must hold its image, and have sides of at most {MAX_SIDE}",
+            canvas.width, canvas.height
+        )));
+    }
+    if columns.saturating_mul(rows) > MAX_PIXELS {
+        return Err(VisionError::Resize(format!(
+            "{columns}×{rows} pixels are more than the {MAX_PIXELS} that are made at a time"
+        )));
     }
     let pass = |input, output, window: &Range<usize>, image| {
         Filter::new(resample, [input, output], window.clone(), image)

@@ -149,7 +149,7 @@ impl<B: Backend> Vlm<B> {
         let Routing {
             schedule, scorer, ..
         } = routing;
-        let cache = KvCache::new(decoder.layers().len(), prompt.samples.len());
+        let cache = KvCache::new(decoder.layers().len(), prompt.samples.len())?;
         let options_of_prefill = PrefillOptions::default();
         let prefill = decoder.resume_by(scorer, cache, &prompt, schedule, options_of_prefill)?;
         self.finish(started, &mut timings.prefill);

@@ -81,7 +81,7 @@ impl<B: Backend> Vlm<B> {
             hidden_states,
             ..Default::default()
         };
-        let cache = KvCache::new(decoder.layers().len(), prompt.samples.len());
+        let cache = KvCache::new(decoder.layers().len(), prompt.samples.len())?;
         let prefill =
             decoder.resume_by(routing.scorer, cache, &prompt, routing.schedule, options)?;
         let mut cache = prefill.cache;

@@ -28,7 +28,7 @@ impl<B: Backend> Vlm<B> {
         } = routing.into();
         let prompt = self.prompt_of(question, encoder.as_ref())?;
         let decoder = self.model().decoder();
-        let cache = KvCache::new(decoder.layers().len(), 1);
+        let cache = KvCache::new(decoder.layers().len(), 1)?;
         let options = PrefillOptions::default();
         let Prefill {
             logits, mut cache, ..

@@ -165,7 +165,7 @@ impl<B: Backend> Scorer<B> for Attention {
         if asking.is_empty() {
             return Ok(Tensor::zeros([rows], (&keys.device(), DType::F32)));
         }
-        let queries = view.queries(self.layer, &asking, self.rope);
+        let queries = view.queries(self.layer, &asking, self.rope)?;
         let mask = hidden_keys(&asking, earlier, rows, candidates, &keys);
         let scores = self.reduce(queries.swap_dims(1, 2), keys, mask, count);
         Ok(scores.narrow(0, earlier, rows))

@@ -37,7 +37,9 @@ fn assert_printed(found: f64, printed: f64, digits: i32, what: &str) {
 
 /// What the reference implementation would spend on all decisions of a schedule.
 fn reference_scorer(shape: &DecoderShape, schedule: &Schedule) -> f64 {
-    let before = |layer: usize| schedule.visual_tokens_per_layer(shape.num_layers, 576)[layer - 1];
+    let per_layer = schedule.visual_tokens_per_layer(shape.num_layers.into(), 576);
+    let per_layer: Vec<usize> = per_layer.collect();
+    let before = |layer: usize| per_layer[layer - 1];
     let pool = |stage: &Stage| match schedule.action() {
         Action::Remove => before(stage.layer) + 64,
         Action::Reroute => 640,
@@ -84,7 +86,7 @@ fn check(shape: &DecoderShape, name: &str, schedule: &Schedule, row: Row) {
         &format!("{name}, visual cache"),
     );
 
-    let average = schedule.average_tokens(shape.num_layers, 576);
+    let average = schedule.average_tokens(shape.num_layers.into(), 576);
     assert_printed(
         cost.average_tokens(),
         average,
@@ -95,7 +97,10 @@ fn check(shape: &DecoderShape, name: &str, schedule: &Schedule, row: Row) {
 
 fn check_presets(shape: &DecoderShape, rows: &[Row]) {
     for &row in rows {
-        let schedule = find(row.0).unwrap().schedule(shape.num_layers).unwrap();
+        let schedule = find(row.0)
+            .unwrap()
+            .schedule(shape.num_layers.into())
+            .unwrap();
         check(shape, row.0, &schedule, row);
     }
 }
@@ -332,4 +337,11 @@ fn absurd_numbers_are_only_large() {
     assert_eq!(cost.total_kv_bytes(), u64::MAX);
     assert!(schedule.average_tokens(32, most) > 0.0);
     assert!(cost.average_tokens().is_finite());
+    let deepest = DecoderShape {
+        num_layers: u16::MAX,
+        ..LLAVA_1_5_7B
+    };
+    let mut cost = Cost::of(&deepest, &schedule, most, most, most);
+    cost.text_tokens = most;
+    assert_eq!(cost.average_tokens(), 0.0);
 }

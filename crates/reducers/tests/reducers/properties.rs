@@ -127,6 +127,7 @@ proptest! {
         visual_tokens in 1_usize..3000,
     ) {
         let layers = schedule.visual_tokens_per_layer(40, visual_tokens);
+        let layers: Vec<usize> = layers.collect();
         prop_assert!(layers.iter().all(|count| (1..=visual_tokens).contains(count)));
         if schedule.action() == Action::Remove {
             prop_assert!(layers.is_sorted_by(|before, after| before >= after));

@@ -63,8 +63,13 @@ impl DecisionView<Flex> for View {
     fn keep_count(&self) -> usize {
         self.keep
     }
-    fn queries(&self, _: ScoreLayer, rows: &[usize], _: bool) -> Tensor<Flex, 3> {
-        self.random([2, 3, rows.len()])
+    fn queries(
+        &self,
+        _: ScoreLayer,
+        rows: &[usize],
+        _: bool,
+    ) -> Result<Tensor<Flex, 3>, reducers::ReducerError> {
+        Ok(self.random([2, 3, rows.len()]))
     }
     fn keys(&self, _: ScoreLayer, _: bool) -> Tensor<Flex, 3> {
         self.random([1, 3, self.rows()])

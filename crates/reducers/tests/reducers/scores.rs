@@ -86,11 +86,16 @@ impl DecisionView<Flex> for Half {
     fn keep_count(&self) -> usize {
         1
     }
-    fn queries(&self, _: ScoreLayer, rows: &[usize], _: bool) -> Tensor<Flex, 3> {
+    fn queries(
+        &self,
+        _: ScoreLayer,
+        rows: &[usize],
+        _: bool,
+    ) -> Result<Tensor<Flex, 3>, reducers::ReducerError> {
         let first = self.rows() - self.queries.dims()[1];
         let columns: Vec<i64> = rows.iter().map(|&row| (row - first) as i64).collect();
         let columns = Tensor::from_data(columns.as_slice(), &Default::default());
-        self.queries.clone().select(1, columns).unsqueeze_dim(0)
+        Ok(self.queries.clone().select(1, columns).unsqueeze_dim(0))
     }
     fn keys(&self, _: ScoreLayer, _: bool) -> Tensor<Flex, 3> {
         self.keys.clone().unsqueeze_dim(0)

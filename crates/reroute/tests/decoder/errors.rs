@@ -1,7 +1,7 @@
 //! Bad use of every public function is an error, and changes nothing.
 
 use burn::tensor::{DType, Int, Tensor};
-use reducers::{Action, DecisionView, ReducerError, Schedule, Scorer, Stage};
+use reducers::{Action, DecisionView, ReducerError, Schedule, ScoreLayer, Scorer, Stage};
 use reroute::{
     DecoderConfig, GenerationOptions, KeptRows, KvCache, Prompt, RerouteError, RopeConfig,
     RopeScaling, Router, generate, interleave,
@@ -61,6 +61,17 @@ fn a_step_that_cannot_be_taken() {
 }
 
 #[test]
+fn a_cache_of_absurd_size() {
+    let most = usize::MAX;
+    for (layers, samples) in [(most, 1), (1, most), (most, most), (most, 0), (0, most)] {
+        refused!(
+            KvCache::<B>::new(layers, samples),
+            RerouteError::Cache { .. }
+        );
+    }
+}
+
+#[test]
 fn a_cache_of_another_decoder() {
     let prompt = prompt(&[4], 1);
     let other = |change: &dyn Fn(&mut DecoderConfig)| {
@@ -79,8 +90,8 @@ fn a_cache_of_another_decoder() {
         observed(&half, &prompt, &Schedule::dense()).unwrap().cache
     };
     for cache in [
-        KvCache::new(LAYERS + 1, 1),
-        KvCache::new(0, 1),
+        KvCache::new(LAYERS + 1, 1).unwrap(),
+        KvCache::new(0, 1).unwrap(),
         other(&|config| config.num_layers = 2),
         other(&|config| config.num_key_value_heads = 4),
         other(&|config| {
@@ -98,7 +109,7 @@ fn a_cache_of_another_decoder() {
         refused!(resumed, RerouteError::Cache { .. });
     }
     for samples in [0, 2] {
-        let cache = KvCache::new(LAYERS, samples);
+        let cache = KvCache::new(LAYERS, samples).unwrap();
         let resumed = mine.resume(cache, &prompt, &Schedule::dense(), Default::default());
         refused!(resumed, RerouteError::Cache { .. });
     }
@@ -336,11 +347,41 @@ fn a_scorer_that_cannot_count() {
     let (decoder, prompt) = (decoder(1), prompt(&[4], 1));
     let schedule = schedule(Action::Reroute, &[(1, 2)]);
     for given in [1, 8, 10] {
-        let cache = KvCache::new(LAYERS, 1);
+        let cache = KvCache::new(LAYERS, 1).unwrap();
         let scorer = Miscounted(given);
         let options = Default::default();
         let routed = decoder.resume_by(Some(&scorer), cache, &prompt, &schedule, options);
         refused!(routed, RerouteError::Scores { expected: 9, .. });
+    }
+}
+
+/// A row that is not at the decision has no query, in whichever layer.
+#[test]
+fn a_scorer_that_asks_for_rows_that_are_not_there() {
+    struct Beyond(ScoreLayer, bool);
+    impl Scorer<B> for Beyond {
+        fn score(&self, view: &dyn DecisionView<B>) -> Result<Tensor<B, 1>, ReducerError> {
+            let rows = view.rows();
+            for row in [rows, usize::MAX] {
+                let found = view.queries(self.0, &[0, row], self.1);
+                assert!(matches!(found, Err(ReducerError::Row { .. })));
+            }
+            view.queries(self.0, &[rows], self.1)?;
+            Ok(Tensor::zeros([rows], &DEVICE))
+        }
+    }
+    let (decoder, prompt) = (decoder(1), prompt(&[4], 1));
+    let schedule = schedule(Action::Reroute, &[(1, 2)]);
+    for layer in [ScoreLayer::This, ScoreLayer::Previous] {
+        for rope in [false, true] {
+            let (cache, options) = (KvCache::new(LAYERS, 1).unwrap(), Default::default());
+            let scorer = Beyond(layer, rope);
+            let routed = decoder.resume_by(Some(&scorer), cache, &prompt, &schedule, options);
+            refused!(
+                routed,
+                RerouteError::Reducer(ReducerError::Row { row: 9, rows: 9 })
+            );
+        }
     }
 }
 
@@ -358,7 +399,7 @@ fn a_scorer_of_another_type() {
     let (decoder, prompt) = (decoder(1), prompt(&[4, 5], 1));
     let schedule = schedule(Action::Reroute, &[(1, 2)]);
     let routed = |dtype| {
-        let (cache, options) = (KvCache::new(LAYERS, 2), Default::default());
+        let (cache, options) = (KvCache::new(LAYERS, 2).unwrap(), Default::default());
         let scorer = Counted(dtype);
         let routed = decoder.resume_by(Some(&scorer), cache, &prompt, &schedule, options);
         values(routed.unwrap().logits)
@@ -373,8 +414,8 @@ fn hidden_states_of_another_type() {
     let states = prompt.embeddings.clone().cast(DType::F64);
     refused!(decoder.logits(states.clone()), RerouteError::Type { .. });
     let mut router = Router::new(&decoder, &prompt, &schedule).unwrap();
-    let nothing = KvCache::new(0, 0);
-    let entered = router.enter(1, &decoder.layers()[1], states, &nothing);
+    let nothing = KvCache::new(LAYERS, 1).unwrap();
+    let entered = router.enter(1, states, &nothing);
     refused!(entered, RerouteError::Type { .. });
 }
 
@@ -383,14 +424,22 @@ fn a_router_that_is_entered_wrongly() {
     let (decoder, prompt) = (decoder(1), prompt(&[4], 1));
     let schedule = schedule(Action::Reroute, &[(1, 2)]);
     let mut router = Router::new(&decoder, &prompt, &schedule).unwrap();
-    let nothing = KvCache::new(0, 0);
+    let nothing = KvCache::new(LAYERS, 1).unwrap();
     for shape in [[HIDDEN, 8], [HIDDEN + 1, 9]] {
         let states = Random(1).tensor(shape, 1.0);
-        let entered = router.enter(1, &decoder.layers()[1], states, &nothing);
+        let entered = router.enter(1, states, &nothing);
         refused!(entered, RerouteError::Prompt(_));
     }
     let states = prompt.embeddings.clone();
-    let routed = router.enter(1, &decoder.layers()[1], states, &nothing);
+    for layer in [LAYERS, usize::MAX] {
+        let entered = router.enter(layer, states.clone(), &nothing);
+        refused!(entered, RerouteError::Prompt(_));
+    }
+    for foreign in [KvCache::new(LAYERS - 1, 1), KvCache::new(LAYERS, 2)] {
+        let entered = router.enter(1, states.clone(), &foreign.unwrap());
+        refused!(entered, RerouteError::Cache { .. });
+    }
+    let routed = router.enter(1, states, &nothing);
     assert_eq!(routed.unwrap().keys.dims()[1], 7);
 }
 
@@ -412,11 +461,11 @@ fn generation_with_what_does_not_belong_together() {
     refused!(tried([2, VOCAB + 1], 2, cache), RerouteError::Prompt(_));
     refused!(tried([2, VOCAB], 1, cache), RerouteError::Prompt(_));
     refused!(
-        tried([2, VOCAB], 2, &KvCache::new(LAYERS, 1)),
+        tried([2, VOCAB], 2, &KvCache::new(LAYERS, 1).unwrap()),
         RerouteError::Prompt(_)
     );
     refused!(
-        tried([1, VOCAB], 1, &KvCache::new(2, 1)),
+        tried([1, VOCAB], 1, &KvCache::new(2, 1).unwrap()),
         RerouteError::Cache { .. }
     );
 }

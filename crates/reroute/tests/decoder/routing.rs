@@ -151,16 +151,16 @@ fn a_turn_with_gaps_after_a_renumbered_one_is_refused() {
         let mut cache = turn();
         cache.truncate(0, 2).unwrap();
         let resumed = resume(cache, schedule).unwrap();
-        let fresh = resume(KvCache::new(LAYERS, 1), schedule).unwrap();
+        let fresh = resume(KvCache::new(LAYERS, 1).unwrap(), schedule).unwrap();
         close(&values(resumed.logits), &values(fresh.logits));
     }
     let again = resume(turn(), &renumbered).unwrap();
-    let fresh = resume(KvCache::new(LAYERS, 1), &renumbered).unwrap();
+    let fresh = resume(KvCache::new(LAYERS, 1).unwrap(), &renumbered).unwrap();
     assert_eq!(values(again.logits), values(fresh.logits));
     // Rerouting computes what a decision chose anew, and keeps nothing that was renumbered.
     let rerouted = schedule(Action::Reroute, &[(1, 4)]);
     let resumed = resume(turn(), &rerouted).unwrap();
-    let fresh = resume(KvCache::new(LAYERS, 1), &rerouted).unwrap();
+    let fresh = resume(KvCache::new(LAYERS, 1).unwrap(), &rerouted).unwrap();
     close(&values(resumed.logits), &values(fresh.logits));
 }
 

@@ -310,6 +310,18 @@ fn a_broken_jpeg_is_an_error() {
     }
 }
 
+/// A height of 0 may stand for one that a later marker gives (DNL): Pillow refuses such files, too.
+#[test]
+fn a_jpeg_without_a_size_is_an_error() {
+    for (width, height) in [(0, 16), (16, 0), (0, 0)] {
+        let found = decoded(&jpeg_claiming(width, height));
+        assert!(
+            matches!(found, Err(VisionError::Decode { .. })),
+            "{found:?}"
+        );
+    }
+}
+
 #[test]
 fn a_wrong_checksum_is_an_error() {
     let mut bytes = file("rgb.png");

@@ -50,6 +50,39 @@ fn flat(width: usize, height: usize, colour: [u8; 3]) -> RgbImage {
     RgbImage::new(width, height, colour.repeat(width * height)).expect("an image")
 }
 
+#[test]
+fn a_resize_that_cannot_be_done_is_an_error() {
+    let image = flat(4, 3, [1, 2, 3]);
+    let most = usize::MAX;
+    let refused = |canvas: &Canvas, [width, height]: [usize; 2], window: [Range<usize>; 2]| {
+        let [x, y] = window;
+        let found = resize_bicubic(canvas, width, height, &Window { x, y });
+        assert!(matches!(found, Err(VisionError::Resize(_))), "{found:?}");
+    };
+    let whole = Canvas::of(&image);
+    refused(&whole, [most, most], [0..most, 0..most]);
+    for canvas in [
+        Canvas {
+            left: 1,
+            ..Canvas::of(&image)
+        },
+        Canvas {
+            top: most,
+            ..Canvas::of(&image)
+        },
+        Canvas {
+            height: 0,
+            ..Canvas::of(&image)
+        },
+        Canvas {
+            width: most,
+            ..Canvas::of(&image)
+        },
+    ] {
+        refused(&canvas, [8, 8], [0..8, 0..8]);
+    }
+}
+
 /// The part of an image that a window names.
 fn cut(image: &RgbImage, window: &Window) -> RgbImage {
     let columns = window.x.start * 3..window.x.end * 3;

@@ -18,12 +18,15 @@ const MIN_LAYERS: u64 = 7;
 #[derive(Debug, Parser)]
 #[command(name = "cargo bench -p benches --")]
 pub struct Options {
-    /// What to measure; all but `scenes`, `ops` and `peer` if nothing is said.
+    /// What to measure; all but `scenes`, `sessions`, `ops` and `peer` if nothing is said.
     #[arg(value_enum)]
     sections: Vec<Section>,
     /// Layer shapes: `llava` (LLaVA-1.5-7B), `qwen` (Qwen2.5-VL-7B), or a folder with a config.json.
     #[arg(long, default_value = "llava", value_name = "NAME|DIR")]
     pub model: String,
+    /// Weights that `sessions` runs on, instead of the built-in model's.
+    #[arg(long, value_name = "DIR")]
+    pub checkpoint: Option<PathBuf>,
     /// Budgets of the routed prefills: visual tokens of 576 that a layer works on, on average.
     #[arg(long, value_delimiter = ',', default_value = "192,128,64")]
     pub budgets: Vec<usize>,
@@ -53,6 +56,8 @@ pub struct Options {
 pub enum Section {
     /// Accuracy, drift and times of every method on the scenes of the built-in model.
     Scenes,
+    /// Requests at once, on the built-in model or a checkpoint.
+    Sessions,
     /// The vision tower.
     Vision,
     /// Dense prefill, every preset, what their decisions take, and the reference design.
@@ -103,7 +108,11 @@ impl Options {
     pub fn wants(&self, section: Section) -> bool {
         match self.sections.is_empty() {
             true => {
-                self.smoke || !matches!(section, Section::Scenes | Section::Ops | Section::Peer)
+                self.smoke
+                    || !matches!(
+                        section,
+                        Section::Scenes | Section::Sessions | Section::Ops | Section::Peer
+                    )
             }
             false => self.names(section),
         }

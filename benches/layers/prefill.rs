@@ -240,7 +240,7 @@ fn selection(setup: &Setup, schedule: &Schedule) -> anyhow::Result<Selection> {
         // The weights of the keys are then as near to the processor as for the entries below.
         plain_entry(setup, layer, setup.rows())?;
         let decision = seconds(|| {
-            let routed = router.enter(stage.layer, hidden_states.clone(), &cache)?;
+            let routed = router.enter(stage.layer, hidden_states.clone(), &cache, None)?;
             settle(&routed)?;
             let candidates = routed.decisions.iter().map(|d| d.candidates.len());
             pool = TEXT + candidates.sum::<usize>();

@@ -180,7 +180,7 @@ fn measure(
     };
     let first = vlm.ask(
         &scenes[0].question,
-        &Schedule::dense(),
+        Schedule::dense(),
         &vlm.generation_defaults(),
         |_| {},
     )?;

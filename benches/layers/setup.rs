@@ -118,8 +118,12 @@ impl Setup {
     }
 
     /// A router before its first layer.
-    pub fn router<'a>(&'a self, schedule: &'a Schedule) -> anyhow::Result<Router<'a, Backend>> {
-        Ok(Router::new(&self.decoder, &self.prompt, schedule)?)
+    pub fn router(&self, schedule: &Schedule) -> anyhow::Result<Router<'_, Backend>> {
+        Ok(Router::new(
+            &self.decoder,
+            self.prompt.clone(),
+            schedule.clone(),
+        )?)
     }
 
     /// The cache before the first turn.

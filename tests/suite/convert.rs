@@ -159,7 +159,10 @@ fn llava_as_its_authors_published_it_becomes_that_of_the_hub() {
     let shards = Shards::open(&folder).unwrap();
     let model = Llava::<Backend>::new(&config, &Device::default()).unwrap();
     let options = LoadOptions::new(DType::F32);
-    load_into(model, &shards, &llava::NAMES, &options, &mut |_| ()).unwrap();
+    load_into(model, &shards, &llava::NAMES, &options, &mut |_| {
+        std::ops::ControlFlow::Continue(())
+    })
+    .unwrap();
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! What people save under `model_type: "llava"` beside LLaVA-1.5, against transformers (`make_llava_variants.py`)
 //! and, routed, against the slow reference.
 
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
 use burn::tensor::DType;
 use reducers::encoder::{DivPrune, EncoderReducer, FasterVlm, UniformGrid};
@@ -88,17 +88,18 @@ impl Variant {
         self.vlm.run_tensors(self.inputs(), routing, 8, true)
     }
 
-    fn reduced_by(&self, reducer: &dyn EncoderReducer<Backend>) -> Result<usize, ZooError> {
-        let schedule = Schedule::dense();
+    fn reduced_by(
+        &self,
+        reducer: impl EncoderReducer<Backend> + 'static,
+    ) -> Result<usize, ZooError> {
         let out = self.run(Routing {
             encoder: Some(EncoderStep {
-                reducer,
+                reducer: Arc::new(reducer),
                 keep: Keep::Count(4),
                 rest: Default::default(),
                 positions: Default::default(),
             }),
-            schedule: &schedule,
-            scorer: None,
+            ..Routing::from(Schedule::dense())
         })?;
         Ok(out.prompt.samples[0].visual.len())
     }
@@ -121,7 +122,7 @@ fn pixels_are_those_of_the_library_bit_for_bit() {
 fn features_logits_and_tokens_are_those_of_the_library() {
     for variant in ALL.iter() {
         let Variant { name, golden, .. } = variant;
-        let out = variant.run(&Schedule::dense()).expect("good inputs");
+        let out = variant.run(Schedule::dense()).expect("good inputs");
         let close = |what: &str, found: &[f32], expected: &[f32]| {
             assert_close(&format!("{name} {what}"), found, expected, TOLERANCE);
         };
@@ -215,13 +216,13 @@ fn routed_runs_equal_the_slow_reference() {
 #[test]
 fn a_method_that_needs_a_class_token_says_so() {
     for name in ["clip_layers", "dinov2", "dinov2_resized"] {
-        let kept = variant(name).reduced_by(&FasterVlm::default());
+        let kept = variant(name).reduced_by(FasterVlm::default());
         assert_eq!(kept.expect("a class token"), 4, "{name}");
     }
-    let error = variant("siglip_qwen2").reduced_by(&FasterVlm::default());
+    let error = variant("siglip_qwen2").reduced_by(FasterVlm::default());
     let text = error.expect_err("no class token").to_string();
     assert!(text.contains("class token"), "{text}");
-    let kept = variant("siglip_qwen2").reduced_by(&DivPrune::default());
+    let kept = variant("siglip_qwen2").reduced_by(DivPrune::default());
     assert_eq!(kept.expect("it needs none"), 4);
 }
 
@@ -230,10 +231,10 @@ fn a_method_that_needs_a_class_token_says_so() {
 #[test]
 fn tokens_without_a_grid_are_not_reduced_by_it() {
     for name in ["clip_full", "siglip_default", "dinov2_full"] {
-        let reducers: [&dyn EncoderReducer<Backend>; 2] =
-            [&UniformGrid::default(), &DivPrune::default()];
-        for reducer in reducers {
-            let error = variant(name).reduced_by(reducer);
+        for error in [
+            variant(name).reduced_by(UniformGrid::default()),
+            variant(name).reduced_by(DivPrune::default()),
+        ] {
             let text = error.expect_err("no grid").to_string();
             assert!(text.contains("no grid"), "{name}: {text}");
         }
@@ -266,9 +267,9 @@ fn a_prompt_beyond_the_sliding_window_is_refused() {
         pixels: PixelTensors::default(),
         second_per_grid_ts: Vec::new(),
     };
-    vlm.run_tensors(inputs(100), &Schedule::dense(), 0, false)
+    vlm.run_tensors(inputs(100), Schedule::dense(), 0, false)
         .expect("it fits");
-    let error = vlm.run_tensors(inputs(101), &Schedule::dense(), 0, false);
+    let error = vlm.run_tensors(inputs(101), Schedule::dense(), 0, false);
     let text = error.expect_err("too long").to_string();
     assert!(
         text.contains("101") && text.contains("100 (sliding_window)"),

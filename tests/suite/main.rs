@@ -30,6 +30,7 @@ mod qwen_cases;
 mod qwen_program;
 mod reference;
 mod scenes;
+mod sessions;
 mod support;
 mod templates;
 mod text;

@@ -1,7 +1,7 @@
 //! Every method of the registry on every family: what the framework promises, whatever the rule.
 
 use std::ops::ControlFlow;
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
 use burn::tensor::backend::Backend as AnyBackend;
 use burn::tensor::{Int, Tensor};
@@ -383,7 +383,7 @@ fn tokens_keep_the_positions_of_the_picture_unless_told_otherwise() {
     // Positions with several axes have no numbers to give away.
     let qwen = &FAMILIES[1].1;
     let options = GenerationOptions::default();
-    let refused = qwen.ask(&questions()[0], &plan("renumber"), &options, |_| {});
+    let refused = qwen.ask(&questions()[0], plan("renumber"), &options, |_| {});
     assert!(refused.unwrap_err().to_string().contains("several axes"));
 }
 
@@ -450,24 +450,24 @@ fn a_method_of_ones_own_is_checked_like_any_other() {
         }
     }
     let schedule = Schedule::new(Action::Reroute, false, vec![Stage::count(1, 3)]).unwrap();
-    let routing = |reducer: &'static dyn EncoderReducer<Backend>| Routing {
+    let routing = |reducer: Arc<dyn EncoderReducer<Backend>>| Routing {
         encoder: Some(EncoderStep {
             reducer,
             keep: Keep::Count(8),
             rest: Default::default(),
             positions: Default::default(),
         }),
-        schedule: &schedule,
-        scorer: Some(&LastFirst),
+        scorer: Some(Arc::new(LastFirst)),
+        ..Routing::from(&schedule)
     };
     let (vlm, options) = (&FAMILIES[2].1, GenerationOptions::default());
     let answer = vlm
-        .ask(&questions()[0], routing(&Corner), &options, |_| {})
+        .ask(&questions()[0], routing(Arc::new(Corner)), &options, |_| {})
         .unwrap();
     let cells: Vec<usize> = answer.cells.iter().filter_map(|cell| cell.1).collect();
     assert_eq!(cells, (0..8).collect::<Vec<_>>());
     assert_eq!(answer.trace.decisions[0].selected, [5, 6, 7]);
-    let refused = vlm.ask(&questions()[0], routing(&Twice), &options, |_| {});
+    let refused = vlm.ask(&questions()[0], routing(Arc::new(Twice)), &options, |_| {});
     assert!(
         refused
             .unwrap_err()

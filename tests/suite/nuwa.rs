@@ -2,6 +2,7 @@
 //! selects, logits and generated tokens, for both families, even and odd grids, every budget.
 
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 
 use burn::tensor::{DType, Tensor, TensorData};
 use reducers::encoder::{EncoderMethod, EncoderShape, Nuwa, Seen, Tap, Tower, reduce};
@@ -20,7 +21,10 @@ fn open(family: &str) -> Model<Backend> {
     let folder = Folder::open(fixture("nuwa").join(family).join("ckpt")).expect("a fixture");
     let config = ModelConfig::open(&folder).expect("a good config");
     let device = Device::default();
-    Model::open(&config, &folder, DType::F32, &device, &mut |_| {}).expect("the fixture loads")
+    Model::open(&config, &folder, DType::F32, &device, &mut |_| {
+        ControlFlow::Continue(())
+    })
+    .expect("the fixture loads")
 }
 
 /// Runs a plan on the inputs of a fixture.
@@ -43,7 +47,7 @@ fn run(
     let prompt = model.prompt(&[sample], &tokens);
     let prompt = prompt.expect("as many slots as tokens");
     let options = PrefillOptions::default();
-    let prefill = model.decoder().prefill(&prompt, routing.schedule, options);
+    let prefill = model.decoder().prefill(&prompt, &routing.schedule, options);
     (tokens, prompt, prefill.expect("a good prompt"))
 }
 

@@ -1,7 +1,7 @@
 //! The reference outputs in `tests/fixtures`, made by the official implementations: same numbers,
 //! same selections, same tokens, for every family.
 
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
 use burn::tensor::{DType, Tensor};
 use reducers::{DecisionView, ReducerError, Schedule, Scorer};
@@ -166,7 +166,7 @@ fn text_only_prompt_equals_the_reference() {
             pixels: PixelTensors::default(),
             second_per_grid_ts: Vec::new(),
         };
-        let out = vlm.run_tensors(inputs, &Schedule::dense(), 0, false);
+        let out = vlm.run_tensors(inputs, Schedule::dense(), 0, false);
         let logits = values(out.expect("a good prompt").logits);
         let expected = golden.floats("text_only.logits");
         let last = &expected[expected.len() - logits.len()..];
@@ -252,7 +252,7 @@ fn half_precision_is_near_single_precision() {
             let half = run(&vlm, Routing::from(&schedule));
             let replay = Replay(&half.trace);
             let replayed = Routing {
-                scorer: Some(&replay),
+                scorer: Some(Arc::new(replay)),
                 ..Routing::from(&schedule)
             };
             let full = run(&family.vlm, replayed);

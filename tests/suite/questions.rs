@@ -161,10 +161,11 @@ fn sampled_answers_end_at_a_stop_token_and_not_before() {
                 top_k: 50,
                 repetition_penalty: 1.1,
                 seed,
+                ..Default::default()
             },
             ..GenerationOptions::default()
         };
-        let answer = BUILT_IN.ask(&question, &schedule("reroute-pdrop@192"), &options, |_| {});
+        let answer = BUILT_IN.ask(&question, schedule("reroute-pdrop@192"), &options, |_| {});
         answer.expect("a good question")
     };
     for seed in 0..6 {

@@ -392,7 +392,7 @@ fn a_model_without_video_says_so() {
         text: "x".into(),
     };
     let options = vlm.generation_defaults();
-    let error = vlm.ask(&question, &reducers::Schedule::dense(), &options, |_| {});
+    let error = vlm.ask(&question, reducers::Schedule::dense(), &options, |_| {});
     assert!(matches!(
         error,
         Err(ZooError::Family(FamilyError::NoVideos))

@@ -66,10 +66,9 @@ fn real_tokenizers_encode_and_decode_as_in_python() {
         for Encoded { text, ids, decoded } in cases {
             assert_eq!(tokenizer.encode(&text, false).unwrap(), ids, "{text:?}");
             assert_eq!(tokenizer.decode(&ids).unwrap(), decoded, "{text:?}");
-            let mut streamed = String::new();
-            let mut stream = tokenizer.stream(|piece| streamed.push_str(piece));
-            ids.iter().for_each(|&id| stream.push(id));
-            stream.finish();
+            let mut stream = tokenizer.stream();
+            let mut streamed: String = ids.iter().map(|&id| stream.push(id)).collect();
+            streamed.push_str(&stream.rest());
             assert_eq!(streamed, decoded, "{text:?}");
         }
     }

@@ -318,6 +318,10 @@ pub enum CheckpointError {
     /// The weights and the module contradict each other.
     #[error("{0}")]
     Module(Box<ModuleMismatch>),
+
+    /// The caller asked to stop.
+    #[error("loading was stopped")]
+    Stopped,
 }
 
 /// The first few names of a list.

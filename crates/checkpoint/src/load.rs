@@ -1,6 +1,7 @@
 //! Filling a module with the weights of a checkpoint.
 
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::backend::Backend;
@@ -49,13 +50,13 @@ pub struct LoadProgress {
 /// Names, shapes and dtypes are compared first, and all that does not fit is reported in one
 /// [`CheckpointError::Module`]; no weight has been read then. Parameters are never initialised, so
 /// a module that comes fresh from its config costs no memory before its weights arrive.
-/// `progress` is called after each tensor.
+/// `progress` is called after each tensor; breaking stops, with [`CheckpointError::Stopped`].
 pub fn load_into<B: Backend, M: Module<B>>(
     module: M,
     shards: &Shards,
     table: &NameTable,
     options: &LoadOptions,
-    progress: &mut dyn FnMut(LoadProgress),
+    progress: &mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
 ) -> Result<M, CheckpointError> {
     let plan = assign(&module, shards, table, options)?;
     let mut loader = Loader {
@@ -178,7 +179,7 @@ struct Loader<'a> {
     plan: BTreeMap<String, Assignment>,
     loaded_bytes: u64,
     total_bytes: u64,
-    progress: &'a mut dyn FnMut(LoadProgress),
+    progress: &'a mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
     path: Path,
     failure: Option<CheckpointError>,
 }
@@ -231,10 +232,13 @@ impl Loader<'_> {
             self.shards.read(&tensor.name, self.dtype, tensor.layout)?
         };
         self.loaded_bytes += data.num_elements() as u64 * tensor.element_bytes;
-        (self.progress)(LoadProgress {
+        let progress = LoadProgress {
             loaded_bytes: self.loaded_bytes,
             total_bytes: self.total_bytes,
-        });
+        };
+        if (self.progress)(progress).is_break() {
+            return Err(CheckpointError::Stopped);
+        }
         // The dtype must be said again, or the data is converted to the device's default.
         Ok(Tensor::from_data(data, (device, self.dtype)))
     }

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{IsTerminal, Read, Write, stderr};
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
@@ -65,6 +66,7 @@ pub(crate) fn model(args: &ModelArgs) -> anyhow::Result<Vlm<Backend>> {
             let end = if loaded == total { "\n" } else { "" };
             let _ = write!(stderr(), "\rloading {loaded} of {total} MiB{end}");
         }
+        ControlFlow::Continue(())
     });
     Ok(vlm?)
 }
@@ -237,6 +239,7 @@ pub(crate) fn generation(
         top_k: args.top_k,
         repetition_penalty: args.repetition_penalty,
         seed: args.seed,
+        ..SamplingOptions::default()
     };
     sampling.validate()?;
     Ok(GenerationOptions {

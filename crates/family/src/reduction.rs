@@ -2,6 +2,7 @@
 //! the slots of the tokens kept.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor};
@@ -12,10 +13,10 @@ use reroute::KeptRows;
 use crate::{FamilyError, Look};
 
 /// A reduction of every picture before the decoder.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub struct EncoderStep<'a, B: Backend> {
     /// Which tokens, and what they are made of.
-    pub reducer: &'a dyn EncoderReducer<B>,
+    pub reducer: Arc<dyn EncoderReducer<B> + 'a>,
     /// How many of a picture, or of a time step of a video.
     pub keep: Keep,
     /// What becomes of the others.
@@ -91,7 +92,7 @@ pub(crate) fn reduce<B: Backend>(
                 taps: of_picture(&look.taps, questions.get(visual), picture, &range),
                 encoder,
             };
-            let reduced = encoder::reduce(step.reducer, &seen, step.keep.count(range.len()))?;
+            let reduced = encoder::reduce(&*step.reducer, &seen, step.keep.count(range.len()))?;
             let class = seen.taps.get(&Tap::ClassToken);
             features.push(apply(
                 &seen.get(Tap::Features)?,

@@ -1,9 +1,11 @@
 //! What is passed to a model that does not belong together is refused, and nothing panics.
 
+use std::sync::Arc;
+
 use burn::tensor::{Device, Tensor};
 use burn_flex::Flex;
 use llava::{Llava, LlavaConfig, LlavaHfConfig};
-use reducers::encoder::{CdPruner, EncoderReducer};
+use reducers::encoder::CdPruner;
 use reducers::{Keep, Positions, ReducerError, Rest};
 use reroute::{KeptRows, RerouteError};
 use reroute_family::{
@@ -81,7 +83,7 @@ fn pictures_that_are_none_or_of_another_kind() {
 fn questions_that_are_not_one_for_each_picture() {
     let reducer = CdPruner::default();
     let step = EncoderStep {
-        reducer: &reducer as &dyn EncoderReducer<Flex>,
+        reducer: Arc::new(reducer.clone()),
         keep: Keep::Count(4),
         rest: Rest::Drop,
         positions: Positions::Gap,
@@ -106,7 +108,7 @@ fn shares_that_are_none() {
         Keep::Count(0),
     ] {
         let step = EncoderStep {
-            reducer: &reducer as &dyn EncoderReducer<Flex>,
+            reducer: Arc::new(reducer.clone()),
             keep,
             rest: Rest::Drop,
             positions: Positions::Gap,

@@ -155,7 +155,7 @@ impl<B: Backend> Seen<B> {
 ///
 /// The method decides which tokens, and what they are made of. It need not care about positions,
 /// batches or budgets: [`reduce`] checks what it returns.
-pub trait EncoderReducer<B: Backend> {
+pub trait EncoderReducer<B: Backend>: Send + Sync {
     /// What it must see of a picture; computed for it, and nothing else.
     ///
     /// # Errors
@@ -169,6 +169,12 @@ pub trait EncoderReducer<B: Backend> {
     /// [`ReducerError::NotSeen`] for what its needs do not name, [`ReducerError::NanScore`] if it
     /// cannot rank, [`ReducerError::Readback`] from the device.
     fn reduce(&self, seen: &Seen<B>, keep: usize) -> Result<Reduction<B>, ReducerError>;
+
+    /// The method and all its settings: two of one fingerprint make the same of what they see, so that a
+    /// cache may stand in for the second. `None`, the default, where nobody vouches for that.
+    fn fingerprint(&self) -> Option<String> {
+        None
+    }
 }
 
 /// Reduces one picture to `keep` tokens, checks the result and brings it into the order of places.

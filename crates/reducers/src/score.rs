@@ -199,7 +199,7 @@ pub struct Embedded<B: Backend> {
 }
 
 /// A rule that ranks the candidates of a decision.
-pub trait Scorer<B: Backend> {
+pub trait Scorer<B: Backend>: Send + Sync {
     /// One score per row; those of rows that are no candidates are not read. Higher is better,
     /// the lower row wins a tie, and NaN is refused when it is read.
     ///

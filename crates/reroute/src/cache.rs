@@ -17,6 +17,9 @@ const GROWTH_SHARE: usize = 4;
 /// Samples that a cache has at most, each counted once a layer.
 const MAX_ENTRIES: usize = 1 << 24;
 
+/// Most rows that room is made for at once: a limit that nobody reaches shall not cost its memory.
+const MAX_ROOM: usize = 1 << 14;
+
 /// Keys and values of every layer and sample. Each layer has a length of its own: it holds exactly
 /// the rows that the layer processed.
 #[derive(Debug, Clone)]
@@ -31,8 +34,10 @@ pub struct KvCache<B: Backend> {
     /// By how much the next position is lower in a layer, `[layers][samples]`: rows that a schedule
     /// removed and whose positions it gave away.
     lowered: Vec<Vec<i64>>,
-    /// What a later turn chooses from, if it was asked for.
-    pub(crate) pool: Option<Pool<B>>,
+    /// What a later turn of each sample chooses from, if it was asked for.
+    pools: Vec<Option<Pool<B>>>,
+    /// Rows that each sample is still to grow by, if that is known.
+    room: Vec<Option<usize>>,
 }
 
 /// One sample's keys and values in one layer.
@@ -45,7 +50,10 @@ struct Entry<B: Backend> {
 }
 
 /// One layer's share of a [`KvCache`].
-pub(crate) struct LayerCache<'a, B: Backend>(&'a mut [Entry<B>]);
+pub(crate) struct LayerCache<'a, B: Backend> {
+    samples: &'a mut [Entry<B>],
+    room: &'a [Option<usize>],
+}
 
 impl<B: Backend> LayerCache<'_, B> {
     /// Appends a run's rows to its sample's and returns all keys and values of the sample.
@@ -58,14 +66,15 @@ impl<B: Backend> LayerCache<'_, B> {
         run: &Run,
         [keys, values]: [Tensor<B, 3>; 2],
     ) -> Result<[Tensor<B, 3>; 2], RerouteError> {
-        let entry = &mut self.0[run.sample];
+        let entry = &mut self.samples[run.sample];
+        let room = self.room[run.sample];
         let used = entry.rows.len();
         entry.rows.extend(&run.rows);
         // Taking the buffers hands them over, so that backends can write in place.
         let buffers = match entry.buffers.take() {
             Some([all_keys, all_values]) => [
-                write(all_keys, used, keys)?,
-                write(all_values, used, values)?,
+                write(all_keys, used, keys, room)?,
+                write(all_values, used, values, room)?,
             ],
             None => [keys, values],
         };
@@ -88,32 +97,105 @@ impl<B: Backend> KvCache<B> {
     /// # Errors
     /// [`RerouteError::Cache`] for more layers and samples than there can be.
     pub fn new(layers: usize, samples: usize) -> Result<Self, RerouteError> {
-        if samples
-            .checked_mul(layers.max(1))
-            .is_none_or(|all| all > MAX_ENTRIES)
-            || layers > MAX_ENTRIES
-        {
-            return Err(RerouteError::Cache {
-                given: format!("{layers} layers of {samples} samples"),
-                expected: format!("{MAX_ENTRIES} samples of all layers at most"),
-            });
-        }
+        check_size(layers, samples)?;
+        Ok(Self::of(layers, samples))
+    }
+
+    /// An empty cache of as many layers as there are.
+    pub(crate) fn of(layers: usize, samples: usize) -> Self {
         let entry = Entry {
             buffers: None,
             rows: Vec::new(),
         };
-        Ok(Self {
+        Self {
             layers: vec![vec![entry; samples]; layers],
             rows: vec![0; samples],
             next_position: vec![Some(0); samples],
             lowered: vec![vec![0; samples]; layers],
-            pool: None,
+            pools: vec![None; samples],
+            room: vec![None; samples],
+        }
+    }
+
+    /// Adds the samples of another cache behind those of this one. Nothing is copied.
+    ///
+    /// # Errors
+    /// [`RerouteError::Cache`] for a cache of other depth, or too many samples.
+    pub fn extend(&mut self, other: Self) -> Result<(), RerouteError> {
+        if other.layers() != self.layers() {
+            return Err(RerouteError::Cache {
+                given: format!("{} layers", other.layers()),
+                expected: format!("{} layers", self.layers()),
+            });
+        }
+        check_size(
+            self.layers(),
+            self.samples().saturating_add(other.samples()),
+        )?;
+        for (layer, more) in self.layers.iter_mut().zip(other.layers) {
+            layer.extend(more);
+        }
+        for (lowered, more) in self.lowered.iter_mut().zip(other.lowered) {
+            lowered.extend(more);
+        }
+        self.rows.extend(other.rows);
+        self.next_position.extend(other.next_position);
+        self.pools.extend(other.pools);
+        self.room.extend(other.room);
+        Ok(())
+    }
+
+    /// Takes a sample out; those behind it move up by one.
+    ///
+    /// # Errors
+    /// [`RerouteError::Sample`] if there is no such sample.
+    pub fn remove(&mut self, sample: usize) -> Result<Self, RerouteError> {
+        self.check_sample(sample)?;
+        let layers = self.layers.iter_mut();
+        let lowered = self.lowered.iter_mut();
+        Ok(Self {
+            layers: layers.map(|layer| vec![layer.remove(sample)]).collect(),
+            lowered: lowered.map(|layer| vec![layer.remove(sample)]).collect(),
+            rows: vec![self.rows.remove(sample)],
+            next_position: vec![self.next_position.remove(sample)],
+            pools: vec![self.pools.remove(sample)],
+            room: vec![self.room.remove(sample)],
         })
+    }
+
+    /// Says that a sample is to grow by `rows` tokens at most. When its buffers are full, room is made for
+    /// all of them: what is there is then copied once, whatever is generated. Without it, buffers that are
+    /// full grow by a quarter.
+    ///
+    /// # Errors
+    /// [`RerouteError::Sample`] if there is no such sample.
+    pub fn reserve(&mut self, sample: usize, rows: usize) -> Result<(), RerouteError> {
+        self.check_sample(sample)?;
+        self.room[sample] = Some(rows);
+        Ok(())
     }
 
     /// One layer's share.
     pub(crate) fn layer(&mut self, layer: usize) -> LayerCache<'_, B> {
-        LayerCache(&mut self.layers[layer])
+        LayerCache {
+            samples: &mut self.layers[layer],
+            room: &self.room,
+        }
+    }
+
+    /// What a later turn chooses from, of every sample that has it.
+    pub(crate) fn pools(&self) -> impl Iterator<Item = &Pool<B>> {
+        self.pools.iter().flatten()
+    }
+
+    /// Keeps what later turns choose from.
+    pub(crate) fn keep_pools(&mut self, pools: Vec<Option<Pool<B>>>) {
+        self.pools = pools;
+    }
+
+    /// Hands over what this turn chooses from.
+    pub(crate) fn take_pool(&mut self, sample: usize) -> Option<Pool<B>> {
+        self.pools[sample].take()
     }
 
     /// The keys of one sample in one layer, `[kv_heads, head_dim, length]`; `None` if there are none.
@@ -174,6 +256,7 @@ impl<B: Backend> KvCache<B> {
         let next = (self.rows[sample], *position);
         self.rows[sample] += 1;
         *position += 1;
+        self.room[sample] = self.room[sample].and_then(|rows| rows.checked_sub(1));
         Ok(next)
     }
 
@@ -254,6 +337,22 @@ impl<B: Backend> KvCache<B> {
         })
     }
 
+    /// Bytes that keys and values of one sample take in memory, room for further rows and what a later
+    /// turn chooses from included; 0 where there is no such sample.
+    pub fn allocated_bytes(&self, sample: usize) -> u64 {
+        let bytes = |shape: &[usize], dtype: DType| {
+            let elements = shape.iter().map(|&n| n as u64).product::<u64>();
+            elements * dtype.size() as u64
+        };
+        let buffers = self.layers.iter().filter_map(|layer| layer.get(sample));
+        let buffers = buffers.flat_map(|entry| entry.buffers.iter().flatten());
+        let buffers = buffers.map(|buffer| bytes(&buffer.dims(), buffer.dtype()));
+        let pool = self.pools.get(sample).and_then(Option::as_ref);
+        let pool = pool.map(|pool| &pool.hidden_states);
+        let pool = pool.map_or(0, |states| bytes(&states.dims(), states.dtype()));
+        buffers.sum::<u64>() + pool
+    }
+
     fn per_layer<T: Default>(&self, sample: usize, of: impl Fn(&Entry<B>) -> T) -> Vec<T> {
         let entry = |layer: &Vec<Entry<B>>| layer.get(sample).map(&of).unwrap_or_default();
         self.layers.iter().map(entry).collect()
@@ -287,6 +386,17 @@ impl<B: Backend> KvCache<B> {
     }
 }
 
+/// Whether there can be a cache for so many layers and samples.
+fn check_size(layers: usize, samples: usize) -> Result<(), RerouteError> {
+    match layers.max(1).saturating_mul(samples.max(1)) <= MAX_ENTRIES {
+        true => Ok(()),
+        false => Err(RerouteError::Cache {
+            given: format!("{layers} layers of {samples} samples"),
+            expected: format!("{MAX_ENTRIES} samples of all layers at most"),
+        }),
+    }
+}
+
 /// The rows of a buffer that are in use.
 fn in_use<B: Backend>(all: Tensor<B, 3>, rows: usize) -> Tensor<B, 3> {
     match all.dims()[2] == rows {
@@ -295,16 +405,21 @@ fn in_use<B: Backend>(all: Tensor<B, 3>, rows: usize) -> Tensor<B, 3> {
     }
 }
 
-/// Writes rows at `start`, growing the buffer when it is full.
+/// Writes rows at `start`, growing the buffer when it is full; `room` is how many rows are to follow.
 fn write<B: Backend>(
     all: Tensor<B, 3>,
     start: usize,
     new: Tensor<B, 3>,
+    room: Option<usize>,
 ) -> Result<Tensor<B, 3>, RerouteError> {
     let [kv_heads, head_dim, capacity] = all.dims();
     let end = start + new.dims()[2];
     let all = if end > capacity {
-        let spare = end - capacity + GROWTH.max(end / GROWTH_SHARE);
+        let follow = match room {
+            Some(rows) => rows.min(MAX_ROOM),
+            None => GROWTH.max(end / GROWTH_SHARE),
+        };
+        let spare = end - capacity + follow;
         let options = (&all.device(), all.dtype());
         Tensor::cat(
             vec![all, Tensor::zeros([kv_heads, head_dim, spare], options)],

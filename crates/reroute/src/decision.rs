@@ -29,7 +29,7 @@ pub(crate) struct DecisionInput<'a, B: Backend> {
     /// The norm behind the last layer.
     pub(crate) output_norm: &'a RmsNorm<B>,
     /// Embeddings of all rows of the prompt.
-    pub(crate) embeddings: &'a Tensor<B, 2>,
+    pub(crate) embeddings: Tensor<B, 2>,
     /// Queries of these rows in the layer before, `[num_attention_heads · head_dim, rows]`, if the
     /// decision asks for them.
     pub(crate) executed: Option<Tensor<B, 2>>,

@@ -1,17 +1,11 @@
 use burn::module::Module;
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Int, Tensor};
-use reducers::{Positions, Schedule, Scorer};
-use reroute_layers::{
-    CausalMask, RmsNorm, RmsNormConfig, Rotary, Vocabulary, VocabularyConfig, indices,
-};
+use reducers::{Positions, Schedule};
+use reroute_layers::{CausalMask, RmsNorm, RmsNormConfig, Rotary, Vocabulary, VocabularyConfig};
 
 use crate::block::Run;
-use crate::pool::Past;
-use crate::{
-    DecoderConfig, DecoderLayer, KvCache, Place, Prompt, RerouteError, Router, RoutingTrace,
-    SampleLayout,
-};
+use crate::{DecoderConfig, DecoderLayer, KvCache, Place, Prompt, RerouteError, SampleLayout};
 
 /// A LLaMA-style decoder whose prefill follows a routing schedule.
 #[derive(Module, Debug)]
@@ -23,39 +17,6 @@ pub struct Decoder<B: Backend> {
     lm_head: Option<Vocabulary<B>>,
     #[module(skip)]
     config: DecoderConfig,
-}
-
-/// What a prefill shall return besides the logits of the last row.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct PrefillOptions {
-    /// Also return every layer's output ([`Prefill::hidden_states`]), for inspection.
-    pub hidden_states: bool,
-    /// Keep the input of the first decision layer in the cache (`rows · hidden_size` numbers), so
-    /// that under *reroute* [`Decoder::resume`] can choose anew among all visual tokens.
-    pub keep_pool: bool,
-}
-
-/// The result of a prefill.
-#[derive(Debug)]
-pub struct Prefill<B: Backend> {
-    /// `[samples, vocab_size]`, logits of each sample's last row.
-    pub logits: Tensor<B, 2>,
-    /// Keys and values for decoding.
-    pub cache: KvCache<B>,
-    /// What routing did.
-    pub trace: RoutingTrace,
-    /// Output of every layer, DeepStack features not yet added, if asked for.
-    pub hidden_states: Vec<HiddenStates<B>>,
-}
-
-/// The output of one layer.
-#[derive(Debug, Clone)]
-pub struct HiddenStates<B: Backend> {
-    /// The packed rows that the layer processed, ascending; deferred ones too under
-    /// [`HiddenLayout::PerLayer`](reducers::HiddenLayout::PerLayer).
-    pub rows: Vec<usize>,
-    /// `[hidden_size, rows]`
-    pub values: Tensor<B, 2>,
 }
 
 impl<B: Backend> Decoder<B> {
@@ -199,12 +160,8 @@ impl<B: Backend> Decoder<B> {
         }
         let (config, dtype) = (&self.config, self.dtype());
         let expected = ([config.num_key_value_heads, config.head_dim], dtype);
-        let pool = cache.pool.iter().flat_map(|pool| &pool.samples);
-        let features = pool.map(|rows| rows.hidden_states.dims()[0]);
-        if let Some(other) = features
-            .into_iter()
-            .find(|&features| features != config.hidden_size)
-        {
+        let mut features = cache.pools().map(|pool| pool.hidden_states.dims()[0]);
+        if let Some(other) = features.find(|&features| features != config.hidden_size) {
             let expected = format!("hidden_size {}", config.hidden_size);
             return refused(format!("hidden states of {other} features"), expected);
         }
@@ -217,130 +174,6 @@ impl<B: Backend> Decoder<B> {
             }
             _ => Ok(()),
         }
-    }
-
-    /// Runs prompts through all layers under a schedule and fills the cache.
-    ///
-    /// Samples are routed one by one by their own scores; samples without visual tokens take the
-    /// dense path. [`Schedule::dense`] is the plain model.
-    ///
-    /// # Errors
-    /// Those of [`check`](Self::check), and [`RerouteError::Reducer`] for scores that cannot be ranked.
-    pub fn prefill(
-        &self,
-        prompt: &Prompt<B>,
-        schedule: &Schedule,
-        options: PrefillOptions,
-    ) -> Result<Prefill<B>, RerouteError> {
-        let cache = KvCache::new(self.layers.len(), prompt.samples.len())?;
-        self.resume(cache, prompt, schedule, options)
-    }
-
-    /// The same for the next turn of a conversation: `prompt` is the whole conversation, and `cache`
-    /// what the earlier turns have cached, whose rows it must begin with
-    /// ([`KvCache::truncate`] forgets the rest).
-    ///
-    /// - Under [`Action::Reroute`](reducers::Action::Reroute) the result is that of
-    ///   [`prefill`](Self::prefill) on the whole conversation: *all* visual tokens are candidates again,
-    ///   and this turn's last row chooses among them. Layers below the first decision compute new rows
-    ///   only; from the first decision on all text rows after the first image and the tokens now
-    ///   selected are computed, as in a prefill. This needs [`PrefillOptions::keep_pool`] in the
-    ///   earlier turn; without it everything after the first image is computed anew.
-    /// - Under [`Action::Remove`](reducers::Action::Remove) new rows run through all layers and see
-    ///   what each layer has kept: what an earlier turn removed is gone. Only new images are decided on.
-    /// - Without decisions the result is that of the plain model: new rows run through all layers and see
-    ///   everything, and what an earlier turn kept from a layer is computed there.
-    ///
-    /// Schedules that give positions away or rank by what no cache holds compute everything anew.
-    ///
-    /// # Errors
-    /// Those of [`prefill`](Self::prefill); [`RerouteError::Cache`] for a cache of another decoder or
-    /// other samples; [`RerouteError::MixedPositions`] where an earlier turn gave positions away and this
-    /// one keeps them.
-    pub fn resume(
-        &self,
-        cache: KvCache<B>,
-        prompt: &Prompt<B>,
-        schedule: &Schedule,
-        options: PrefillOptions,
-    ) -> Result<Prefill<B>, RerouteError> {
-        self.resume_by(None, cache, prompt, schedule, options)
-    }
-
-    /// The same, with a rule of the caller's own that ranks instead of the schedule's scores.
-    pub fn resume_by(
-        &self,
-        scorer: Option<&dyn Scorer<B>>,
-        cache: KvCache<B>,
-        prompt: &Prompt<B>,
-        schedule: &Schedule,
-        options: PrefillOptions,
-    ) -> Result<Prefill<B>, RerouteError> {
-        let turn = Turn {
-            scorer,
-            keep_pool: options.keep_pool,
-            observed: &|_| options.hidden_states,
-        };
-        self.run(cache, prompt, schedule, turn)
-    }
-
-    /// Runs a turn through all layers.
-    pub(crate) fn run(
-        &self,
-        mut cache: KvCache<B>,
-        prompt: &Prompt<B>,
-        schedule: &Schedule,
-        turn: Turn<'_, B>,
-    ) -> Result<Prefill<B>, RerouteError> {
-        self.check(prompt, schedule)?;
-        let samples = prompt.samples.len();
-        self.check_cache(&cache, samples)?;
-        let rows = prompt.embeddings.dims()[1];
-        let _span = tracing::info_span!("prefill", samples, rows).entered();
-        let longest = prompt.samples.iter().map(|sample| sample.rows).max();
-        let mask = CausalMask::new(longest.unwrap_or(0), &prompt.embeddings.device());
-        let past = Past::take(&mut cache, &prompt.samples, schedule)?;
-        let mut router = Router::resume(self, prompt, schedule, past)
-            .ranking_by(turn.scorer)
-            .keeping_pool(turn.keep_pool);
-        let mut hidden_states = router.rows_of(prompt.embeddings.clone());
-        let mut trace = RoutingTrace::default();
-        let mut captured = Vec::new();
-
-        for (index, layer) in self.layers.iter().enumerate() {
-            let mut input = router.enter(index, hidden_states, &cache)?;
-            let queries = layer
-                .self_attn
-                .queries(input.normed.clone(), router.active_rope());
-            router.executed(index, &queries);
-            let runs = router.runs();
-            trace
-                .rows
-                .push(runs.iter().map(|run| run.rows.len()).collect());
-            trace.decisions.append(&mut input.decisions);
-            cache.lower(index, router.lowered());
-            let output = layer.forward(input, queries, &runs, cache.layer(index), Some(&mask))?;
-            if (turn.observed)(index) {
-                captured.push(router.observe(output.clone()));
-            }
-            hidden_states = router.leave(index, output);
-        }
-
-        let hidden_states = router.gather(hidden_states);
-        let last: Vec<usize> = router.ranges().iter().map(|range| range.end - 1).collect();
-        let last = hidden_states
-            .clone()
-            .select(1, indices(&last, &hidden_states.device()));
-        for (sample, layout) in prompt.samples.iter().enumerate() {
-            cache.continue_at(sample, layout.rows, layout.next_position);
-        }
-        cache.pool = router.into_pool();
-        Ok(Prefill {
-            logits: self.logits(last)?,
-            cache,
-            trace,
-            hidden_states: captured,
-        })
     }
 
     /// Feeds tokens to samples and returns the logits behind each. Tokens of one sample follow each
@@ -416,15 +249,13 @@ impl<B: Backend> Decoder<B> {
     ) -> Result<(), RerouteError> {
         self.check_ids(tokens.iter().map(|&(_, id)| id))?;
         self.check_cache(cache, cache.samples())?;
-        let mut needed: Vec<usize> = (0..cache.samples())
-            .map(|sample| cache.next_position(sample) as usize)
-            .collect();
+        let mut needed = vec![0; cache.samples()];
         for &(sample, _) in tokens {
             cache.check_sample(sample)?;
             if cache.known_position(sample).is_none() {
                 return Err(RerouteError::Truncated { sample });
             }
-            needed[sample] += 1;
+            needed[sample] = needed[sample].max(cache.next_position(sample) as usize) + 1;
         }
         let needed = needed.into_iter().max().unwrap_or(0);
         let (available, limit) = self.config.context();
@@ -477,16 +308,6 @@ impl<B: Backend> Decoder<B> {
             dtype: self.dtype(),
         })
     }
-}
-
-/// How a turn is run.
-pub(crate) struct Turn<'a, B: Backend> {
-    /// Ranks instead of the schedule's own scores.
-    pub(crate) scorer: Option<&'a dyn Scorer<B>>,
-    /// Keep the input of the first decision layer for a later turn.
-    pub(crate) keep_pool: bool,
-    /// Whether the output of a layer shall be returned.
-    pub(crate) observed: &'a dyn Fn(usize) -> bool,
 }
 
 /// Neighbouring tokens of one sample; `rows` are those that the tokens take in their samples.

@@ -5,7 +5,6 @@ use burn::tensor::backend::Backend;
 use reducers::{Action, HiddenLayout, Schedule, Scorer};
 use reroute_layers::indices;
 
-use crate::decoder::Turn;
 use crate::host::read_back;
 use crate::{Decoder, HiddenStates, KvCache, Prompt, RerouteError};
 
@@ -58,17 +57,16 @@ impl<B: Backend> Decoder<B> {
         // The layers before all decisions but the first.
         let later = schedule.stages().iter().skip(1);
         let inputs: Vec<usize> = later.map(|stage| stage.layer - 1).collect();
-        let run = |schedule: &Schedule| {
+        let run = |schedule: Schedule| {
             let cache = KvCache::new(self.layers().len(), prompt.samples.len())?;
-            let turn = Turn {
-                scorer,
-                keep_pool: false,
-                observed: &|layer| inputs.contains(&layer),
-            };
-            self.run(cache, prompt, schedule, turn)
+            let mut prefilling = self.begin(cache, prompt.clone(), schedule, false)?;
+            for layer in 0..self.layers().len() {
+                prefilling.step(scorer, inputs.contains(&layer))?;
+            }
+            prefilling.finish(scorer)
         };
-        let routed = run(&schedule.clone().with_layout(HiddenLayout::PerLayer))?;
-        let dense = run(&Schedule::dense())?;
+        let routed = run(schedule.clone().with_layout(HiddenLayout::PerLayer))?;
+        let dense = run(Schedule::dense())?;
 
         let mut drifts = Vec::new();
         for (sample, range) in prompt.ranges().into_iter().enumerate() {

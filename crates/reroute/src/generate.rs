@@ -1,10 +1,12 @@
+use std::mem;
 use std::ops::ControlFlow;
 
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
 
 use crate::host::read_back;
-use crate::{Decoder, KvCache, RerouteError, Sampler, SamplingOptions};
+use crate::sampling::TokenLogprobs;
+use crate::{Decoder, KvCache, Prefill, RerouteError, Sampler, SamplingOptions};
 
 /// When and how to generate.
 #[derive(Debug, Clone)]
@@ -18,6 +20,8 @@ pub struct GenerationOptions {
     pub stop_tokens: Vec<u32>,
     /// Also return the logits behind every generated token.
     pub logits: bool,
+    /// Also return how likely each token was, and so many of the likeliest.
+    pub logprobs: Option<usize>,
 }
 
 impl GenerationOptions {
@@ -32,6 +36,7 @@ impl Default for GenerationOptions {
             sampling: SamplingOptions::default(),
             stop_tokens: Vec::new(),
             logits: false,
+            logprobs: None,
         }
     }
 }
@@ -43,6 +48,8 @@ pub struct Generation {
     pub tokens: Vec<u32>,
     /// Logits behind each token, `[tokens][vocab_size]`, if asked for.
     pub logits: Vec<Vec<f32>>,
+    /// How likely each token was, if asked for.
+    pub logprobs: Vec<TokenLogprobs>,
     /// Why it ended.
     pub finish: FinishReason,
 }
@@ -59,6 +66,144 @@ pub enum FinishReason {
     Context,
     /// The caller asked to stop.
     Cancelled,
+}
+
+/// Answers that are generated side by side, each with options of its own. They join and leave between
+/// two tokens.
+///
+/// An answer is called by its index; when one leaves, those behind it move up by one.
+pub struct Batch<B: Backend> {
+    cache: KvCache<B>,
+    /// One for each sample of the cache.
+    writers: Vec<Writer>,
+}
+
+/// A token that an answer has grown by.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Chosen {
+    /// The token.
+    pub token: u32,
+    /// How likely it was, if asked for.
+    pub logprobs: Option<TokenLogprobs>,
+    /// Why the answer ends with it, if it does.
+    pub finish: Option<FinishReason>,
+}
+
+/// An answer by its index, and the token that it has grown by, or why it has failed.
+pub type Step = (usize, Result<Chosen, RerouteError>);
+
+impl<B: Backend> Batch<B> {
+    /// Nobody's answers yet.
+    pub fn new(decoder: &Decoder<B>) -> Self {
+        Self {
+            cache: KvCache::of(decoder.layers().len(), 0),
+            writers: Vec::new(),
+        }
+    }
+
+    /// Number of answers.
+    pub fn len(&self) -> usize {
+        self.writers.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.writers.is_empty()
+    }
+
+    /// Keys and values of the answers, in order.
+    pub fn cache(&self) -> &KvCache<B> {
+        &self.cache
+    }
+
+    /// So many answers go on behind the prefill of one prompt, as the last of the batch. `prompt` are the
+    /// token ids that count as seen for the repetition penalty; answer `i` draws from the random numbers
+    /// `seed + i`.
+    ///
+    /// # Errors
+    /// Options out of range; the prefill of another decoder, or of several samples. The batch is then as
+    /// it was.
+    pub fn join(
+        &mut self,
+        decoder: &Decoder<B>,
+        prefill: Prefill<B>,
+        prompt: &[u32],
+        options: &GenerationOptions,
+        answers: usize,
+    ) -> Result<(), RerouteError> {
+        let Prefill {
+            logits, mut cache, ..
+        } = prefill;
+        let vocab_size = decoder.config().vocab_size;
+        decoder.check_cache(&cache, 1)?;
+        check_logits(&logits, [1, vocab_size])?;
+        options.sampling.check_vocabulary(vocab_size)?;
+        let writer = |stream| Writer::new(stream, prompt, options.clone());
+        let mut writers = (0..answers).map(writer).collect::<Result<Vec<_>, _>>()?;
+        // The last token is not fed.
+        cache.reserve(0, options.max_new_tokens.saturating_sub(1))?;
+        let row = read_back(logits, "logits")?;
+        for writer in &mut writers {
+            writer.start(row.clone());
+        }
+        for _ in 0..answers {
+            self.cache.extend(cache.clone())?;
+        }
+        self.writers.extend(writers);
+        Ok(())
+    }
+
+    /// Why an answer has ended, if it has.
+    pub fn finish(&self, index: usize) -> Option<FinishReason> {
+        self.writers.get(index)?.finish
+    }
+
+    /// Every answer that goes on grows by a token: its index, and the token.
+    ///
+    /// With `apart` every answer runs through the decoder by itself: how many others there are then
+    /// changes no bit of it in any type, and the weights are read once for each.
+    ///
+    /// # Errors
+    /// Of one answer, which ends with it: [`RerouteError::NotANumber`] if its logits are not finite. Of
+    /// all: a device that does not answer.
+    pub fn step(&mut self, decoder: &Decoder<B>, apart: bool) -> Result<Vec<Step>, RerouteError> {
+        let token = |(index, writer): (usize, &Writer)| match writer.next {
+            Next::Feed(token) => Some((index, token)),
+            _ => None,
+        };
+        let fed: Vec<(usize, u32)> = self.writers.iter().enumerate().filter_map(token).collect();
+        let together = if apart { 1 } else { fed.len().max(1) };
+        for fed in fed.chunks(together) {
+            let logits = decoder.decode(fed, &mut self.cache)?;
+            let logits = read_back(logits, "logits")?;
+            let rows = logits.chunks_exact(decoder.config().vocab_size);
+            for (&(index, _), row) in fed.iter().zip(rows) {
+                self.writers[index].next = Next::Choose(row.to_vec());
+            }
+        }
+        let mut chosen = Vec::new();
+        for (index, writer) in self.writers.iter_mut().enumerate() {
+            let Next::Choose(row) = mem::replace(&mut writer.next, Next::Nothing) else {
+                continue;
+            };
+            let has_room = self.cache.next_position(index) < decoder.config().context().0 as i64;
+            let token = match writer.choose(row, has_room) {
+                Ok(token) => Ok(token),
+                Err(row) => Err(decoder.not_a_number(&self.cache, index, &row)?),
+            };
+            chosen.push((index, token));
+        }
+        Ok(chosen)
+    }
+
+    /// Takes an answer out, as far as it has come; its cache can be resumed from.
+    ///
+    /// # Errors
+    /// [`RerouteError::Sample`] if there is no such answer.
+    pub fn leave(&mut self, index: usize) -> Result<(Generation, KvCache<B>), RerouteError> {
+        let cache = self.cache.remove(index)?;
+        Ok((self.writers.remove(index).into_generation(), cache))
+    }
 }
 
 /// Continues prefilled prompts.
@@ -79,86 +224,166 @@ pub fn generate<B: Backend>(
     on_token: &mut dyn FnMut(usize, u32) -> ControlFlow<()>,
 ) -> Result<Vec<Result<Generation, RerouteError>>, RerouteError> {
     let (samples, vocab_size) = (cache.samples(), decoder.config().vocab_size);
-    if prompts.len() != samples || logits.dims() != [samples, vocab_size] {
+    if prompts.len() != samples {
         return Err(RerouteError::Prompt(format!(
-            "{samples} samples are cached and the vocabulary has {vocab_size} tokens, but logits are \
-             {:?}, and {} prompts were given",
-            logits.dims(),
+            "{samples} samples are cached, but {} prompts were given",
             prompts.len()
         )));
     }
-    let mut writers = (0..samples)
-        .map(|sample| Writer::new(sample, &prompts[sample], options))
-        .collect::<Result<Vec<_>, _>>()?;
-    let mut logits = logits;
-    'tokens: loop {
-        let active = (0..samples).filter(|&sample| writers[sample].end.is_none());
-        let active: Vec<usize> = active.collect();
-        if active.is_empty() {
-            break;
-        }
-        let mut rows = read_back(logits, "logits")?;
-        let mut next = Vec::with_capacity(active.len());
-        for (sample, row) in active.into_iter().zip(rows.chunks_exact_mut(vocab_size)) {
-            let writer = &mut writers[sample];
-            let Some(token) = writer.choose(row) else {
-                writer.end = Some(Err(decoder.not_a_number(cache, sample, row)?));
-                continue;
-            };
-            if on_token(sample, token).is_break() {
-                break 'tokens;
-            }
-            let has_room = cache.next_position(sample) < decoder.config().context().0 as i64;
-            writer.end = writer.ends(token, has_room).map(Ok);
-            if writer.end.is_none() {
-                next.push((sample, token));
-            }
-        }
-        if next.is_empty() {
-            break;
-        }
-        logits = decoder.decode(&next, cache)?;
+    check_logits(&logits, [samples, vocab_size])?;
+    options.sampling.check_vocabulary(vocab_size)?;
+    let writers = prompts.iter().enumerate();
+    let writers = writers.map(|(sample, prompt)| Writer::new(sample, prompt, options.clone()));
+    let mut writers = writers.collect::<Result<Vec<_>, _>>()?;
+    let rows = read_back(logits, "logits")?;
+    for (writer, row) in writers.iter_mut().zip(rows.chunks_exact(vocab_size)) {
+        writer.start(row.to_vec());
     }
-    Ok(writers.into_iter().map(Writer::into_generation).collect())
+    let mut batch = Batch {
+        cache: mem::replace(cache, KvCache::of(0, 0)),
+        writers,
+    };
+    let mut failed = Vec::new();
+    failed.resize_with(samples, || None);
+    let outcome = batch.run(decoder, &mut failed, on_token);
+    *cache = batch.cache;
+    outcome?;
+    let writers = batch.writers.into_iter().zip(failed);
+    let generation = |(writer, failed): (Writer, Option<RerouteError>)| match failed {
+        Some(error) => Err(error),
+        None => Ok(writer.into_generation()),
+    };
+    Ok(writers.map(generation).collect())
+}
+
+/// One row of logits for each sample, one number for each token.
+fn check_logits<B: Backend>(
+    logits: &Tensor<B, 2>,
+    expected: [usize; 2],
+) -> Result<(), RerouteError> {
+    match logits.dims() == expected {
+        true => Ok(()),
+        false => Err(RerouteError::Prompt(format!(
+            "logits are {:?}, expected {expected:?}: a row for each sample that is cached",
+            logits.dims()
+        ))),
+    }
+}
+
+impl<B: Backend> Batch<B> {
+    /// Steps until all answers have ended or `on_token` breaks.
+    fn run(
+        &mut self,
+        decoder: &Decoder<B>,
+        failed: &mut [Option<RerouteError>],
+        on_token: &mut dyn FnMut(usize, u32) -> ControlFlow<()>,
+    ) -> Result<(), RerouteError> {
+        loop {
+            let chosen = self.step(decoder, false)?;
+            if chosen.is_empty() {
+                return Ok(());
+            }
+            let mut chosen = chosen.into_iter();
+            while let Some((sample, token)) = chosen.next() {
+                match token.map(|chosen| on_token(sample, chosen.token)) {
+                    Ok(ControlFlow::Continue(())) => {}
+                    Ok(ControlFlow::Break(())) => {
+                        self.writers[sample].finish = None;
+                        // Nobody has been told of the others.
+                        let others = chosen.filter(|(_, token)| token.is_ok());
+                        others.for_each(|(sample, _)| self.writers[sample].forget());
+                        return Ok(());
+                    }
+                    Err(error) => failed[sample] = Some(error),
+                }
+            }
+        }
+    }
 }
 
 /// One sample's growing answer.
-struct Writer<'a> {
-    options: &'a GenerationOptions,
+struct Writer {
+    options: GenerationOptions,
     sampler: Sampler,
+    next: Next,
     tokens: Vec<u32>,
     logits: Vec<Vec<f32>>,
-    /// How it ended.
-    end: Option<Result<FinishReason, RerouteError>>,
+    logprobs: Vec<TokenLogprobs>,
+    finish: Option<FinishReason>,
 }
 
-impl<'a> Writer<'a> {
+/// What comes next for an answer.
+enum Next {
+    /// A token from these logits.
+    Choose(Vec<f32>),
+    /// The logits behind this token.
+    Feed(u32),
+    /// It has ended.
+    Nothing,
+}
+
+impl Writer {
     fn new(
-        sample: usize,
+        stream: usize,
         prompt: &[u32],
-        options: &'a GenerationOptions,
+        options: GenerationOptions,
     ) -> Result<Self, RerouteError> {
-        let mut sampler = Sampler::new(&options.sampling, sample)?;
+        let mut sampler = Sampler::new(&options.sampling, stream)?;
         sampler.see(prompt);
         Ok(Self {
-            options,
             sampler,
+            next: Next::Nothing,
             tokens: Vec::new(),
             logits: Vec::new(),
-            end: (options.max_new_tokens == 0).then_some(Ok(FinishReason::Length)),
+            logprobs: Vec::new(),
+            finish: (options.max_new_tokens == 0).then_some(FinishReason::Length),
+            options,
         })
     }
 
-    /// The next token; `None` if the logits are not finite, which are then as they were.
-    fn choose(&mut self, row: &mut [f32]) -> Option<u32> {
-        let logits = self.options.logits.then(|| row.to_vec());
-        let token = self.sampler.next(row)?;
-        self.tokens.push(token);
-        self.logits.extend(logits);
-        Some(token)
+    /// Begins with the logits behind the prompt, unless nothing is to be generated.
+    fn start(&mut self, row: Vec<f32>) {
+        if self.finish.is_none() {
+            self.next = Next::Choose(row);
+        }
     }
 
-    /// Why the answer ends with this token, if it does; `has_room` says that it could be fed.
+    /// Chooses the next token; `has_room` says that it could be fed. Logits that are not finite come back
+    /// as they were.
+    fn choose(&mut self, mut row: Vec<f32>, has_room: bool) -> Result<Chosen, Vec<f32>> {
+        let (logits, count) = (self.options.logits, self.options.logprobs);
+        let as_they_come = (logits || count.is_some()).then(|| row.clone());
+        let Some(token) = self.sampler.next(&mut row) else {
+            return Err(row);
+        };
+        self.tokens.push(token);
+        let mut logprobs = None;
+        if let Some(row) = as_they_come {
+            logprobs = count.and_then(|count| TokenLogprobs::of(&row, token, count));
+            self.logits.extend(logits.then_some(row));
+        }
+        self.logprobs.extend(logprobs.clone());
+        self.finish = self.ends(token, has_room);
+        self.next = match self.finish {
+            Some(_) => Next::Nothing,
+            None => Next::Feed(token),
+        };
+        Ok(Chosen {
+            token,
+            logprobs,
+            finish: self.finish,
+        })
+    }
+
+    /// Takes the last token back.
+    fn forget(&mut self) {
+        self.tokens.pop();
+        self.logits.pop();
+        self.logprobs.pop();
+        self.finish = None;
+    }
+
+    /// Why the answer ends with this token, if it does.
     fn ends(&self, token: u32, has_room: bool) -> Option<FinishReason> {
         if self.options.stop_tokens.contains(&token) {
             Some(FinishReason::Stop)
@@ -171,11 +396,12 @@ impl<'a> Writer<'a> {
         }
     }
 
-    fn into_generation(self) -> Result<Generation, RerouteError> {
-        Ok(Generation {
+    fn into_generation(self) -> Generation {
+        Generation {
             tokens: self.tokens,
             logits: self.logits,
-            finish: self.end.unwrap_or(Ok(FinishReason::Cancelled))?,
-        })
+            logprobs: self.logprobs,
+            finish: self.finish.unwrap_or(FinishReason::Cancelled),
+        }
     }
 }

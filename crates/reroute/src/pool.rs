@@ -6,19 +6,12 @@ use reducers::{Action, Positions, Schedule, Stage};
 
 use crate::{KvCache, RerouteError, SampleLayout};
 
-/// The rows at the first decision of a turn, with the hidden states that they had there: what a later
-/// turn needs to choose anew.
+/// The rows of a sample at the first decision of a turn, with the hidden states that they had there: what
+/// a later turn needs to choose anew.
 #[derive(Debug, Clone)]
 pub(crate) struct Pool<B: Backend> {
     /// The decision layer whose input the hidden states are.
     pub(crate) layer: usize,
-    /// One entry per sample.
-    pub(crate) samples: Vec<PooledRows<B>>,
-}
-
-/// One sample's share of a [`Pool`].
-#[derive(Debug, Clone)]
-pub(crate) struct PooledRows<B: Backend> {
     /// Consecutive rows, numbered within the sample.
     pub(crate) rows: Range<usize>,
     /// `[hidden_size, rows]`
@@ -31,7 +24,7 @@ pub(crate) struct Past<B: Backend> {
     /// Of each sample, the leading rows that no layer needs to embed again.
     pub(crate) cached: Vec<usize>,
     /// Of each sample, the rows among them that are deferred until the first decision.
-    pub(crate) deferred: Vec<Option<PooledRows<B>>>,
+    pub(crate) deferred: Vec<Option<Pool<B>>>,
 }
 
 impl<B: Backend> Past<B> {
@@ -60,9 +53,9 @@ impl<B: Backend> Past<B> {
         schedule: &Schedule,
     ) -> Result<Self, RerouteError> {
         let mut past = Self::none(samples.len());
-        let pool = cache.pool.take();
         if starts_anew(schedule) {
             for sample in 0..samples.len() {
+                cache.take_pool(sample);
                 cache.truncate(sample, 0)?;
             }
             return Ok(past);
@@ -72,6 +65,7 @@ impl<B: Backend> Past<B> {
             Action::Remove => None,
         };
         for (sample, layout) in samples.iter().enumerate() {
+            let pool = cache.take_pool(sample);
             // The last row is always computed: its logits are the answer.
             let known = cache.rows(sample).min(layout.rows - 1);
             let first_visual = layout.visual.first().copied().unwrap_or(layout.rows);
@@ -87,7 +81,6 @@ impl<B: Backend> Past<B> {
                 None => cache.truncate(sample, known)?,
                 Some(layer) => {
                     let pooled = pool.as_ref().filter(|pool| pool.layer == layer);
-                    let pooled = pooled.map(|pool| &pool.samples[sample]);
                     let pooled = pooled.and_then(|pooled| pooled.slice(first_visual..known));
                     cache.truncate(sample, pooled.as_ref().map_or(first_visual, |p| p.rows.end))?;
                     for above in layer..cache.layers() {
@@ -114,13 +107,14 @@ fn starts_anew(schedule: &Schedule) -> bool {
         || schedule.action() == Action::Reroute && schedule.stages().iter().any(executed)
 }
 
-impl<B: Backend> PooledRows<B> {
+impl<B: Backend> Pool<B> {
     /// The rows from `wanted.start` to the earlier of the two ends; `None` if there are none.
     fn slice(&self, wanted: Range<usize>) -> Option<Self> {
         let rows = wanted.start..wanted.end.min(self.rows.end);
         let start = rows.start.checked_sub(self.rows.start)?;
         let hidden_states = self.hidden_states.clone();
         (!rows.is_empty()).then(|| Self {
+            layer: self.layer,
             hidden_states: hidden_states.narrow(1, start, rows.len()),
             rows,
         })

@@ -8,9 +8,9 @@ use reducers::{HiddenLayout, Positions, Schedule, ScoreLayer, Scorer};
 use reroute_layers::{Rotary, indices};
 
 use crate::block::Run;
-use crate::pool::{Past, Pool, PooledRows};
+use crate::pool::{Past, Pool};
 use crate::prompt::ranges;
-use crate::{Decision, Decoder, HiddenStates, KvCache, Prompt, RerouteError};
+use crate::{Decision, Decoder, HiddenStates, KvCache, Prompt, RerouteError, SampleLayout};
 
 /// Walks the rows of a prompt through the stages of a schedule.
 ///
@@ -19,10 +19,8 @@ use crate::{Decision, Decoder, HiddenStates, KvCache, Prompt, RerouteError};
 /// next decision; under [`Action::Remove`](reducers::Action::Remove) they are forgotten.
 pub struct Router<'a, B: Backend> {
     decoder: &'a Decoder<B>,
-    prompt: &'a Prompt<B>,
-    schedule: &'a Schedule,
-    /// Ranks instead of the schedule's own scores.
-    scorer: Option<&'a dyn Scorer<B>>,
+    prompt: Prompt<B>,
+    schedule: Schedule,
     /// Packed rows of each sample.
     samples: Vec<Range<usize>>,
     /// Packed visual rows of each sample, in visual order.
@@ -42,8 +40,8 @@ pub struct Router<'a, B: Backend> {
     scattered: Option<Vec<usize>>,
     /// Queries of the active rows in the layer before, if the next decision asks for them.
     executed: Option<Tensor<B, 2>>,
-    /// The rows at the first decision, if they are to be kept for a later turn.
-    pool: Option<Pool<B>>,
+    /// The rows of each sample at the first decision, if they are to be kept for a later turn.
+    pools: Vec<Option<Pool<B>>>,
     keep_pool: bool,
     /// The last selection of each sample.
     selected: Vec<Option<Vec<usize>>>,
@@ -79,10 +77,10 @@ impl<'a, B: Backend> Router<'a, B> {
     /// Those of [`Decoder::check`].
     pub fn new(
         decoder: &'a Decoder<B>,
-        prompt: &'a Prompt<B>,
-        schedule: &'a Schedule,
+        prompt: Prompt<B>,
+        schedule: Schedule,
     ) -> Result<Self, RerouteError> {
-        decoder.check(prompt, schedule)?;
+        decoder.check(&prompt, &schedule)?;
         let past = Past::none(prompt.samples.len());
         Ok(Self::resume(decoder, prompt, schedule, past))
     }
@@ -91,8 +89,8 @@ impl<'a, B: Backend> Router<'a, B> {
     /// the first decision.
     pub(crate) fn resume(
         decoder: &'a Decoder<B>,
-        prompt: &'a Prompt<B>,
-        schedule: &'a Schedule,
+        prompt: Prompt<B>,
+        schedule: Schedule,
         past: Past<B>,
     ) -> Self {
         let rope = &decoder.config().rope;
@@ -123,14 +121,12 @@ impl<'a, B: Backend> Router<'a, B> {
         };
         Self {
             decoder,
-            prompt,
-            schedule,
-            scorer: None,
             keep_counts: candidates
                 .iter()
                 .map(|&n| schedule.keep_counts(n))
                 .collect(),
             candidates,
+            pools: vec![None; samples.len()],
             selected: vec![None; visual.len()],
             active,
             active_rope,
@@ -140,11 +136,12 @@ impl<'a, B: Backend> Router<'a, B> {
             }),
             scattered: None,
             executed: None,
-            pool: None,
             keep_pool: false,
             samples,
             visual,
             prompt_rope,
+            prompt,
+            schedule,
         }
     }
 
@@ -153,14 +150,14 @@ impl<'a, B: Backend> Router<'a, B> {
         Self { keep_pool, ..self }
     }
 
-    /// Ranks by `scorer` instead of the schedule's own scores.
-    pub(crate) fn ranking_by(self, scorer: Option<&'a dyn Scorer<B>>) -> Self {
-        Self { scorer, ..self }
+    /// The rows of each sample at the first decision, where they were kept.
+    pub(crate) fn into_pools(self) -> Vec<Option<Pool<B>>> {
+        self.pools
     }
 
-    /// The rows at the first decision, if they were kept.
-    pub(crate) fn into_pool(self) -> Option<Pool<B>> {
-        self.pool
+    /// How the rows of the prompt divide into samples.
+    pub(crate) fn layouts(&self) -> &[SampleLayout] {
+        &self.prompt.samples
     }
 
     /// The rotary table of the active rows.
@@ -203,7 +200,7 @@ impl<'a, B: Backend> Router<'a, B> {
     }
 
     /// Prepares the input of layer `index`; decides first if the schedule says so. `cache` holds the
-    /// rows of earlier turns.
+    /// rows of earlier turns; `scorer` ranks instead of the schedule's own scores.
     ///
     /// # Shapes
     /// - `hidden_states`: `[hidden_size, rows]` as leaving a layer returned them
@@ -216,6 +213,7 @@ impl<'a, B: Backend> Router<'a, B> {
         index: usize,
         hidden_states: Tensor<B, 2>,
         cache: &KvCache<B>,
+        scorer: Option<&dyn Scorer<B>>,
     ) -> Result<Routed<B>, RerouteError> {
         self.decoder.check_cache(cache, self.samples.len())?;
         let layer = self.decoder.layers().get(index).ok_or_else(|| {
@@ -235,7 +233,7 @@ impl<'a, B: Backend> Router<'a, B> {
         let hidden_states = self.gather(hidden_states);
         match self.schedule.decision_at(index) {
             Some(stage) if self.candidates.iter().any(|&candidates| candidates > 0) => {
-                self.decide(stage, layer, hidden_states, cache)
+                self.decide(stage, layer, hidden_states, cache, scorer)
             }
             _ => Ok(layer.enter(hidden_states, &self.active_rope)),
         }
@@ -394,19 +392,18 @@ impl<'a, B: Backend> Router<'a, B> {
     }
 
     /// The rows at a decision, sample by sample.
-    fn pooled(&self, hidden_states: &Tensor<B, 2>, pool: &[usize]) -> Pool<B> {
+    fn pooled(&self, hidden_states: &Tensor<B, 2>, pool: &[usize]) -> Vec<Option<Pool<B>>> {
+        let layer = self.schedule.stages()[0].layer;
         let bounds = split(pool, &self.samples).into_iter().zip(&self.samples);
         let samples = bounds.map(|(range, sample)| {
             let first = pool.get(range.start).map_or(0, |row| row - sample.start);
-            PooledRows {
+            Some(Pool {
+                layer,
                 rows: first..first + range.len(),
                 hidden_states: hidden_states.clone().narrow(1, range.start, range.len()),
-            }
+            })
         });
-        Pool {
-            layer: self.schedule.stages()[0].layer,
-            samples: samples.collect(),
-        }
+        samples.collect()
     }
 }
 

@@ -17,6 +17,10 @@ pub struct SamplingOptions {
     pub top_k: usize,
     /// Divides positive and multiplies negative logits of tokens seen before (arXiv 1909.05858).
     pub repetition_penalty: f32,
+    /// Added to the logits of these tokens; negative infinity forbids one.
+    pub logit_bias: Vec<(u32, f32)>,
+    /// The only tokens that may be chosen; `None` allows all.
+    pub allowed_tokens: Option<Vec<u32>>,
     /// Seed of the random numbers; sample `i` of a batch draws from stream `seed + i`.
     pub seed: u64,
 }
@@ -28,6 +32,8 @@ impl Default for SamplingOptions {
             top_p: 1.0,
             top_k: 0,
             repetition_penalty: 1.0,
+            logit_bias: Vec::new(),
+            allowed_tokens: None,
             seed: 0,
         }
     }
@@ -57,7 +63,83 @@ impl SamplingOptions {
             "repetition_penalty",
             "a number > 0",
             r,
-        )
+        )?;
+        let bias = self.logit_bias.iter().map(|&(_, bias)| bias);
+        let is_bias = |bias: &f32| bias.is_finite() || *bias == f32::NEG_INFINITY;
+        match { bias }.find(|bias| !is_bias(bias)) {
+            Some(bias) => check(false, "logit_bias", "a number, or -infinity", bias),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether the tokens that bias and mask name are of this vocabulary, and leave one to choose.
+    ///
+    /// # Errors
+    /// [`RerouteError::TokenId`], [`RerouteError::Sampling`]
+    pub fn check_vocabulary(&self, vocab_size: usize) -> Result<(), RerouteError> {
+        let biased = self.logit_bias.iter().map(|&(id, _)| id);
+        let allowed = self.allowed_tokens.iter().flatten().copied();
+        if let Some(id) = biased.chain(allowed).find(|&id| id as usize >= vocab_size) {
+            return Err(RerouteError::TokenId { id, vocab_size });
+        }
+        if self.logit_bias.is_empty() && self.allowed_tokens.is_none() {
+            return Ok(());
+        }
+        let mut logits = vec![0.0; vocab_size];
+        self.bias(&mut logits);
+        match logits.iter().any(|logit| logit.is_finite()) {
+            true => Ok(()),
+            false => Err(RerouteError::Sampling {
+                option: "allowed_tokens",
+                range: "such that a token is left that logit_bias does not forbid",
+                value: "nothing".into(),
+            }),
+        }
+    }
+
+    /// Adds the bias, and forbids what is not allowed. Tokens beyond the vocabulary are nobody's.
+    fn bias(&self, logits: &mut [f32]) {
+        for &(id, bias) in &self.logit_bias {
+            if let Some(logit) = logits.get_mut(id as usize) {
+                *logit += bias;
+            }
+        }
+        let Some(allowed) = &self.allowed_tokens else {
+            return;
+        };
+        let of = |&id: &u32| Some((id, *logits.get(id as usize)?));
+        let kept: Vec<(u32, f32)> = allowed.iter().filter_map(of).collect();
+        logits.fill(f32::NEG_INFINITY);
+        for (id, logit) in kept {
+            logits[id as usize] = logit;
+        }
+    }
+}
+
+/// How likely the model finds a token: natural logarithms of probabilities, of the logits as they come,
+/// before penalty, bias and temperature.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenLogprobs {
+    /// Of the token that was chosen.
+    pub logprob: f32,
+    /// The most likely tokens, the likeliest first.
+    pub top: Vec<(u32, f32)>,
+}
+
+impl TokenLogprobs {
+    /// Of a token, and the `count` likeliest; `None` if the token is none.
+    pub(crate) fn of(logits: &[f32], token: u32, count: usize) -> Option<Self> {
+        let largest = logits.iter().copied().reduce(f32::max)?;
+        let relative = |logit: f32| f64::from(logit) - f64::from(largest);
+        let sum: f64 = logits.iter().map(|&logit| relative(logit).exp()).sum();
+        let logprob = |logit: f32| (relative(logit) - sum.ln()) as f32;
+        let mut ranked = Ranked::new(logits);
+        ranked.keep(count);
+        let top = (0..count.min(logits.len())).filter_map(|rank| ranked.get(rank));
+        Some(Self {
+            logprob: logprob(*logits.get(token as usize)?),
+            top: top.map(|id| (id, logprob(logits[id as usize]))).collect(),
+        })
     }
 }
 
@@ -91,14 +173,15 @@ impl Sampler {
         }
     }
 
-    /// Chooses a token: repetition penalty, then temperature, top-k, top-p, then the draw. Returns
-    /// `None`, and leaves the logits as they are, if one is NaN or the largest is not finite.
+    /// Chooses a token: repetition penalty, bias and mask, then temperature, top-k, top-p, then the draw.
+    /// Returns `None`, and leaves the logits as they are, if one is NaN or the largest is not finite.
     pub fn next(&mut self, logits: &mut [f32]) -> Option<u32> {
         let largest = logits.iter().copied().reduce(f32::max)?;
         if !largest.is_finite() || logits.iter().any(|logit| logit.is_nan()) {
             return None;
         }
         self.penalise(logits);
+        self.options.bias(logits);
         let token = match self.options.temperature == 0.0 {
             true => argmax(logits),
             false => self.draw(logits)?,

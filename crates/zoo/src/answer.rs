@@ -2,15 +2,12 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use burn::tensor::backend::Backend;
-use reroute::{
-    FinishReason, GenerationOptions, KvCache, Prefill, PrefillOptions, Prompt, RoutingTrace,
-    generate,
-};
+use reroute::{FinishReason, GenerationOptions, RoutingTrace, TokenLogprobs};
 use vision_encoder::RgbImage;
 
-use crate::messages::{Content, Message, Role};
-use crate::tokenizer::trimmed;
-use crate::{KeptVisuals, Routing, VideoTime, View, Visual, Vlm, ZooError};
+use crate::messages::Message;
+use crate::session::{Event, Request, Session, SessionOptions, Turn};
+use crate::{Routing, View, Visual, Vlm, ZooError};
 
 /// A question about any number of images and videos.
 #[derive(Debug, Clone)]
@@ -32,17 +29,7 @@ impl Question {
 
     /// The question as a turn of a conversation: what it is about, then the text.
     pub(crate) fn message(&self, views: &[View]) -> Message {
-        let visual = |view: &View| match &view.time {
-            None => Content::Image,
-            Some(VideoTime { seconds, .. }) => Content::Video {
-                seconds: seconds.clone(),
-            },
-        };
-        let text = Content::Text(self.text.clone());
-        Message {
-            role: Role::User,
-            content: views.iter().map(visual).chain([text]).collect(),
-        }
+        Turn::from(self).message(&mut views.iter())
     }
 }
 
@@ -53,6 +40,8 @@ pub struct Answer {
     pub text: String,
     /// Generated token ids, including the stop token.
     pub tokens: Vec<u32>,
+    /// How likely each token was, if asked for.
+    pub logprobs: Vec<TokenLogprobs>,
     /// Why generation ended.
     pub finish: FinishReason,
     /// Rows of the prompt; in a conversation, of all of it.
@@ -71,7 +60,7 @@ pub struct Answer {
     pub kv_rows: Vec<usize>,
     /// Bytes of keys and values per layer after the prefill.
     pub kv_bytes: Vec<u64>,
-    /// Wall-clock times of the whole batch.
+    /// Where its time went.
     pub timings: Timings,
 }
 
@@ -80,149 +69,110 @@ pub struct Answer {
 pub struct Timings {
     /// Vision tower and projector.
     pub vision: Duration,
-    /// All prompts through the decoder, routing included.
+    /// The prompt through the decoder, routing included.
     pub prefill: Duration,
-    /// All generated tokens.
+    /// The generated tokens, side by side with those of others.
     pub decode: Duration,
-}
-
-/// Prompts that have been prefilled.
-pub(crate) struct Prefilled<B: Backend> {
-    /// Token ids of each sample.
-    pub(crate) ids: Vec<Vec<u32>>,
-    /// Views of each sample.
-    pub(crate) views: Vec<Vec<View>>,
-    pub(crate) reduction: Option<KeptVisuals>,
-    pub(crate) prompt: Prompt<B>,
-    pub(crate) prefill: Prefill<B>,
-    pub(crate) timings: Timings,
 }
 
 impl<B: Backend> Vlm<B> {
     /// Answers one question. `on_text` receives the answer piece by piece as it is generated.
     pub fn ask<'a>(
-        &self,
+        &'a self,
         question: &Question,
         routing: impl Into<Routing<'a, B>>,
         options: &GenerationOptions,
-        on_text: impl FnMut(&str),
+        mut on_text: impl FnMut(&str),
     ) -> Result<Answer, ZooError> {
-        let questions = std::slice::from_ref(question);
-        let mut stream = self.tokenizer().stream(trimmed(on_text));
-        let mut on_token = |_, id| {
-            stream.push(id);
-            ControlFlow::Continue(())
-        };
-        let mut answers = self.ask_batch(questions, routing, options, &mut on_token)?;
-        stream.finish();
-        Ok(answers.remove(0))
+        let mut session = self.single(0);
+        session.admit(Request::new(
+            vec![question.into()],
+            routing,
+            options.clone(),
+        ))?;
+        loop {
+            for event in session.step() {
+                match event {
+                    Event::Token { text, .. } if text.is_empty() => {}
+                    Event::Token { text, .. } => on_text(&text),
+                    Event::Finished { answer, .. } => return Ok(*answer),
+                    Event::Failed { error, .. } => return Err(error),
+                }
+            }
+        }
     }
 
     /// Answers several questions in one batch, each routed by its own scores. `on_token` receives
     /// (question, token id) as soon as a token is chosen; breaking ends all answers.
+    ///
+    /// # Errors
+    /// That of the first question that fails; a [`Session`] goes on with the others.
     pub fn ask_batch<'a>(
-        &self,
+        &'a self,
         questions: &[Question],
         routing: impl Into<Routing<'a, B>>,
         options: &GenerationOptions,
         on_token: &mut dyn FnMut(usize, u32) -> ControlFlow<()>,
     ) -> Result<Vec<Answer>, ZooError> {
-        let routing = routing.into();
-        let (mut ids, mut views, mut pixels) = (Vec::new(), Vec::new(), Vec::new());
-        let mut texts = Vec::new();
+        let (mut session, routing) = (self.single(0), routing.into());
+        let mut ids = Vec::new();
         for question in questions {
-            let prepared = self.prepare(&question.visuals)?;
-            let (seen, prepared): (Vec<View>, Vec<_>) = prepared.into_iter().unzip();
-            ids.push(self.encode_messages(&[question.message(&seen)], &seen)?);
-            texts.extend(seen.iter().map(|_| question.text.as_str()));
-            views.push(seen);
-            pixels.extend(prepared);
+            let turns = vec![question.into()];
+            ids.push(session.admit(Request::new(turns, routing.clone(), options.clone()))?);
         }
-        let mut timings = Timings::default();
-        let started = Instant::now();
-        let tokens = self.see(&views.concat(), pixels, &texts, routing.encoder.as_ref())?;
-        self.finish(started, &mut timings.vision);
-
-        let started = Instant::now();
-        let (prompt, _) = self.prompt(&ids, &views, &tokens)?;
-        let decoder = self.model().decoder();
-        let Routing {
-            schedule, scorer, ..
-        } = routing;
-        let cache = KvCache::new(decoder.layers().len(), prompt.samples.len())?;
-        let options_of_prefill = PrefillOptions::default();
-        let prefill = decoder.resume_by(scorer, cache, &prompt, schedule, options_of_prefill)?;
-        self.finish(started, &mut timings.prefill);
-        let prefilled = Prefilled {
-            ids,
-            views,
-            reduction: tokens.kept,
-            prompt,
-            prefill,
-            timings,
-        };
-        Ok(self.answer(prefilled, options, on_token)?.0)
+        let mut answers: Vec<Option<Answer>> = vec![None; questions.len()];
+        let mut told = vec![0; questions.len()];
+        let mut broken = false;
+        let mut events = session.prefill_all();
+        while !(broken || events.is_empty() && session.is_idle()) {
+            for event in events {
+                let of = |id| ids.iter().position(|&other| other == id).unwrap_or(0);
+                match event {
+                    Event::Token { id, token, .. } if !broken => {
+                        told[of(id)] += 1;
+                        broken = on_token(of(id), token).is_break();
+                    }
+                    Event::Token { .. } => {}
+                    Event::Finished { id, answer, .. } => answers[of(id)] = Some(*answer),
+                    Event::Failed { error, .. } => return Err(error),
+                }
+            }
+            events = if broken { Vec::new() } else { session.step() };
+        }
+        let ended = answers.into_iter().zip(&ids).zip(told);
+        let ended = ended.filter_map(|((answer, &id), told)| {
+            let answer = answer.or_else(|| session.cancel(id).pop())?;
+            Some(self.cut(answer, told))
+        });
+        Ok(ended.collect())
     }
 
-    /// Generates the answers to prefilled prompts.
-    pub(crate) fn answer(
-        &self,
-        prefilled: Prefilled<B>,
-        options: &GenerationOptions,
-        on_token: &mut dyn FnMut(usize, u32) -> ControlFlow<()>,
-    ) -> Result<(Vec<Answer>, KvCache<B>), ZooError> {
-        let Prefilled {
-            ids,
-            views,
-            reduction,
-            prompt,
-            prefill,
-            mut timings,
-        } = prefilled;
-        let mut kept = reduction.map(|kept| [kept.images, kept.videos].map(Vec::into_iter));
-        let decoder = self.model().decoder();
-        let started = Instant::now();
-        let mut cache = prefill.cache;
-        let held = |sample| (cache.lengths(sample), cache.bytes(sample));
-        let held: Vec<(Vec<usize>, Vec<u64>)> = (0..ids.len()).map(held).collect();
-        let generations = generate(decoder, prefill.logits, &mut cache, &ids, options, on_token)?;
-        self.finish(started, &mut timings.decode);
-
-        let mut answers = Vec::new();
-        for (sample, (generation, views)) in generations.into_iter().zip(views).enumerate() {
-            let generation = generation?;
-            let layout = &prompt.samples[sample];
-            let (kv_rows, kv_bytes) = held[sample].clone();
-            let text = self.tokenizer().decode(&generation.tokens)?;
-            let cells = views.iter().enumerate().map(|(view, seen)| {
-                let kind = usize::from(seen.time.is_some());
-                let kept = kept.as_mut().and_then(|kept| kept[kind].next());
-                let places = match kept {
-                    Some(kept) => kept.places,
-                    None => (0..seen.token_count()).map(Some).collect(),
-                };
-                places.into_iter().map(move |place| (view, place))
-            });
-            let cells = cells.flatten().collect();
-            let computed = prefill.trace.rows.iter().map(|rows| vec![rows[sample]]);
-            answers.push(Answer {
-                text: text.trim().to_string(),
-                tokens: generation.tokens,
-                finish: generation.finish,
-                prompt_rows: layout.rows,
-                visual_tokens: layout.visual.len(),
-                views,
-                cells,
-                trace: RoutingTrace {
-                    decisions: prefill.trace.of_sample(sample).cloned().collect(),
-                    rows: computed.collect(),
-                },
-                kv_rows,
-                kv_bytes,
-                timings,
-            });
+    /// An answer of which no more tokens have been told.
+    fn cut(&self, answer: Answer, told: usize) -> Answer {
+        if told == answer.tokens.len() {
+            return answer;
         }
-        Ok((answers, cache))
+        let mut tokens = answer.tokens;
+        tokens.truncate(told);
+        let text = self.tokenizer().decode(&tokens).unwrap_or_default();
+        Answer {
+            text: text.trim().into(),
+            tokens,
+            finish: FinishReason::Cancelled,
+            ..answer
+        }
+    }
+
+    /// A session for what is asked at once; it keeps no more than so many bytes for what comes later.
+    pub(crate) fn single(&self, cache_bytes: u64) -> Session<'_, B> {
+        let options = SessionOptions {
+            cache_bytes,
+            max_waiting: usize::MAX,
+            max_answers: usize::MAX,
+            layers_per_step: usize::MAX,
+            ..Default::default()
+        };
+        Session::unlimited(self, options)
     }
 
     /// Waits for the device, so that the time belongs to what was asked of it.

@@ -1,22 +1,18 @@
-use std::ops::ControlFlow;
-use std::time::Instant;
-
 use burn::tensor::backend::Backend;
-use reducers::{Action, Plan, Schedule};
-use reroute::{GenerationOptions, KvCache, Prefill, PrefillOptions, Prompt};
+use reducers::{Action, Plan};
+use reroute::GenerationOptions;
 
-use crate::answer::Prefilled;
-use crate::messages::{Content, Message, Role};
-use crate::tokenizer::trimmed;
-use crate::vlm::sample;
-use crate::{Answer, Question, Routing, Timings, View, VisualTokens, Vlm, ZooError};
+use crate::messages::Role;
+use crate::session::{Event, Past, Request, Session, SessionOptions, Turn};
+use crate::{Answer, Question, Vlm, ZooError};
 
 /// Questions that follow one another, about the same images and videos or further ones.
 ///
 /// Each question is asked as the whole conversation so far; the earlier turns' cache stands in for
 /// what it still holds:
 ///
-/// - Images and videos go through the vision tower once.
+/// - Images and videos go through the vision tower once, as long as their tokens fit into
+///   [`SessionOptions::cache_bytes`].
 /// - Without routing, only new rows are computed.
 /// - Under *reroute* the visual pool stays available: a question chooses among *all* visual tokens,
 ///   whatever earlier ones deferred, and its answer is the one that the whole conversation would get
@@ -28,26 +24,21 @@ use crate::{Answer, Question, Routing, Timings, View, VisualTokens, Vlm, ZooErro
 /// - Under *remove* only new rows are computed, and each layer sees what was kept there: a later
 ///   question cannot see what an earlier one removed.
 pub struct Conversation<'a, B: Backend> {
-    vlm: &'a Vlm<B>,
+    session: Session<'a, B>,
     plan: Plan,
     options: GenerationOptions,
-    messages: Vec<Message>,
-    views: Vec<View>,
-    tokens: VisualTokens<B>,
-    /// The cache, and the ids of the rows in it.
-    past: Option<(KvCache<B>, Vec<u32>)>,
+    turns: Vec<Turn>,
+    past: Option<Past<B>>,
 }
 
 impl<'a, B: Backend> Conversation<'a, B> {
     /// A conversation in which nothing has been said.
     pub fn new(vlm: &'a Vlm<B>, plan: impl Into<Plan>, options: GenerationOptions) -> Self {
         Self {
-            vlm,
+            session: vlm.single(SessionOptions::default().cache_bytes),
             plan: plan.into(),
             options,
-            messages: Vec::new(),
-            views: Vec::new(),
-            tokens: VisualTokens::default(),
+            turns: Vec::new(),
             past: None,
         }
     }
@@ -58,88 +49,37 @@ impl<'a, B: Backend> Conversation<'a, B> {
     pub fn ask(
         &mut self,
         question: &Question,
-        on_text: impl FnMut(&str),
+        mut on_text: impl FnMut(&str),
     ) -> Result<Answer, ZooError> {
-        let vlm = self.vlm;
-        let mut timings = Timings::default();
-        let started = Instant::now();
-        let (views, pixels): (Vec<View>, Vec<_>) =
-            vlm.prepare(&question.visuals)?.into_iter().unzip();
-        let mut messages = self.messages.clone();
-        messages.push(question.message(&views));
-        let routing = Routing::from(&self.plan);
-        let texts = vec![question.text.as_str(); views.len()];
-        let seen = vlm.see(&views, pixels, &texts, routing.encoder.as_ref())?;
-        let tokens = self.tokens.clone().followed_by(seen)?;
-        let views = [&self.views[..], &views].concat();
-        vlm.finish(started, &mut timings.vision);
-
-        let started = Instant::now();
-        let ids = vec![vlm.encode_messages(&messages, &views)?];
-        let samples = vec![views.clone()];
-        let (prompt, kept) = vlm.prompt(&ids, &samples, &tokens)?;
-        let prefill = prefill(vlm, &mut self.past, &prompt, routing.schedule, &kept[0])?;
-        vlm.finish(started, &mut timings.prefill);
-
-        let mut known = kept[0].clone();
-        // Or it is computed again where it stands in the text.
-        let keeps_answer = vlm.config().keeps_answer(&sample(&[], &views));
-        let prefilled = Prefilled {
-            ids,
-            views: samples,
-            reduction: tokens.kept.clone(),
-            prompt,
-            prefill,
-            timings,
+        let mut turns = self.turns.clone();
+        turns.push(question.into());
+        // What earlier turns removed cannot be had again, so that a question that fails must not cost it.
+        let schedule = &self.plan.schedule;
+        let past = match schedule.action() == Action::Remove && !schedule.is_dense() {
+            true => self.past.clone(),
+            false => self.past.take(),
         };
-        let mut stream = vlm.tokenizer().stream(trimmed(on_text));
-        let mut on_token = |_, id| {
-            stream.push(id);
-            ControlFlow::Continue(())
+        let request = Request {
+            past,
+            keep_past: true,
+            ..Request::new(turns.clone(), self.plan.clone(), self.options.clone())
         };
-        let (mut answers, cache) = vlm.answer(prefilled, &self.options, &mut on_token)?;
-        stream.finish();
-        let answer = answers.remove(0);
-        if keeps_answer {
-            known.extend(&answer.tokens);
+        self.session.admit(request)?;
+        loop {
+            for event in self.session.step() {
+                match event {
+                    Event::Token { text, .. } if text.is_empty() => {}
+                    Event::Token { text, .. } => on_text(&text),
+                    Event::Finished { answer, past, .. } => {
+                        turns.push(Turn::text(Role::Assistant, &answer.text));
+                        (self.turns, self.past) = (turns, past);
+                        return Ok(*answer);
+                    }
+                    Event::Failed { error, .. } => return Err(error),
+                }
+            }
         }
-        self.past = Some((cache, known));
-        messages.push(Message {
-            role: Role::Assistant,
-            content: vec![Content::Text(answer.text.clone())],
-        });
-        (self.messages, self.views, self.tokens) = (messages, views, tokens);
-        Ok(answer)
     }
-}
-
-/// Runs the prompt of a whole conversation, whose ids are `ids`, on what earlier turns have cached.
-fn prefill<B: Backend>(
-    vlm: &Vlm<B>,
-    past: &mut Option<(KvCache<B>, Vec<u32>)>,
-    prompt: &Prompt<B>,
-    schedule: &Schedule,
-    ids: &[u32],
-) -> Result<Prefill<B>, ZooError> {
-    let options = PrefillOptions {
-        keep_pool: true,
-        ..Default::default()
-    };
-    let decoder = vlm.model().decoder();
-    // Before the cache is taken: a question that cannot be asked costs nothing.
-    decoder.check(prompt, schedule)?;
-    // What earlier turns removed cannot be had again, so that a question that fails must not cost it.
-    let removes = schedule.action() == Action::Remove && !schedule.stages().is_empty();
-    let past = match removes {
-        true => past.clone(),
-        false => past.take(),
-    };
-    let Some((mut cache, known)) = past else {
-        return Ok(decoder.prefill(prompt, schedule, options)?);
-    };
-    let pairs = known.iter().zip(ids);
-    cache.truncate(0, pairs.take_while(|(a, b)| a == b).count())?;
-    Ok(decoder.resume(cache, prompt, schedule, options)?)
 }
 
 #[cfg(test)]

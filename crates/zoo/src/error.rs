@@ -69,12 +69,51 @@ pub enum ZooError {
         /// Whether it was still speaking.
         cut_off: bool,
     },
+    /// There is not enough memory, whatever else runs.
+    #[error(
+        "{what} would take {:.1} MiB of memory, of {:.1} MiB that there may be: shorten the prompt or the \
+         answer, reduce visual tokens (a routing with a smaller budget), ask for fewer answers, or raise \
+         the limit",
+        mebibytes(*.needed), mebibytes(*.available)
+    )]
+    Memory {
+        /// Bytes needed.
+        needed: u64,
+        /// For what.
+        what: &'static str,
+        /// Bytes that are left for it when nothing else runs.
+        available: u64,
+    },
+    /// Too many requests wait.
+    #[error("{waiting} requests are waiting already: ask again later, or raise max_waiting")]
+    Busy {
+        /// How many.
+        waiting: usize,
+    },
+    /// No answer is asked for, or more than there may be.
+    #[error("{asked} answers are asked for: a request gets 1 to {most} (max_answers)")]
+    Answers {
+        /// How many are asked for.
+        asked: usize,
+        /// How many there may be.
+        most: usize,
+    },
+    /// A session cannot go on with what it runs.
+    #[error("the running batch has failed: {reason}; ask again")]
+    Session {
+        /// Why.
+        reason: String,
+    },
     /// A reduction that looks at the question has none.
     #[error(
         "this reduction before the decoder reads the question, which prepared tensors do not have: \
          ask it instead, or use one that looks at pictures alone"
     )]
     NoQuestion,
+}
+
+fn mebibytes(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
 }
 
 /// What a family passes on keeps its own kind.

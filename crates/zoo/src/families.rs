@@ -1,7 +1,7 @@
 //! The families that this zoo opens. A further one is one more line in the list below.
 #![allow(clippy::large_enum_variant, reason = "a Box is no Module")]
 
-use std::ops::Deref;
+use std::ops::{ControlFlow, Deref};
 
 use burn::module::Module;
 use burn::tensor::backend::Backend;
@@ -83,7 +83,7 @@ macro_rules! families {
                 shards: &Shards,
                 names: &NameTable,
                 options: &LoadOptions,
-                progress: &mut dyn FnMut(LoadProgress),
+                progress: &mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
             ) -> Result<Self, CheckpointError> {
                 Ok(match self {
                     $(Self::$family(model) => {
@@ -199,7 +199,7 @@ impl<B: Backend> Model<B> {
         folder: &Folder,
         dtype: DType,
         device: &B::Device,
-        progress: &mut dyn FnMut(LoadProgress),
+        progress: &mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
     ) -> Result<Self, ZooError> {
         let shards = Shards::open(folder)?;
         let _span = tracing::info_span!("loading", dtype = ?dtype).entered();

@@ -80,7 +80,7 @@ impl Grounding {
 impl<B: Backend> Vlm<B> {
     /// Asks where something is and reads boxes and points out of the answer.
     pub fn ground<'a>(
-        &self,
+        &'a self,
         image: &RgbImage,
         expression: &str,
         routing: impl Into<Routing<'a, B>>,

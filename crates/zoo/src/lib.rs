@@ -63,6 +63,7 @@ mod families;
 pub mod grounding;
 pub mod messages;
 mod routing;
+pub mod session;
 mod template;
 mod tensors;
 mod tokenizer;
@@ -76,7 +77,7 @@ pub use error::ZooError;
 pub use families::{Model, ModelConfig, model_types};
 pub use grounding::Grounding;
 pub use reducers::{Plan, Schedule, presets};
-pub use reroute::{FinishReason, GenerationOptions, SamplingOptions};
+pub use reroute::{FinishReason, GenerationOptions, SamplingOptions, TokenLogprobs};
 pub use reroute_checkpoint::Folder;
 pub use reroute_family::{
     Arithmetic, Dialect, EncoderStep, FamilyConfig, FamilyError, FamilyModel, ImageOptions,

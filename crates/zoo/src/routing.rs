@@ -1,25 +1,37 @@
+use std::borrow::Cow;
+use std::sync::Arc;
+
 use burn::tensor::backend::Backend;
-use reducers::encoder::EncoderReducer;
 use reducers::{Plan, Schedule, Scorer};
 use reroute_family::EncoderStep;
 
-/// How visual tokens are reduced: the data of a [`Plan`] or [`Schedule`] (both convert), or rules of
-/// one's own in place of the built-in ones.
-#[derive(Clone, Copy)]
+/// How visual tokens are reduced: the data of a [`Plan`] or [`Schedule`] (both convert, borrowed or
+/// owned), or rules of one's own in place of the built-in ones.
+#[derive(Clone)]
 pub struct Routing<'a, B: Backend> {
     /// Before the decoder.
     pub encoder: Option<EncoderStep<'a, B>>,
     /// In the decoder.
-    pub schedule: &'a Schedule,
+    pub schedule: Cow<'a, Schedule>,
     /// Ranks instead of the schedule's own scores.
-    pub scorer: Option<&'a dyn Scorer<B>>,
+    pub scorer: Option<Arc<dyn Scorer<B> + 'a>>,
 }
 
 impl<'a, B: Backend> From<&'a Schedule> for Routing<'a, B> {
     fn from(schedule: &'a Schedule) -> Self {
         Self {
             encoder: None,
-            schedule,
+            schedule: Cow::Borrowed(schedule),
+            scorer: None,
+        }
+    }
+}
+
+impl<B: Backend> From<Schedule> for Routing<'_, B> {
+    fn from(schedule: Schedule) -> Self {
+        Self {
+            encoder: None,
+            schedule: Cow::Owned(schedule),
             scorer: None,
         }
     }
@@ -27,16 +39,29 @@ impl<'a, B: Backend> From<&'a Schedule> for Routing<'a, B> {
 
 impl<'a, B: Backend> From<&'a Plan> for Routing<'a, B> {
     fn from(plan: &'a Plan) -> Self {
-        let encoder = plan.encoder.as_ref().map(|encoder| EncoderStep {
-            reducer: &encoder.method as &dyn EncoderReducer<B>,
-            keep: encoder.keep,
-            rest: encoder.rest,
-            positions: encoder.positions,
-        });
         Self {
-            encoder,
-            schedule: &plan.schedule,
-            scorer: None,
+            encoder: step(plan),
+            ..Self::from(&plan.schedule)
         }
     }
+}
+
+impl<B: Backend> From<Plan> for Routing<'_, B> {
+    fn from(plan: Plan) -> Self {
+        Self {
+            encoder: step(&plan),
+            ..Self::from(plan.schedule)
+        }
+    }
+}
+
+/// The reduction before the decoder, if the plan has one.
+fn step<'a, B: Backend>(plan: &Plan) -> Option<EncoderStep<'a, B>> {
+    let encoder = plan.encoder.as_ref()?;
+    Some(EncoderStep {
+        reducer: Arc::new(encoder.method.clone()),
+        keep: encoder.keep,
+        rest: encoder.rest,
+        positions: encoder.positions,
+    })
 }

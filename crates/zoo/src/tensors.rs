@@ -82,8 +82,8 @@ impl<B: Backend> Vlm<B> {
             ..Default::default()
         };
         let cache = KvCache::new(decoder.layers().len(), prompt.samples.len())?;
-        let prefill =
-            decoder.resume_by(routing.scorer, cache, &prompt, routing.schedule, options)?;
+        let (scorer, schedule) = (routing.scorer.as_deref(), &routing.schedule);
+        let prefill = decoder.resume_by(scorer, cache, &prompt, schedule, options)?;
         let mut cache = prefill.cache;
         let kv_lengths = (0..cache.samples())
             .map(|sample| cache.lengths(sample))

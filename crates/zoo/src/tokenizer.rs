@@ -120,16 +120,15 @@ impl Tokenizer {
         })
     }
 
-    /// Calls `emit` with each piece of text as soon as its tokens are complete. The pieces together
-    /// are what [`decode`](Self::decode) makes of all tokens, once the stream is finished.
-    pub fn stream<'a>(&'a self, emit: impl FnMut(&str) + 'a) -> TextStream<'a> {
+    /// Text as its tokens come. The pieces together are what [`decode`](Self::decode) makes of all tokens,
+    /// and each is whole characters.
+    pub fn stream(&self) -> TextStream<'_> {
         let mut stream = self.inner.decode_stream(true);
         // A token that cannot be decoded alone is still part of the complete answer.
         let step = move |id| guarded("it cannot decode a token", || stream.step(id)).ok()?;
         TextStream {
             tokenizer: self,
             step: Box::new(step),
-            emit: Box::new(emit),
             ids: Vec::new(),
             emitted: String::new(),
         }
@@ -144,47 +143,27 @@ impl Tokenizer {
 /// Text that grows token by token; see [`Tokenizer::stream`].
 pub struct TextStream<'a> {
     tokenizer: &'a Tokenizer,
-    step: Box<dyn FnMut(u32) -> Option<String> + 'a>,
-    emit: Box<dyn FnMut(&str) + 'a>,
+    step: Box<dyn FnMut(u32) -> Option<String> + Send + 'a>,
     ids: Vec<u32>,
     emitted: String,
 }
 
 impl TextStream<'_> {
-    /// The next token.
-    pub fn push(&mut self, id: u32) {
+    /// What the next token adds: nothing where a character is not complete.
+    pub fn push(&mut self, id: u32) -> String {
         self.ids.push(id);
-        if let Some(piece) = (self.step)(id) {
-            self.emitted.push_str(&piece);
-            (self.emit)(&piece);
-        }
+        let piece = (self.step)(id).unwrap_or_default();
+        self.emitted.push_str(&piece);
+        piece
     }
 
-    /// Nothing follows: a character that was begun is emitted as the replacement character.
-    pub fn finish(mut self) {
+    /// What is left when nothing follows: a character that was begun is the replacement character.
+    pub fn rest(&mut self) -> String {
         let complete = self.tokenizer.decode(&self.ids).unwrap_or_default();
-        if let Some(rest) = complete.strip_prefix(&self.emitted)
-            && !rest.is_empty()
-        {
-            (self.emit)(rest);
-        }
-    }
-}
-
-/// Passes on what `emit` is called with, without the white space around all of it.
-pub(crate) fn trimmed(mut emit: impl FnMut(&str)) -> impl FnMut(&str) {
-    let mut started = false;
-    // White space that stays only if something follows it.
-    let mut held = String::new();
-    move |piece| {
-        held.push_str(piece);
-        let text = if started { &held } else { held.trim_start() };
-        let text = text.trim_end();
-        if !text.is_empty() {
-            emit(text);
-            started = true;
-        }
-        held.drain(..held.trim_end().len());
+        let rest = complete.strip_prefix(&self.emitted).unwrap_or_default();
+        let rest = rest.to_string();
+        self.emitted.push_str(&rest);
+        rest
     }
 }
 
@@ -255,18 +234,11 @@ mod tests {
             (&[1, 0, 1], " a "),
             (&[], ""),
         ] {
-            let (mut text, mut without_space) = (String::new(), String::new());
-            let mut outer = tokenizer.stream(|piece| text.push_str(piece));
-            let mut inner = tokenizer.stream(trimmed(|piece| without_space.push_str(piece)));
-            for &id in ids {
-                outer.push(id);
-                inner.push(id);
-            }
-            outer.finish();
-            inner.finish();
+            let mut stream = tokenizer.stream();
+            let mut text: String = ids.iter().map(|&id| stream.push(id)).collect();
+            text.push_str(&stream.rest());
             assert_eq!(text, expected);
             assert_eq!(text, tokenizer.decode(ids).expect("known ids"));
-            assert_eq!(without_space, expected.trim());
         }
     }
 }

@@ -32,7 +32,7 @@ impl<B: Backend> Vlm<B> {
         let options = PrefillOptions::default();
         let Prefill {
             logits, mut cache, ..
-        } = decoder.resume_by(scorer, cache, &prompt, schedule, options)?;
+        } = decoder.resume_by(scorer.as_deref(), cache, &prompt, &schedule, options)?;
         if answer.is_empty() {
             return Ok(logits);
         }

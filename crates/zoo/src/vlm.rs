@@ -1,3 +1,4 @@
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use burn::tensor::backend::Backend;
@@ -74,15 +75,16 @@ impl<B: Backend> Vlm<B> {
         options: &OpenOptions,
         device: &B::Device,
     ) -> Result<Self, ZooError> {
-        Self::open_with_progress(folder, options, device, &mut |_| {})
+        Self::open_with_progress(folder, options, device, &mut |_| ControlFlow::Continue(()))
     }
 
-    /// Opens a checkpoint folder and reports how far loading is.
+    /// Opens a checkpoint folder and reports how far loading is. Breaking stops, with
+    /// [`CheckpointError::Stopped`](reroute_checkpoint::CheckpointError::Stopped).
     pub fn open_with_progress(
         folder: &Folder,
         options: &OpenOptions,
         device: &B::Device,
-        progress: &mut dyn FnMut(LoadProgress),
+        progress: &mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
     ) -> Result<Self, ZooError> {
         let config = ModelConfig::open(folder)?;
         let tokenizer = folder.read("tokenizer.json", TOKENIZER_MAX_BYTES)?;
@@ -286,7 +288,7 @@ impl<B: Backend> Vlm<B> {
         let routing = routing.into();
         let prompt = self.prompt_of(question, routing.encoder.as_ref())?;
         let decoder = self.model.decoder();
-        Ok(decoder.drift(routing.scorer, &prompt, routing.schedule)?)
+        Ok(decoder.drift(routing.scorer.as_deref(), &prompt, &routing.schedule)?)
     }
 }
 

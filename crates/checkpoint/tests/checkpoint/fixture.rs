@@ -1,6 +1,7 @@
 //! Small checkpoints, honest and lying, and a module to load them into.
 
 use std::fs;
+use std::ops::ControlFlow;
 
 use burn::module::{Module, Param, ParamId};
 use burn::nn::{LayerNorm, LayerNormConfig, Linear, LinearConfig};
@@ -162,5 +163,9 @@ pub fn load(
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Tiny<TestBackend>, CheckpointError> {
     let module = Tiny::new(&Default::default());
-    load_into(module, shards, &TABLE, options, progress)
+    let mut go_on = |report| {
+        progress(report);
+        ControlFlow::Continue(())
+    };
+    load_into(module, shards, &TABLE, options, &mut go_on)
 }

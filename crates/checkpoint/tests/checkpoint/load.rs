@@ -1,3 +1,5 @@
+use std::ops::ControlFlow;
+
 use burn::module::{Initializer, Module, Param};
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
@@ -67,7 +69,10 @@ fn a_list_of_parameters_is_one_tensor_in_blocks() {
             ignore: &[],
         };
         let mut loaded = Vec::new();
-        let mut progress = |report: LoadProgress| loaded.push(report.loaded_bytes);
+        let mut progress = |report: LoadProgress| {
+            loaded.push(report.loaded_bytes);
+            ControlFlow::Continue(())
+        };
         let options = LoadOptions::new(dtype);
         let module = load_into(module, &shards, &names, &options, &mut progress)?;
         let blocks = module.weight.iter().map(|weight| weight.val().into_data());

@@ -1,6 +1,7 @@
 //! From names in checkpoints to parameters.
 
 use std::collections::BTreeSet;
+use std::ops::ControlFlow;
 
 use burn::tensor::DType;
 use burn_flex::Flex;
@@ -80,7 +81,9 @@ fn every_parameter_has_its_tensor() {
         let shards = Shards::open(&folder).unwrap();
         let model = QwenVl::<Flex>::new(&config(family), &Default::default()).unwrap();
         let options = LoadOptions::new(DType::F32);
-        let loaded = load_into(model, &shards, &NAMES, &options, &mut |_| {});
+        let loaded = load_into(model, &shards, &NAMES, &options, &mut |_| {
+            ControlFlow::Continue(())
+        });
         assert!(loaded.is_ok(), "{family}: {}", loaded.unwrap_err());
     }
 }

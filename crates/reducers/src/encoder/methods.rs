@@ -159,4 +159,8 @@ impl<B: Backend> EncoderReducer<B> for EncoderMethod {
     fn reduce(&self, seen: &Seen<B>, keep: usize) -> Result<Reduction<B>, ReducerError> {
         self.reducer().reduce(seen, keep)
     }
+
+    fn fingerprint(&self) -> Option<String> {
+        Some(format!("{self:?}"))
+    }
 }

@@ -24,6 +24,7 @@ impl<'a, B: Backend> Router<'a, B> {
         layer: &DecoderLayer<B>,
         hidden_states: Tensor<B, 2>,
         cache: &KvCache<B>,
+        scorer: Option<&dyn Scorer<B>>,
     ) -> Result<Routed<B>, RerouteError> {
         let layer_index = self.schedule.stages()[stage].layer;
         let span = tracing::debug_span!(
@@ -35,10 +36,10 @@ impl<'a, B: Backend> Router<'a, B> {
         let _entered = span.enter();
         let (hidden_states, rows) = self.gather_pool(hidden_states);
         if stage == 0 && self.keep_pool && self.schedule.action() == Action::Reroute {
-            self.pool = Some(self.pooled(&hidden_states, &rows));
+            self.pools = self.pooled(&hidden_states, &rows);
         }
         let input = self.decision_input(stage, layer, hidden_states, rows);
-        let decisions = self.select(stage, &input, cache)?;
+        let decisions = self.select(stage, &input, cache, scorer)?;
         let mut kept = vec![true; input.rows.len()];
         for decision in &decisions {
             let visual = &self.visual[decision.sample];
@@ -83,7 +84,7 @@ impl<'a, B: Backend> Router<'a, B> {
             normed,
             rope,
             output_norm: self.decoder.output_norm(),
-            embeddings: &self.prompt.embeddings,
+            embeddings: self.prompt.embeddings.clone(),
             executed: self.executed.take(),
         }
     }
@@ -147,6 +148,7 @@ impl<'a, B: Backend> Router<'a, B> {
         stage: usize,
         input: &DecisionInput<'_, B>,
         cache: &KvCache<B>,
+        scorer: Option<&dyn Scorer<B>>,
     ) -> Result<Vec<Decision>, RerouteError> {
         let Stage { score, stride, .. } = &self.schedule.stages()[stage];
         let ranges = split(&input.rows, &self.samples).into_iter().enumerate();
@@ -154,7 +156,7 @@ impl<'a, B: Backend> Router<'a, B> {
         let samples: Vec<SampleInput<'_, B>> = asked
             .map(|(sample, range)| self.sample_input(stage, input, sample, range, cache))
             .collect();
-        let scorer: &dyn Scorer<B> = self.scorer.unwrap_or(score);
+        let scorer: &dyn Scorer<B> = scorer.unwrap_or(score);
         let mut scores = Vec::new();
         for sample in &samples {
             let of_sample = scorer.score(sample)?;

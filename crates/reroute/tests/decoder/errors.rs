@@ -154,7 +154,7 @@ fn prompts_that_contradict_themselves() {
         let drift = decoder.drift(None, &prompt, &schedule(Action::Reroute, &[(1, 2)]));
         assert!(drift.is_err());
         let schedule = Schedule::dense();
-        assert!(Router::new(&decoder, &prompt, &schedule).is_err());
+        assert!(Router::new(&decoder, prompt.clone(), schedule.clone()).is_err());
         prompt.ranges();
         decoder.prefill(&prompt, &schedule, Default::default())
     };
@@ -413,9 +413,9 @@ fn hidden_states_of_another_type() {
     let schedule = schedule(Action::Reroute, &[(1, 2)]);
     let states = prompt.embeddings.clone().cast(DType::F64);
     refused!(decoder.logits(states.clone()), RerouteError::Type { .. });
-    let mut router = Router::new(&decoder, &prompt, &schedule).unwrap();
+    let mut router = Router::new(&decoder, prompt.clone(), schedule.clone()).unwrap();
     let nothing = KvCache::new(LAYERS, 1).unwrap();
-    let entered = router.enter(1, states, &nothing);
+    let entered = router.enter(1, states, &nothing, None);
     refused!(entered, RerouteError::Type { .. });
 }
 
@@ -423,23 +423,23 @@ fn hidden_states_of_another_type() {
 fn a_router_that_is_entered_wrongly() {
     let (decoder, prompt) = (decoder(1), prompt(&[4], 1));
     let schedule = schedule(Action::Reroute, &[(1, 2)]);
-    let mut router = Router::new(&decoder, &prompt, &schedule).unwrap();
+    let mut router = Router::new(&decoder, prompt.clone(), schedule.clone()).unwrap();
     let nothing = KvCache::new(LAYERS, 1).unwrap();
     for shape in [[HIDDEN, 8], [HIDDEN + 1, 9]] {
         let states = Random(1).tensor(shape, 1.0);
-        let entered = router.enter(1, states, &nothing);
+        let entered = router.enter(1, states, &nothing, None);
         refused!(entered, RerouteError::Prompt(_));
     }
     let states = prompt.embeddings.clone();
     for layer in [LAYERS, usize::MAX] {
-        let entered = router.enter(layer, states.clone(), &nothing);
+        let entered = router.enter(layer, states.clone(), &nothing, None);
         refused!(entered, RerouteError::Prompt(_));
     }
     for foreign in [KvCache::new(LAYERS - 1, 1), KvCache::new(LAYERS, 2)] {
-        let entered = router.enter(1, states.clone(), &foreign.unwrap());
+        let entered = router.enter(1, states.clone(), &foreign.unwrap(), None);
         refused!(entered, RerouteError::Cache { .. });
     }
-    let routed = router.enter(1, states, &nothing);
+    let routed = router.enter(1, states, &nothing, None);
     assert_eq!(routed.unwrap().keys.dims()[1], 7);
 }
 

@@ -1,0 +1,260 @@
+//! One running batch: requests come and go while others run, each with its own pictures, routing,
+//! sampling and limits.
+//!
+//! ```no_run
+//! use reroute_zoo::session::{Event, Request, Session, SessionOptions, Turn};
+//! use reroute_zoo::{Question, Schedule, Vlm, ZooError};
+//!
+//! fn answers<B: burn::tensor::backend::Backend>(
+//!     vlm: &Vlm<B>,
+//!     questions: &[Question],
+//! ) -> Result<Vec<String>, ZooError> {
+//!     let mut session = Session::new(vlm, SessionOptions::default())?;
+//!     for question in questions {
+//!         let turns = vec![Turn::from(question)];
+//!         session.admit(Request::new(turns, Schedule::dense(), vlm.generation_defaults()))?;
+//!     }
+//!     let mut texts = Vec::new();
+//!     while !session.is_idle() {
+//!         for event in session.step() {
+//!             match event {
+//!                 Event::Finished { answer, .. } => texts.push(answer.text),
+//!                 Event::Failed { error, .. } => return Err(error),
+//!                 _ => {}
+//!             }
+//!         }
+//!     }
+//!     Ok(texts)
+//! }
+//! ```
+//!
+//! A step runs a few layers of the prefill that is on its way, and one token of every answer that goes on.
+//! A prompt is never cut between its rows, because a decision ranks all of them; so running answers wait a
+//! few layers, never a prefill. Pictures go through the tower in one step.
+//!
+//! **Equal answers.** Every prompt is prefilled by itself, and what an answer attends to is its own. Only
+//! the products with the weights see the rows of all running answers at once, and a backend may round
+//! differently for another number of rows: by some 10⁻⁷ of a logit in f32, which changes a token only
+//! where two are as good as equal, and by 2⁻¹¹ (f16) or 2⁻⁸ (bf16). With [`SessionOptions::apart`] every
+//! answer is computed as if it were alone, bit for bit, and the weights are read once for each.
+//!
+//! **Caches.** A picture that was seen before skips the tower. A prompt that begins like one that has
+//! ended goes on from its keys and values, where that is the same computation: without decisions or under
+//! *reroute* as [`Decoder::resume`](reroute::Decoder::resume) says, under *remove* up to the first picture.
+
+mod answering;
+mod event;
+mod memory;
+mod outgoing;
+mod past;
+mod pictures;
+mod prefixes;
+mod recent;
+mod request;
+mod run;
+mod service;
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use burn::tensor::backend::Backend;
+use reroute::{Batch, FinishReason, Prefilling};
+
+use crate::{Answer, Vlm, ZooError};
+use answering::{Answering, Prefilled};
+use memory::Need;
+use pictures::{Pictures, Shown};
+use prefixes::Prefixes;
+
+pub use event::{Event, RequestId};
+pub use memory::MemoryLimit;
+pub use past::Past;
+pub use request::{Part, Request, Turn};
+pub use service::{Answers, Service};
+
+/// How a session runs.
+#[derive(Debug, Clone)]
+pub struct SessionOptions {
+    /// What it may take of memory; `None` counts nothing.
+    pub memory: Option<MemoryLimit>,
+    /// Bytes of pictures, and bytes of prompts, that are kept for requests to come; 0 keeps none.
+    pub cache_bytes: u64,
+    /// Requests that wait; a further one is refused.
+    pub max_waiting: usize,
+    /// Answers that are generated side by side; further requests wait.
+    pub max_answers: usize,
+    /// Layers of a prefill in one step: what a running answer waits at most.
+    pub layers_per_step: usize,
+    /// Compute every answer as if it were alone.
+    pub apart: bool,
+}
+
+impl Default for SessionOptions {
+    fn default() -> Self {
+        Self {
+            memory: None,
+            cache_bytes: 256 << 20,
+            max_waiting: 1024,
+            max_answers: 64,
+            layers_per_step: 2,
+            apart: false,
+        }
+    }
+}
+
+/// One running batch; see the [module](self).
+pub struct Session<'v, B: Backend> {
+    vlm: &'v Vlm<B>,
+    options: SessionOptions,
+    /// Bytes of the weights.
+    weights: u64,
+    requests: u64,
+    waiting: VecDeque<Waiting<'v, B>>,
+    prefilling: Option<Underway<'v, B>>,
+    batch: Batch<B>,
+    /// One for each answer of the batch.
+    answers: Vec<Answering<'v>>,
+    pictures: Pictures<B>,
+    prefixes: Prefixes<B>,
+}
+
+/// A request that is to be prefilled.
+struct Waiting<'v, B: Backend> {
+    id: RequestId,
+    request: Request<'v, B>,
+    ids: Vec<u32>,
+    shown: Vec<Shown>,
+    need: Need,
+}
+
+/// A request that is being prefilled.
+struct Underway<'v, B: Backend> {
+    id: RequestId,
+    request: Request<'v, B>,
+    ids: Vec<u32>,
+    prefilled: Prefilled,
+    prefilling: Prefilling<'v, B>,
+    elapsed: Duration,
+}
+
+impl<'v, B: Backend> Session<'v, B> {
+    /// A session without requests.
+    ///
+    /// # Errors
+    /// [`ZooError::Memory`] if not even the weights fit.
+    pub fn new(vlm: &'v Vlm<B>, options: SessionOptions) -> Result<Self, ZooError> {
+        let weights = memory::weights(vlm);
+        if let Some(limit) = options.memory.filter(|limit| weights > limit.bytes) {
+            return Err(ZooError::Memory {
+                needed: weights,
+                what: "the weights",
+                available: limit.bytes,
+            });
+        }
+        Ok(Self {
+            weights,
+            ..Self::unlimited(vlm, options)
+        })
+    }
+
+    /// The same where nobody counts memory.
+    pub(crate) fn unlimited(vlm: &'v Vlm<B>, options: SessionOptions) -> Self {
+        Self {
+            weights: 0,
+            requests: 0,
+            waiting: VecDeque::new(),
+            prefilling: None,
+            batch: Batch::new(vlm.model().decoder()),
+            answers: Vec::new(),
+            pictures: Pictures::new(vlm, options.cache_bytes),
+            prefixes: Prefixes::new(options.cache_bytes),
+            vlm,
+            options,
+        }
+    }
+
+    /// Takes a request. It is preprocessed here, so that a picture or a text that cannot be is refused at
+    /// once; the rest happens in [`step`](Self::step).
+    ///
+    /// # Errors
+    /// What is wrong with the request; [`ZooError::Memory`] if it could never fit, with the figures;
+    /// [`ZooError::Busy`] if too many wait.
+    pub fn admit(&mut self, request: Request<'v, B>) -> Result<RequestId, ZooError> {
+        if self.waiting.len() >= self.options.max_waiting {
+            let waiting = self.waiting.len();
+            return Err(ZooError::Busy { waiting });
+        }
+        let waiting = self.prepare(request)?;
+        let id = waiting.id;
+        self.waiting.push_back(waiting);
+        Ok(id)
+    }
+
+    /// Whether nothing is left to do.
+    pub fn is_idle(&self) -> bool {
+        self.waiting.is_empty() && self.prefilling.is_none() && self.answers.is_empty()
+    }
+
+    /// Requests that wait, and answers that are being generated.
+    pub fn load(&self) -> (usize, usize) {
+        let underway = usize::from(self.prefilling.is_some());
+        (self.waiting.len() + underway, self.answers.len())
+    }
+
+    /// Bytes of keys and values of running answers, and of caches.
+    pub fn bytes(&self) -> u64 {
+        let cache = self.batch.cache();
+        let running = (0..cache.samples()).map(|sample| cache.allocated_bytes(sample));
+        running.sum::<u64>() + self.pictures.bytes() + self.prefixes.bytes()
+    }
+
+    /// Goes on: starts what fits, runs a few layers of a prefill, and a token of every answer.
+    ///
+    /// A device that does not answer fails everything that runs; requests that wait may still be served.
+    pub fn step(&mut self) -> Vec<Event<B>> {
+        let mut events = Vec::new();
+        self.advance(self.options.layers_per_step.max(1), &mut events);
+        self.decode(&mut events);
+        events
+    }
+
+    /// Prefills everything that fits, before any token.
+    pub(crate) fn prefill_all(&mut self) -> Vec<Event<B>> {
+        let mut events = Vec::new();
+        loop {
+            self.advance(usize::MAX, &mut events);
+            if self.waiting.is_empty() || self.prefilling.is_none() && !self.has_room() {
+                return events;
+            }
+        }
+    }
+
+    /// Ends a request, whatever it was at, and gives its memory back: its answers so far, in order;
+    /// nothing if it had none, or is not known.
+    pub fn cancel(&mut self, id: RequestId) -> Vec<Answer> {
+        self.waiting.retain(|waiting| waiting.id != id);
+        self.prefilling.take_if(|underway| underway.id == id);
+        let mut answers = Vec::new();
+        for at in (0..self.answers.len()).rev() {
+            if self.answers[at].id == id
+                && let Some((answer, _)) = self.leave(at, FinishReason::Cancelled)
+            {
+                answers.insert(0, answer);
+            }
+        }
+        answers
+    }
+}
+
+/// Threads may share a model and hand a session over, on any backend.
+#[expect(dead_code, reason = "compiling it is the test")]
+fn of_threads<B: Backend>() {
+    fn shared<T: Send + Sync>() {}
+    fn handed_over<T: Send>() {}
+    shared::<Vlm<B>>();
+    shared::<Service<B>>();
+    handed_over::<Session<'_, B>>();
+    handed_over::<Request<'_, B>>();
+    handed_over::<Event<B>>();
+    handed_over::<Answers<B>>();
+}

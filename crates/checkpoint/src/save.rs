@@ -21,9 +21,9 @@ use crate::inventory::{Path as ModulePath, inventory};
 use crate::plan::plan;
 use crate::shards::is_weights_file;
 use crate::{
-    CONFIG, CONFIG_MAX_BYTES, CheckpointError, Folder, Format, INDEX, Layout, NameTable, Narrow,
-    NewTensor, Shards, TOKENIZER_MAX_BYTES, TensorInfo, WeightsFile, burnpack, is_weight,
-    json_bytes, set_dtype, shard_index, shard_name, split,
+    CONFIG, CONFIG_MAX_BYTES, CheckpointError, Companions, Folder, Format, INDEX, Layout,
+    NameTable, Narrow, NewTensor, Shards, TOKENIZER_MAX_BYTES, TensorInfo, WeightsFile, burnpack,
+    is_weight, json_bytes, set_dtype, shard_index, shard_name, split,
 };
 
 /// Most numbers that are copied from a device at a time (8 MiB in f32), or one row of a tensor.
@@ -107,40 +107,16 @@ impl<M> Save<'_, M> {
         let weights = weights_of(self.like)?;
         let (tensors, carried) = self.tensors::<B>(weights.as_ref(), dtype)?;
         let files = self.files(tensors)?;
-        let found = self.like.companions()?;
-        let mut small = Vec::new();
-        for name in &found.names {
-            small.push((name.as_str(), self.like.read(name, TOKENIZER_MAX_BYTES)?));
-        }
-        if files.len() > 1 {
-            let shards = files
-                .iter()
-                .map(|file| (file.name.as_str(), &file.tensors[..]));
-            small.push((INDEX, shard_index(shards)));
-        }
-        let mut config: Value = self.like.read_json(CONFIG, CONFIG_MAX_BYTES)?;
-        set_dtype(&mut config, dtype);
-        let config = json_bytes(&config);
-
+        let companions = self.like.companions()?;
+        let small = self.small_files(&companions, &files, dtype)?;
         let bytes = files.iter().map(|file| file.layout.bytes).sum();
-        let small_bytes = small
-            .iter()
-            .map(|(_, content)| content.len())
-            .sum::<usize>();
-        let needed = bytes + (small_bytes + config.len()) as u64;
-        let replaces = |name: &str| {
-            let is_small = || found.names.iter().any(|small| small == name);
-            name == CONFIG || is_weights_file(name) || is_small()
-        };
-        let staging = Staging::begin(to, needed, &replaces)?;
+        let small_bytes: usize = small.values().map(Vec::len).sum();
+        let replaces = |name: &str| small.contains_key(name) || is_weights_file(name);
+        let staging = Staging::begin(to, bytes + small_bytes as u64, &replaces)?;
         for (name, content) in &small {
             staging.put(name, content)?;
         }
-        let saved = Saved {
-            files: files.iter().map(|file| file.name.clone()).collect(),
-            bytes,
-            left_out: found.too_large.clone(),
-        };
+        let names = files.iter().map(|file| file.name.clone()).collect();
         let mut writer = Writer {
             file_name: self.file_name,
             linear: self.linear,
@@ -149,20 +125,42 @@ impl<M> Save<'_, M> {
             failure: None,
         };
         self.module.visit(&mut writer);
-        if let Some(error) = writer.failure {
-            return Err(error);
-        }
-        let mut files = writer.files;
+        let mut files = writer.failure.map_or(Ok(writer.files), Err)?;
         if let Some(weights) = &weights {
             for tensor in carried {
                 files.carry(weights, &tensor)?;
             }
         }
         files.finish()?;
-        staging.put(CONFIG, &config)?; // The last: a folder with a config is complete.
         Shards::open(&Folder::open(staging.path())?)?; // Every file is as long as its header says.
         staging.finish()?;
-        Ok(saved)
+        Ok(Saved {
+            files: names,
+            bytes,
+            left_out: companions.too_large,
+        })
+    }
+
+    /// Name and content of everything but the weights.
+    fn small_files(
+        &self,
+        companions: &Companions,
+        files: &[NewFile],
+        dtype: Dtype,
+    ) -> Result<BTreeMap<String, Vec<u8>>, SaveError> {
+        let mut small = BTreeMap::new();
+        for name in &companions.names {
+            small.insert(name.clone(), self.like.read(name, TOKENIZER_MAX_BYTES)?);
+        }
+        if files.len() > 1 {
+            let shards = files.iter();
+            let shards = shards.map(|file| (file.name.as_str(), &file.tensors[..]));
+            small.insert(INDEX.to_owned(), shard_index(shards));
+        }
+        let mut config: Value = self.like.read_json(CONFIG, CONFIG_MAX_BYTES)?;
+        set_dtype(&mut config, dtype);
+        small.insert(CONFIG.to_owned(), json_bytes(&config));
+        Ok(small)
     }
 
     /// Everything that will be written, in order: parameters, then what is carried over.

@@ -29,6 +29,7 @@ mod questions;
 mod qwen_cases;
 mod qwen_program;
 mod reference;
+mod save;
 mod scenes;
 mod sessions;
 mod support;

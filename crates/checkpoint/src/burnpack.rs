@@ -181,7 +181,7 @@ const DTYPES: [(DType, Dtype); 13] = [
     (DType::Bool(BoolStore::Native), Dtype::BOOL),
 ];
 
-fn stored_dtype(dtype: DType) -> Option<Dtype> {
+pub(crate) fn stored_dtype(dtype: DType) -> Option<Dtype> {
     let found = DTYPES.iter().find(|(burn, _)| *burn == dtype);
     found.map(|(_, stored)| *stored)
 }

@@ -200,6 +200,34 @@ impl Folder {
         }
     }
 
+    /// Name and length of every file that has a name in UTF-8; links count as what they lead to.
+    pub(crate) fn files(&self) -> Result<Vec<(String, u64)>, CheckpointError> {
+        match &self.0 {
+            Place::Disk { given, root, .. } => {
+                let entries = root
+                    .read_dir()
+                    .map_err(|source| CheckpointError::OpenFolder {
+                        path: given.clone(),
+                        source,
+                    })?;
+                let file = |entry: std::fs::DirEntry| {
+                    let found = entry
+                        .path()
+                        .metadata()
+                        .ok()
+                        .filter(|found| found.is_file())?;
+                    Some((entry.file_name().into_string().ok()?, found.len()))
+                };
+                Ok(entries.flatten().filter_map(file).collect())
+            }
+            Place::Memory(files) => {
+                let file =
+                    |(name, content): &(&str, &[u8])| ((*name).to_owned(), content.len() as u64);
+                Ok(files.iter().map(file).collect())
+            }
+        }
+    }
+
     /// When a file was written, where that is known.
     pub(crate) fn modified(&self, name: &str) -> Option<SystemTime> {
         match self.locate(name).ok()? {

@@ -16,21 +16,29 @@
 //! memory is short. Nobody may cut such a file off while a program uses it, so [`WeightsFile`] writers
 //! put a finished file in place by renaming it.
 //!
+//! [`Save`] goes the other way: a module becomes a folder, written beside the one that it replaces.
+//!
 //! Nothing here knows the maths of a model, and nothing here panics on a file.
 
 mod burnpack;
+mod companions;
 mod convert;
 mod error;
 mod folder;
 mod header;
+mod inventory;
 mod load;
 mod mapped;
 mod mismatch;
 mod names;
+mod narrow;
 mod plan;
+mod save;
+mod sharding;
 mod shards;
 mod weights_file;
 
+pub use companions::{CONFIG, Companions, json_bytes, set_dtype};
 pub use convert::{Layout, TensorError};
 pub use error::CheckpointError;
 pub use folder::{
@@ -39,6 +47,9 @@ pub use folder::{
 pub use load::{LoadOptions, LoadProgress, check_fit, load_into};
 pub use mismatch::{Disagreement, Duplicate, IndexMismatch, Misshapen, ModuleMismatch, Unreadable};
 pub use names::{NameTable, Rule};
+pub use narrow::{Narrow, is_weight};
 pub use safetensors::Dtype;
-pub use shards::{CONVERTED_FROM, Shards, TensorInfo};
+pub use save::{Save, SaveError, Saved};
+pub use sharding::{shard_index, shard_name, split};
+pub use shards::{CONVERTED_FROM, INDEX, Shards, TensorInfo};
 pub use weights_file::{Format, LayoutError, NewTensor, WeightsFile};

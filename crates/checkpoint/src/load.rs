@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
 
-use crate::plan::{Assignment, Expected, plan};
+use crate::inventory::{Path, inventory};
+use crate::plan::{Assignment, plan};
 use crate::{CheckpointError, Layout, NameTable, Shards};
 
 /// How weights are loaded.
@@ -93,82 +94,9 @@ fn assign<B: Backend, M: Module<B>>(
     table: &NameTable,
     options: &LoadOptions,
 ) -> Result<BTreeMap<String, Assignment>, CheckpointError> {
-    let mut inventory = Inventory {
-        linear: options.linear,
-        path: Path::default(),
-        expected: BTreeMap::new(),
-    };
-    module.visit(&mut inventory);
-    plan(&inventory.expected, shards, table, &options.unused)
+    let expected = inventory(module, options.linear).into_iter().collect();
+    plan(&expected, shards.tensors(), table, &options.unused)
         .map_err(|mismatch| CheckpointError::Module(Box::new(mismatch)))
-}
-
-/// Lists the parameters of a module without touching them.
-struct Inventory {
-    linear: Layout,
-    path: Path,
-    expected: BTreeMap<String, Expected>,
-}
-
-/// Field names from the root, with the kind of container that each lies in.
-#[derive(Default)]
-struct Path(Vec<(String, Container)>);
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Container {
-    Linear,
-    List,
-    Other,
-}
-
-impl Path {
-    fn enter(&mut self, name: &str, container_type: &str) {
-        let container = match container_type {
-            "Struct:Linear" => Container::Linear,
-            "Vec" => Container::List,
-            _ => Container::Other,
-        };
-        self.0.push((name.to_owned(), container));
-    }
-
-    fn leave(&mut self) {
-        self.0.pop();
-    }
-
-    /// The path of the current parameter, and whether it is a block of the tensor of that path.
-    fn parameter(&self) -> (String, bool) {
-        let is_block = matches!(self.0.last(), Some((_, Container::List)));
-        let names = self.0.iter().map(|(name, _)| name.as_str());
-        let names: Vec<&str> = names.take(self.0.len() - usize::from(is_block)).collect();
-        (names.join("."), is_block)
-    }
-}
-
-impl<B: Backend> ModuleVisitor<B> for Inventory {
-    fn enter_module(&mut self, name: &str, container_type: &str) {
-        self.path.enter(name, container_type);
-    }
-
-    fn exit_module(&mut self, _name: &str, _container_type: &str) {
-        self.path.leave();
-    }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
-        let (path, is_block) = self.path.parameter();
-        let mut shape = param.lazy_shape().to_vec();
-        if let (true, Some(tensor)) = (is_block, self.expected.get_mut(&path)) {
-            tensor.shape[0] += shape[0];
-            return;
-        }
-        let layout = match self.path.0.last() {
-            Some((name, Container::Linear)) if name == "weight" => self.linear,
-            _ => Layout::AsStored,
-        };
-        if layout == Layout::Transposed {
-            shape.reverse();
-        }
-        self.expected.insert(path, Expected { shape, layout });
-    }
 }
 
 /// Puts the planned tensors in the place of the parameters. After a failure it does nothing.

@@ -6,7 +6,7 @@ use safetensors::Dtype;
 
 use crate::mismatch::{Duplicate, Misshapen, ModuleMismatch, Unreadable};
 use crate::names::matches;
-use crate::{Layout, NameTable, Shards, TensorInfo};
+use crate::{Layout, NameTable, TensorInfo};
 
 /// A parameter of the module.
 #[derive(Debug)]
@@ -33,13 +33,13 @@ pub(crate) struct Assignment {
 /// Finds the one tensor of every parameter; keys are module paths.
 pub(crate) fn plan(
     expected: &BTreeMap<String, Expected>,
-    shards: &Shards,
+    tensors: &BTreeMap<String, TensorInfo>,
     table: &NameTable,
     unused: &[String],
 ) -> Result<BTreeMap<String, Assignment>, ModuleMismatch> {
     let mut mismatch = ModuleMismatch::default();
     let mut found: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
-    for name in shards.names() {
+    for name in tensors.keys().map(String::as_str) {
         let path = table.module_path(name);
         let path = path.as_deref();
         let needed = path.and_then(|path| expected.get_key_value(path));
@@ -58,7 +58,7 @@ pub(crate) fn plan(
         match found.get(path.as_str()).map_or(&[][..], Vec::as_slice) {
             [] => mismatch.missing.push(path.clone()),
             &[name] => {
-                let Some(info) = shards.info(name) else {
+                let Some(info) = tensors.get(name) else {
                     continue;
                 };
                 check(name, info, parameter, &mut mismatch);

@@ -20,8 +20,9 @@ use crate::mismatch::IndexMismatch;
 use crate::{CheckpointError, Folder, INDEX_MAX_BYTES, TensorError, burnpack};
 
 const BURNPACK: &str = "model.bpk";
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+pub(crate) const SINGLE: &str = "model.safetensors";
+/// Name of the file that says which tensor lies in which safetensors file.
+pub const INDEX: &str = "model.safetensors.index.json";
 
 /// Note in a Burnpack file: the [fingerprint](Shards::fingerprint) of what it was converted from.
 pub const CONVERTED_FROM: &str = "converted_from";
@@ -119,8 +120,7 @@ impl Shards {
     /// Refuses a Burnpack file beside safetensors files that it was not converted from. Where it does
     /// not say from what, they must not be newer.
     fn check_source(&self, folder: &Folder) -> Result<(), CheckpointError> {
-        let is_source =
-            |name: &str| [SINGLE, INDEX].contains(&name) || Numbered::parse(name).is_some();
+        let is_source = |name: &str| is_weights_file(name) && name != BURNPACK;
         let Some(original) = folder.find(is_source) else {
             return Ok(());
         };
@@ -162,6 +162,11 @@ impl Shards {
     /// Names of all tensors, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
+    }
+
+    /// What the headers say about all of them.
+    pub(crate) fn tensors(&self) -> &BTreeMap<String, TensorInfo> {
+        &self.tensors
     }
 
     /// What the header says about a tensor.
@@ -377,6 +382,11 @@ impl Shards {
     }
 }
 
+/// Whether a folder's weights are looked for in a file of this name.
+pub(crate) fn is_weights_file(name: &str) -> bool {
+    [BURNPACK, SINGLE, INDEX].contains(&name) || Numbered::parse(name).is_some()
+}
+
 /// A shard whose name says which of how many it is: `model-00002-of-00003.safetensors`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Numbered {
@@ -396,8 +406,13 @@ impl Numbered {
     }
 
     fn name(self) -> String {
-        format!("model-{:05}-of-{:05}.safetensors", self.at, self.of)
+        numbered(u64::from(self.at), u64::from(self.of))
     }
+}
+
+/// Name of one of several shards, counted from 1.
+pub(crate) fn numbered(at: u64, of: u64) -> String {
+    format!("model-{at:05}-of-{of:05}.safetensors")
 }
 
 impl Shard {

@@ -10,9 +10,9 @@
 //! Everything is read and written in blocks of 1 MiB, so memory does not grow with the model.
 
 mod companions;
-mod elements;
 mod error;
 mod journal;
+mod mean;
 mod original;
 mod pickle;
 mod plan;

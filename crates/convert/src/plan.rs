@@ -4,18 +4,19 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use reroute_checkpoint::{CONVERTED_FROM, Dtype, Folder, Format, NewTensor, WeightsFile};
-use serde_json::json;
+use reroute_checkpoint::{
+    CONFIG, CONFIG_MAX_BYTES, CONVERTED_FROM, Dtype, Folder, Format, INDEX, NewTensor, WeightsFile,
+    is_weight, json_bytes, set_dtype, shard_index, shard_name, split,
+};
+use serde_json::Value;
 
 use crate::ConvertError;
-use crate::companions::{CONFIG, Companions, read_config, set_dtype};
-use crate::elements::is_weight;
+use crate::companions::Companions;
 use crate::journal::{self, Own};
 use crate::original::{OriginalConfig, TOWER_PREFIX, is_original};
 use crate::source::{SourceTensor, Stamp, Weights};
 use crate::write::partial;
 
-const INDEX: &str = "model.safetensors.index.json";
 /// What a folder is opened by; one of them would hide another.
 const WEIGHTS: [&str; 3] = ["model.bpk", "model.safetensors", INDEX];
 /// What a vision tower brings along.
@@ -134,7 +135,9 @@ impl Plan {
             Form::Safetensors | Form::HuggingFace => Format::Safetensors,
         };
         let shards = match form {
-            Form::HuggingFace => split(tensors, job)?,
+            Form::HuggingFace => split(tensors, job.max_shard_bytes, |source| {
+                target_tensor(source, job.dtype).bytes()
+            })?,
             Form::Burnpack | Form::Safetensors => vec![tensors],
         };
         let origin = weights.first().map(Weights::origin).transpose()?.flatten();
@@ -158,7 +161,10 @@ impl Plan {
             });
         }
         if count > 1 {
-            companions.made.insert(INDEX.to_owned(), index(&files));
+            let shards = files.iter().map(|file| (file.name(), &file.tensors[..]));
+            companions
+                .made
+                .insert(INDEX.to_owned(), shard_index(shards));
         }
         let configs = [Some(&job.from), job.vision_tower.as_ref()];
         let configs = configs.into_iter().flatten().map(|path| path.join(CONFIG));
@@ -252,7 +258,7 @@ impl PlannedFile {
 }
 
 /// Opens everything that tensors come from; they have their new names then.
-fn open(job: &Job) -> Result<(Vec<Weights>, Vec<SourceTensor>, serde_json::Value), ConvertError> {
+fn open(job: &Job) -> Result<(Vec<Weights>, Vec<SourceTensor>, Value), ConvertError> {
     let folder = Folder::open(&job.from)?;
     let mut config = read_config(&folder)?;
     let path = job.from.join(CONFIG);
@@ -317,6 +323,11 @@ fn check_names(tensors: &[SourceTensor]) -> Result<(), ConvertError> {
     Ok(())
 }
 
+/// Reads `config.json`.
+fn read_config(folder: &Folder) -> Result<Value, ConvertError> {
+    Ok(folder.read_json(CONFIG, CONFIG_MAX_BYTES)?)
+}
+
 /// A tensor as it will be written.
 fn target_tensor(source: &SourceTensor, dtype: Option<Dtype>) -> NewTensor {
     let mut tensor = source.tensor.clone();
@@ -324,43 +335,6 @@ fn target_tensor(source: &SourceTensor, dtype: Option<Dtype>) -> NewTensor {
         tensor.dtype = dtype;
     }
     tensor
-}
-
-/// Shards of bounded size, or of one larger tensor.
-fn split(tensors: Vec<SourceTensor>, job: &Job) -> Result<Vec<Vec<SourceTensor>>, ConvertError> {
-    let mut shards = vec![Vec::new()];
-    let mut shard_bytes = 0;
-    for source in tensors {
-        let bytes = target_tensor(&source, job.dtype).bytes()?;
-        if shard_bytes > 0 && shard_bytes + bytes > job.max_shard_bytes {
-            shards.push(Vec::new());
-            shard_bytes = 0;
-        }
-        shard_bytes += bytes;
-        if let Some(shard) = shards.last_mut() {
-            shard.push(source);
-        }
-    }
-    Ok(shards)
-}
-
-/// Which tensor lies in which shard.
-fn index(files: &[PlannedFile]) -> Vec<u8> {
-    let mut weight_map = serde_json::Map::new();
-    let mut total_size = 0;
-    for file in files {
-        for tensor in &file.tensors {
-            weight_map.insert(tensor.name.clone(), file.name().into());
-            total_size += tensor.bytes().unwrap_or(0);
-        }
-    }
-    json_bytes(&json!({"metadata": {"total_size": total_size}, "weight_map": weight_map}))
-}
-
-fn json_bytes(value: &serde_json::Value) -> Vec<u8> {
-    let mut text = format!("{value:#}").into_bytes();
-    text.push(b'\n');
-    text
 }
 
 /// What the name of a target says: a file of weights, or (`None`) a folder.
@@ -464,9 +438,7 @@ impl Target {
     fn file(&self, at: usize, count: usize) -> PathBuf {
         match count {
             1 => self.single.clone(),
-            _ => self
-                .folder
-                .join(format!("model-{:05}-of-{count:05}.safetensors", at + 1)),
+            _ => self.folder.join(shard_name(at, count)),
         }
     }
 }

@@ -7,7 +7,7 @@ use std::time::SystemTime;
 use reroute_checkpoint::{CheckpointError, Folder, NewTensor, Shards};
 
 use crate::ConvertError;
-use crate::elements::MeanRow;
+use crate::mean::MeanRow;
 use crate::pickle::Pickles;
 
 /// Bytes that are handed on at once; whole elements of every type.

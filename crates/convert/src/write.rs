@@ -5,9 +5,9 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
+use reroute_checkpoint::Narrow;
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
-use crate::elements::Narrow;
 use crate::journal::{Done, Journal};
 use crate::plan::PlannedFile;
 use crate::source::{BLOCK_BYTES, Weights};

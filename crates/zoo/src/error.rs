@@ -1,6 +1,6 @@
 use reducers::ReducerError;
 use reroute::RerouteError;
-use reroute_checkpoint::CheckpointError;
+use reroute_checkpoint::{CheckpointError, SaveError};
 use reroute_family::FamilyError;
 use vision_encoder::VisionError;
 
@@ -11,6 +11,17 @@ pub enum ZooError {
     /// The folder or its weights.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// The model could not be written; what it would have replaced is unharmed.
+    #[error(transparent)]
+    Save(#[from] SaveError),
+    /// A model is to be saved like one of another family.
+    #[error(
+        "{like} describes a model of another family; save it like the folder that it was opened from"
+    )]
+    OtherFamily {
+        /// The folder.
+        like: String,
+    },
     /// config.json names a family that the zoo does not have.
     #[error("config.json says model_type \"{found}\"; this zoo opens: {known}")]
     UnknownFamily {

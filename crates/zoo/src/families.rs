@@ -2,14 +2,15 @@
 #![allow(clippy::large_enum_variant, reason = "a Box is no Module")]
 
 use std::ops::{ControlFlow, Deref};
+use std::path::Path;
 
 use burn::module::Module;
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
 use reroute::{Decoder, KeptRows, Prompt};
 use reroute_checkpoint::{
-    CONFIG_MAX_BYTES, CheckpointError, Folder, LoadOptions, LoadProgress, NameTable, Shards,
-    check_fit, load_into,
+    CONFIG_MAX_BYTES, CheckpointError, Folder, Layout, LoadOptions, LoadProgress, NameTable, Save,
+    Saved, Shards, check_fit, load_into,
 };
 use reroute_family::{
     EncoderStep, FamilyConfig, FamilyModel, ModelType, PixelTensors, Sample, VisualTokens,
@@ -101,6 +102,32 @@ macro_rules! families {
             ) -> Result<(), CheckpointError> {
                 match self {
                     $(Self::$family(model) => check_fit(model, shards, names, options),)+
+                }
+            }
+
+            /// Writes the parameters, and all else like a folder that describes the model `described`.
+            pub(crate) fn write_like(
+                &self,
+                described: &Self,
+                like: &Folder,
+                to: &Path,
+                dtype: DType,
+                max_shard_bytes: u64,
+            ) -> Result<Saved, ZooError> {
+                let (table, config) = (self.config().names(), self.config());
+                match (self, described) {
+                    $((Self::$family(module), Self::$family(described)) => Ok(Save {
+                        module,
+                        described,
+                        table,
+                        file_name: &|path| config.file_name(path),
+                        linear: Layout::AsStored,
+                        like,
+                        dtype,
+                        max_shard_bytes,
+                    }
+                    .write::<B>(to)?),)+
+                    _ => Err(ZooError::OtherFamily { like: like.describe() }),
                 }
             }
 

@@ -20,7 +20,7 @@
 //! family implements), [`llava`] and [`qwen_vl`].
 //!
 //! Those who embed the library see what it does in [`tracing`](https://docs.rs/tracing) spans: `loading`,
-//! `vision`, `prefill` (samples, rows), each `decision` (layer, candidates, kept), `decode`.
+//! `saving`, `vision`, `prefill` (samples, rows), each `decision` (layer, candidates, kept), `decode`.
 //!
 //! Fine-tuning through a routed prefill: a [`Model`] is a Burn [`Module`](burn::module::Module), and
 //! [`Vlm::logits`] are those behind each token of a known answer.
@@ -51,6 +51,18 @@
 //!     Ok((vlm.map_model(|model| optimizer.step(1e-4, model, gradients)), loss))
 //! }
 //! ```
+//!
+//! What has been learnt is written by [`Model::save`], as a folder that transformers and [`Vlm::open`] read:
+//!
+//! ```no_run
+//! # fn save<B: burn::tensor::backend::Backend>(vlm: &reroute_zoo::Vlm<B>) -> Result<(), reroute_zoo::ZooError> {
+//! use reroute_zoo::{Folder, SaveOptions};
+//!
+//! let folder = Folder::open("llava-1.5-7b-hf")?;
+//! vlm.model().save("llava-of-mine", &folder, &SaveOptions::default())?;
+//! # Ok(())
+//! # }
+//! ```
 
 mod answer;
 pub mod backend;
@@ -63,6 +75,7 @@ mod families;
 pub mod grounding;
 pub mod messages;
 mod routing;
+mod save;
 pub mod session;
 mod template;
 mod tensors;
@@ -78,13 +91,14 @@ pub use families::{Model, ModelConfig, model_types};
 pub use grounding::Grounding;
 pub use reducers::{Plan, Schedule, presets};
 pub use reroute::{FinishReason, GenerationOptions, SamplingOptions, TokenLogprobs};
-pub use reroute_checkpoint::Folder;
+pub use reroute_checkpoint::{Folder, SaveError, Saved};
 pub use reroute_family::{
     Arithmetic, Dialect, EncoderStep, FamilyConfig, FamilyError, FamilyModel, ImageOptions,
     KeptTokens, KeptVisuals, Memory, Modality, ModelType, Picture, Pictures, PixelTensors,
     Prepared, Preprocessor, Sample, Video, VideoTime, View, Visual, VisualTokens,
 };
 pub use routing::Routing;
+pub use save::SaveOptions;
 pub use template::ChatTemplate;
 pub use tensors::{TensorInputs, TensorOutputs};
 pub use tokenizer::{TextStream, Tokenizer};

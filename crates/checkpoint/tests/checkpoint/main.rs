@@ -8,4 +8,5 @@ mod index;
 mod load;
 mod names;
 mod never_panics;
+mod save;
 mod tensors;

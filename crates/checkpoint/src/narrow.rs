@@ -1,26 +1,27 @@
 //! Elements of one type from bytes of another.
 
 use half::{bf16, f16};
-use reroute_checkpoint::Dtype;
+use safetensors::Dtype;
 
 /// The types that weights are converted from, to F32, F16 or BF16; tensors of other types stay what
 /// they are.
-pub(crate) fn is_weight(dtype: Dtype) -> bool {
+pub fn is_weight(dtype: Dtype) -> bool {
     matches!(dtype, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16)
 }
 
-/// Converts blocks of whole elements.
+/// Converts blocks of whole elements, little-endian, rounding to the nearest, ties to even.
 #[derive(Debug)]
-pub(crate) struct Narrow {
+pub struct Narrow {
     from: Dtype,
     to: Dtype,
     /// Finite values beyond the range of `to` so far. Here they become its largest value; whether that
     /// is wanted is for the caller to say.
-    pub(crate) overflows: u64,
+    pub overflows: u64,
 }
 
 impl Narrow {
-    pub(crate) fn new(from: Dtype, to: Dtype) -> Self {
+    /// From one type that [is a weight's](is_weight) to F32, F16 or BF16, or from any type to itself.
+    pub fn new(from: Dtype, to: Dtype) -> Self {
         Self {
             from,
             to,
@@ -29,7 +30,7 @@ impl Narrow {
     }
 
     /// The block itself, or its elements in `buffer`.
-    pub(crate) fn block<'a>(&mut self, block: &'a [u8], buffer: &'a mut Vec<u8>) -> &'a [u8] {
+    pub fn block<'a>(&mut self, block: &'a [u8], buffer: &'a mut Vec<u8>) -> &'a [u8] {
         if self.from == self.to {
             return block;
         }
@@ -61,44 +62,6 @@ impl Narrow {
             }),
         }
         buffer
-    }
-}
-
-/// The mean of all rows of a matrix, computed while it passes by in blocks of whole elements.
-#[derive(Debug)]
-pub(crate) struct MeanRow {
-    dtype: Dtype,
-    sums: Vec<f64>,
-    elements: usize,
-}
-
-impl MeanRow {
-    /// `columns` must not be 0.
-    pub(crate) fn new(dtype: Dtype, columns: usize) -> Self {
-        Self {
-            dtype,
-            sums: vec![0.0; columns],
-            elements: 0,
-        }
-    }
-
-    pub(crate) fn add(&mut self, block: &[u8]) {
-        let columns = self.sums.len();
-        decode(self.dtype, block, |value, _| {
-            self.sums[self.elements % columns] += f64::from(value);
-            self.elements += 1;
-        });
-    }
-
-    /// The mean, as bytes of the matrix's type.
-    pub(crate) fn bytes(&self) -> Vec<u8> {
-        let rows = (self.elements / self.sums.len()).max(1) as f64;
-        let means: Vec<u8> = (self.sums.iter())
-            .flat_map(|sum| ((sum / rows) as f32).to_le_bytes())
-            .collect();
-        let mut buffer = Vec::new();
-        let mut narrow = Narrow::new(Dtype::F32, self.dtype);
-        narrow.block(&means, &mut buffer).to_vec()
     }
 }
 

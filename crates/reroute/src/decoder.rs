@@ -3,7 +3,7 @@ use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Int, Tensor};
 use reducers::{Positions, Schedule, Scorer};
 use reroute_layers::{
-    CausalMask, RmsNorm, RmsNormConfig, Rotary, Vocabulary, VocabularyConfig, indices,
+    CausalMask, RmsNorm, RmsNormConfig, Rotary, Vocabulary, VocabularyConfig, indices, linears,
 };
 
 use crate::block::Run;
@@ -24,6 +24,8 @@ pub struct Decoder<B: Backend> {
     #[module(skip)]
     config: DecoderConfig,
 }
+
+linears!(Decoder: layers);
 
 /// What a prefill shall return besides the logits of the last row.
 #[derive(Debug, Clone, Copy, Default)]

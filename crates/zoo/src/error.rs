@@ -1,6 +1,6 @@
 use reducers::ReducerError;
 use reroute::RerouteError;
-use reroute_checkpoint::CheckpointError;
+use reroute_checkpoint::{AdapterError, CheckpointError};
 use reroute_family::FamilyError;
 use vision_encoder::VisionError;
 
@@ -22,6 +22,9 @@ pub enum ZooError {
     /// The family: its configuration, preprocessing or prompts.
     #[error(transparent)]
     Family(FamilyError),
+    /// Adapters.
+    #[error(transparent)]
+    Adapter(AdapterError),
     /// Images.
     #[error(transparent)]
     Vision(#[from] VisionError),
@@ -75,6 +78,16 @@ pub enum ZooError {
          ask it instead, or use one that looks at pictures alone"
     )]
     NoQuestion,
+}
+
+/// A file of an adapter is a file as any other.
+impl From<AdapterError> for ZooError {
+    fn from(error: AdapterError) -> Self {
+        match error {
+            AdapterError::Checkpoint(error) => Self::Checkpoint(error),
+            other => Self::Adapter(other),
+        }
+    }
 }
 
 /// What a family passes on keeps its own kind.

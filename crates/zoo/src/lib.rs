@@ -51,7 +51,11 @@
 //!     Ok((vlm.map_model(|model| optimizer.step(1e-4, model, gradients)), loss))
 //! }
 //! ```
+//!
+//! To train less than everything, [`Model::adapt`] puts a low-rank adapter beside the weights and freezes
+//! them; [`Model::save_adapter`] and [`Model::load_adapter`] keep it as PEFT does.
 
+mod adapters;
 mod answer;
 pub mod backend;
 mod checkup;
@@ -77,7 +81,7 @@ pub use families::{Model, ModelConfig, model_types};
 pub use grounding::Grounding;
 pub use reducers::{Plan, Schedule, presets};
 pub use reroute::{FinishReason, GenerationOptions, SamplingOptions};
-pub use reroute_checkpoint::Folder;
+pub use reroute_checkpoint::{AdapterConfig, AdapterError, Folder, Targets};
 pub use reroute_family::{
     Arithmetic, Dialect, EncoderStep, FamilyConfig, FamilyError, FamilyModel, ImageOptions,
     KeptTokens, KeptVisuals, Memory, Modality, ModelType, Picture, Pictures, PixelTensors,

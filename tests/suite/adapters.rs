@@ -198,31 +198,34 @@ fn open_like(name: &str) -> Vlm<Backend> {
     }
 }
 
-/// Half precision: the adapter is f32, the model computes in its own type.
+/// Half precision: the adapter is f32, the model computes in its own type, and both ways are about as
+/// far from f32 as the model without the adapter.
 #[test]
 fn an_adapter_of_a_model_in_half_precision() {
-    for (dtype, tolerance) in [(DType::F16, 0.02), (DType::BF16, 0.15)] {
+    let schedule = Schedule::dense();
+    let single = open("qwen25vl");
+    let plain = logits(&single, &schedule);
+    let model = adapted(single.model(), &all_linear(3));
+    let expected = logits(&with_model(single, model), &schedule);
+    for dtype in [DType::F16, DType::BF16] {
         if !Backend::supports_dtype(&Device::default(), dtype) {
             continue;
         }
-        let single = open("qwen25vl");
-        let model = adapted(single.model(), &all_linear(3));
-        let expected = logits(&with_model(single, model), &Schedule::dense());
-        for is_merged in [false, true] {
-            let vlm = open_as::<Backend>("qwen25vl", dtype);
-            let mut model = adapted(vlm.model(), &all_linear(3));
-            let adapters = linears(&mut model).into_iter();
-            let types = adapters.filter_map(|(_, linear)| Some(linear.adapter.as_ref()?.up.val()));
-            assert!({ types }.all(|up| up.dtype() == DType::F32));
-            let model = match is_merged {
-                true => model.merge_adapters(),
-                false => model,
-            };
-            let vlm = with_model(vlm, model);
-            assert_eq!(vlm.dtype(), dtype);
-            let difference = gap(&logits(&vlm, &Schedule::dense()), &expected);
-            assert!(difference < tolerance, "{dtype:?}: {difference}");
-        }
+        let vlm = open_as::<Backend>("qwen25vl", dtype);
+        let usual = gap(&logits(&vlm, &schedule), &plain);
+        let mut model = adapted(vlm.model(), &all_linear(3));
+        let adapters = linears(&mut model).into_iter();
+        let types = adapters.filter_map(|(_, linear)| Some(linear.adapter.as_ref()?.up.val()));
+        assert!({ types }.all(|up| up.dtype() == DType::F32));
+        let vlm = with_model(vlm, model);
+        assert_eq!(vlm.dtype(), dtype);
+        let beside = gap(&logits(&vlm, &schedule), &expected);
+        let merged = vlm.map_model(Model::merge_adapters);
+        let merged = gap(&logits(&merged, &schedule), &expected);
+        assert!(
+            beside.max(merged) < 4.0 * usual,
+            "{dtype:?}: {beside} and {merged}, where {usual} is usual"
+        );
     }
 }
 
@@ -234,7 +237,7 @@ fn targets_mean_what_they_say() {
         let model = vlm.model().adapt(&AdapterConfig::new(targets, 2));
         names(&model.expect("good targets"))
     };
-    // 8 layers of the decoder; 4 of the tower, which is CLIP or has its projections as one.
+    // 8 layers of the decoder; 4 or 5 of the tower, which is CLIP or has its projections as one.
     for (family, targets, expected) in [
         ("llava", Targets::from("q_proj"), 12),
         ("llava", ["q_proj", "v_proj"].into(), 24),
@@ -249,7 +252,7 @@ fn targets_mean_what_they_say() {
         ("qwen25vl", "all-linear".into(), 8 * 7 + 4 * 5 + 2),
         // Its tower calls nothing up_proj, as that of Qwen2.5-VL does.
         ("qwen2vl", ["up_proj"].into(), 8),
-        ("qwen3vl", ["linear_fc1"].into(), 4 + 1 + 3),
+        ("qwen3vl", ["linear_fc1"].into(), 5 + 1 + 3),
     ] {
         let found = count(family, targets.clone());
         assert_eq!(found.len(), expected, "{family} {targets:?}: {found:?}");

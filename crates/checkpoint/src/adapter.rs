@@ -11,6 +11,7 @@ pub use error::{AdapterError, AdapterMismatch};
 pub use read::{StoredAdapter, read_adapter};
 pub use write::{NewAdapter, write_adapter};
 
+use crate::NameTable;
 use crate::names::matches;
 
 /// File of the settings.
@@ -70,10 +71,10 @@ impl AdapterConfig {
         vocabularies: &[String],
     ) -> Result<BTreeMap<String, (usize, f64)>, AdapterError> {
         self.check_names(linears, vocabularies)?;
-        let chosen = linears.iter().filter(|map| self.targets.has(&map.name));
+        let chosen = linears.iter().filter(|map| self.targets.mean(map));
         chosen
             .map(|map| {
-                let (rank, alpha) = self.strength(&map.name);
+                let (rank, alpha) = self.strength(map);
                 let most = map.shape[0].min(map.shape[1]);
                 if !(1..=most).contains(&rank) {
                     let name = map.name.clone();
@@ -101,32 +102,28 @@ impl AdapterConfig {
         let ranks = self.rank_pattern.iter().map(|(name, _)| name);
         let alphas = self.alpha_pattern.iter().map(|(name, _)| name);
         let names: Vec<&String> = targets.iter().chain(ranks).chain(alphas).collect();
-        let among = |all: &[&str], name: &str| all.iter().any(|other| fits(name, other));
         let those = |wanted: &dyn Fn(&str) -> bool| -> Vec<String> {
             let found = names.iter().filter(|name| wanted(name));
             found.map(|name| (*name).clone()).collect()
         };
-        let tables: Vec<&str> = vocabularies.iter().map(String::as_str).collect();
-        let names_of_maps: Vec<&str> = linears.iter().map(|map| map.name.as_str()).collect();
-        let vocabulary = those(&|name| among(&tables, name));
-        if !vocabulary.is_empty() {
-            return Err(AdapterError::Vocabulary {
-                targets: vocabulary,
-            });
+        let tables = those(&|name| vocabularies.iter().any(|table| fits(name, table)));
+        if !tables.is_empty() {
+            return Err(AdapterError::Vocabulary { targets: tables });
         }
-        match those(&|name| !among(&names_of_maps, name)) {
-            unknown if unknown.is_empty() => Ok(()),
-            unknown => Err(AdapterError::UnknownTarget {
+        let unknown = those(&|name| !linears.iter().any(|map| map.is_meant_by(name)));
+        match unknown.is_empty() {
+            true => Ok(()),
+            false => Err(AdapterError::UnknownTarget {
                 targets: unknown,
-                linears: kinds(names_of_maps.into_iter()),
+                linears: kinds(linears),
             }),
         }
     }
 
-    /// Rank and alpha of the map of this name.
-    fn strength(&self, name: &str) -> (usize, f64) {
-        let rank = self.rank_pattern.iter().find(|(end, _)| fits(end, name));
-        let alpha = self.alpha_pattern.iter().find(|(end, _)| fits(end, name));
+    /// Rank and alpha of a map.
+    fn strength(&self, map: &LinearMap) -> (usize, f64) {
+        let rank = { self.rank_pattern.iter() }.find(|(name, _)| map.is_meant_by(name));
+        let alpha = { self.alpha_pattern.iter() }.find(|(name, _)| map.is_meant_by(name));
         (
             rank.map_or(self.rank, |&(_, rank)| rank),
             alpha.map_or(self.alpha, |&(_, alpha)| alpha),
@@ -139,16 +136,16 @@ impl AdapterConfig {
 pub enum Targets {
     /// All of the decoder, the projector or merger, and the tower; never the vocabulary tables.
     AllLinear,
-    /// Those whose name in checkpoints of the model ends like this behind a dot (`q_proj`,
+    /// Those whose name, in checkpoints of the model or in PEFT, ends like this behind a dot (`q_proj`,
     /// `mlp.gate_proj`), or fits a pattern with `*` (`language_model.*.q_proj`, see [`crate::Rule`]).
     Named(Vec<String>),
 }
 
 impl Targets {
-    fn has(&self, name: &str) -> bool {
+    fn mean(&self, map: &LinearMap) -> bool {
         match self {
             Self::AllLinear => true,
-            Self::Named(targets) => targets.iter().any(|target| fits(target, name)),
+            Self::Named(targets) => targets.iter().any(|target| map.is_meant_by(target)),
         }
     }
 }
@@ -179,11 +176,48 @@ impl From<Vec<String>> for Targets {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LinearMap {
     /// Path in the module.
-    pub path: String,
+    path: String,
     /// What a checkpoint of this model calls it.
-    pub name: String,
+    name: String,
+    /// What PEFT calls it.
+    module: String,
     /// `[out, in]`
-    pub shape: [usize; 2],
+    shape: [usize; 2],
+}
+
+impl LinearMap {
+    /// The map at a path of a module, which a checkpoint calls `name`.
+    ///
+    /// # Shapes
+    /// - `shape`: `[out, in]`
+    pub fn new(names: &NameTable, path: String, name: String, shape: [usize; 2]) -> Self {
+        Self {
+            path,
+            module: module_name(names, &name),
+            name,
+            shape,
+        }
+    }
+
+    fn is_meant_by(&self, target: &str) -> bool {
+        fits(target, &self.name) || fits(target, &self.module)
+    }
+}
+
+/// What PEFT calls the module of a weight. It goes by the modules of the library, which since
+/// transformers 4.52 has all of them below `model`, whatever checkpoints say.
+fn module_name(names: &NameTable, name: &str) -> String {
+    let path = names.module_path(&format!("{name}.weight"));
+    let module = path.and_then(|path| {
+        let below = format!("model.{}.", path.split('.').next()?);
+        let names = names.file_names(&path);
+        let names = names.filter(|other| other.starts_with(&below));
+        let modules = names.filter_map(|other| Some(other.strip_suffix(".weight")?.to_owned()));
+        // Other generations of a family call other things so.
+        let same = |other: &String| other.rsplit('.').next() == name.rsplit('.').next();
+        { modules }.filter(same).min_by_key(String::len)
+    });
+    module.unwrap_or_else(|| name.to_owned())
 }
 
 /// Whether a target means the map of this name.
@@ -193,10 +227,10 @@ fn fits(target: &str, name: &str) -> bool {
         || target.contains('*') && matches(target, name)
 }
 
-/// Names without their indices, each once.
-fn kinds<'n>(names: impl Iterator<Item = &'n str>) -> Vec<String> {
+/// Names of maps without their indices, each once.
+fn kinds<'m>(maps: impl IntoIterator<Item = &'m LinearMap>) -> Vec<String> {
     let mut kinds = Vec::new();
-    for kind in names.map(kind) {
+    for kind in maps.into_iter().map(kind) {
         if !kinds.contains(&kind) {
             kinds.push(kind);
         }
@@ -204,9 +238,9 @@ fn kinds<'n>(names: impl Iterator<Item = &'n str>) -> Vec<String> {
     kinds
 }
 
-fn kind(name: &str) -> String {
+fn kind(map: &LinearMap) -> String {
     let is_index = |segment: &str| segment.bytes().all(|byte| byte.is_ascii_digit());
-    let segments = name.split('.');
+    let segments = map.name.split('.');
     let segments = segments.map(|segment| if is_index(segment) { "{}" } else { segment });
     segments.collect::<Vec<_>>().join(".")
 }

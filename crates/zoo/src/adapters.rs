@@ -66,7 +66,8 @@ impl<B: Backend> Model<B> {
     }
 
     /// The same model with the adapter of a folder, as PEFT and [`save_adapter`](Self::save_adapter) write
-    /// it, and everything else frozen. What is adapted is what the folder has tensors of.
+    /// it, and everything else frozen. What is adapted is what the folder has tensors of, in any spelling of
+    /// the family.
     ///
     /// # Errors
     /// [`AdapterError::Adapted`], and those of [`read_adapter`].
@@ -156,14 +157,11 @@ impl<B: Backend> Model<B> {
 
     /// All linear maps, and what checkpoints call them.
     fn linear_maps(&self) -> Vec<LinearMap> {
-        let mut model = self.clone();
-        let maps = linears(&mut model)
-            .into_iter()
-            .map(|(path, linear)| LinearMap {
-                name: self.name_of(&path),
-                shape: shape(linear),
-                path,
-            });
+        let (mut model, names) = (self.clone(), self.config().names());
+        let maps = linears(&mut model).into_iter().map(|(path, linear)| {
+            let name = self.name_of(&path);
+            LinearMap::new(names, path, name, shape(linear))
+        });
         maps.collect()
     }
 

@@ -7,7 +7,7 @@ use safetensors::Dtype;
 
 use super::{
     AdapterConfig, AdapterError, AdapterMismatch, LinearMap, PREFIX, SUFFIXES, TENSORS, Targets,
-    fits, kind, kinds, peft,
+    kind, kinds, peft,
 };
 use crate::mismatch::{Duplicate, Misshapen, ModuleMismatch, Unreadable};
 use crate::{Folder, Layout, NameTable, Shards};
@@ -90,7 +90,10 @@ impl<'a> Plan<'a> {
 
     /// The path of the map that a tensor changes, and which factor it is.
     fn place(&self, tensor: &str) -> Option<(String, usize)> {
-        let (module, side) = module_of(tensor)?;
+        let name = tensor.strip_prefix(PREFIX)?;
+        let mut sides = (0..).zip(SUFFIXES);
+        let (module, side) =
+            sides.find_map(|(side, suffix)| Some((name.strip_suffix(suffix)?, side)))?;
         let path = self.names.module_path(&format!("{module}.weight"))?;
         Some((path.strip_suffix(".weight")?.to_owned(), side))
     }
@@ -109,8 +112,7 @@ impl<'a> Plan<'a> {
             };
             match (sides[0].as_slice(), sides[1].as_slice()) {
                 (&[down], &[up]) => {
-                    let module = module_of(down).map_or("", |(module, _)| module);
-                    let (rank, alpha) = self.config.strength(module);
+                    let (rank, alpha) = self.config.strength(map);
                     self.check_tensor(down, [rank, map.shape[1]]);
                     self.check_tensor(up, [map.shape[0], rank]);
                     pairs.push((map, [down, up], alpha));
@@ -127,7 +129,7 @@ impl<'a> Plan<'a> {
     /// Notes what a map has not, or more than once.
     fn check_pair(&mut self, map: &LinearMap, sides: &[Vec<&str>; 2]) {
         for (names, suffix) in sides.iter().zip(SUFFIXES) {
-            let tensor = format!("{PREFIX}{}{suffix}", map.name);
+            let tensor = format!("{PREFIX}{}{suffix}", map.module);
             match names.len() {
                 0 => self.mismatch.missing.push(tensor),
                 1 => {}
@@ -146,16 +148,17 @@ impl<'a> Plan<'a> {
             return;
         };
         for target in targets {
-            let meant = linears.iter().filter(|map| fits(target, &map.name));
+            let meant = linears.iter().filter(|map| map.is_meant_by(target));
             let (with, without): (Vec<&LinearMap>, Vec<_>) =
                 meant.partition(|map| found.contains_key(&map.path));
-            let with = kinds(with.iter().map(|map| map.name.as_str()));
-            let missing = without.iter().map(|map| map.name.as_str());
+            let (with, without) = (kinds(with), without.into_iter());
             match with.is_empty() {
-                true => self.mismatch.missing.extend(kinds(missing)),
+                true => self.mismatch.missing.extend(kinds(without)),
                 false => {
-                    let missing = missing.filter(|name| with.contains(&kind(name)));
-                    self.mismatch.missing.extend(missing.map(str::to_owned));
+                    let missing = without.filter(|map| with.contains(&kind(map)));
+                    self.mismatch
+                        .missing
+                        .extend(missing.map(|map| map.name.clone()));
                 }
             }
         }
@@ -177,11 +180,4 @@ impl<'a> Plan<'a> {
             });
         }
     }
-}
-
-/// The module that a tensor changes, as the file calls it, and which factor it is.
-fn module_of(tensor: &str) -> Option<(&str, usize)> {
-    let name = tensor.strip_prefix(PREFIX)?;
-    let sides = (0..).zip(SUFFIXES);
-    { sides }.find_map(|(side, suffix)| Some((name.strip_suffix(suffix)?, side)))
 }

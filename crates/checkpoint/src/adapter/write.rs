@@ -11,7 +11,7 @@ use safetensors::Dtype;
 
 use super::{
     AdapterConfig, AdapterError, LinearMap, PREFIX, SETTINGS, SUFFIXES, TENSORS, Targets,
-    UNFINISHED_SETTINGS, UNFINISHED_TENSORS, peft,
+    UNFINISHED_SETTINGS, UNFINISHED_TENSORS, module_name, peft,
 };
 use crate::{Format, NameTable, NewTensor, WeightsFile};
 
@@ -97,7 +97,7 @@ fn write_tensors<B: Backend>(
 ) -> Result<(), AdapterError> {
     let tensors = adapted.iter().flat_map(|(map, new)| {
         let both = SUFFIXES.into_iter().zip([&new.down, &new.up]);
-        both.map(|(suffix, tensor)| (format!("{PREFIX}{}{suffix}", map.name), tensor))
+        both.map(|(suffix, tensor)| (format!("{PREFIX}{}{suffix}", map.module), tensor))
     });
     let tensors: Vec<(String, &Tensor<B, 2>)> = tensors.collect();
     let new = tensors.iter().map(|(name, tensor)| NewTensor {
@@ -126,12 +126,15 @@ fn settings<B: Backend>(
     others: &[String],
     adapted: &[(&LinearMap, &NewAdapter<B>)],
 ) -> Option<(AdapterConfig, Vec<String>)> {
-    let is_adapted = |name: &str| adapted.iter().any(|(map, _)| map.name == name);
-    let maps = linears.iter().map(|map| map.name.as_str());
-    let spared = maps.chain(others.iter().map(String::as_str));
-    let spared: Vec<&str> = spared.filter(|name| !is_adapted(name)).collect();
-    let changed: Vec<&str> = adapted.iter().map(|(map, _)| map.name.as_str()).collect();
-    let targets = ends(names, &changed, &spared).into_iter().collect();
+    let changed: Vec<&str> = adapted.iter().map(|(map, _)| map.module.as_str()).collect();
+    let others: Vec<String> = { others.iter() }
+        .map(|name| module_name(names, name))
+        .collect();
+    let spared = linears.iter().map(|map| &map.module).chain(&others);
+    let spared = spared
+        .map(String::as_str)
+        .filter(|module| !changed.contains(module));
+    let targets = ends(&changed, spared).into_iter().collect();
 
     let rank_stabilized = adapted.iter().all(|(_, new)| new.rank_stabilized);
     let strength = |(_, new): &(&LinearMap, &NewAdapter<B>)| {
@@ -147,12 +150,12 @@ fn settings<B: Backend>(
     let &(rank, alpha) = strengths.first()?;
     let ranks = strengths.iter().map(|(rank, _)| *rank);
     let alphas = strengths.iter().map(|(_, alpha)| alpha.to_bits());
-    let alphas = exceptions(names, &changed, &alphas.collect::<Vec<_>>()).into_iter();
+    let alphas = exceptions(&changed, &alphas.collect::<Vec<_>>()).into_iter();
     Some((
         AdapterConfig {
             alpha,
             rank_stabilized,
-            rank_pattern: exceptions(names, &changed, &ranks.collect::<Vec<_>>()),
+            rank_pattern: exceptions(&changed, &ranks.collect::<Vec<_>>()),
             alpha_pattern: alphas
                 .map(|(name, bits)| (name, f64::from_bits(bits)))
                 .collect(),
@@ -162,49 +165,34 @@ fn settings<B: Backend>(
     ))
 }
 
-/// Ends of the names of maps whose value is not the first one's.
-fn exceptions<T: Copy + Ord>(names: &NameTable, maps: &[&str], values: &[T]) -> Vec<(String, T)> {
+/// Ends of the names of modules whose value is not the first one's.
+fn exceptions<T: Copy + Ord>(modules: &[&str], values: &[T]) -> Vec<(String, T)> {
     let mut groups: BTreeMap<T, Vec<&str>> = BTreeMap::new();
-    for (map, value) in maps.iter().zip(values) {
-        groups.entry(*value).or_default().push(map);
+    for (module, value) in modules.iter().zip(values) {
+        groups.entry(*value).or_default().push(module);
     }
     if let Some(usual) = values.first() {
         groups.remove(usual);
     }
     let named = groups.into_iter().flat_map(|(value, group)| {
-        let others = maps.iter().copied().filter(|map| !group.contains(map));
-        let ends = ends(names, &group, &others.collect::<Vec<_>>());
+        let others = modules
+            .iter()
+            .copied()
+            .filter(|module| !group.contains(module));
+        let ends = ends(&group, others);
         ends.into_iter().map(move |end| (end, value))
     });
     named.collect()
 }
 
-/// The shortest ends of names that mean these weights and none of the others, in every spelling: the
-/// reader's library may have another than the model's checkpoint.
-fn ends(names: &NameTable, weights: &[&str], others: &[&str]) -> BTreeSet<String> {
-    let spellings = |weights: &[&str]| -> Vec<String> {
-        let weights = weights.iter();
-        weights.flat_map(|name| spellings(names, name)).collect()
+/// The shortest ends of names that mean these modules and none of the others.
+fn ends<'m>(modules: &[&'m str], others: impl Iterator<Item = &'m str>) -> BTreeSet<String> {
+    let taken: HashSet<&str> = others.flat_map(ends_of).collect();
+    let shortest = |&module: &&'m str| {
+        let end = ends_of(module).find(|end| !taken.contains(end));
+        end.unwrap_or(module).to_owned()
     };
-    let others = spellings(others);
-    let taken: HashSet<&str> = others.iter().flat_map(|name| ends_of(name)).collect();
-    let shortest = |name: &String| {
-        let end = ends_of(name).find(|end| !taken.contains(end));
-        end.unwrap_or(name).to_owned()
-    };
-    spellings(weights).iter().map(shortest).collect()
-}
-
-/// What libraries call the module of this name: it lies elsewhere, but is called the same.
-fn spellings(names: &NameTable, name: &str) -> Vec<String> {
-    let path = names.module_path(&format!("{name}.weight"));
-    let Some(path) = path else {
-        return vec![name.to_owned()];
-    };
-    let all = names.file_names(&path);
-    let all = all.filter_map(|name| Some(name.strip_suffix(".weight")?.to_owned()));
-    all.filter(|other| ends_of(other).next() == ends_of(name).next())
-        .collect()
+    modules.iter().map(shortest).collect()
 }
 
 /// Ends of a name at dots, shortest first. None begins with an index: lists have those, too.

@@ -322,6 +322,7 @@ fn a_large_product_in_half_precision_is_that_of_the_same_numbers_in_f32() {
         let linear = Linear {
             weight: Param::from_tensor(weight),
             bias: None,
+            adapter: None,
         };
         let y = values(linear.forward(x).cast(DType::F32));
         let difference = distance(&y, &expected.collect::<Vec<_>>());
@@ -358,6 +359,7 @@ fn every_block<B: burn::tensor::backend::Backend<Device = Device>>(
     let linear = Linear {
         weight: Param::from_tensor(matrix(70, 24)),
         bias: None,
+        adapter: None,
     };
     let mut vocabulary = VocabularyConfig {
         block: 7,

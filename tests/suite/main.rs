@@ -1,6 +1,7 @@
 //! One binary for all tests that cross crates: every further one that instantiates a backend costs
 //! minutes to build.
 
+mod adapters;
 mod against_reference;
 mod bad_checkpoint;
 mod bad_request;

@@ -47,7 +47,10 @@ fn sources() -> Vec<(String, Folder)> {
 
 fn open(folder: &Folder, dtype: DType) -> Model<Backend> {
     let config = ModelConfig::open(folder).unwrap();
-    Model::open(&config, folder, dtype, &Device::default(), &mut |_| ()).unwrap()
+    Model::open(&config, folder, dtype, &Device::default(), &mut |_| {
+        std::ops::ControlFlow::Continue(())
+    })
+    .unwrap()
 }
 
 fn as_type(dtype: DType) -> SaveOptions {

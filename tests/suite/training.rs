@@ -17,28 +17,28 @@ use reroute_zoo::{PixelTensors, Question, Sample, Visual, Vlm};
 use crate::golden::{open_as, picture};
 use crate::support::values;
 
-type Ad = Autodiff<Backend>;
+pub type Ad = Autodiff<Backend>;
 
 /// Qwen3-VL for its DeepStack features, which take a way of their own into the decoder.
-const FAMILIES: [&str; 2] = ["llava", "qwen3vl"];
+pub const FAMILIES: [&str; 2] = ["llava", "qwen3vl"];
 
 /// Tokens that the models do not say by themselves.
 const ANSWER: [u32; 3] = [17, 5, 90];
 
-fn question() -> Question {
+pub fn question() -> Question {
     let image = picture("llava/input.png");
     Question::about(vec![image], "Describe this image in detail.")
 }
 
 /// Three decisions: tokens are deferred, come back, and are deferred again.
-fn schedule(action: Action, layers: [usize; 3]) -> Schedule {
+pub fn schedule(action: Action, layers: [usize; 3]) -> Schedule {
     let stages = layers.into_iter().zip([0.5, 0.4, 0.3]);
     let stages = stages.map(|(layer, ratio)| Stage::ratio(layer, ratio));
     Schedule::new(action, false, stages.collect()).expect("a good schedule")
 }
 
 /// Cross-entropy of the answer.
-fn loss<B: AnyBackend<Device = Device>>(vlm: &Vlm<B>, schedule: &Schedule) -> Tensor<B, 1> {
+pub fn loss<B: AnyBackend<Device = Device>>(vlm: &Vlm<B>, schedule: &Schedule) -> Tensor<B, 1> {
     let known = &ANSWER[..ANSWER.len() - 1];
     let logits = vlm.logits(&question(), known, schedule);
     let logits = log_softmax(logits.expect("a good question"), 1);
@@ -47,7 +47,7 @@ fn loss<B: AnyBackend<Device = Device>>(vlm: &Vlm<B>, schedule: &Schedule) -> Te
 }
 
 /// Gradients of all parameters by path; `None` for those that take no part.
-fn gradients(
+pub fn gradients(
     vlm: &Vlm<Ad>,
     gradients: &<Ad as AutodiffBackend>::Gradients,
 ) -> BTreeMap<String, Option<Vec<f32>>> {
@@ -106,8 +106,32 @@ impl<B: AnyBackend> ModuleMapper<B> for Nudge<'_> {
 /// By how much a step along a gradient changes the loss.
 const CHANGE: f32 = 0.03;
 
-fn length(vector: &[f32]) -> f32 {
+pub fn length(vector: &[f32]) -> f32 {
     vector.iter().map(|x| x * x).sum::<f32>().sqrt()
+}
+
+/// By how much the change of the loss differs from what the gradient of a parameter says of a step along
+/// it, as a share; also the model as it was.
+pub fn off_by(
+    mut vlm: Vlm<Backend>,
+    schedule: &Schedule,
+    parameter: &str,
+    gradient: &[f32],
+) -> (Vlm<Backend>, f32) {
+    let step = |steps: f32| {
+        let scale = steps * CHANGE / length(gradient).powi(2);
+        Nudge {
+            parameter,
+            by: gradient.iter().map(|g| scale * g).collect(),
+            path: Vec::new(),
+        }
+    };
+    vlm = vlm.map_model(|model| model.map(&mut step(0.5)));
+    let up = loss(&vlm, schedule).into_scalar();
+    vlm = vlm.map_model(|model| model.map(&mut step(-1.0)));
+    let down = loss(&vlm, schedule).into_scalar();
+    vlm = vlm.map_model(|model| model.map(&mut step(0.5)));
+    (vlm, (up - down - CHANGE).abs() / CHANGE)
 }
 
 /// A step along the gradient of a weight changes the loss as the gradient says. Every weight takes
@@ -148,20 +172,8 @@ fn gradients_of_the_whole_path_equal_finite_differences() {
             let name = gradients.keys().find(|path| path.ends_with(parameter));
             let name = name.expect("there is such a parameter");
             let gradient = gradients[name].as_ref().expect("it is reached");
-            let step = |steps: f32| {
-                let scale = steps * CHANGE / length(gradient).powi(2);
-                Nudge {
-                    parameter: name,
-                    by: gradient.iter().map(|g| scale * g).collect(),
-                    path: Vec::new(),
-                }
-            };
-            vlm = vlm.map_model(|model| model.map(&mut step(0.5)));
-            let up = loss(&vlm, &schedule).into_scalar();
-            vlm = vlm.map_model(|model| model.map(&mut step(-1.0)));
-            let down = loss(&vlm, &schedule).into_scalar();
-            vlm = vlm.map_model(|model| model.map(&mut step(0.5)));
-            let error = (up - down - CHANGE).abs() / CHANGE;
+            let (next, error) = off_by(vlm, &schedule, name, gradient);
+            vlm = next;
             assert!(error < 2e-3, "{family} {parameter}: off by {error}");
         }
     }

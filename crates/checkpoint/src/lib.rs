@@ -8,6 +8,7 @@
 //! 3. [`NameTable`]: the names a checkpoint may use, as data, and the module paths they stand for.
 //! 4. [`load_into`]: compares names and shapes, reports *everything* that does not fit at once,
 //!    then streams tensor after tensor into the module.
+//! 5. [`read_adapter`], [`write_adapter`]: low-rank adapters in folders of their own, as PEFT keeps them.
 //!
 //! Weights lie in safetensors files, or in one Burnpack file. safetensors are read: a file that
 //! changes underneath is an error, and while loading, memory holds the parameters loaded so far plus
@@ -20,6 +21,7 @@
 //!
 //! Nothing here knows the maths of a model, and nothing here panics on a file.
 
+mod adapter;
 mod burnpack;
 mod companions;
 mod convert;
@@ -38,6 +40,10 @@ mod sharding;
 mod shards;
 mod weights_file;
 
+pub use adapter::{
+    AdapterConfig, AdapterError, AdapterMismatch, LinearMap, NewAdapter, StoredAdapter, Targets,
+    read_adapter, write_adapter,
+};
 pub use companions::{CONFIG, Companions, json_bytes, set_dtype};
 pub use convert::{Layout, TensorError};
 pub use error::CheckpointError;

@@ -60,47 +60,42 @@ impl ModuleMismatch {
     }
 }
 
+impl ModuleMismatch {
+    /// Tells everything, under these headings: that of the whole, and one for each kind.
+    pub(crate) fn describe(&self, f: &mut fmt::Formatter<'_>, headings: &[&str; 6]) -> fmt::Result {
+        let [whole, unknown, missing, duplicate, misshapen, unreadable] = headings;
+        f.write_str(whole)?;
+        list(f, unknown, &self.unknown, |name| quoted(name))?;
+        list(f, missing, &self.missing, Clone::clone)?;
+        list(f, duplicate, &self.duplicate, |found| {
+            let names: Vec<_> = found.names.iter().map(|name| quoted(name)).collect();
+            format!("{}: {}", found.path, names.join(" and "))
+        })?;
+        list(f, misshapen, &self.misshapen, |found| {
+            let name = quoted(&found.name);
+            format!("{name} is {:?}, not {:?}", found.found, found.expected)
+        })?;
+        list(f, unreadable, &self.unreadable, |found| {
+            format!("{} is {}", quoted(&found.name), found.dtype)
+        })
+    }
+}
+
 impl fmt::Display for ModuleMismatch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("the weights do not fit the model that config.json describes")?;
-        list(
+        self.describe(
             f,
-            "tensors the model does not know (is the checkpoint of another family, or does it hold \
-             adapters or quantisation data? merge or dequantise it first)",
-            &self.unknown,
-            |name| quoted(name),
-        )?;
-        list(
-            f,
-            "parameters without a tensor (is the download complete?)",
-            &self.missing,
-            Clone::clone,
-        )?;
-        list(
-            f,
-            "parameters with more than one tensor (save the checkpoint again, with each weight once)",
-            &self.duplicate,
-            |found| {
-                let names: Vec<_> = found.names.iter().map(|name| quoted(name)).collect();
-                format!("{}: {}", found.path, names.join(" and "))
-            },
-        )?;
-        list(
-            f,
-            "tensors of the wrong shape (config.json and the weights disagree: take both from the \
-             same download)",
-            &self.misshapen,
-            |found| {
-                let name = quoted(&found.name);
-                format!("{name} is {:?}, not {:?}", found.found, found.expected)
-            },
-        )?;
-        list(
-            f,
-            "tensors that are not F32, F16 or BF16 (dequantise the checkpoint, or save it as one of \
-             these)",
-            &self.unreadable,
-            |found| format!("{} is {}", quoted(&found.name), found.dtype),
+            &[
+                "the weights do not fit the model that config.json describes",
+                "tensors the model does not know (is the checkpoint of another family, or does it hold \
+                 adapters or quantisation data? merge or dequantise it first)",
+                "parameters without a tensor (is the download complete?)",
+                "parameters with more than one tensor (save the checkpoint again, with each weight once)",
+                "tensors of the wrong shape (config.json and the weights disagree: take both from the \
+                 same download)",
+                "tensors that are not F32, F16 or BF16 (dequantise the checkpoint, or save it as one of \
+                 these)",
+            ],
         )
     }
 }
@@ -216,4 +211,10 @@ pub(crate) fn quoted(name: &str) -> String {
         Some(start) => format!("{:?}", format!("{start}…")),
         None => format!("{name:?}"),
     }
+}
+
+/// Names from outside, side by side.
+pub(crate) fn list_of(names: &[String]) -> String {
+    let quoted: Vec<String> = names.iter().take(SHOWN).map(|name| quoted(name)).collect();
+    quoted.join(", ")
 }

@@ -71,11 +71,18 @@ impl NameTable {
     /// assert_eq!(name.as_deref(), Some("language_model.model.norm.weight"));
     /// ```
     pub fn file_name(&self, path: &str) -> Option<String> {
-        self.rules.iter().find_map(|rule| {
-            let wildcards = wildcards(rule.module, path)?;
-            let names = rule.file.iter().filter_map(|file| fill(file, &wildcards));
+        self.file_names(path).next()
+    }
+
+    /// Every spelling that [`module_path`](Self::module_path) leads back to a parameter, the one that is
+    /// written first.
+    pub fn file_names(&self, path: &str) -> impl Iterator<Item = String> {
+        self.rules.iter().flat_map(move |rule| {
+            let wildcards = wildcards(rule.module, path);
+            let names = rule.file.iter();
+            let names = names.filter_map(move |file| fill(file, wildcards.as_deref()?));
             // An exception further up may take a name for itself.
-            { names }.find(|name| self.module_path(name).as_deref() == Some(path))
+            names.filter(move |name| self.module_path(name).as_deref() == Some(path))
         })
     }
 

@@ -152,7 +152,7 @@ impl Shards {
     }
 
     /// Opens one file of weights, Burnpack if its name ends in `.bpk`, safetensors otherwise.
-    fn open_file(folder: &Folder, name: &str) -> Result<Self, CheckpointError> {
+    pub(crate) fn open_file(folder: &Folder, name: &str) -> Result<Self, CheckpointError> {
         let mut shards = Self::empty();
         let tensors = shards.add(folder, name)?;
         shards.tensors.extend(tensors);

@@ -7,6 +7,7 @@ use burn::tensor::backend::Backend;
 use reducers::encoder::{EncoderShape, Tap, Taps};
 use reroute::{Decoder, DecoderConfig};
 use reroute_checkpoint::{Folder, NameTable};
+use reroute_layers::Linears;
 use vision_encoder::Grid;
 
 use crate::prompt::{Modality, RowPositions, Sample};
@@ -163,7 +164,7 @@ impl SlotTokens {
 }
 
 /// The network of a family. Its fields are parameters called as [`FamilyConfig::names`] says.
-pub trait FamilyModel<B: Backend>: Module<B> {
+pub trait FamilyModel<B: Backend>: Module<B> + Linears<B> {
     /// Its configuration.
     type Config: FamilyConfig;
 

@@ -22,19 +22,25 @@ mod embedding;
 mod error;
 mod host;
 mod linear;
+mod low_rank;
 mod norm;
 mod received;
 mod rotary;
 mod rows;
 mod vocabulary;
+mod walk;
 
 pub use activation::{gelu_tanh, quick_gelu, silu, silu_product};
 pub use attention::{CausalMask, QUERY_BLOCK, attention, queries_at_a_time};
 pub use embedding::{Embedding, EmbeddingConfig};
 pub use error::LayerError;
 pub use linear::{Linear, LinearConfig, WIDENED};
+pub use low_rank::{LowRank, Scaling};
 pub use norm::{LayerNorm, LayerNormConfig, RmsNorm, RmsNormConfig};
 pub use received::received_attention;
 pub use rotary::Rotary;
 pub use rows::{indices, write_rows};
 pub use vocabulary::{Vocabulary, VocabularyConfig};
+pub use walk::Linears;
+#[doc(hidden)]
+pub use walk::below;

@@ -5,6 +5,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use reroute_kernels::Weight;
 
+use crate::LowRank;
 use crate::host::{self, HostTensor, Number};
 
 /// An affine map with the weight laid out as checkpoints store it.
@@ -14,6 +15,8 @@ pub struct Linear<B: Backend> {
     pub weight: Param<Tensor<B, 2>>,
     /// `[out]`
     pub bias: Option<Param<Tensor<B, 1>>>,
+    /// A change of the weight that is kept beside it.
+    pub adapter: Option<LowRank<B>>,
 }
 
 /// Sizes of a [`Linear`].
@@ -54,22 +57,44 @@ impl LinearConfig {
             bias: self
                 .bias
                 .then(|| init.init_with([self.output], fan_in, fan_out, device)),
+            adapter: None,
         }
     }
 }
 
 impl<B: Backend> Linear<B> {
-    /// `W · x + b`.
+    /// `W · x + b`, and what the adapter adds.
     ///
     /// # Shapes
     /// - `x`: `[in, rows]`
     /// - returns `[out, rows]`
     pub fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        match &self.adapter {
+            Some(adapter) => self.without_adapter(x.clone()) + adapter.forward(x),
+            None => self.without_adapter(x),
+        }
+    }
+
+    fn without_adapter(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
         let y = product(self.weight.val(), x);
         match &self.bias {
             Some(bias) => y + bias.val().unsqueeze_dim(1),
             None => y,
         }
+    }
+
+    /// Adds the adapter to the weight: in f32, rounded once to the weight's type. No gradient reaches the
+    /// adapter through it.
+    pub fn merge(&mut self) {
+        let Some(adapter) = self.adapter.take() else {
+            return;
+        };
+        let change = adapter.change().detach().cast(DType::F32);
+        self.weight = self.weight.clone().map(|weight| {
+            let (dtype, is_trained) = (weight.dtype(), weight.is_require_grad());
+            let merged = weight.detach().cast(DType::F32) + change;
+            merged.cast(dtype).set_require_grad(is_trained)
+        });
     }
 }
 

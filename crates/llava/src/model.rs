@@ -4,6 +4,7 @@ use burn::tensor::backend::Backend;
 use reducers::encoder::{Tap, Taps};
 use reroute::Decoder;
 use reroute_family::{FamilyError, FamilyModel, Look, Pictures};
+use reroute_layers::linears;
 use vision_encoder::vit::VitTower;
 
 use crate::{LlavaConfig, Projector};
@@ -17,6 +18,8 @@ pub struct Llava<B: Backend> {
     #[module(skip)]
     config: LlavaConfig,
 }
+
+linears!(Llava: vision_tower, multi_modal_projector, language_model);
 
 impl<B: Backend> Llava<B> {
     /// The vision tower.

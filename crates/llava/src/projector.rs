@@ -2,7 +2,7 @@ use burn::module::Module;
 use burn::tensor::Tensor;
 use burn::tensor::activation::gelu;
 use burn::tensor::backend::Backend;
-use reroute_layers::{Linear, LinearConfig};
+use reroute_layers::{Linear, LinearConfig, linears};
 
 use crate::LlavaConfig;
 
@@ -12,6 +12,8 @@ pub struct Projector<B: Backend> {
     linear_1: Linear<B>,
     linear_2: Linear<B>,
 }
+
+linears!(Projector: linear_1, linear_2);
 
 impl<B: Backend> Projector<B> {
     pub(crate) fn new(config: &LlavaConfig, device: &B::Device) -> Self {

@@ -4,6 +4,7 @@ use burn::tensor::backend::Backend;
 use reducers::encoder::{Tap, Taps};
 use reroute::Decoder;
 use reroute_family::{FamilyError, FamilyModel, Look, Pictures};
+use reroute_layers::linears;
 use vision_encoder::VisionOutput;
 use vision_encoder::qwen::QwenVisionTower;
 
@@ -17,6 +18,8 @@ pub struct QwenVl<B: Backend> {
     #[module(skip)]
     config: QwenVlConfig,
 }
+
+linears!(QwenVl: visual, language_model);
 
 impl<B: Backend> QwenVl<B> {
     /// The vision tower.

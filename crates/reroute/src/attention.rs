@@ -1,7 +1,9 @@
 use burn::module::Module;
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
-use reroute_layers::{CausalMask, Linear, LinearConfig, RmsNorm, RmsNormConfig, Rotary, attention};
+use reroute_layers::{
+    CausalMask, Linear, LinearConfig, RmsNorm, RmsNormConfig, Rotary, attention, linears,
+};
 
 use crate::block::Run;
 use crate::cache::LayerCache;
@@ -26,6 +28,8 @@ pub struct SelfAttention<B: Backend> {
     num_key_value_heads: usize,
     head_dim: usize,
 }
+
+linears!(SelfAttention: q_proj, k_proj, v_proj, o_proj);
 
 impl<B: Backend> SelfAttention<B> {
     pub(crate) fn new(config: &DecoderConfig, device: &B::Device) -> Self {

@@ -4,7 +4,7 @@ use burn::module::Module;
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
 use reroute_layers::{
-    CausalMask, Linear, LinearConfig, RmsNorm, RmsNormConfig, Rotary, silu_product,
+    CausalMask, Linear, LinearConfig, RmsNorm, RmsNormConfig, Rotary, linears, silu_product,
 };
 
 use crate::cache::LayerCache;
@@ -22,6 +22,8 @@ pub struct DecoderLayer<B: Backend> {
     /// Feed-forward network.
     pub mlp: Mlp<B>,
 }
+
+linears!(DecoderLayer: self_attn, mlp);
 
 impl<B: Backend> DecoderLayer<B> {
     pub(crate) fn new(config: &DecoderConfig, device: &B::Device) -> Self {
@@ -119,6 +121,8 @@ pub struct Mlp<B: Backend> {
     /// `[hidden_size, intermediate_size]`
     pub down_proj: Linear<B>,
 }
+
+linears!(Mlp: gate_proj, up_proj, down_proj);
 
 impl<B: Backend> Mlp<B> {
     fn new(config: &DecoderConfig, device: &B::Device) -> Self {

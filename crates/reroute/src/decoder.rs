@@ -2,7 +2,9 @@ use burn::module::Module;
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Int, Tensor};
 use reducers::{Positions, Schedule};
-use reroute_layers::{CausalMask, RmsNorm, RmsNormConfig, Rotary, Vocabulary, VocabularyConfig};
+use reroute_layers::{
+    CausalMask, RmsNorm, RmsNormConfig, Rotary, Vocabulary, VocabularyConfig, linears,
+};
 
 use crate::block::Run;
 use crate::{DecoderConfig, DecoderLayer, KvCache, Place, Prompt, RerouteError, SampleLayout};
@@ -18,6 +20,8 @@ pub struct Decoder<B: Backend> {
     #[module(skip)]
     config: DecoderConfig,
 }
+
+linears!(Decoder: layers);
 
 impl<B: Backend> Decoder<B> {
     pub(crate) fn new(config: &DecoderConfig, device: &B::Device) -> Self {

@@ -1,6 +1,6 @@
 use reducers::ReducerError;
 use reroute::RerouteError;
-use reroute_checkpoint::{CheckpointError, SaveError};
+use reroute_checkpoint::{AdapterError, CheckpointError, SaveError};
 use reroute_family::FamilyError;
 use vision_encoder::VisionError;
 
@@ -33,6 +33,9 @@ pub enum ZooError {
     /// The family: its configuration, preprocessing or prompts.
     #[error(transparent)]
     Family(FamilyError),
+    /// Adapters.
+    #[error(transparent)]
+    Adapter(AdapterError),
     /// Images.
     #[error(transparent)]
     Vision(#[from] VisionError),
@@ -125,6 +128,16 @@ pub enum ZooError {
 
 fn mebibytes(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 20)
+}
+
+/// A file of an adapter is a file as any other.
+impl From<AdapterError> for ZooError {
+    fn from(error: AdapterError) -> Self {
+        match error {
+            AdapterError::Checkpoint(error) => Self::Checkpoint(error),
+            other => Self::Adapter(other),
+        }
+    }
 }
 
 /// What a family passes on keeps its own kind.

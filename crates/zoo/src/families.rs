@@ -16,6 +16,7 @@ use reroute_family::{
     EncoderStep, FamilyConfig, FamilyModel, ModelType, PixelTensors, Sample, VisualTokens,
     kept_rows,
 };
+use reroute_layers::{Linear, Linears};
 use serde::Deserialize;
 
 use crate::ZooError;
@@ -66,6 +67,18 @@ macro_rules! families {
                     return Ok(Some(Self::$family($krate::$config::open(folder)?)));
                 })+
                 Ok(None)
+            }
+        }
+
+        impl<B: Backend> Linears<B> for Model<B> {
+            fn linears<'a>(
+                &'a mut self,
+                path: &str,
+                found: &mut Vec<(String, &'a mut Linear<B>)>,
+            ) {
+                match self {
+                    $(Self::$family(model) => model.linears(path, found),)+
+                }
             }
         }
 

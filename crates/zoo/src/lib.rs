@@ -63,7 +63,11 @@
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! To train less than everything, [`Model::adapt`] puts a low-rank adapter beside the weights and freezes
+//! them; [`Model::save_adapter`] and [`Model::load_adapter`] keep it as PEFT does.
 
+mod adapters;
 mod answer;
 pub mod backend;
 mod checkup;
@@ -91,7 +95,7 @@ pub use families::{Model, ModelConfig, model_types};
 pub use grounding::Grounding;
 pub use reducers::{Plan, Schedule, presets};
 pub use reroute::{FinishReason, GenerationOptions, SamplingOptions, TokenLogprobs};
-pub use reroute_checkpoint::{Folder, SaveError, Saved};
+pub use reroute_checkpoint::{AdapterConfig, AdapterError, Folder, SaveError, Saved, Targets};
 pub use reroute_family::{
     Arithmetic, Dialect, EncoderStep, FamilyConfig, FamilyError, FamilyModel, ImageOptions,
     KeptTokens, KeptVisuals, Memory, Modality, ModelType, Picture, Pictures, PixelTensors,

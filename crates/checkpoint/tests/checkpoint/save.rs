@@ -223,7 +223,10 @@ fn a_list_of_parameters_is_one_tensor() {
     let scratch = TempDir::new().unwrap();
     for dtype in [DType::F32, DType::F16, DType::BF16] {
         let options = LoadOptions::new(dtype);
-        let module = load_into(table(&[2, 2, 1]), &shards, &names, &options, &mut |_| ()).unwrap();
+        let module = load_into(table(&[2, 2, 1]), &shards, &names, &options, &mut |_| {
+            std::ops::ControlFlow::Continue(())
+        })
+        .unwrap();
         let save = |described: &Table<TestBackend>| {
             let job = Save {
                 module: &module,

@@ -2,7 +2,8 @@ use burn::module::Module;
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor};
 use reroute_layers::{
-    Linear, LinearConfig, Rotary, attention, gelu_tanh, quick_gelu, received_attention, silu,
+    Linear, LinearConfig, Rotary, attention, gelu_tanh, linears, quick_gelu, received_attention,
+    silu,
 };
 
 use super::arrangement::Run;
@@ -36,6 +37,10 @@ struct Mlp<B: Backend> {
     #[module(skip)]
     activation: Activation,
 }
+
+linears!(Block: attn, mlp);
+linears!(Attention: qkv, proj);
+linears!(Mlp: gate, fc1, fc2);
 
 impl<B: Backend> Block<B> {
     pub(super) fn new(config: &QwenTowerConfig, device: &B::Device) -> Self {

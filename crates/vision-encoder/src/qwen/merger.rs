@@ -2,7 +2,7 @@ use burn::module::Module;
 use burn::tensor::Tensor;
 use burn::tensor::activation::gelu;
 use burn::tensor::backend::Backend;
-use reroute_layers::{Linear, LinearConfig};
+use reroute_layers::{Linear, LinearConfig, linears};
 
 use super::norm::Norm;
 use super::{QwenGeneration, QwenTowerConfig};
@@ -18,6 +18,8 @@ pub(super) struct PatchMerger<B: Backend> {
     /// Whether a group is normalised as a whole instead of patch by patch.
     norm_groups: bool,
 }
+
+linears!(PatchMerger: fc1, fc2);
 
 impl<B: Backend> PatchMerger<B> {
     pub(super) fn new(config: &QwenTowerConfig, norm_groups: bool, device: &B::Device) -> Self {

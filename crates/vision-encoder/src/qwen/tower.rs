@@ -1,7 +1,7 @@
 use burn::module::{Initializer, Module, Param};
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
-use reroute_layers::{Embedding, EmbeddingConfig, Rotary};
+use reroute_layers::{Embedding, EmbeddingConfig, Rotary, linears};
 
 use super::arrangement::{Arrangement, windows_in_rows};
 use super::block::Block;
@@ -32,6 +32,8 @@ struct PatchEmbed<B: Backend> {
     /// `[hidden_size]`
     bias: Option<Param<Tensor<B, 1>>>,
 }
+
+linears!(QwenVisionTower: blocks, merger, deepstack_merger_list);
 
 impl<B: Backend> QwenVisionTower<B> {
     pub(super) fn new(config: &QwenTowerConfig, device: &B::Device) -> Self {

@@ -6,7 +6,7 @@ use burn::tensor::activation::gelu;
 use burn::tensor::backend::Backend;
 use reroute_layers::{
     Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, Linear, LinearConfig, attention,
-    gelu_tanh, quick_gelu, received_attention, silu_product,
+    gelu_tanh, linears, quick_gelu, received_attention, silu_product,
 };
 
 use super::position::resized;
@@ -87,6 +87,12 @@ struct Mlp<B: Backend> {
     #[module(skip)]
     activation: VitActivation,
 }
+
+linears!(VitTower: encoder);
+linears!(Encoder: layers);
+linears!(VitLayer: self_attn, mlp);
+linears!(Attention: q_proj, k_proj, v_proj, out_proj);
+linears!(Mlp: fc1, fc2);
 
 impl<B: Backend> VitTower<B> {
     pub(super) fn new(config: &VitConfig, device: &B::Device) -> Self {

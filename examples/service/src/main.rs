@@ -82,7 +82,7 @@ fn main() -> Result<(), Failure> {
     let shared = Shared::open()?;
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let server = listener.local_addr()?;
-    let lines: Vec<String> = ["dense", "pdrop@64", "reroute-pdrop@64", "no-such-routing"]
+    let lines: Vec<String> = ["dense", "pdrop@64", "reroute-pdrop@64", "visionzip@64"]
         .iter()
         .flat_map(|routing| {
             ["cross", "large cyan square"].map(|what| format!("{routing} find the {what}"))

@@ -189,7 +189,7 @@ fn adapters_of_peft_say_what_they_say_there() {
         for model in [model.clone(), model.merge_adapters()] {
             let vlm = with_model(open(family), model);
             let inputs = Reference::open(inputs).inputs();
-            let out = vlm.run_tensors(inputs, &Schedule::dense(), 1, false);
+            let out = vlm.run_tensors(inputs, Schedule::dense(), 1, false);
             let found = values(out.expect("good inputs").logits);
             assert_close(family, &found, &expected, 3e-4);
         }

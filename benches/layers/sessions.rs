@@ -11,7 +11,7 @@ use reroute::GenerationOptions;
 use reroute_cli::backend::{Backend, Device};
 use reroute_zoo::messages::Role;
 use reroute_zoo::session::{Event, Part, Request, Session, SessionOptions, Turn};
-use reroute_zoo::{Folder, OpenOptions, Plan, RgbImage, Vlm, embedded};
+use reroute_zoo::{Folder, OpenOptions, Plan, Question, RgbImage, Vlm, embedded};
 use serde::Serialize;
 
 use crate::options::Options;
@@ -83,7 +83,7 @@ pub fn run(device: &Device, options: &Options) -> anyhow::Result<Report> {
         ..Default::default()
     };
     let vlm = Vlm::<Backend>::open(&folder, &opened, device)?;
-    let new_tokens = if options.smoke { 3 } else { 32 };
+    let new_tokens = if options.smoke { 3 } else { 16 };
     let bench = Bench {
         vlm: &vlm,
         new_tokens,
@@ -94,8 +94,9 @@ pub fn run(device: &Device, options: &Options) -> anyhow::Result<Report> {
         "\nSessions: {new_tokens} tokens each; tokens a second, ms to the first token (middle, last)"
     );
     for routing in ROUTINGS {
-        for &requests in counts {
-            let batch = bench.batch(routing, requests, options.rounds())?;
+        let in_turn = bench.in_turn(routing, counts, options.rounds())?;
+        for (&requests, in_turn) in counts.iter().zip(in_turn) {
+            let batch = bench.batch(routing, requests, options.rounds(), in_turn)?;
             batch.print();
             batches.push(batch);
         }
@@ -125,7 +126,7 @@ struct Bench<'v> {
 }
 
 /// A run: when first tokens came, when all was over, how many tokens there were.
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Run {
     firsts: Vec<f64>,
     seconds: f64,
@@ -184,32 +185,50 @@ impl<'v> Bench<'v> {
         (0..count as u64).map(request).collect()
     }
 
-    fn batch(&self, routing: &str, requests: usize, rounds: usize) -> anyhow::Result<Batch> {
-        let (mut at_once, mut in_turn) = (Vec::new(), Vec::new());
-        for round in 0..=rounds {
-            let all = self.requests(routing, requests)?;
-            let once = self.serve(all.clone())?;
-            let mut turns = Run::default();
-            for request in all {
+    /// One after the other: of each count, its first so many requests.
+    fn in_turn(
+        &self,
+        routing: &str,
+        counts: &[usize],
+        rounds: usize,
+    ) -> anyhow::Result<Vec<Served>> {
+        let most = counts.iter().copied().max().unwrap_or(0);
+        let mut runs: Vec<Vec<Run>> = counts.iter().map(|_| Vec::new()).collect();
+        // Everything is touched once before.
+        self.serve(self.requests(routing, 1)?)?;
+        for _ in 0..rounds {
+            let mut all = Run::default();
+            for request in self.requests(routing, most)? {
                 let run = self.serve(vec![request])?;
-                turns
-                    .firsts
-                    .extend(run.firsts.iter().map(|first| turns.seconds + first));
-                turns.seconds += run.seconds;
-                turns.tokens += run.tokens;
-            }
-            // The first round warms up.
-            if round > 0 {
-                at_once.push(once);
-                in_turn.push(turns);
+                all.firsts
+                    .extend(run.firsts.iter().map(|first| all.seconds + first));
+                all.seconds += run.seconds;
+                all.tokens += run.tokens;
+                if let Some(at) = counts.iter().position(|&count| count == all.firsts.len()) {
+                    runs[at].push(all.clone());
+                }
             }
         }
+        Ok(runs.iter().map(|runs| Served::of(runs)).collect())
+    }
+
+    fn batch(
+        &self,
+        routing: &str,
+        requests: usize,
+        rounds: usize,
+        in_turn: Served,
+    ) -> anyhow::Result<Batch> {
+        let serve = |_| self.serve(self.requests(routing, requests)?);
+        let at_once = (0..rounds)
+            .map(serve)
+            .collect::<anyhow::Result<Vec<Run>>>()?;
         Ok(Batch {
             routing: routing.into(),
             requests,
             memory: at_once.first().map_or(Vec::new(), |run| run.memory.clone()),
             at_once: Served::of(&at_once),
-            in_turn: Served::of(&in_turn),
+            in_turn,
         })
     }
 
@@ -243,9 +262,26 @@ impl<'v> Bench<'v> {
         Ok(run)
     }
 
+    /// As many words as are long, of those that the model has room for.
+    fn long_text(&self) -> anyhow::Result<String> {
+        let room = self.vlm.config().decoder().context().0 / 2;
+        let mut words = LONG_WORDS;
+        loop {
+            let text = "the cross ".repeat(words);
+            let rows = self
+                .vlm
+                .encode(&Question::about(Vec::new(), text.as_str()))?
+                .len();
+            if rows <= room || words == 1 {
+                return Ok(text);
+            }
+            words /= 2;
+        }
+    }
+
     /// How long a running answer waits for its next token while a long prompt is prefilled.
     fn interruption(&self, routing: &str, rounds: usize) -> anyhow::Result<Interruption> {
-        let text = "the cross ".repeat(LONG_WORDS);
+        let text = self.long_text()?;
         let (mut alone, mut beside, mut layer_ms) = (Vec::new(), Vec::new(), Vec::new());
         let (layers, mut prompt_rows) = (self.vlm.config().decoder().num_layers, 0);
         for _ in 0..rounds {
@@ -266,9 +302,14 @@ impl<'v> Bench<'v> {
             session.admit(by_itself)?;
             while !session.is_idle() {
                 for event in session.step() {
-                    if let Event::Finished { answer, .. } = event {
-                        prompt_rows = answer.prompt_rows;
-                        layer_ms.push(answer.timings.prefill.as_secs_f64() * 1e3 / layers as f64);
+                    match event {
+                        Event::Finished { answer, .. } => {
+                            prompt_rows = answer.prompt_rows;
+                            let ms = answer.timings.prefill.as_secs_f64() * 1e3;
+                            layer_ms.push(ms / layers as f64);
+                        }
+                        Event::Failed { error, .. } => return Err(error.into()),
+                        _ => {}
                     }
                 }
             }

@@ -60,9 +60,12 @@ pub struct Args {
     /// Toy shapes, one round; nothing is kept.
     #[arg(long = "test")]
     smoke: bool,
-    /// What to measure: prefill, decode, vision, sizes (together the default), scenes, ops; `peer` for
-    /// `--compare` alone.
-    #[arg(value_parser = ["prefill", "decode", "vision", "sizes", "scenes", "ops", "peer"])]
+    /// Weights that `sessions` runs on, instead of the built-in model's.
+    #[arg(long, value_name = "DIR", value_parser = model)]
+    checkpoint: Option<String>,
+    /// What to measure: prefill, decode, vision, sizes (together the default), scenes, sessions, ops;
+    /// `peer` for `--compare` alone.
+    #[arg(value_parser = ["prefill", "decode", "vision", "sizes", "scenes", "sessions", "ops", "peer"])]
     sections: Vec<String>,
 }
 
@@ -81,6 +84,11 @@ pub fn run(args: &Args, root: &Path) -> anyhow::Result<()> {
     };
     let what = match measured[..] {
         ["scenes"] => vec!["scenes"],
+        ["sessions"] => vec![
+            "sessions",
+            args.checkpoint.as_deref().map_or("", name),
+            &args.dtype,
+        ],
         _ => vec![name(&args.model), &args.dtype],
     };
     let usual = |word: &&str| !["llava", "f32"].contains(word);
@@ -200,6 +208,9 @@ fn program(args: &Args, root: &Path, backend: &str) -> Command {
         .args(["--dtype", &args.dtype])
         .args(["--rounds", &args.rounds.to_string()])
         .args(args.smoke.then_some("--test"));
+    if let Some(checkpoint) = &args.checkpoint {
+        command.args(["--checkpoint", checkpoint]);
+    }
     command
 }
 

@@ -42,6 +42,11 @@ pub fn draw(report: &Value, path: &Path) -> anyhow::Result<bool> {
             let (left, right) = area.split_horizontally(WIDTH);
             row.draw_speedups(&left)?;
             row.draw_sizes(&right)?;
+            row.draw_memory(if row.methods.is_empty() {
+                &left
+            } else {
+                &right
+            })?;
         }
         Ok(root.present()?)
     };
@@ -55,6 +60,13 @@ struct Row {
     title: String,
     methods: Vec<Method>,
     curves: Vec<Curve>,
+    memory: Vec<Memory>,
+}
+
+/// MiB against seconds while requests are served.
+struct Memory {
+    name: String,
+    points: Vec<(f64, f64)>,
 }
 
 /// One method at several budgets.
@@ -101,6 +113,23 @@ fn title(backend: &Value) -> String {
     parts.join(", ")
 }
 
+/// Of the most requests at once, each routing.
+fn memory(batches: &Value) -> Vec<Memory> {
+    let requests = |batch: &Value| batch["requests"].as_u64();
+    let most = list(batches).filter_map(requests).max();
+    let largest = list(batches).filter(|batch| requests(batch) == most);
+    let memory = |batch: &Value| Memory {
+        name: format!("{} × {}", most.unwrap_or(0), text(&batch["routing"])),
+        points: list(&batch["memory"])
+            .map(|point| {
+                let mebibytes = number(&point[1]) / f64::from(1 << 20);
+                (number(&point[0]) / 1e3, mebibytes)
+            })
+            .collect(),
+    };
+    largest.map(memory).collect()
+}
+
 impl Row {
     fn of(backend: &Value) -> Option<Self> {
         let mut methods: Vec<Method> = Vec::new();
@@ -136,8 +165,10 @@ impl Row {
             title: title(backend),
             methods,
             curves: curves.collect(),
+            memory: memory(&backend["sessions"]["batches"]),
         };
-        (!row.methods.is_empty() || !row.curves.is_empty()).then_some(row)
+        let is_empty = row.methods.is_empty() && row.curves.is_empty() && row.memory.is_empty();
+        (!is_empty).then_some(row)
     }
 
     /// Speed-up of the prefill over the dense one against the budget.
@@ -203,6 +234,47 @@ impl Row {
             .configure_series_labels()
             // Speed-ups fall as the budget grows.
             .position(SeriesLabelPosition::LowerLeft)
+            .background_style(WHITE.mix(0.85))
+            .border_style(BLACK.mix(0.3))
+            .label_font(FONT)
+            .draw()?;
+        Ok(())
+    }
+
+    /// Memory of a running batch over time.
+    fn draw_memory(&self, area: &Area) -> Result<(), Box<dyn std::error::Error>> {
+        let points = || self.memory.iter().flat_map(|memory| &memory.points);
+        let most = |of: fn(&(f64, f64)) -> f64| points().map(of).fold(0.0, f64::max) * 1.1;
+        if self.memory.is_empty() || !self.curves.is_empty() {
+            return Ok(());
+        }
+        let mut chart = ChartBuilder::on(area)
+            .caption(format!("Keys and values in use: {}", self.title), CAPTION)
+            .margin(12)
+            .margin_right(24)
+            .x_label_area_size(44)
+            .y_label_area_size(56)
+            .build_cartesian_2d(0.0..most(|at| at.0), 0.0..most(|at| at.1))?;
+        chart
+            .configure_mesh()
+            .light_line_style(WHITE)
+            .x_desc("seconds since the requests came")
+            .y_desc("MiB")
+            .label_style(FONT)
+            .draw()?;
+        for (memory, colour) in self.memory.iter().zip(COLOURS.iter().cycle()) {
+            let colour = *colour;
+            let line = LineSeries::new(memory.points.iter().copied(), colour.stroke_width(2));
+            chart
+                .draw_series(line)?
+                .label(&memory.name)
+                .legend(move |(x, y)| {
+                    PathElement::new([(x, y), (x + 22, y)], colour.stroke_width(2))
+                });
+        }
+        chart
+            .configure_series_labels()
+            .position(SeriesLabelPosition::UpperRight)
             .background_style(WHITE.mix(0.85))
             .border_style(BLACK.mix(0.3))
             .label_font(FONT)

@@ -26,6 +26,8 @@ const LONG_WORDS: usize = 300;
 /// Tokens of an answer of great length, and of the parts that are timed.
 const LONG_ANSWER: usize = 4096;
 const PART: usize = 512;
+/// Longest that a long answer may take.
+const MOST_SECONDS: f64 = 180.0;
 
 #[derive(Serialize)]
 pub struct Report {
@@ -342,6 +344,13 @@ impl<'v> Bench<'v> {
                 .any(|event| matches!(event, Event::Token { .. }))
             {
                 times.push(started.elapsed().as_secs_f64());
+            }
+            if times.len() == 16 && times.iter().sum::<f64>() / 16.0 * tokens as f64 > MOST_SECONDS
+            {
+                println!(
+                    "an answer of {tokens} tokens would take more than {MOST_SECONDS} s: left out"
+                );
+                return Ok(Vec::new());
             }
         }
         if times.len() < tokens {

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use burn::module::Module;
 use burn::tensor::Tensor;
 use proptest::prelude::*;
 use reducers::{DecisionView, Plan, ReducerError, Schedule, Scorer, presets};
@@ -465,9 +466,11 @@ fn memory_is_counted_before_it_is_taken() {
     let mut session = session(limit(smallest));
     let ids: Vec<RequestId> = (0..4).map(|_| session.admit(good()).unwrap()).collect();
     let (mut outcome, mut most) = (Outcome::default(), 0);
+    let weights = BUILT_IN.model().num_params() as u64 * 4;
     while !session.is_idle() {
         outcome.take(session.step());
         most = most.max(session.load().1);
+        assert!(weights + session.bytes() <= smallest);
     }
     assert!(most <= 2, "{most} at once");
     let expected = alone(good()).remove(0);

@@ -94,6 +94,15 @@ impl Prepared {
         Self(Form::Image(pixels))
     }
 
+    /// Bytes of its numbers.
+    pub fn bytes(&self) -> u64 {
+        let numbers = match &self.0 {
+            Form::Image(pixels) => &pixels.data,
+            Form::Patches(_, patches) => &patches.data,
+        };
+        size_of_val(&numbers[..]) as u64
+    }
+
     /// An image or a video as patches.
     pub fn patches(modality: Modality, patches: PatchPixels) -> Self {
         Self(Form::Patches(modality, patches))

@@ -438,6 +438,34 @@ mod tests {
 
     use super::*;
 
+    /// Where it is known how long an answer may get, what is there moves once.
+    #[test]
+    fn a_cache_that_is_reserved_is_copied_once() {
+        let mut cache = KvCache::<Flex>::new(1, 1).unwrap();
+        let append = |cache: &mut KvCache<Flex>, rows: std::ops::Range<usize>| {
+            let number = Tensor::full([2, 4, rows.len()], rows.start as f32, &FlexDevice);
+            let run = Run {
+                sample: 0,
+                packed: 0..rows.len(),
+                rows: rows.collect(),
+            };
+            let new = [number.clone(), number];
+            cache.layer(0).append(&run, new).unwrap();
+            let [buffer, _] = cache.layers[0][0].buffers.as_ref().unwrap();
+            buffer.dims()[2]
+        };
+        append(&mut cache, 0..30);
+        cache.continue_at(0, 30, 30);
+        cache.reserve(0, 4096).unwrap();
+        for row in 30..30 + 4096 {
+            assert_eq!(cache.take_next(0).unwrap().0, row);
+            assert_eq!(append(&mut cache, row..row + 1), 30 + 4096);
+        }
+        // Whoever goes on nevertheless pays as without.
+        cache.take_next(0).unwrap();
+        assert!(append(&mut cache, 4126..4127) >= 4127 + GROWTH);
+    }
+
     /// Every copy of a full buffer makes room for a share of what it holds: few copies, and little room
     /// that nothing is in.
     #[test]

@@ -132,6 +132,7 @@ struct Underway<'v, B: Backend> {
     id: RequestId,
     request: Request<'v, B>,
     ids: Vec<u32>,
+    need: Need,
     prefilled: Prefilled,
     prefilling: Prefilling<'v, B>,
     elapsed: Duration,
@@ -215,6 +216,7 @@ impl<'v, B: Backend> Session<'v, B> {
         let mut events = Vec::new();
         self.advance(self.options.layers_per_step.max(1), &mut events);
         self.decode(&mut events);
+        self.make_room(Need::default());
         events
     }
 

@@ -31,6 +31,16 @@ pub(super) struct Shown {
 }
 
 impl Shown {
+    /// Bytes of pixels that wait for the tower.
+    pub(super) fn waiting_bytes(&self) -> u64 {
+        self.prepared.as_ref().map_or(0, Prepared::bytes)
+    }
+
+    /// Forgets the pixels: they are made again when they are wanted.
+    pub(super) fn forget_pixels(&mut self) {
+        self.prepared = None;
+    }
+
     /// Whether its key says all that its tokens depend on.
     pub(super) fn is_known(&self) -> bool {
         self.known
@@ -60,15 +70,20 @@ impl<B: Backend> Pictures<B> {
         self.seen.shrink(bytes);
     }
 
-    /// Preprocesses what the tower has not seen yet.
+    /// Preprocesses what the tower has not seen yet. Without `keyed` nobody asks for it again, so that it is
+    /// told from no other.
     pub(super) fn show(
         &mut self,
         vlm: &Vlm<B>,
         visual: &Arc<Visual>,
         text: &str,
         step: Option<&EncoderStep<'_, B>>,
+        keyed: bool,
     ) -> Result<Shown, ZooError> {
-        let (key, known) = self.key(vlm, visual, text, step)?;
+        let (key, known) = match keyed {
+            true => self.key(vlm, visual, text, step)?,
+            false => (PictureKey::default(), false),
+        };
         let seen = self.seen.get(&key).filter(|_| known);
         let (view, prepared) = match seen {
             Some((view, _)) => (view.clone(), None),

@@ -16,6 +16,9 @@ use super::{Event, Request, RequestId, Session, Underway, Waiting};
 use crate::vlm::sample;
 use crate::{Answer, Timings, View, ZooError};
 
+/// Most bytes of pixels that wait for the tower; those beyond are made again when it is their turn.
+const MAX_WAITING_BYTES: u64 = 256 << 20;
+
 impl<'v, B: Backend> Session<'v, B> {
     /// Preprocesses a request and counts what it needs.
     pub(super) fn prepare(&mut self, request: Request<'v, B>) -> Result<Waiting<'v, B>, ZooError> {
@@ -30,11 +33,12 @@ impl<'v, B: Backend> Session<'v, B> {
         sampling.validate()?;
         sampling.check_vocabulary(vlm.config().decoder().vocab_size)?;
         let step = request.routing.encoder.as_ref();
+        let keyed = self.options.cache_bytes > 0 || request.keep_past || request.past.is_some();
         let mut shown = Vec::new();
         for turn in &request.turns {
             let text = turn.said();
             for visual in turn.visuals() {
-                shown.push(self.pictures.show(vlm, visual, &text, step)?);
+                shown.push(self.pictures.show(vlm, visual, &text, step, keyed)?);
             }
         }
         let views: Vec<View> = shown.iter().map(|shown| shown.view.clone()).collect();
@@ -51,6 +55,11 @@ impl<'v, B: Backend> Session<'v, B> {
                 what: "this request",
                 available: limit.bytes - self.weights,
             });
+        }
+        let pixels = self.waiting.iter().flat_map(|waiting| &waiting.shown);
+        let pixels: u64 = pixels.map(Shown::waiting_bytes).sum();
+        if pixels > MAX_WAITING_BYTES {
+            shown.iter_mut().for_each(Shown::forget_pixels);
         }
         self.requests += 1;
         Ok(Waiting {
@@ -110,13 +119,15 @@ impl<'v, B: Backend> Session<'v, B> {
         self.reserved().saturating_add(need.total()) <= limit.bytes
     }
 
-    /// Bytes of the weights, and those that running answers may grow to.
+    /// Bytes of the weights, of the prefill on its way, and those that running answers may grow to.
     fn reserved(&self) -> u64 {
-        let running = self
-            .answers
-            .iter()
-            .map(|answer| answer.prefilled.most_bytes);
-        running.fold(self.weights, u64::saturating_add)
+        let underway = self.prefilling.as_ref();
+        let underway = underway.map(|underway| underway.need.total());
+        let running = self.answers.iter();
+        let running = running.map(|answer| answer.prefilled.most_bytes);
+        running
+            .chain(underway)
+            .fold(self.weights, u64::saturating_add)
     }
 
     /// Starts the next request if there is room, and runs layers of the one that is on its way.
@@ -222,20 +233,20 @@ impl<'v, B: Backend> Session<'v, B> {
             id,
             request,
             ids,
+            need,
             prefilled,
             prefilling,
             elapsed: started.elapsed(),
         })
     }
 
-    /// Forgets what was kept for requests to come, as far as this one needs the memory.
-    fn make_room(&mut self, need: Need) {
+    /// Forgets what was kept for requests to come, as far as those that run, and one more, need the memory.
+    pub(super) fn make_room(&mut self, need: Need) {
         let Some(limit) = self.options.memory else {
             return;
         };
-        let left = limit
-            .bytes
-            .saturating_sub(self.reserved().saturating_add(need.total()));
+        let taken = self.reserved().saturating_add(need.total());
+        let left = limit.bytes.saturating_sub(taken);
         self.pictures.shrink(left / 2);
         self.prefixes.shrink(left - self.pictures.bytes());
     }
@@ -252,6 +263,7 @@ impl<'v, B: Backend> Session<'v, B> {
             mut prefilled,
             prefilling,
             elapsed,
+            ..
         } = underway;
         let mut prefill = prefilling.finish(request.routing.scorer.as_deref())?;
         prefilled.trace = mem::take(&mut prefill.trace);

@@ -36,7 +36,8 @@
 //! the products with the weights see the rows of all running answers at once, and a backend may round
 //! differently for another number of rows: by some 10⁻⁷ of a logit in f32, which changes a token only
 //! where two are as good as equal, and by 2⁻¹¹ (f16) or 2⁻⁸ (bf16). With [`SessionOptions::apart`] every
-//! answer is computed as if it were alone, bit for bit, and the weights are read once for each.
+//! answer is computed as if it were alone, bit for bit, and the weights are read once for each; prompts
+//! then do not go on from others, either, because fewer rows may round differently, too.
 //!
 //! **Caches.** A picture that was seen before skips the tower. A prompt that begins like one that has
 //! ended goes on from its keys and values, where that is the same computation: without decisions or under
@@ -85,7 +86,8 @@ pub struct SessionOptions {
     pub max_answers: usize,
     /// Layers of a prefill in one step: what a running answer waits at most.
     pub layers_per_step: usize,
-    /// Compute every answer as if it were alone.
+    /// Compute every answer as if it were alone: one by one, and no prompt from the keys and values of
+    /// another.
     pub apart: bool,
 }
 

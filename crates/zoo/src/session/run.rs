@@ -199,6 +199,7 @@ impl<'v, B: Backend> Session<'v, B> {
             visual_tokens: layout.visual.len(),
             kept: tokens.kept,
             is_shared: is_shared
+                && !self.options.apart
                 && request.routing.scorer.is_none()
                 && schedule.positions() == Positions::Gap,
             keep_past: request.keep_past,

@@ -64,8 +64,8 @@ impl Outcome {
         for event in events {
             match event {
                 Event::Token {
-                    id, answer, text, ..
-                } => self.texts.entry((id, answer)).or_default().push_str(&text),
+                    id, index, text, ..
+                } => self.texts.entry((id, index)).or_default().push_str(&text),
                 Event::Finished {
                     id, index, answer, ..
                 } => drop(self.answers.insert((id, index), *answer)),

@@ -175,6 +175,24 @@ impl<B: Backend> KvCache<B> {
         Ok(())
     }
 
+    /// Gives back the room of a sample that nothing is in.
+    ///
+    /// # Errors
+    /// [`RerouteError::Sample`] if there is no such sample.
+    pub fn compact(&mut self, sample: usize) -> Result<(), RerouteError> {
+        self.check_sample(sample)?;
+        self.room[sample] = None;
+        for layer in &mut self.layers {
+            let entry = &mut layer[sample];
+            let rows = entry.rows.len();
+            let buffers = entry.buffers.take().filter(|_| rows > 0);
+            if let Some([keys, values]) = buffers {
+                entry.buffers = Some([exact(keys, rows)?, exact(values, rows)?]);
+            }
+        }
+        Ok(())
+    }
+
     /// One layer's share.
     pub(crate) fn layer(&mut self, layer: usize) -> LayerCache<'_, B> {
         LayerCache {
@@ -403,6 +421,17 @@ fn in_use<B: Backend>(all: Tensor<B, 3>, rows: usize) -> Tensor<B, 3> {
         true => all,
         false => all.narrow(2, 0, rows),
     }
+}
+
+/// The rows of a buffer that are in use, in one of their size.
+fn exact<B: Backend>(all: Tensor<B, 3>, rows: usize) -> Result<Tensor<B, 3>, RerouteError> {
+    let [kv_heads, head_dim, capacity] = all.dims();
+    if capacity == rows {
+        return Ok(all);
+    }
+    let options = (&all.device(), all.dtype());
+    let empty = Tensor::zeros([kv_heads, head_dim, rows], options);
+    Ok(write_rows(empty, 0, in_use(all, rows))?)
 }
 
 /// Writes rows at `start`, growing the buffer when it is full; `room` is how many rows are to follow.

@@ -58,7 +58,7 @@ pub struct Generation {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FinishReason {
-    /// A stop token was generated.
+    /// A stop token was generated, or a stop string.
     Stop,
     /// `max_new_tokens` were generated.
     Length,
@@ -140,8 +140,10 @@ impl<B: Backend> Batch<B> {
         options.sampling.check_vocabulary(vocab_size)?;
         let writer = |stream| Writer::new(stream, prompt, options.clone());
         let mut writers = (0..answers).map(writer).collect::<Result<Vec<_>, _>>()?;
-        // The last token is not fed.
-        cache.reserve(0, options.max_new_tokens.saturating_sub(1))?;
+        // The last token is not fed, and there may be no position for so many.
+        let room = decoder.config().context().0;
+        let room = room.saturating_sub(cache.next_position(0) as usize);
+        cache.reserve(0, options.max_new_tokens.saturating_sub(1).min(room))?;
         let row = read_back(logits, "logits")?;
         for writer in &mut writers {
             writer.start(row.clone());

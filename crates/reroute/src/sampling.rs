@@ -97,6 +97,13 @@ impl SamplingOptions {
         }
     }
 
+    /// Whether logits are others than the model's.
+    fn changes_logits(&self) -> bool {
+        self.repetition_penalty != 1.0
+            || !self.logit_bias.is_empty()
+            || self.allowed_tokens.is_some()
+    }
+
     /// Adds the bias, and forbids what is not allowed. Tokens beyond the vocabulary are nobody's.
     fn bias(&self, logits: &mut [f32]) {
         for &(id, bias) in &self.logit_bias {
@@ -182,6 +189,13 @@ impl Sampler {
         }
         self.penalise(logits);
         self.options.bias(logits);
+        // Numbers that are finite by themselves may not be together.
+        let largest = logits.iter().copied().reduce(f32::max)?;
+        if self.options.changes_logits()
+            && (!largest.is_finite() || logits.iter().any(|x| x.is_nan()))
+        {
+            return None;
+        }
         let token = match self.options.temperature == 0.0 {
             true => argmax(logits),
             false => self.draw(logits)?,

@@ -38,10 +38,12 @@ impl Question {
 pub struct Answer {
     /// Generated text, without special tokens.
     pub text: String,
-    /// Generated token ids, including the stop token.
+    /// Generated token ids, including the stop token, and those that made a stop string.
     pub tokens: Vec<u32>,
     /// How likely each token was, if asked for.
     pub logprobs: Vec<TokenLogprobs>,
+    /// Logits behind each token, `[tokens][vocab_size]`, if asked for.
+    pub logits: Vec<Vec<f32>>,
     /// Why generation ended.
     pub finish: FinishReason,
     /// Rows of the prompt; in a conversation, of all of it.
@@ -141,7 +143,7 @@ impl<B: Backend> Vlm<B> {
         }
         let ended = answers.into_iter().zip(&ids).zip(told);
         let ended = ended.filter_map(|((answer, &id), told)| {
-            let answer = answer.or_else(|| session.cancel(id).pop())?;
+            let answer = answer.or_else(|| Some(session.cancel(id).pop()?.1))?;
             Some(self.cut(answer, told))
         });
         Ok(ended.collect())

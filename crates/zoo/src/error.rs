@@ -85,10 +85,8 @@ pub enum ZooError {
     },
     /// There is not enough memory, whatever else runs.
     #[error(
-        "{what} would take {:.1} MiB of memory, of {:.1} MiB that there may be: shorten the prompt or the \
-         answer, reduce visual tokens (a routing with a smaller budget), ask for fewer answers, or raise \
-         the limit",
-        mebibytes(*.needed), mebibytes(*.available)
+        "{what} would take {:.1} MiB of memory, of {:.1} MiB that there may be: {}",
+        mebibytes(*.needed), mebibytes(*.available), smaller(what)
     )]
     Memory {
         /// Bytes needed.
@@ -112,6 +110,14 @@ pub enum ZooError {
         /// How many there may be.
         most: usize,
     },
+    /// Nobody asks anything.
+    #[error("the last turn of a request must be the user's: it is what gets an answer")]
+    Turns,
+    /// What is to be gone on from is not this model's.
+    #[error(
+        "the past of this request is another model's: leave it out, or ask the model that left it"
+    )]
+    Past,
     /// A session cannot go on with what it runs.
     #[error("the running batch has failed: {reason}; ask again")]
     Session {
@@ -124,6 +130,17 @@ pub enum ZooError {
          ask it instead, or use one that looks at pictures alone"
     )]
     NoQuestion,
+}
+
+/// What takes less memory.
+fn smaller(what: &str) -> &'static str {
+    match what {
+        "the weights" => "open the model in a smaller type (f16, bf16), or raise the limit",
+        _ => {
+            "shorten the prompt or the answer, reduce visual tokens (a routing with a smaller budget), \
+             ask for fewer answers, or raise the limit"
+        }
+    }
 }
 
 fn mebibytes(bytes: u64) -> f64 {

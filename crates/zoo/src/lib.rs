@@ -1,15 +1,14 @@
 //! The one crate to depend on: open any checkpoint folder, ask about images, get text, boxes and a trace.
 //!
 //! ```no_run
-//! use reroute_zoo::{DecodeLimits, Folder, OpenOptions, Question, Vlm, decode, presets};
+//! use reroute_zoo::{DecodeLimits, Folder, OpenOptions, Question, Vlm, decode};
 //!
 //! fn answer<B: burn::tensor::backend::Backend>(device: &B::Device) -> Result<String, Box<dyn std::error::Error>> {
 //!     let folder = Folder::open("llava-1.5-7b-hf")?;
 //!     let vlm = Vlm::<B>::open(&folder, &OpenOptions::default(), device)?;
 //!     let image = decode(&std::fs::read("photo.jpg")?, &DecodeLimits::default())?;
 //!     let question = Question::about(vec![image], "What is this?");
-//!     let plan = presets::find("reroute-pdrop@192")?
-//!         .plan(vlm.config().decoder().num_layers, &vlm.config().encoder())?;
+//!     let plan = vlm.plan("reroute-pdrop@192")?;
 //!     Ok(vlm.ask(&question, &plan, &vlm.generation_defaults(), |_| {})?.text)
 //! }
 //! ```

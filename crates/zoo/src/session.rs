@@ -10,15 +10,20 @@
 //!     questions: &[Question],
 //! ) -> Result<Vec<String>, ZooError> {
 //!     let mut session = Session::new(vlm, SessionOptions::default())?;
+//!     let mut ids = Vec::new();
 //!     for question in questions {
 //!         let turns = vec![Turn::from(question)];
-//!         session.admit(Request::new(turns, Schedule::dense(), vlm.generation_defaults()))?;
+//!         ids.push(session.admit(Request::new(turns, Schedule::dense(), vlm.generation_defaults()))?);
 //!     }
-//!     let mut texts = Vec::new();
+//!     let mut texts = vec![String::new(); questions.len()];
 //!     while !session.is_idle() {
 //!         for event in session.step() {
 //!             match event {
-//!                 Event::Finished { answer, .. } => texts.push(answer.text),
+//!                 Event::Finished { id, answer, .. } => {
+//!                     // Whoever is done first comes first.
+//!                     let at = ids.iter().position(|other| *other == id);
+//!                     texts[at.expect("it was admitted")] = answer.text;
+//!                 }
 //!                 Event::Failed { error, .. } => return Err(error),
 //!                 _ => {}
 //!             }
@@ -30,7 +35,11 @@
 //!
 //! A step runs a few layers of the prefill that is on its way, and one token of every answer that goes on.
 //! A prompt is never cut between its rows, because a decision ranks all of them; so running answers wait a
-//! few layers, never a prefill. Pictures go through the tower in one step.
+//! few layers, never a prefill. Pictures are another matter: each request's are preprocessed when it is
+//! admitted, and go through the tower in one step.
+//!
+//! A request may borrow its plan or scorer, which then must outlive the session; owned ones (`plan.clone()`,
+//! an `Arc`) need not.
 //!
 //! **Equal answers.** Every prompt is prefilled by itself, and what an answer attends to is its own. Only
 //! the products with the weights see the rows of all running answers at once, and a backend may round
@@ -78,13 +87,13 @@ pub use service::{Answers, Service};
 pub struct SessionOptions {
     /// What it may take of memory; `None` counts nothing.
     pub memory: Option<MemoryLimit>,
-    /// Bytes of pictures, and bytes of prompts, that are kept for requests to come; 0 keeps none.
+    /// Bytes of pictures that are kept for requests to come, and as many of prompts; 0 keeps none.
     pub cache_bytes: u64,
-    /// Requests that wait; a further one is refused.
+    /// Requests that wait to be started by a step, in the order in which they came; a further one is refused.
     pub max_waiting: usize,
     /// Answers that are generated side by side; further requests wait.
     pub max_answers: usize,
-    /// Layers of a prefill in one step: what a running answer waits at most.
+    /// Layers of a prefill in one step: what a running answer waits for a prompt at most.
     pub layers_per_step: usize,
     /// Compute every answer as if it were alone: one by one, and no prompt from the keys and values of
     /// another.
@@ -183,7 +192,7 @@ impl<'v, B: Backend> Session<'v, B> {
     /// What is wrong with the request; [`ZooError::Memory`] if it could never fit, with the figures;
     /// [`ZooError::Busy`] if too many wait.
     pub fn admit(&mut self, request: Request<'v, B>) -> Result<RequestId, ZooError> {
-        if self.waiting.len() >= self.options.max_waiting {
+        if self.waiting.len() >= self.options.max_waiting.max(1) {
             let waiting = self.waiting.len();
             return Err(ZooError::Busy { waiting });
         }
@@ -233,17 +242,18 @@ impl<'v, B: Backend> Session<'v, B> {
         }
     }
 
-    /// Ends a request, whatever it was at, and gives its memory back: its answers so far, in order;
-    /// nothing if it had none, or is not known.
-    pub fn cancel(&mut self, id: RequestId) -> Vec<Answer> {
+    /// Ends a request, whatever it was at, and gives its memory back: its answers so far that had not ended,
+    /// each with its index; nothing if it had none, or is not known.
+    pub fn cancel(&mut self, id: RequestId) -> Vec<(usize, Answer)> {
         self.waiting.retain(|waiting| waiting.id != id);
         self.prefilling.take_if(|underway| underway.id == id);
         let mut answers = Vec::new();
         for at in (0..self.answers.len()).rev() {
+            let index = self.answers[at].index;
             if self.answers[at].id == id
                 && let Some((answer, _)) = self.leave(at, FinishReason::Cancelled)
             {
-                answers.insert(0, answer);
+                answers.insert(0, (index, answer));
             }
         }
         answers

@@ -1,9 +1,11 @@
 use std::ops::ControlFlow;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
 use reducers::encoder::Tap;
+use reducers::{Plan, presets};
 use reroute::{Drift, GenerationOptions, Prompt, RerouteError};
 use reroute_checkpoint::{CONFIG_MAX_BYTES, Folder, LoadProgress, TOKENIZER_MAX_BYTES};
 use reroute_family::kept_rows;
@@ -33,6 +35,14 @@ pub struct Vlm<B: Backend> {
     generation: GenerationOptions,
     dtype: DType,
     device: B::Device,
+    /// Tells its weights from all others of the program.
+    identity: u64,
+}
+
+/// A number that nobody has had.
+pub(crate) fn identity() -> u64 {
+    static LAST: AtomicU64 = AtomicU64::new(0);
+    LAST.fetch_add(1, Ordering::Relaxed)
 }
 
 /// How to open a checkpoint.
@@ -121,6 +131,7 @@ impl<B: Backend> Vlm<B> {
             tokenizer,
             preprocessor,
             grounding,
+            identity: identity(),
         })
     }
 
@@ -146,7 +157,23 @@ impl<B: Backend> Vlm<B> {
             grounding: self.grounding,
             generation: self.generation,
             device: self.device,
+            identity: identity(),
         }
+    }
+
+    /// What tells its weights from all others.
+    pub(crate) fn identity(&self) -> u64 {
+        self.identity
+    }
+
+    /// The plan of a preset for this model: `reroute-pdrop@192`, `dense`.
+    ///
+    /// # Errors
+    /// [`ReducerError`](reducers::ReducerError): there is no such preset, or it does not work with this
+    /// model.
+    pub fn plan(&self, preset: &str) -> Result<Plan, ZooError> {
+        let (layers, encoder) = (self.config.decoder().num_layers, self.config.encoder());
+        Ok(presets::find(preset)?.plan(layers, &encoder)?)
     }
 
     /// The resolved configuration.

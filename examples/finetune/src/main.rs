@@ -10,8 +10,8 @@ use reroute_zoo::burn::tensor::activation::log_softmax;
 use reroute_zoo::burn::tensor::backend::Backend;
 use reroute_zoo::burn::tensor::{Int, Tensor};
 use reroute_zoo::{
-    AdapterConfig, DecodeLimits, Folder, OpenOptions, Plan, Question, Vlm, decode, embedded,
-    presets,
+    AdapterConfig, DecodeLimits, Folder, OpenOptions, Plan, Question, Schedule, Vlm, decode,
+    embedded,
 };
 
 type Failure = Box<dyn Error>;
@@ -31,12 +31,17 @@ fn open<B: Backend>() -> Result<Vlm<B>, Failure> {
     Ok(Vlm::open(&folder, &options, &Default::default())?)
 }
 
-/// Other words, with the answer that the model gives to those that it knows.
-fn lessons<B: Backend>(vlm: &Vlm<B>, plan: &Plan) -> Result<Vec<Lesson>, Failure> {
+/// Other words, with the answer that the model, unrouted, gives to those that it knows.
+fn lessons<B: Backend>(vlm: &Vlm<B>) -> Result<Vec<Lesson>, Failure> {
     let picture = decode(embedded::SCENE.image, &DecodeLimits::default())?;
     let asked = vlm.grounding().question(embedded::SCENE.expression);
     let known = Question::about(vec![picture.clone()], asked);
-    let answer = vlm.ask(&known, plan, &vlm.generation_defaults(), |_| {})?;
+    let answer = vlm.ask(
+        &known,
+        Schedule::dense(),
+        &vlm.generation_defaults(),
+        |_| {},
+    )?;
     println!("{:?}: {}", known.text, answer.text);
     let lesson = |words: &str| Lesson {
         question: Question::about(vec![picture.clone()], words),
@@ -73,9 +78,8 @@ fn value<B: Backend>(loss: Tensor<B, 1>) -> f32 {
 
 fn main() -> Result<(), Failure> {
     let mut vlm = open::<Autodiff<Flex>>()?;
-    let (layers, encoder) = (vlm.config().decoder().num_layers, vlm.config().encoder());
-    let plan = presets::find("reroute-pdrop@64")?.plan(layers, &encoder)?;
-    let lessons = lessons(&vlm, &plan)?;
+    let plan = vlm.plan("reroute-pdrop@192")?;
+    let lessons = lessons(&vlm)?;
 
     let adapted = vlm.model().adapt(&AdapterConfig::new("all-linear", 8))?;
     println!("{} parameters are trained", adapted.adapter_parameters());

@@ -11,9 +11,8 @@ use std::thread;
 use std::time::Instant;
 
 use reroute_zoo::backend::Flex;
-use reroute_zoo::messages::Role;
 use reroute_zoo::session::{Event, Request, Service, SessionOptions, Turn};
-use reroute_zoo::{DecodeLimits, OpenOptions, RgbImage, Vlm, decode, embedded, presets};
+use reroute_zoo::{DecodeLimits, OpenOptions, Visual, Vlm, decode, embedded};
 
 type Failure = Box<dyn Error + Send + Sync>;
 
@@ -21,7 +20,7 @@ type Failure = Box<dyn Error + Send + Sync>;
 struct Shared {
     vlm: Arc<Vlm<Flex>>,
     service: Service<Flex>,
-    picture: RgbImage,
+    picture: Arc<Visual>,
 }
 
 impl Shared {
@@ -29,9 +28,10 @@ impl Shared {
         let folder = embedded::checkpoint();
         let vlm = Vlm::open(&folder, &OpenOptions::default(), &Default::default())?;
         let vlm = Arc::new(vlm);
+        let picture = decode(embedded::SCENE.image, &DecodeLimits::default())?;
         Ok(Self {
             service: Service::start(vlm.clone(), SessionOptions::default())?,
-            picture: decode(embedded::SCENE.image, &DecodeLimits::default())?,
+            picture: Arc::new(Visual::Image(picture)),
             vlm,
         })
     }
@@ -39,15 +39,8 @@ impl Shared {
     /// Answers one line, piece by piece.
     fn answer(&self, line: &str, to: &mut impl Write) -> Result<(), Failure> {
         let (routing, text) = line.split_once(' ').ok_or("ROUTING QUESTION, please")?;
-        let (layers, encoder) = (
-            self.vlm.config().decoder().num_layers,
-            self.vlm.config().encoder(),
-        );
-        let plan = presets::find(routing)?.plan(layers, &encoder)?;
-        let turn = Turn {
-            role: Role::User,
-            parts: vec![self.picture.clone().into(), text.into()],
-        };
+        let plan = self.vlm.plan(routing)?;
+        let turn = Turn::user([self.picture.clone().into(), text.into()]);
         let request = Request::new(vec![turn], plan, self.vlm.generation_defaults());
         // Whoever hangs up drops the iterator, and that cancels the request.
         for event in self.service.ask(request) {
@@ -82,10 +75,10 @@ fn main() -> Result<(), Failure> {
     let shared = Shared::open()?;
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let server = listener.local_addr()?;
-    let lines: Vec<String> = ["dense", "pdrop@64", "reroute-pdrop@64", "visionzip@64"]
+    let lines: Vec<String> = ["dense", "pdrop@192", "reroute-pdrop@192", "visionzip@192"]
         .iter()
         .flat_map(|routing| {
-            ["cross", "large cyan square"].map(|what| format!("{routing} find the {what}"))
+            ["white square", "large cyan square"].map(|what| format!("{routing} find the {what}"))
         })
         .collect();
     let started = Instant::now();

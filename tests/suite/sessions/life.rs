@@ -1,16 +1,19 @@
 //! What requests take, and how they come, go and end.
 
+use std::sync::Arc;
+
 use burn::module::Module;
-use reducers::Schedule;
+use burn::tensor::Tensor;
+use reducers::{DecisionView, ReducerError, Schedule, Scorer};
 use reroute::FinishReason;
 use reroute_cli::backend::Backend;
 use reroute_zoo::messages::Role;
 use reroute_zoo::session::{
-    Event, MemoryLimit, Request, RequestId, Service, Session, SessionOptions, Turn,
+    Event, MemoryLimit, Part, Request, RequestId, Service, Session, SessionOptions, Turn,
 };
 use reroute_zoo::{Question, ZooError};
 
-use super::{Outcome, ROUTINGS, SCENES, TEXTS, alone, options, request, session, turn};
+use super::{Outcome, ROUTINGS, SCENES, TEXTS, alone, options, request, run, session, turn};
 use crate::program::{BUILT_IN, read_image, scene};
 
 #[test]
@@ -108,7 +111,7 @@ fn a_request_can_be_cancelled_at_any_step() {
             .get(&(cancelled, 0))
             .cloned()
             .unwrap_or_default();
-        for answer in so_far {
+        for (_, answer) in so_far {
             assert!(!ended);
             assert_eq!(answer.finish, FinishReason::Cancelled);
             assert!(answer.text.starts_with(&told));
@@ -190,4 +193,120 @@ fn a_service_answers_from_threads() {
             ..
         }]
     ));
+}
+
+/// What a long answer had room for is not what a short one takes over.
+#[test]
+fn a_beginning_that_is_taken_over_keeps_the_memory_limit() {
+    let weights = BUILT_IN.model().num_params() as u64 * 4;
+    let bytes = weights + (6 << 20);
+    let mut session = session(SessionOptions {
+        memory: Some(MemoryLimit {
+            bytes,
+            arithmetic: None,
+        }),
+        ..Default::default()
+    });
+    let first = session.admit(request(turn(&["063"], "find the cross"), "dense", 400));
+    first.expect("it fits");
+    run(&mut session);
+    for _ in 0..20 {
+        let turns = vec![
+            turn(&["063"], "find the cross"),
+            Turn::text(Role::Assistant, "x"),
+            Turn::text(Role::User, "find"),
+        ];
+        let again = request(turn(&["063"], "find the cross"), "dense", 8);
+        session.admit(Request { turns, ..again }).expect("it fits");
+    }
+    while !session.is_idle() {
+        session.step();
+        assert!(weights + session.bytes() <= bytes);
+    }
+}
+
+/// A rule that panics takes what runs with it, and says so; those who come later are served.
+#[test]
+fn a_service_survives_a_rule_that_panics() {
+    struct Boom;
+    impl Scorer<Backend> for Boom {
+        fn score(&self, _: &dyn DecisionView<Backend>) -> Result<Tensor<Backend, 1>, ReducerError> {
+            unreachable!("a fault of the caller's own")
+        }
+    }
+    let service = Service::start(&*BUILT_IN, SessionOptions::default()).unwrap();
+    let good = || request(turn(&["063"], "find the cross"), "reroute-pdrop@64", 6);
+    let mut bad = good();
+    bad.routing.scorer = Some(Arc::new(Boom));
+    let bad: Vec<Event<Backend>> = service.ask(bad).collect();
+    assert!(matches!(
+        &bad[..],
+        [Event::Failed {
+            error: ZooError::Session { .. },
+            ..
+        }]
+    ));
+    let last = service.ask(good()).last();
+    assert!(matches!(last, Some(Event::Finished { .. })));
+    let running = service.ask(good());
+    drop(service);
+    assert!(matches!(
+        running.last(),
+        Some(Event::Failed { .. } | Event::Finished { .. })
+    ));
+}
+
+/// Chance falls otherwise among other rows: nothing is taken over.
+#[test]
+fn a_random_routing_answers_the_same_again() {
+    let mut session = session(SessionOptions::default());
+    let request = || {
+        request(
+            turn(&["063"], "find the cross"),
+            "reroute-random@128-exact",
+            8,
+        )
+    };
+    let expected = alone(request()).remove(0);
+    for _ in 0..3 {
+        let id = session.admit(request()).unwrap();
+        assert_eq!(run(&mut session).answers[&(id, 0)].tokens, expected.tokens);
+    }
+}
+
+/// Requests that make no sense are refused before anything is computed.
+#[test]
+fn requests_without_sense_are_refused() {
+    let mut session = session(SessionOptions::default());
+    let good = || request(turn(&["063"], "find the cross"), "dense", 8);
+    for turns in [
+        Vec::new(),
+        vec![Turn::text(Role::System, "be brief")],
+        vec![turn(&[], "x"), Turn::text(Role::Assistant, "y")],
+    ] {
+        let error = session.admit(Request { turns, ..good() }).unwrap_err();
+        assert!(matches!(error, ZooError::Turns), "{error}");
+    }
+    // No token that was forbidden is chosen, however large the numbers are.
+    let mut forbidden = good();
+    let sampling = &mut forbidden.options.sampling;
+    sampling.allowed_tokens = Some(vec![5]);
+    sampling.repetition_penalty = f32::MAX;
+    let id = session.admit(forbidden).unwrap();
+    let outcome = run(&mut session);
+    match outcome.answers.get(&(id, 0)) {
+        Some(answer) => assert!(answer.tokens.iter().all(|&token| token == 5)),
+        None => assert!(outcome.failed.contains_key(&id)),
+    }
+    // A special token is none where two texts meet.
+    let parts: Vec<Part> = vec!["</".into(), "s>".into()];
+    let (halves, whole) = (Turn::user(parts), Turn::user(["</s>".into()]));
+    let asked = |turn: Turn| {
+        let request = Request {
+            turns: vec![turn],
+            ..good()
+        };
+        alone(request).remove(0).prompt_rows
+    };
+    assert_eq!(asked(halves), asked(whole));
 }

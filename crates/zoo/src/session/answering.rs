@@ -88,6 +88,7 @@ impl<'v> Answering<'v> {
             text: self.outgoing.into_text(),
             tokens: generation.tokens,
             logprobs: generation.logprobs,
+            logits: generation.logits,
             finish,
             prompt_rows: prefilled.prompt_rows,
             visual_tokens: prefilled.visual_tokens,
@@ -122,7 +123,12 @@ impl Prefilled {
     }
 
     /// What an answer leaves behind.
-    pub(super) fn past<B: Backend>(&self, tokens: &[u32], mut cache: KvCache<B>) -> Past<B> {
+    pub(super) fn past<B: Backend>(
+        &self,
+        model: u64,
+        tokens: &[u32],
+        mut cache: KvCache<B>,
+    ) -> Past<B> {
         let mut rows = self.rows.clone();
         if self.keeps_answer {
             rows.extend(tokens.iter().map(|&id| Row::Text(id)));
@@ -131,6 +137,7 @@ impl Prefilled {
         rows.truncate(cache.rows(0));
         // There is one sample.
         let _ = cache.truncate(0, rows.len());
-        Past { cache, rows }
+        let _ = cache.compact(0);
+        Past { model, cache, rows }
     }
 }

@@ -32,11 +32,12 @@ pub enum Event<B: Backend> {
         /// The request.
         id: RequestId,
         /// Which of its answers, from 0.
-        answer: usize,
+        index: usize,
         /// The token.
         token: u32,
-        /// The text that is complete with it: whole characters, perhaps none. All of them together are
-        /// [`Answer::text`].
+        /// The text that is complete with it: whole characters, perhaps none. All of them together are the
+        /// [`Answer::text`] of an answer that has ended; one that is cancelled may have a little more, which
+        /// was held back.
         text: String,
         /// How likely the token was, if asked for.
         logprobs: Option<TokenLogprobs>,

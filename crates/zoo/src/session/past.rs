@@ -8,6 +8,8 @@ use reroute_family::SlotTokens;
 /// What a request left behind: keys and values, and what stands in each of their rows.
 #[derive(Debug, Clone)]
 pub struct Past<B: Backend> {
+    /// The model that computed it.
+    pub(super) model: u64,
     pub(super) cache: KvCache<B>,
     pub(super) rows: Vec<Row>,
 }

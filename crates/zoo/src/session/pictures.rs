@@ -5,6 +5,7 @@ use reducers::encoder::Tap;
 use sha2::{Digest, Sha256};
 
 use super::recent::Recent;
+use crate::vlm::identity;
 use crate::{EncoderStep, Prepared, View, Visual, VisualTokens, Vlm, ZooError};
 
 /// What a picture is, how it is preprocessed, which tower sees it, and how it is reduced for what.
@@ -174,6 +175,10 @@ impl<B: Backend> Pictures<B> {
             let (keep, rest, positions) = (step.keep, step.rest, step.positions);
             let name = step.reducer.fingerprint();
             known = name.is_some();
+            if !known {
+                // Like no other.
+                hash.update(identity().to_le_bytes());
+            }
             hash.update(format!("{name:?} {keep:?} {rest:?} {positions:?}"));
             let needs = step.reducer.needs(&vlm.config().encoder())?;
             if needs.contains(&Tap::Question) {

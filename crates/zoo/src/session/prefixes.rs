@@ -65,6 +65,8 @@ impl<B: Backend> Prefixes<B> {
         let past = self.kept.get(&key).filter(|_| shared > 0)?;
         let mut cache = past.cache.clone();
         cache.truncate(0, shared).ok()?;
+        // What it is copied into when it grows is then of this prompt's size.
+        cache.compact(0).ok()?;
         Some(cache)
     }
 }

@@ -21,7 +21,8 @@ pub struct Request<'a, B: Backend> {
     pub stop: Vec<String>,
     /// How many answers: they share the prefill, and draw from streams of random numbers of their own.
     pub answers: usize,
-    /// What an earlier request left behind, to go on from.
+    /// What an earlier request to the same model left behind, to go on from. Under *remove* its pictures
+    /// are what that request kept of them.
     pub past: Option<Past<B>>,
     /// Leave something behind for a later request.
     pub keep_past: bool,
@@ -71,6 +72,12 @@ impl Turn {
         Self { role, parts }
     }
 
+    /// A user's turn: pictures and text, each in its place.
+    pub fn user(parts: impl Into<Vec<Part>>) -> Self {
+        let (role, parts) = (Role::User, parts.into());
+        Self { role, parts }
+    }
+
     /// What is shown.
     pub(crate) fn visuals(&self) -> impl Iterator<Item = &Arc<Visual>> {
         self.parts.iter().filter_map(|part| match part {
@@ -90,25 +97,34 @@ impl Turn {
 
     /// The turn as templates take it; `views` says how its visuals are seen, in order.
     pub(crate) fn message<'v>(&self, views: &mut impl Iterator<Item = &'v View>) -> Message {
-        let part = |part: &Part| match part {
-            Part::Text(text) => Some(Content::Text(text.clone())),
-            Part::Visual(_) => Some(match &views.next()?.time {
-                None => Content::Image,
-                Some(VideoTime { seconds, .. }) => Content::Video {
-                    seconds: seconds.clone(),
-                },
-            }),
-        };
-        Message {
-            role: self.role,
-            content: self.parts.iter().filter_map(part).collect(),
+        let mut content: Vec<Content> = Vec::new();
+        for part in &self.parts {
+            match (part, content.last_mut()) {
+                // One text: no special token may come about where two meet.
+                (Part::Text(more), Some(Content::Text(text))) => text.push_str(more),
+                (Part::Text(text), _) => content.push(Content::Text(text.clone())),
+                (Part::Visual(_), _) => content.extend(views.next().map(|view| match &view.time {
+                    None => Content::Image,
+                    Some(VideoTime { seconds, .. }) => Content::Video {
+                        seconds: seconds.clone(),
+                    },
+                })),
+            }
         }
+        let role = self.role;
+        Message { role, content }
     }
 }
 
 impl From<RgbImage> for Part {
     fn from(image: RgbImage) -> Self {
         Self::Visual(Arc::new(Visual::Image(image)))
+    }
+}
+
+impl From<Arc<Visual>> for Part {
+    fn from(visual: Arc<Visual>) -> Self {
+        Self::Visual(visual)
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use burn::tensor::backend::Backend;
-use reducers::{Action, Positions, Rest};
+use reducers::{Action, Positions, Rest, Score, Stage};
 use reroute::{FinishReason, KvCache, RerouteError};
 
 use super::answering::{Answering, Prefilled};
@@ -13,11 +13,17 @@ use super::memory::Need;
 use super::past::{Past, rows};
 use super::pictures::Shown;
 use super::{Event, Request, RequestId, Session, Underway, Waiting};
+use crate::messages::Role;
 use crate::vlm::sample;
 use crate::{Answer, Timings, View, ZooError};
 
 /// Most bytes of pixels that wait for the tower; those beyond are made again when it is their turn.
 const MAX_WAITING_BYTES: u64 = 256 << 20;
+
+/// Whether a decision is by chance: it would fall otherwise among other rows.
+fn draws(stage: &Stage) -> bool {
+    matches!(stage.score, Score::Random(_))
+}
 
 impl<'v, B: Backend> Session<'v, B> {
     /// Preprocesses a request and counts what it needs.
@@ -28,6 +34,17 @@ impl<'v, B: Backend> Session<'v, B> {
                 asked: request.answers,
                 most: self.options.max_answers,
             });
+        }
+        if request
+            .turns
+            .last()
+            .is_none_or(|turn| turn.role != Role::User)
+        {
+            return Err(ZooError::Turns);
+        }
+        let foreign = |past: &Past<B>| past.model != vlm.identity();
+        if request.past.as_ref().is_some_and(foreign) {
+            return Err(ZooError::Past);
         }
         let sampling = &request.options.sampling;
         sampling.validate()?;
@@ -46,6 +63,14 @@ impl<'v, B: Backend> Session<'v, B> {
         let messages = request.turns.iter().map(|turn| turn.message(&mut seen));
         let messages: Vec<_> = messages.collect();
         let ids = vlm.encode_messages(&messages, &views)?;
+        let (available, limit) = vlm.config().decoder().context();
+        if ids.len() > available && request.routing.encoder.is_none() {
+            return Err(ZooError::Reroute(RerouteError::ContextLength {
+                needed: ids.len(),
+                available,
+                limit,
+            }));
+        }
         let need = self.need(&request, ids.len(), &views);
         if let Some(limit) = self.options.memory
             && self.weights.saturating_add(need.total()) > limit.bytes
@@ -83,7 +108,13 @@ impl<'v, B: Backend> Session<'v, B> {
             keep.map_or(tokens, |step| step.keep.count(tokens))
         };
         let entering = views.iter().map(entering).fold(0, usize::saturating_add);
-        let answers = (request.answers, request.options.max_new_tokens);
+        // Beyond the context nothing is generated.
+        let room = self.vlm.config().decoder().context().0;
+        let new_tokens = request
+            .options
+            .max_new_tokens
+            .min(room.saturating_sub(rows) + 1);
+        let answers = (request.answers, new_tokens);
         let keep_pool = self.keeps_pool(request);
         let prompt = (rows, views, entering);
         Need::of(
@@ -108,7 +139,8 @@ impl<'v, B: Backend> Session<'v, B> {
             return false;
         };
         let running = self.answers.len();
-        running + next.request.answers <= self.options.max_answers && self.fits(next.need)
+        running.saturating_add(next.request.answers) <= self.options.max_answers
+            && self.fits(next.need)
     }
 
     /// Whether what runs leaves room for more, caches forgotten.
@@ -201,6 +233,7 @@ impl<'v, B: Backend> Session<'v, B> {
             is_shared: is_shared
                 && !self.options.apart
                 && request.routing.scorer.is_none()
+                && !schedule.stages().iter().any(draws)
                 && schedule.positions() == Positions::Gap,
             keep_past: request.keep_past,
             most_bytes: need.kv,
@@ -216,6 +249,7 @@ impl<'v, B: Backend> Session<'v, B> {
             Some(mut past) => {
                 let known = past.shared(&prefilled.rows);
                 past.cache.truncate(0, known)?;
+                past.cache.compact(0)?;
                 Some(past.cache)
             }
             None if prefilled.is_shared => {
@@ -306,7 +340,7 @@ impl<'v, B: Backend> Session<'v, B> {
                     let (text, finish) = answer.push(&chosen);
                     events.push(Event::Token {
                         id: answer.id,
-                        answer: answer.index,
+                        index: answer.index,
                         token: chosen.token,
                         text,
                         logprobs: chosen.logprobs,
@@ -364,7 +398,8 @@ impl<'v, B: Backend> Session<'v, B> {
         let answer = self.answers.remove(at);
         let (generation, cache) = self.batch.leave(at).ok()?;
         let (prefilled, is_first) = (answer.prefilled.clone(), answer.index == 0);
-        let past = |tokens: &[u32]| prefilled.past(tokens, cache);
+        let model = self.vlm.identity();
+        let past = |tokens: &[u32]| prefilled.past(model, tokens, cache);
         let past = match prefilled.keep_past {
             true => Some(past(&generation.tokens)),
             false => {

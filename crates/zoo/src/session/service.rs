@@ -1,5 +1,6 @@
 use std::collections::HashMap;
 use std::ops::Deref;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex};
@@ -16,6 +17,7 @@ use crate::{Vlm, ZooError};
 pub struct Service<B: Backend> {
     /// Behind a lock, so that every standard library shares it.
     inbox: Mutex<Option<Sender<Asked<B>>>>,
+    closing: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -26,11 +28,14 @@ struct Asked<B: Backend> {
     gone: Arc<AtomicBool>,
 }
 
-/// What becomes of a request, as it comes: an iterator that ends with the request. Dropped before, it
-/// cancels the request.
+/// What becomes of a request, as it comes: an iterator that ends with the request. Every answer ends with
+/// [`Event::Finished`], or the request with [`Event::Failed`], also where the service ends before. Dropped
+/// before, it cancels the request.
 pub struct Answers<B: Backend> {
     events: Receiver<Event<B>>,
     gone: Arc<AtomicBool>,
+    /// Answers that are still to end.
+    left: usize,
 }
 
 impl<B: Backend> Service<B> {
@@ -44,9 +49,15 @@ impl<B: Backend> Service<B> {
     {
         drop(Session::new(&vlm, options.clone())?);
         let (inbox, asked) = channel();
+        let closing = Arc::new(AtomicBool::new(false));
+        let closed = closing.clone();
         let run = move || {
-            if let Ok(session) = Session::new(&vlm, options) {
-                serve(session, &asked);
+            while let Ok(session) = Session::new(&vlm, options.clone()) {
+                // A rule of the caller's own may panic: what runs has failed, and others are served again.
+                let served = AssertUnwindSafe(|| serve(session, &asked, &closed));
+                if catch_unwind(served).is_ok() {
+                    return;
+                }
             }
         };
         let thread = thread::Builder::new().name("reroute-session".into());
@@ -55,6 +66,7 @@ impl<B: Backend> Service<B> {
         })?;
         Ok(Self {
             inbox: Mutex::new(Some(inbox)),
+            closing,
             thread: Some(thread),
         })
     }
@@ -62,13 +74,13 @@ impl<B: Backend> Service<B> {
     /// Asks. A request that is refused fails as its first event.
     pub fn ask(&self, request: Request<'static, B>) -> Answers<B> {
         let (events, answers) = channel();
+        let left = request.answers.max(1);
         let gone = Arc::new(AtomicBool::new(false));
         let asked = Asked {
             request,
             events,
             gone: gone.clone(),
         };
-        // Without a thread there is nobody to answer: the iterator is empty.
         if let Ok(inbox) = self.inbox.lock()
             && let Some(inbox) = &*inbox
         {
@@ -77,12 +89,14 @@ impl<B: Backend> Service<B> {
         Answers {
             events: answers,
             gone,
+            left,
         }
     }
 }
 
 impl<B: Backend> Drop for Service<B> {
     fn drop(&mut self) {
+        self.closing.store(true, Ordering::Relaxed);
         if let Ok(mut inbox) = self.inbox.lock() {
             inbox.take();
         }
@@ -96,7 +110,21 @@ impl<B: Backend> Iterator for Answers<B> {
     type Item = Event<B>;
 
     fn next(&mut self) -> Option<Event<B>> {
-        self.events.recv().ok()
+        if self.left == 0 {
+            return None;
+        }
+        let event = self.events.recv().unwrap_or_else(|_| Event::Failed {
+            id: RequestId::none(),
+            error: ZooError::Session {
+                reason: "the service has ended, or a rule in it has panicked".into(),
+            },
+        });
+        match event {
+            Event::Finished { .. } => self.left -= 1,
+            Event::Failed { .. } => self.left = 0,
+            Event::Token { .. } => {}
+        }
+        Some(event)
     }
 }
 
@@ -115,19 +143,24 @@ struct Listener<B: Backend> {
 }
 
 /// Runs a session until nobody can ask any more.
-fn serve<B: Backend>(mut session: Session<'_, B>, inbox: &Receiver<Asked<B>>) {
+fn serve<B: Backend>(
+    mut session: Session<'_, B>,
+    inbox: &Receiver<Asked<B>>,
+    closing: &AtomicBool,
+) {
     let mut listeners: HashMap<RequestId, Listener<B>> = HashMap::new();
     loop {
-        loop {
-            let asked = match session.is_idle() {
-                true => inbox.recv().map_err(|_| TryRecvError::Disconnected),
-                false => inbox.try_recv(),
-            };
-            match asked {
-                Ok(asked) => admit(&mut session, &mut listeners, asked),
-                Err(TryRecvError::Empty) => break,
-                Err(TryRecvError::Disconnected) => return,
-            }
+        // One a step: its pictures are preprocessed here, and running answers shall not wait for more.
+        let asked = match session.is_idle() {
+            true => inbox.recv().map_err(|_| TryRecvError::Disconnected),
+            false => inbox.try_recv(),
+        };
+        match asked {
+            _ if closing.load(Ordering::Relaxed) => return,
+            Ok(asked) if asked.gone.load(Ordering::Relaxed) => continue,
+            Ok(asked) => admit(&mut session, &mut listeners, asked),
+            Err(TryRecvError::Empty) => {}
+            Err(TryRecvError::Disconnected) => return,
         }
         listeners.retain(|&id, listener| {
             let stays = !listener.gone.load(Ordering::Relaxed);

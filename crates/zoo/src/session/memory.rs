@@ -1,9 +1,9 @@
+use burn::module::Module;
+use burn::tensor::backend::Backend;
 use reducers::Cost;
 use reroute_family::{Arithmetic, Memory, Picture};
 
 use crate::{Schedule, View, Vlm};
-use burn::module::Module;
-use burn::tensor::backend::Backend;
 
 /// What a session may take of memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,9 +1,9 @@
 use burn::tensor::backend::Backend;
 use reroute::KvCache;
+use reroute_family::SlotTokens;
 
 use super::pictures::PictureKey;
 use crate::{KeptVisuals, Modality, View};
-use reroute_family::SlotTokens;
 
 /// What a request left behind: keys and values, and what stands in each of their rows.
 #[derive(Debug, Clone)]

@@ -84,24 +84,10 @@ impl<B: Backend> Vlm<B> {
         question: &Question,
         routing: impl Into<Routing<'a, B>>,
         options: &GenerationOptions,
-        mut on_text: impl FnMut(&str),
+        on_text: impl FnMut(&str),
     ) -> Result<Answer, ZooError> {
-        let mut session = self.single(0);
-        session.admit(Request::new(
-            vec![question.into()],
-            routing,
-            options.clone(),
-        ))?;
-        loop {
-            for event in session.step() {
-                match event {
-                    Event::Token { text, .. } if text.is_empty() => {}
-                    Event::Token { text, .. } => on_text(&text),
-                    Event::Finished { answer, .. } => return Ok(*answer),
-                    Event::Failed { error, .. } => return Err(error),
-                }
-            }
-        }
+        let request = Request::new(vec![question.into()], routing, options.clone());
+        Ok(self.single(0).serve(request, on_text)?.0)
     }
 
     /// Answers several questions in one batch, each routed by its own scores. `on_token` receives

@@ -3,7 +3,7 @@ use reducers::{Action, Plan};
 use reroute::GenerationOptions;
 
 use crate::messages::Role;
-use crate::session::{Event, Past, Request, Session, SessionOptions, Turn};
+use crate::session::{Past, Request, Session, SessionOptions, Turn};
 use crate::{Answer, Question, Vlm, ZooError};
 
 /// Questions that follow one another, about the same images and videos or further ones.
@@ -49,7 +49,7 @@ impl<'a, B: Backend> Conversation<'a, B> {
     pub fn ask(
         &mut self,
         question: &Question,
-        mut on_text: impl FnMut(&str),
+        on_text: impl FnMut(&str),
     ) -> Result<Answer, ZooError> {
         let mut turns = self.turns.clone();
         turns.push(question.into());
@@ -64,21 +64,10 @@ impl<'a, B: Backend> Conversation<'a, B> {
             keep_past: true,
             ..Request::new(turns.clone(), self.plan.clone(), self.options.clone())
         };
-        self.session.admit(request)?;
-        loop {
-            for event in self.session.step() {
-                match event {
-                    Event::Token { text, .. } if text.is_empty() => {}
-                    Event::Token { text, .. } => on_text(&text),
-                    Event::Finished { answer, past, .. } => {
-                        turns.push(Turn::text(Role::Assistant, &answer.text));
-                        (self.turns, self.past) = (turns, past);
-                        return Ok(*answer);
-                    }
-                    Event::Failed { error, .. } => return Err(error),
-                }
-            }
-        }
+        let (answer, past) = self.session.serve(request, on_text)?;
+        turns.push(Turn::text(Role::Assistant, &answer.text));
+        (self.turns, self.past) = (turns, past);
+        Ok(answer)
     }
 }
 

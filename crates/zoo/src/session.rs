@@ -231,6 +231,25 @@ impl<'v, B: Backend> Session<'v, B> {
         events
     }
 
+    /// Serves one request to its end; nothing else runs. `on_text` receives the answer piece by piece.
+    pub(crate) fn serve(
+        &mut self,
+        request: Request<'v, B>,
+        mut on_text: impl FnMut(&str),
+    ) -> Result<(Answer, Option<Past<B>>), ZooError> {
+        self.admit(request)?;
+        loop {
+            for event in self.step() {
+                match event {
+                    Event::Token { text, .. } if text.is_empty() => {}
+                    Event::Token { text, .. } => on_text(&text),
+                    Event::Finished { answer, past, .. } => return Ok((*answer, past)),
+                    Event::Failed { error, .. } => return Err(error),
+                }
+            }
+        }
+    }
+
     /// Prefills everything that fits, before any token.
     pub(crate) fn prefill_all(&mut self) -> Vec<Event<B>> {
         let mut events = Vec::new();

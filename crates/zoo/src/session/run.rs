@@ -403,7 +403,8 @@ impl<'v, B: Backend> Session<'v, B> {
         let past = match prefilled.keep_past {
             true => Some(past(&generation.tokens)),
             false => {
-                if prefilled.is_shared && is_first {
+                // A prompt that has ended, not one that was cut off or has failed.
+                if prefilled.is_shared && is_first && finish != FinishReason::Cancelled {
                     self.prefixes.keep(past(&generation.tokens));
                 }
                 None

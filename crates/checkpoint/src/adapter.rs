@@ -80,10 +80,8 @@ impl AdapterConfig {
                     let name = map.name.clone();
                     return Err(AdapterError::Rank { rank, name, most });
                 }
-                match (alpha as f32).is_finite() && alpha != 0.0 {
-                    true => Ok((map.path.clone(), (rank, alpha))),
-                    false => Err(AdapterError::Alpha { alpha }),
-                }
+                check_alpha(alpha)?;
+                Ok((map.path.clone(), (rank, alpha)))
             })
             .collect()
     }
@@ -128,6 +126,14 @@ impl AdapterConfig {
             rank.map_or(self.rank, |&(_, rank)| rank),
             alpha.map_or(self.alpha, |&(_, alpha)| alpha),
         )
+    }
+}
+
+/// Whether the change counts at all, and finitely, in f32.
+fn check_alpha(alpha: f64) -> Result<(), AdapterError> {
+    match (alpha as f32).is_normal() {
+        true => Ok(()),
+        false => Err(AdapterError::Alpha { alpha }),
     }
 }
 

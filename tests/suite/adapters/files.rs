@@ -226,21 +226,67 @@ fn folder() -> TempDir {
     folder
 }
 
+/// The shape of a tensor of rank 2 in the adapter of [`folder`].
+fn shape_of(name: &str) -> Vec<usize> {
+    let input = if name.contains("linear_1") { 64 } else { 96 };
+    match name.contains("lora_A") {
+        true => vec![2, input],
+        false => vec![96, 2],
+    }
+}
+
+/// Several saves to one folder leave one of them, whole.
+#[test]
+fn saves_at_once_leave_one_adapter() {
+    let folder = TempDir::new().expect("a folder");
+    let vlm = open("llava");
+    let adapted = [1, 2, 5].map(|rank| {
+        let config = AdapterConfig::new(["q_proj"], rank);
+        vlm.model().adapt(&config).expect("there are such maps")
+    });
+    for _ in 0..10 {
+        std::thread::scope(|scope| {
+            for model in &adapted {
+                let folder = folder.path();
+                scope.spawn(move || model.save_adapter(folder).expect("a folder"));
+            }
+        });
+        load(vlm.model(), folder.path()).expect("one of them");
+    }
+}
+
+/// What would count for nothing, or is no number, is refused when it is read, too.
+#[test]
+fn numbers_without_sense_are_refused() {
+    let vlm = open("llava");
+    for alpha in [0.0, 1e300, 1e-320] {
+        let folder = folder();
+        let mut settings = json_of(folder.path());
+        settings["lora_alpha"] = alpha.into();
+        fs::write(
+            folder.path().join("adapter_config.json"),
+            settings.to_string(),
+        )
+        .unwrap();
+        let error = super::refused(load(vlm.model(), folder.path()));
+        assert!(matches!(error, AdapterError::Alpha { .. }), "{error}");
+    }
+    let folder = folder();
+    let path = folder.path().join("adapter_model.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    let last = bytes.len() - 4;
+    bytes[last..].copy_from_slice(&f32::NAN.to_le_bytes());
+    fs::write(&path, bytes).unwrap();
+    let error = super::refused(load(vlm.model(), folder.path()));
+    assert!(matches!(error, AdapterError::NotFinite { .. }), "{error}");
+}
+
 /// Everything that does not fit is told at once.
 #[test]
 fn tensors_that_do_not_fit_are_told_at_once() {
     let folder = folder();
     rewrite(folder.path(), |name| {
-        let (out, input) = if name.contains("linear_1") {
-            (96, 64)
-        } else {
-            (96, 96)
-        };
-        let shape = if name.contains("lora_A") {
-            vec![2, input]
-        } else {
-            vec![out, 2]
-        };
+        let shape = shape_of(name);
         let layer = |layer: usize| name.contains(&format!("layers.{layer}."));
         match name {
             _ if layer(0) && name.contains("lora_A") => None,
@@ -284,16 +330,7 @@ fn tensors_that_do_not_fit_are_told_at_once() {
             ),
             false => name.into(),
         };
-        let (out, input) = if name.contains("linear_1") {
-            (96, 64)
-        } else {
-            (96, 96)
-        };
-        let shape = if name.contains("lora_A") {
-            vec![2, input]
-        } else {
-            vec![out, 2]
-        };
+        let shape = shape_of(name);
         Some((new, Dtype::F32, shape))
     });
     let error = super::refused(load(vlm.model(), folder.path()));

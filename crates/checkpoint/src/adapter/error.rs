@@ -29,6 +29,16 @@ pub enum AdapterError {
         alpha: f64,
     },
 
+    /// A stored number is none.
+    #[error(
+        "tensor {} of the adapter has NaN or infinity in it: its training has diverged",
+        quoted(name)
+    )]
+    NotFinite {
+        /// Name of the tensor.
+        name: String,
+    },
+
     /// Nothing is to be adapted.
     #[error("the adapter has no targets; name some, such as q_proj, or take all-linear")]
     NoTargets,

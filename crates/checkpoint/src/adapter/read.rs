@@ -7,7 +7,7 @@ use safetensors::Dtype;
 
 use super::{
     AdapterConfig, AdapterError, AdapterMismatch, LinearMap, PREFIX, SUFFIXES, TENSORS, Targets,
-    kind, kinds, peft,
+    check_alpha, kind, kinds, peft,
 };
 use crate::mismatch::{Duplicate, Misshapen, ModuleMismatch, Unreadable};
 use crate::{Folder, Layout, NameTable, Shards};
@@ -51,8 +51,16 @@ pub fn read_adapter(
         let mismatch = AdapterMismatch(plan.mismatch);
         return Err(AdapterError::Mismatch(Box::new(mismatch)));
     }
-    let read = |name| tensors.read(name, DType::F32, Layout::AsStored);
+    let read = |name: &str| {
+        let data = tensors.read(name, DType::F32, Layout::AsStored)?;
+        let is_finite = data.iter::<f32>().all(f32::is_finite);
+        match is_finite {
+            true => Ok(data),
+            false => Err(AdapterError::NotFinite { name: name.into() }),
+        }
+    };
     let adapters = found.into_iter().map(|(linear, [down, up], alpha)| {
+        check_alpha(alpha)?;
         Ok(StoredAdapter {
             path: linear.path.clone(),
             down: read(down)?,

@@ -54,6 +54,11 @@ pub fn write_adapter<B: Backend>(
     let [settings, new_settings, tensors, new_tensors] =
         [SETTINGS, UNFINISHED_SETTINGS, TENSORS, UNFINISHED_TENSORS].map(|name| folder.join(name));
     put(folder, |to| fs::create_dir_all(to))?;
+    // One at a time, where the system has locks on folders: the names of what is unfinished are fixed.
+    let alone = File::open(folder);
+    if let Ok(folder) = &alone {
+        let _ = folder.lock();
+    }
     if new_settings.exists() && !new_tensors.exists() {
         // What was stopped here before its last step.
         put(&settings, |to| fs::rename(&new_settings, to))?;

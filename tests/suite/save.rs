@@ -239,6 +239,23 @@ fn a_model_is_saved_over_its_source() {
     assert!(weights(&again) == weights(&open(&embedded::checkpoint(), DType::F16)));
 }
 
+/// Who may read a checkpoint is not changed by saving over it.
+#[cfg(unix)]
+#[test]
+fn a_private_checkpoint_stays_private() {
+    use std::os::unix::fs::PermissionsExt;
+    let scratch = Scratch::new();
+    let (model, like) = (BUILT_IN.model(), embedded::checkpoint());
+    let to = scratch.at("private");
+    model.save(&to, &like, &SaveOptions::default()).unwrap();
+    fs::set_permissions(&to, fs::Permissions::from_mode(0o700)).unwrap();
+    model.save(&to, &like, &SaveOptions::default()).unwrap();
+    assert_eq!(
+        fs::metadata(&to).unwrap().permissions().mode() & 0o777,
+        0o700
+    );
+}
+
 /// Nothing but a checkpoint whose files all have a successor is replaced.
 #[test]
 fn what_is_no_such_checkpoint_stays() {
@@ -259,6 +276,12 @@ fn what_is_no_such_checkpoint_stays() {
     fs::create_dir(scratch.at("folder")).unwrap();
     scratch.write("folder/notes.txt", "precious");
     refuse(&scratch.at("folder"), "no config.json");
+    // Of another program's making.
+    fs::create_dir(scratch.at("program")).unwrap();
+    scratch.write("program/config.json", "{\"my\": \"settings\"}");
+    refuse(&scratch.at("program"), "no weights");
+    scratch.remove("program/config.json");
+    fs::remove_dir(scratch.at("program")).unwrap();
     for (name, content) in [("config.json", "{}"), ("model.safetensors", "")] {
         scratch.write(&format!("folder/{name}"), content);
     }

@@ -6,6 +6,7 @@ use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use crate::shards::is_weights_file;
 use crate::{CONFIG, SaveError};
 
 /// `.NAME.partial-PROCESS-NUMBER` beside NAME. Whatever lies there goes away with this: what could not be
@@ -100,6 +101,10 @@ impl<'a> Staging<'a> {
                 placed => return placed.map_err(self.failed(to)),
             }
         }
+        // Who may read the old one may read the new one, and nobody else.
+        let permissions = to.metadata().map(|old| old.permissions());
+        let kept = permissions.and_then(|old| fs::set_permissions(self.path(), old));
+        kept.map_err(self.failed(to))?;
         self.own.exchange().map_err(self.failed(to))
     }
 }
@@ -132,9 +137,12 @@ fn is_there(to: &Path, replaces: &dyn Fn(&str) -> bool) -> Result<bool, SaveErro
         entries.push((entry.file_name().to_string_lossy().into_owned(), is_file));
     }
     // By its path: while names were read, another save may have put a new folder there.
-    if !entries.is_empty() && to.join(CONFIG).symlink_metadata().is_err() {
+    let has_config = to.join(CONFIG).symlink_metadata().is_ok();
+    let has_weights = entries.iter().any(|(name, _)| is_weights_file(name));
+    if !(entries.is_empty() || has_config && has_weights) {
         return target(
-            "is there and no checkpoint, for it has no config.json; save elsewhere, or remove it",
+            "is there and no checkpoint, for it has no config.json or no weights; save elsewhere, or \
+             remove it",
         );
     }
     let other = { entries.into_iter() }.find(|(name, is_file)| !is_file || !replaces(name));

@@ -15,7 +15,7 @@ use reroute_zoo::{
 
 use crate::golden::{fixture, open, open_as};
 use crate::support::{Random, gap, values};
-use crate::training::{self, Ad, gradients, length, loss, off_by, question};
+use crate::training::{self, Ad, gradients, loss, question};
 
 const FAMILIES: [&str; 4] = ["llava", "qwen2vl", "qwen25vl", "qwen3vl"];
 
@@ -322,22 +322,8 @@ fn only_adapters_have_gradients_and_they_are_those_of_finite_differences() {
         let model = adapted(vlm.model(), &all_linear(2));
         let vlm = with_model(vlm, model);
         let gradients = gradients(&vlm, &loss(&vlm, &schedule).backward());
-        for (path, gradient) in &gradients {
-            // LLaVA's visual tokens are the features before the tower's last layer.
-            let takes_part = !path.contains("vision_tower.encoder.layers.3.");
-            let is_adapter = path.contains(".adapter.");
-            let reached = gradient.as_ref().is_some_and(|g| length(g) > 0.0);
-            assert_eq!(reached, takes_part && is_adapter, "{path}");
-        }
-        let mut vlm = vlm.map_model(|model| model.valid());
-        for parameter in parameters {
-            let name = gradients.keys().find(|path| path.ends_with(parameter));
-            let name = name.expect("there is such a parameter");
-            let gradient = gradients[name].as_ref().expect("it is reached");
-            let (next, error) = off_by(vlm, &schedule, name, gradient);
-            vlm = next;
-            assert!(error < 5e-3, "{family} {parameter}: off by {error}");
-        }
+        training::assert_reached(&gradients, |path| path.contains(".adapter."));
+        training::assert_numeric(vlm, &schedule, &gradients, &parameters, 5e-3);
     }
 }
 

@@ -85,13 +85,11 @@ fn images_that_are_none() {
 #[test]
 fn routings_that_do_not_exist_or_do_not_fit() {
     let scratch = Scratch::new();
-    let presets = reducers::presets::presets().map(|preset| preset.name.to_string());
-    let presets: Vec<String> = presets.collect();
     let mut expected = vec![
         "did you mean \"reroute-pdrop@192\"?",
         "does not end in .json",
     ];
-    expected.extend(presets.iter().map(String::as_str));
+    expected.extend(reducers::presets::methods().map(|method| method.name));
     refuses(&["ask", "--routing", "reroute-pdrp@192"], &expected);
     refuses(&["explain", "--routing", ""], &["no preset"]);
 

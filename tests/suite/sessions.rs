@@ -313,6 +313,7 @@ fn bias_mask_stop_strings_and_logprobs() {
     let mut stopped = plain.clone();
     stopped.stop = vec![stop.clone()];
     let found = alone(stopped).remove(0);
+    assert_eq!(found.stopped_by.as_ref(), Some(&stop));
     let before = answer.text.split(&stop).next().expect("it is there");
     assert_eq!(
         (found.text.as_str(), found.finish),
@@ -331,7 +332,7 @@ fn bias_mask_stop_strings_and_logprobs() {
     unknown.options.sampling.allowed_tokens = Some(vec![u32::MAX]);
     let unknown = session.admit(unknown).unwrap_err();
     assert!(
-        matches!(unknown, ZooError::Reroute(RerouteError::TokenId { .. })),
+        matches!(unknown, ZooError::Reroute(RerouteError::Sampling { .. })),
         "{unknown}"
     );
     for answers in [0, usize::MAX] {

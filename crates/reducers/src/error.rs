@@ -134,14 +134,17 @@ pub enum ReducerError {
     },
 
     /// No preset has this name.
-    #[error("there is no preset {name:?}; did you mean {nearest:?}? The presets are: {known}")]
+    #[error(
+        "there is no preset {name:?}; did you mean {nearest:?}? A preset is a method, most of \
+         them with a budget of visual tokens (reroute-pdrop@192); the methods are: {methods}"
+    )]
     UnknownPreset {
         /// The name asked for.
         name: String,
         /// The preset whose name is spelt most alike.
         nearest: String,
-        /// All names, separated by commas.
-        known: String,
+        /// All methods, separated by commas.
+        methods: String,
     },
 
     /// A preset's decision layers, rescaled to a shallow model, fall together or off its end.

@@ -146,15 +146,15 @@ pub fn presets() -> impl Iterator<Item = Preset> {
 /// The preset of this name.
 ///
 /// # Errors
-/// [`ReducerError::UnknownPreset`], with the nearest name and all names.
+/// [`ReducerError::UnknownPreset`], with the nearest name and all methods.
 pub fn find(name: &str) -> Result<Preset, ReducerError> {
     presets().find(|preset| preset.name == name).ok_or_else(|| {
-        let known: Vec<String> = presets().map(|preset| preset.name).collect();
-        let nearest = known.iter().min_by_key(|known| edit_distance(known, name));
+        let nearest = presets().min_by_key(|preset| edit_distance(&preset.name, name));
+        let methods: Vec<&str> = methods().map(|method| method.name).collect();
         ReducerError::UnknownPreset {
             name: name.to_owned(),
-            nearest: nearest.cloned().unwrap_or_default(),
-            known: known.join(", "),
+            nearest: nearest.map(|preset| preset.name).unwrap_or_default(),
+            methods: methods.join(", "),
         }
     })
 }
@@ -309,14 +309,14 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_name_gets_a_suggestion_and_the_list() {
+    fn an_unknown_name_gets_a_suggestion_and_the_methods() {
         let message = find("reroute-pdorp@128").unwrap_err().to_string();
         assert!(
             message.contains("did you mean \"reroute-pdrop@128\""),
             "{message}"
         );
         assert!(
-            presets().all(|preset| message.contains(&preset.name)),
+            super::methods().all(|method| message.contains(method.name)),
             "{message}"
         );
         assert!(find("").is_err());

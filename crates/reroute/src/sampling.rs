@@ -77,10 +77,16 @@ impl SamplingOptions {
     /// # Errors
     /// [`RerouteError::TokenId`], [`RerouteError::Sampling`]
     pub fn check_vocabulary(&self, vocab_size: usize) -> Result<(), RerouteError> {
-        let biased = self.logit_bias.iter().map(|&(id, _)| id);
-        let allowed = self.allowed_tokens.iter().flatten().copied();
-        if let Some(id) = biased.chain(allowed).find(|&id| id as usize >= vocab_size) {
-            return Err(RerouteError::TokenId { id, vocab_size });
+        let biased = self.logit_bias.iter().map(|&(id, _)| ("logit_bias", id));
+        let allowed = self.allowed_tokens.iter().flatten();
+        let allowed = allowed.map(|&id| ("allowed_tokens", id));
+        let mut ids = biased.chain(allowed);
+        if let Some((option, id)) = ids.find(|&(_, id)| id as usize >= vocab_size) {
+            return Err(RerouteError::Sampling {
+                option,
+                range: "of ids that the model's vocabulary has",
+                value: id.to_string(),
+            });
         }
         if self.logit_bias.is_empty() && self.allowed_tokens.is_none() {
             return Ok(());

@@ -46,6 +46,8 @@ pub struct Answer {
     pub logits: Vec<Vec<f32>>,
     /// Why generation ended.
     pub finish: FinishReason,
+    /// The stop string that ended it.
+    pub stopped_by: Option<String>,
     /// Rows of the prompt; in a conversation, of all of it.
     pub prompt_rows: usize,
     /// Visual tokens of the prompt, after a reduction before the decoder.

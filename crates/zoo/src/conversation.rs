@@ -27,6 +27,7 @@ pub struct Conversation<'a, B: Backend> {
     session: Session<'a, B>,
     plan: Plan,
     options: GenerationOptions,
+    stop: Vec<String>,
     turns: Vec<Turn>,
     past: Option<Past<B>>,
 }
@@ -38,9 +39,22 @@ impl<'a, B: Backend> Conversation<'a, B> {
             session: vlm.single(SessionOptions::default().cache_bytes),
             plan: plan.into(),
             options,
+            stop: Vec::new(),
             turns: Vec::new(),
             past: None,
         }
+    }
+
+    /// The same after a system prompt.
+    pub fn with_system(mut self, text: impl Into<String>) -> Self {
+        self.turns = vec![Turn::text(Role::System, text)];
+        self
+    }
+
+    /// The same where an answer ends before the first of these.
+    pub fn with_stop(mut self, strings: impl Into<Vec<String>>) -> Self {
+        self.stop = strings.into();
+        self
     }
 
     /// Asks the next question. `on_text` receives the answer piece by piece as it is generated.
@@ -62,6 +76,7 @@ impl<'a, B: Backend> Conversation<'a, B> {
         let request = Request {
             past,
             keep_past: true,
+            stop: self.stop.clone(),
             ..Request::new(turns.clone(), self.plan.clone(), self.options.clone())
         };
         let (answer, past) = self.session.serve(request, on_text)?;

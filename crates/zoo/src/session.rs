@@ -35,8 +35,8 @@
 //!
 //! A step runs a few layers of the prefill that is on its way, and one token of every answer that goes on.
 //! A prompt is never cut between its rows, because a decision ranks all of them; so running answers wait a
-//! few layers, never a prefill. Pictures are another matter: each request's are preprocessed when it is
-//! admitted, and go through the tower in one step.
+//! few layers, never a prefill. Pictures go through the tower one a step. They are preprocessed when a
+//! request is admitted, under a [`Service`] in the thread that asks.
 //!
 //! A request may borrow its plan or scorer, which then must outlive the session; owned ones (`plan.clone()`,
 //! an `Arc`) need not.
@@ -53,6 +53,7 @@
 //! *reroute* as [`Decoder::resume`](reroute::Decoder::resume) says, under *remove* up to the first picture.
 
 mod answering;
+mod desk;
 mod event;
 mod memory;
 mod outgoing;
@@ -65,15 +66,17 @@ mod run;
 mod service;
 
 use std::collections::VecDeque;
+use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use burn::tensor::backend::Backend;
 use reroute::{Batch, FinishReason, Prefilling};
 
-use crate::{Answer, Vlm, ZooError};
+use crate::{Answer, VisualTokens, Vlm, ZooError};
 use answering::{Answering, Prefilled};
+use desk::{Desk, Ready};
 use memory::Need;
-use pictures::{Pictures, Shown};
 use prefixes::Prefixes;
 
 pub use event::{Event, RequestId};
@@ -116,26 +119,26 @@ impl Default for SessionOptions {
 /// One running batch; see the [module](self).
 pub struct Session<'v, B: Backend> {
     vlm: &'v Vlm<B>,
-    options: SessionOptions,
-    /// Bytes of the weights.
-    weights: u64,
+    desk: Arc<Desk<B>>,
     requests: u64,
     waiting: VecDeque<Waiting<'v, B>>,
     prefilling: Option<Underway<'v, B>>,
     batch: Batch<B>,
     /// One for each answer of the batch.
     answers: Vec<Answering<'v>>,
-    pictures: Pictures<B>,
     prefixes: Prefixes<B>,
 }
 
 /// A request that is to be prefilled.
 struct Waiting<'v, B: Backend> {
     id: RequestId,
-    request: Request<'v, B>,
-    ids: Vec<u32>,
-    shown: Vec<Shown>,
-    need: Need,
+    ready: Ready<'v, B>,
+    /// How many of its pictures are seen.
+    seen: usize,
+    /// Their tokens.
+    tokens: VisualTokens<B>,
+    /// What that took.
+    vision: Duration,
 }
 
 /// A request that is being prefilled.
@@ -155,33 +158,25 @@ impl<'v, B: Backend> Session<'v, B> {
     /// # Errors
     /// [`ZooError::Memory`] if not even the weights fit.
     pub fn new(vlm: &'v Vlm<B>, options: SessionOptions) -> Result<Self, ZooError> {
-        let weights = memory::weights(vlm);
-        if let Some(limit) = options.memory.filter(|limit| weights > limit.bytes) {
-            return Err(ZooError::Memory {
-                needed: weights,
-                what: "the weights",
-                available: limit.bytes,
-            });
-        }
-        Ok(Self {
-            weights,
-            ..Self::unlimited(vlm, options)
-        })
+        Ok(Self::at(vlm, Desk::new(vlm, options)?))
     }
 
     /// The same where nobody counts memory.
     pub(crate) fn unlimited(vlm: &'v Vlm<B>, options: SessionOptions) -> Self {
+        Self::at(vlm, Desk::unlimited(vlm, options))
+    }
+
+    /// Runs what was made ready at this desk.
+    fn at(vlm: &'v Vlm<B>, desk: Arc<Desk<B>>) -> Self {
         Self {
-            weights: 0,
             requests: 0,
             waiting: VecDeque::new(),
             prefilling: None,
             batch: Batch::new(vlm.model().decoder()),
             answers: Vec::new(),
-            pictures: Pictures::new(vlm, options.cache_bytes),
-            prefixes: Prefixes::new(options.cache_bytes),
+            prefixes: Prefixes::new(desk.options.cache_bytes),
             vlm,
-            options,
+            desk,
         }
     }
 
@@ -192,14 +187,23 @@ impl<'v, B: Backend> Session<'v, B> {
     /// What is wrong with the request; [`ZooError::Memory`] if it could never fit, with the figures;
     /// [`ZooError::Busy`] if too many wait.
     pub fn admit(&mut self, request: Request<'v, B>) -> Result<RequestId, ZooError> {
-        if self.waiting.len() >= self.options.max_waiting.max(1) {
-            let waiting = self.waiting.len();
-            return Err(ZooError::Busy { waiting });
-        }
-        let waiting = self.prepare(request)?;
-        let id = waiting.id;
-        self.waiting.push_back(waiting);
-        Ok(id)
+        self.desk.check_room(self.waiting.len())?;
+        let ready = self.desk.prepare(self.vlm, request)?;
+        Ok(self.take(ready))
+    }
+
+    /// Takes a request that was made ready at its desk.
+    fn take(&mut self, ready: Ready<'v, B>) -> RequestId {
+        self.requests += 1;
+        let id = RequestId(self.requests);
+        self.waiting.push_back(Waiting {
+            id,
+            ready,
+            seen: 0,
+            tokens: VisualTokens::default(),
+            vision: Duration::ZERO,
+        });
+        id
     }
 
     /// Whether nothing is left to do.
@@ -217,15 +221,16 @@ impl<'v, B: Backend> Session<'v, B> {
     pub fn bytes(&self) -> u64 {
         let cache = self.batch.cache();
         let running = (0..cache.samples()).map(|sample| cache.allocated_bytes(sample));
-        running.sum::<u64>() + self.pictures.bytes() + self.prefixes.bytes()
+        running.sum::<u64>() + self.desk.pictures.bytes() + self.prefixes.bytes()
     }
 
-    /// Goes on: starts what fits, runs a few layers of a prefill, and a token of every answer.
+    /// Goes on: sees a picture, starts what fits or runs a few layers of a prefill, and a token of every
+    /// answer.
     ///
     /// A device that does not answer fails everything that runs; requests that wait may still be served.
     pub fn step(&mut self) -> Vec<Event<B>> {
         let mut events = Vec::new();
-        self.advance(self.options.layers_per_step.max(1), &mut events);
+        self.advance(self.desk.options.layers_per_step.max(1), &mut events);
         self.decode(&mut events);
         self.make_room(Need::default());
         events
@@ -255,7 +260,7 @@ impl<'v, B: Backend> Session<'v, B> {
         let mut events = Vec::new();
         loop {
             self.advance(usize::MAX, &mut events);
-            if self.waiting.is_empty() || self.prefilling.is_none() && !self.has_room() {
+            if self.prefilling.is_none() && !self.has_room() {
                 return events;
             }
         }
@@ -276,6 +281,17 @@ impl<'v, B: Backend> Session<'v, B> {
             }
         }
         answers
+    }
+}
+
+impl<B: Backend> fmt::Debug for Session<'_, B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut session = f.debug_struct("Session");
+        let (waiting, answers) = self.load();
+        session
+            .field("waiting", &waiting)
+            .field("answers", &answers);
+        session.finish_non_exhaustive()
     }
 }
 

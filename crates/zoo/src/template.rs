@@ -319,9 +319,15 @@ impl ChatTemplate {
         let template = self.environment.get_template("chat");
         let rendered =
             template.and_then(|template| template.render_captured_to(values, &mut output));
-        rendered.map_err(|source| ZooError::Template {
-            name: self.name.clone(),
-            source,
+        rendered.map_err(|source| match source.kind() {
+            minijinja::ErrorKind::OutOfFuel => self.unusable(
+                "ran out of fuel: it takes too many steps for these messages; shorten them, or replace \
+                 it by the one published with the model if short ones do not help",
+            ),
+            _ => ZooError::Template {
+                name: self.name.clone(),
+                source,
+            },
         })?;
         String::from_utf8(output.0).map_err(|_| self.unusable("renders text that is not UTF-8"))
     }

@@ -1,3 +1,4 @@
+use std::fmt;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -316,6 +317,15 @@ impl<B: Backend> Vlm<B> {
         let prompt = self.prompt_of(question, routing.encoder.as_ref())?;
         let decoder = self.model.decoder();
         Ok(decoder.drift(routing.scorer.as_deref(), &prompt, &routing.schedule)?)
+    }
+}
+
+impl<B: Backend> fmt::Debug for Vlm<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut vlm = f.debug_struct("Vlm");
+        vlm.field("config", &self.config)
+            .field("dtype", &self.dtype);
+        vlm.finish_non_exhaustive()
     }
 }
 

@@ -25,9 +25,7 @@ fn memory_is_counted_before_it_is_taken() {
         }),
         ..Default::default()
     };
-    let error = Session::new(&BUILT_IN, limit(1 << 10))
-        .err()
-        .expect("no room for weights");
+    let error = Session::new(&BUILT_IN, limit(1 << 10)).expect_err("no room for weights");
     assert!(
         matches!(
             error,
@@ -136,18 +134,44 @@ fn a_request_can_be_cancelled_at_any_step() {
 /// A system prompt and what was said before are part of the request.
 #[test]
 fn a_restored_conversation_is_the_conversation() {
-    let mut conversation = reroute_zoo::Conversation::new(&BUILT_IN, Schedule::dense(), options(8));
+    let conversation = reroute_zoo::Conversation::new(&BUILT_IN, Schedule::dense(), options(8));
+    let mut conversation = conversation.with_system("Be brief.");
     let first = Question::about(vec![read_image(&scene("063"))], "find the cross");
     let said = conversation.ask(&first, |_| {}).unwrap();
     let second = Question::about(Vec::new(), "find the square");
     let continued = conversation.ask(&second, |_| {}).unwrap();
     let turns = vec![
+        Turn::text(Role::System, "Be brief."),
         Turn::from(&first),
         Turn::text(Role::Assistant, said.text),
         Turn::from(&second),
     ];
     let restored = alone(Request::new(turns, Schedule::dense(), options(8))).remove(0);
     assert_eq!(restored.tokens, continued.tokens);
+}
+
+/// A running answer gets a token beside every picture that the tower sees, and beside every layer.
+#[test]
+fn pictures_go_through_the_tower_one_a_step() {
+    let mut session = session(SessionOptions {
+        layers_per_step: 1,
+        ..Default::default()
+    });
+    let running = session.admit(request(turn(&[], "find the cross"), "dense", 200));
+    let running = running.unwrap();
+    while session.load() != (0, 1) {
+        session.step();
+    }
+    let pictures = turn(&SCENES[..4], "find the square");
+    let asked = session.admit(request(pictures, "dense", 1)).unwrap();
+    let layers = BUILT_IN.config().decoder().num_layers;
+    for step in 0..4 + layers {
+        let events = session.step();
+        let of = |id| events.iter().filter(move |event| event.id() == id).count();
+        assert_eq!(of(running), 1, "step {step}");
+        let is_last = step == 3 + layers;
+        assert_eq!(of(asked) > 0, is_last, "step {step}");
+    }
 }
 
 /// Threads ask one service.

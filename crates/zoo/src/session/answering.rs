@@ -84,8 +84,10 @@ impl<'v> Answering<'v> {
         self.flush();
         let prefilled = &*self.prefilled;
         let (cells, trace) = (prefilled.cells(), prefilled.trace.clone());
+        let (text, stopped_by) = self.outgoing.into_text();
         Answer {
-            text: self.outgoing.into_text(),
+            text,
+            stopped_by,
             tokens: generation.tokens,
             logprobs: generation.logprobs,
             logits: generation.logits,

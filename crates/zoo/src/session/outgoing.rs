@@ -6,7 +6,8 @@ pub(super) struct Outgoing {
     held: String,
     /// What has gone out.
     text: String,
-    stopped: bool,
+    /// The stop string that has come.
+    stopped_by: Option<String>,
 }
 
 impl Outgoing {
@@ -21,23 +22,24 @@ impl Outgoing {
 
     /// Whether a stop string has come.
     pub(super) fn stopped(&self) -> bool {
-        self.stopped
+        self.stopped_by.is_some()
     }
 
-    /// All that has gone out.
-    pub(super) fn into_text(self) -> String {
-        self.text
+    /// All that has gone out, and the stop string that ended it.
+    pub(super) fn into_text(self) -> (String, Option<String>) {
+        (self.text, self.stopped_by)
     }
 
     /// What goes out when this comes.
     pub(super) fn push(&mut self, piece: &str) -> String {
-        if self.stopped {
+        if self.stopped() {
             return String::new();
         }
         self.held.push_str(piece);
-        let first = self.stops.iter().filter_map(|stop| self.held.find(stop));
-        if let Some(at) = first.min() {
-            self.stopped = true;
+        let found = |stop| Some((self.held.find(stop)?, stop));
+        let found = self.stops.iter().filter_map(found);
+        if let Some((at, stop)) = found.min_by_key(|&(at, _)| at) {
+            self.stopped_by = Some(stop.clone());
             self.held.truncate(at);
             return self.release(at);
         }
@@ -83,7 +85,7 @@ mod tests {
         let mut sent: Vec<String> = pieces.iter().map(|piece| outgoing.push(piece)).collect();
         sent.push(outgoing.finish());
         assert_eq!(sent.concat(), outgoing.text);
-        (sent, outgoing.stopped)
+        (sent, outgoing.stopped())
     }
 
     #[test]

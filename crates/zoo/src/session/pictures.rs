@@ -1,4 +1,5 @@
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use burn::tensor::backend::Backend;
 use reducers::encoder::Tap;
@@ -11,11 +12,19 @@ use crate::{EncoderStep, Prepared, View, Visual, VisualTokens, Vlm, ZooError};
 /// What a picture is, how it is preprocessed, which tower sees it, and how it is reduced for what.
 pub(super) type PictureKey = [u8; 32];
 
+/// Most bytes of pixels that wait for the tower; those beyond are made again when it is their turn.
+const MAX_WAITING_BYTES: u64 = 256 << 20;
+
+/// Pictures by their keys: how they are seen, and what the tower made of them.
+type Seen<B> = Recent<PictureKey, (View, VisualTokens<B>)>;
+
 /// How pictures are seen, and what the tower made of those that were seen last.
 pub(super) struct Pictures<B: Backend> {
-    seen: Recent<PictureKey, (View, VisualTokens<B>)>,
+    seen: Mutex<Seen<B>>,
     /// What all keys have in common: the preprocessing and the tower.
     tower: PictureKey,
+    /// Bytes of pixels that wait for the tower.
+    waiting: Arc<AtomicU64>,
 }
 
 /// An image or a video of a request.
@@ -24,24 +33,31 @@ pub(super) struct Shown {
     pub(super) view: View,
     visual: Arc<Visual>,
     /// Pixels for the tower, unless it has seen them.
-    prepared: Option<Prepared>,
+    pixels: Option<Pixels>,
     /// What is said beside it.
     text: String,
     /// Whether the key says all that its tokens depend on.
     known: bool,
 }
 
+/// Pixels that wait, and count while they do.
+struct Pixels {
+    prepared: Prepared,
+    _counted: Counted,
+}
+
+struct Counted {
+    bytes: u64,
+    waiting: Arc<AtomicU64>,
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.waiting.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
 impl Shown {
-    /// Bytes of pixels that wait for the tower.
-    pub(super) fn waiting_bytes(&self) -> u64 {
-        self.prepared.as_ref().map_or(0, Prepared::bytes)
-    }
-
-    /// Forgets the pixels: they are made again when they are wanted.
-    pub(super) fn forget_pixels(&mut self) {
-        self.prepared = None;
-    }
-
     /// Whether its key says all that its tokens depend on.
     pub(super) fn is_known(&self) -> bool {
         self.known
@@ -57,24 +73,30 @@ impl<B: Backend> Pictures<B> {
             vlm.config().encoder()
         ));
         Self {
-            seen: Recent::new(most_bytes),
+            seen: Mutex::new(Recent::new(most_bytes)),
             tower: hash.finalize().into(),
+            waiting: Arc::default(),
         }
     }
 
     pub(super) fn bytes(&self) -> u64 {
-        self.seen.bytes()
+        self.seen().bytes()
     }
 
     /// Forgets the oldest until no more than so many bytes are left.
-    pub(super) fn shrink(&mut self, bytes: u64) {
-        self.seen.shrink(bytes);
+    pub(super) fn shrink(&self, bytes: u64) {
+        self.seen().shrink(bytes);
+    }
+
+    /// Nothing of a caller's runs under the lock, so that it is whole whatever has panicked.
+    fn seen(&self) -> MutexGuard<'_, Seen<B>> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Preprocesses what the tower has not seen yet. Without `keyed` nobody asks for it again, so that it is
     /// told from no other.
     pub(super) fn show(
-        &mut self,
+        &self,
         vlm: &Vlm<B>,
         visual: &Arc<Visual>,
         text: &str,
@@ -85,59 +107,57 @@ impl<B: Backend> Pictures<B> {
             true => self.key(vlm, visual, text, step)?,
             false => (PictureKey::default(), false),
         };
-        let seen = self.seen.get(&key).filter(|_| known);
-        let (view, prepared) = match seen {
-            Some((view, _)) => (view.clone(), None),
+        let seen = known.then(|| self.seen().get(&key).map(|(view, _)| view.clone()));
+        let (view, pixels) = match seen.flatten() {
+            Some(view) => (view, None),
             None => {
                 let (view, prepared) = vlm.preprocessor().prepare(visual)?;
-                (view, Some(prepared))
+                (view, self.wait(prepared))
             }
         };
         Ok(Shown {
             key,
             view,
-            prepared,
+            pixels,
             known,
             visual: visual.clone(),
             text: text.into(),
         })
     }
 
-    /// The visual tokens of pictures, in order.
-    pub(super) fn see(
-        &mut self,
-        vlm: &Vlm<B>,
-        shown: Vec<Shown>,
-        step: Option<&EncoderStep<'_, B>>,
-    ) -> Result<VisualTokens<B>, ZooError> {
-        let mut all = VisualTokens::default();
-        for shown in shown {
-            all = all.followed_by(self.see_one(vlm, shown, step)?)?;
-        }
-        Ok(all)
+    /// Pixels that wait, unless too many do.
+    fn wait(&self, prepared: Prepared) -> Option<Pixels> {
+        let (bytes, waiting) = (prepared.bytes(), self.waiting.clone());
+        let before = waiting.fetch_add(bytes, Ordering::Relaxed);
+        let _counted = Counted { bytes, waiting };
+        let pixels = Pixels { prepared, _counted };
+        (before.saturating_add(bytes) <= MAX_WAITING_BYTES).then_some(pixels)
     }
 
-    fn see_one(
-        &mut self,
+    /// The visual tokens of a picture, whose pixels are then forgotten.
+    pub(super) fn see(
+        &self,
         vlm: &Vlm<B>,
-        shown: Shown,
+        shown: &mut Shown,
         step: Option<&EncoderStep<'_, B>>,
     ) -> Result<VisualTokens<B>, ZooError> {
-        if let Some((_, tokens)) = self.seen.get(&shown.key).filter(|_| shown.known) {
-            return Ok(tokens.clone());
+        let pixels = shown.pixels.take();
+        let seen = { shown.known }.then(|| self.seen().get(&shown.key).cloned());
+        if let Some((_, tokens)) = seen.flatten() {
+            return Ok(tokens);
         }
-        let prepared = match shown.prepared {
-            Some(prepared) => prepared,
+        let prepared = match pixels {
+            Some(pixels) => pixels.prepared,
             // It has been forgotten since.
             None => vlm.preprocessor().prepare(&shown.visual)?.1,
         };
-        let views = [shown.view];
+        let views = [shown.view.clone()];
         let mut tokens = vlm.see(&views, vec![prepared], &[&shown.text], step)?;
         tokens.features = None;
         let [view] = views;
         if shown.known {
             let bytes = bytes(&tokens);
-            self.seen.insert(shown.key, (view, tokens.clone()), bytes);
+            self.seen().insert(shown.key, (view, tokens.clone()), bytes);
         }
         Ok(tokens)
     }

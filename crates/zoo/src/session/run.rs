@@ -2,23 +2,20 @@
 
 use std::mem;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use burn::tensor::backend::Backend;
-use reducers::{Action, Positions, Rest, Score, Stage};
+use reducers::{Positions, Score, Stage};
 use reroute::{FinishReason, KvCache, RerouteError};
 
 use super::answering::{Answering, Prefilled};
+use super::desk::Ready;
 use super::memory::Need;
 use super::past::{Past, rows};
 use super::pictures::Shown;
-use super::{Event, Request, RequestId, Session, Underway, Waiting};
-use crate::messages::Role;
+use super::{Event, RequestId, Session, Underway, Waiting};
 use crate::vlm::sample;
 use crate::{Answer, Timings, View, ZooError};
-
-/// Most bytes of pixels that wait for the tower; those beyond are made again when it is their turn.
-const MAX_WAITING_BYTES: u64 = 256 << 20;
 
 /// Whether a decision is by chance: it would fall otherwise among other rows.
 fn draws(stage: &Stage) -> bool {
@@ -26,126 +23,19 @@ fn draws(stage: &Stage) -> bool {
 }
 
 impl<'v, B: Backend> Session<'v, B> {
-    /// Preprocesses a request and counts what it needs.
-    pub(super) fn prepare(&mut self, request: Request<'v, B>) -> Result<Waiting<'v, B>, ZooError> {
-        let vlm = self.vlm;
-        if request.answers == 0 || request.answers > self.options.max_answers {
-            return Err(ZooError::Answers {
-                asked: request.answers,
-                most: self.options.max_answers,
-            });
-        }
-        if request
-            .turns
-            .last()
-            .is_none_or(|turn| turn.role != Role::User)
-        {
-            return Err(ZooError::Turns);
-        }
-        let foreign = |past: &Past<B>| past.model != vlm.identity();
-        if request.past.as_ref().is_some_and(foreign) {
-            return Err(ZooError::Past);
-        }
-        let sampling = &request.options.sampling;
-        sampling.validate()?;
-        sampling.check_vocabulary(vlm.config().decoder().vocab_size)?;
-        let step = request.routing.encoder.as_ref();
-        let keyed = self.options.cache_bytes > 0 || request.keep_past || request.past.is_some();
-        let mut shown = Vec::new();
-        for turn in &request.turns {
-            let text = turn.said();
-            for visual in turn.visuals() {
-                shown.push(self.pictures.show(vlm, visual, &text, step, keyed)?);
-            }
-        }
-        let views: Vec<View> = shown.iter().map(|shown| shown.view.clone()).collect();
-        let mut seen = views.iter();
-        let messages = request.turns.iter().map(|turn| turn.message(&mut seen));
-        let messages: Vec<_> = messages.collect();
-        let ids = vlm.encode_messages(&messages, &views)?;
-        let (available, limit) = vlm.config().decoder().context();
-        if ids.len() > available && request.routing.encoder.is_none() {
-            return Err(ZooError::Reroute(RerouteError::ContextLength {
-                needed: ids.len(),
-                available,
-                limit,
-            }));
-        }
-        let need = self.need(&request, ids.len(), &views);
-        if let Some(limit) = self.options.memory
-            && self.weights.saturating_add(need.total()) > limit.bytes
-        {
-            return Err(ZooError::Memory {
-                needed: need.total(),
-                what: "this request",
-                available: limit.bytes - self.weights,
-            });
-        }
-        let pixels = self.waiting.iter().flat_map(|waiting| &waiting.shown);
-        let pixels: u64 = pixels.map(Shown::waiting_bytes).sum();
-        if pixels > MAX_WAITING_BYTES {
-            shown.iter_mut().for_each(Shown::forget_pixels);
-        }
-        self.requests += 1;
-        Ok(Waiting {
-            id: RequestId(self.requests),
-            request,
-            ids,
-            shown,
-            need,
-        })
-    }
-
-    /// What a request needs; nothing if nobody counts.
-    fn need(&self, request: &Request<'v, B>, rows: usize, views: &[View]) -> Need {
-        let Some(limit) = self.options.memory else {
-            return Need::default();
-        };
-        let keep = request.routing.encoder.as_ref();
-        let keep = keep.filter(|step| step.rest == Rest::Drop);
-        let entering = |view: &View| {
-            let tokens = view.token_count();
-            keep.map_or(tokens, |step| step.keep.count(tokens))
-        };
-        let entering = views.iter().map(entering).fold(0, usize::saturating_add);
-        // Beyond the context nothing is generated.
-        let room = self.vlm.config().decoder().context().0;
-        let new_tokens = request
-            .options
-            .max_new_tokens
-            .min(room.saturating_sub(rows) + 1);
-        let answers = (request.answers, new_tokens);
-        let keep_pool = self.keeps_pool(request);
-        let prompt = (rows, views, entering);
-        Need::of(
-            self.vlm,
-            &limit,
-            prompt,
-            &request.routing.schedule,
-            answers,
-            keep_pool,
-        )
-    }
-
-    /// Whether a prefill keeps what a later one chooses from.
-    fn keeps_pool(&self, request: &Request<'v, B>) -> bool {
-        let later = request.keep_past || self.options.cache_bytes > 0;
-        later && request.routing.schedule.action() == Action::Reroute
-    }
-
     /// Whether a further request may start, as far as its answers go.
     pub(super) fn has_room(&self) -> bool {
         let Some(next) = self.waiting.front() else {
             return false;
         };
         let running = self.answers.len();
-        running.saturating_add(next.request.answers) <= self.options.max_answers
-            && self.fits(next.need)
+        running.saturating_add(next.ready.request.answers) <= self.desk.max_answers()
+            && self.fits(next.ready.need)
     }
 
     /// Whether what runs leaves room for more, caches forgotten.
     fn fits(&self, need: Need) -> bool {
-        let Some(limit) = self.options.memory else {
+        let Some(limit) = self.desk.options.memory else {
             return true;
         };
         self.reserved().saturating_add(need.total()) <= limit.bytes
@@ -159,16 +49,24 @@ impl<'v, B: Backend> Session<'v, B> {
         let running = running.map(|answer| answer.prefilled.most_bytes);
         running
             .chain(underway)
-            .fold(self.weights, u64::saturating_add)
+            .fold(self.desk.weights, u64::saturating_add)
     }
 
-    /// Starts the next request if there is room, and runs layers of the one that is on its way.
+    /// Sees a picture of the next request if there is room for it, or starts it if there is none left to be
+    /// seen, or runs layers of the one that is on its way.
     pub(super) fn advance(&mut self, layers: usize, events: &mut Vec<Event<B>>) {
         while self.prefilling.is_none()
             && self.has_room()
-            && let Some(waiting) = self.waiting.pop_front()
+            && let Some(mut waiting) = self.waiting.pop_front()
         {
             let id = waiting.id;
+            if waiting.seen < waiting.ready.shown.len() {
+                match self.see_next(&mut waiting) {
+                    Ok(()) => self.waiting.push_front(waiting),
+                    Err(error) => events.push(Event::Failed { id, error }),
+                }
+                return;
+            }
             match self.start(waiting) {
                 Ok(underway) => self.prefilling = Some(underway),
                 Err(error) => events.push(Event::Failed { id, error }),
@@ -189,30 +87,45 @@ impl<'v, B: Backend> Session<'v, B> {
         }
     }
 
-    /// Sees the pictures, and looks for what is known of the prompt.
+    /// Sees one more picture.
+    fn see_next(&mut self, waiting: &mut Waiting<'v, B>) -> Result<(), ZooError> {
+        self.make_room(waiting.ready.need);
+        let started = Instant::now();
+        let shown = &mut waiting.ready.shown[waiting.seen];
+        let step = waiting.ready.request.routing.encoder.as_ref();
+        let tokens = self.desk.pictures.see(self.vlm, shown, step)?;
+        let before = mem::take(&mut waiting.tokens);
+        waiting.tokens = before.followed_by(tokens)?;
+        waiting.seen += 1;
+        let mut elapsed = Duration::ZERO;
+        self.vlm.finish(started, &mut elapsed);
+        waiting.vision += elapsed;
+        Ok(())
+    }
+
+    /// Packs the prompt of a request whose pictures are seen, and looks for what is known of it.
     fn start(&mut self, waiting: Waiting<'v, B>) -> Result<Underway<'v, B>, ZooError> {
         let Waiting {
             id,
+            ready,
+            tokens,
+            vision,
+            ..
+        } = waiting;
+        let Ready {
             mut request,
             ids,
             shown,
             need,
-        } = waiting;
+        } = ready;
         self.make_room(need);
         let vlm = self.vlm;
-        let mut timings = Timings::default();
-        let started = Instant::now();
         let keys: Vec<_> = shown
             .iter()
             .map(|shown| (shown.view.clone(), shown.key))
             .collect();
-        let is_shared = self.options.cache_bytes > 0 && shown.iter().all(Shown::is_known);
+        let is_shared = self.desk.options.cache_bytes > 0 && shown.iter().all(Shown::is_known);
         let views: Vec<View> = keys.iter().map(|(view, _)| view.clone()).collect();
-        let tokens = self
-            .pictures
-            .see(vlm, shown, request.routing.encoder.as_ref())?;
-        vlm.finish(started, &mut timings.vision);
-
         let started = Instant::now();
         let all = ([ids], [views]);
         let (prompt, mut kept) = vlm.prompt(&all.0, &all.1, &tokens)?;
@@ -231,7 +144,7 @@ impl<'v, B: Backend> Session<'v, B> {
             visual_tokens: layout.visual.len(),
             kept: tokens.kept,
             is_shared: is_shared
-                && !self.options.apart
+                && !self.desk.options.apart
                 && request.routing.scorer.is_none()
                 && !schedule.stages().iter().any(draws)
                 && schedule.positions() == Positions::Gap,
@@ -239,7 +152,10 @@ impl<'v, B: Backend> Session<'v, B> {
             most_bytes: need.kv,
             views,
             rows,
-            timings,
+            timings: Timings {
+                vision,
+                ..Timings::default()
+            },
             trace: Default::default(),
             kv_rows: Vec::new(),
             kv_bytes: Vec::new(),
@@ -262,7 +178,7 @@ impl<'v, B: Backend> Session<'v, B> {
             Some(cache) => cache,
             None => KvCache::new(decoder.layers().len(), 1)?,
         };
-        let keep_pool = self.keeps_pool(&request);
+        let keep_pool = self.desk.keeps_pool(&request);
         let prefilling = decoder.begin(cache, prompt, schedule, keep_pool)?;
         Ok(Underway {
             id,
@@ -277,13 +193,14 @@ impl<'v, B: Backend> Session<'v, B> {
 
     /// Forgets what was kept for requests to come, as far as those that run, and one more, need the memory.
     pub(super) fn make_room(&mut self, need: Need) {
-        let Some(limit) = self.options.memory else {
+        let Some(limit) = self.desk.options.memory else {
             return;
         };
         let taken = self.reserved().saturating_add(need.total());
         let left = limit.bytes.saturating_sub(taken);
-        self.pictures.shrink(left / 2);
-        self.prefixes.shrink(left - self.pictures.bytes());
+        let pictures = &self.desk.pictures;
+        pictures.shrink(left / 2);
+        self.prefixes.shrink(left.saturating_sub(pictures.bytes()));
     }
 
     /// The answers to a prefilled prompt begin.
@@ -324,7 +241,7 @@ impl<'v, B: Backend> Session<'v, B> {
         self.end(empty, events);
         let started = Instant::now();
         let decoder = self.vlm.model().decoder();
-        let chosen = match self.batch.step(decoder, self.options.apart) {
+        let chosen = match self.batch.step(decoder, self.desk.options.apart) {
             Ok(chosen) => chosen,
             Err(error) => return self.fail_all(error.to_string(), events),
         };

@@ -1,13 +1,15 @@
 use std::collections::HashMap;
+use std::fmt;
 use std::ops::Deref;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 
 use burn::tensor::backend::Backend;
 
+use super::desk::{Desk, Ready};
 use super::{Event, Request, RequestId, Session, SessionOptions};
 use crate::{Vlm, ZooError};
 
@@ -15,15 +17,35 @@ use crate::{Vlm, ZooError};
 ///
 /// When it is dropped, what runs is ended.
 pub struct Service<B: Backend> {
+    vlm: Arc<dyn Deref<Target = Vlm<B>> + Send + Sync>,
+    desk: Arc<Desk<B>>,
+    load: Arc<Load>,
     /// Behind a lock, so that every standard library shares it.
     inbox: Mutex<Option<Sender<Asked<B>>>>,
     closing: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
+/// How many requests and answers a service has.
+#[derive(Default)]
+struct Load {
+    /// Requests on their way to the session.
+    asked: AtomicUsize,
+    /// What [`Session::load`] said last.
+    waiting: AtomicUsize,
+    running: AtomicUsize,
+}
+
+impl Load {
+    fn waiting(&self) -> usize {
+        self.asked.load(Ordering::Relaxed) + self.waiting.load(Ordering::Relaxed)
+    }
+}
+
 /// A request on its way to the session, and back.
 struct Asked<B: Backend> {
-    request: Request<'static, B>,
+    ready: Ready<'static, B>,
+    answers: usize,
     events: Sender<Event<B>>,
     gone: Arc<AtomicBool>,
 }
@@ -45,51 +67,78 @@ impl<B: Backend> Service<B> {
     /// Those of [`Session::new`]; [`ZooError::Session`] if there can be no further thread.
     pub fn start<V>(vlm: V, options: SessionOptions) -> Result<Self, ZooError>
     where
-        V: Deref<Target = Vlm<B>> + Send + 'static,
+        V: Deref<Target = Vlm<B>> + Send + Sync + 'static,
     {
-        drop(Session::new(&vlm, options.clone())?);
+        let desk = Desk::new(&vlm, options)?;
+        let vlm: Arc<dyn Deref<Target = Vlm<B>> + Send + Sync> = Arc::new(vlm);
+        let load = Arc::new(Load::default());
         let (inbox, asked) = channel();
         let closing = Arc::new(AtomicBool::new(false));
-        let closed = closing.clone();
+        let (model, counter, told, closed) =
+            (vlm.clone(), desk.clone(), load.clone(), closing.clone());
         let run = move || {
-            while let Ok(session) = Session::new(&vlm, options.clone()) {
-                // A rule of the caller's own may panic: what runs has failed, and others are served again.
-                let served = AssertUnwindSafe(|| serve(session, &asked, &closed));
-                if catch_unwind(served).is_ok() {
-                    return;
-                }
-            }
+            // A rule of the caller's own may panic: what runs has failed, and others are served again.
+            let serve = || {
+                let session = Session::at(&model, counter.clone());
+                serve(session, &asked, &told, &closed)
+            };
+            while catch_unwind(AssertUnwindSafe(serve)).is_err() {}
         };
         let thread = thread::Builder::new().name("reroute-session".into());
         let thread = thread.spawn(run).map_err(|error| ZooError::Session {
             reason: error.to_string(),
         })?;
         Ok(Self {
+            vlm,
+            desk,
+            load,
             inbox: Mutex::new(Some(inbox)),
             closing,
             thread: Some(thread),
         })
     }
 
-    /// Asks. A request that is refused fails as its first event.
+    /// Asks. The request is preprocessed in the thread that calls; one that is refused fails as its first
+    /// event.
     pub fn ask(&self, request: Request<'static, B>) -> Answers<B> {
-        let (events, answers) = channel();
-        let left = request.answers.max(1);
+        let (events, received) = channel();
         let gone = Arc::new(AtomicBool::new(false));
-        let asked = Asked {
-            request,
-            events,
-            gone: gone.clone(),
-        };
+        let answers = request.answers;
+        let ready = self.desk.check_room(self.load.waiting());
+        match ready.and_then(|()| self.desk.prepare(&self.vlm, request)) {
+            Ok(ready) => self.send(Asked {
+                ready,
+                answers,
+                events,
+                gone: gone.clone(),
+            }),
+            Err(error) => {
+                let id = RequestId::none();
+                let _ = events.send(Event::Failed { id, error });
+            }
+        }
+        Answers {
+            events: received,
+            gone,
+            left: answers.max(1),
+        }
+    }
+
+    /// Requests that wait, and answers that are being generated, as of the last step.
+    pub fn load(&self) -> (usize, usize) {
+        (
+            self.load.waiting(),
+            self.load.running.load(Ordering::Relaxed),
+        )
+    }
+
+    fn send(&self, asked: Asked<B>) {
         if let Ok(inbox) = self.inbox.lock()
             && let Some(inbox) = &*inbox
         {
+            self.load.asked.fetch_add(1, Ordering::Relaxed);
+            // Without a thread behind it, its answers say so.
             let _ = inbox.send(asked);
-        }
-        Answers {
-            events: answers,
-            gone,
-            left,
         }
     }
 }
@@ -146,21 +195,36 @@ struct Listener<B: Backend> {
 fn serve<B: Backend>(
     mut session: Session<'_, B>,
     inbox: &Receiver<Asked<B>>,
+    load: &Load,
     closing: &AtomicBool,
 ) {
     let mut listeners: HashMap<RequestId, Listener<B>> = HashMap::new();
     loop {
-        // One a step: its pictures are preprocessed here, and running answers shall not wait for more.
-        let asked = match session.is_idle() {
-            true => inbox.recv().map_err(|_| TryRecvError::Disconnected),
-            false => inbox.try_recv(),
-        };
-        match asked {
-            _ if closing.load(Ordering::Relaxed) => return,
-            Ok(asked) if asked.gone.load(Ordering::Relaxed) => continue,
-            Ok(asked) => admit(&mut session, &mut listeners, asked),
-            Err(TryRecvError::Empty) => {}
-            Err(TryRecvError::Disconnected) => return,
+        let (waiting, running) = session.load();
+        load.waiting.store(waiting, Ordering::Relaxed);
+        load.running.store(running, Ordering::Relaxed);
+        loop {
+            let asked = match session.is_idle() {
+                true => inbox.recv().map_err(|_| TryRecvError::Disconnected),
+                false => inbox.try_recv(),
+            };
+            match asked {
+                _ if closing.load(Ordering::Relaxed) => return,
+                Ok(asked) => {
+                    load.asked.fetch_sub(1, Ordering::Relaxed);
+                    if !asked.gone.load(Ordering::Relaxed) {
+                        load.waiting.fetch_add(1, Ordering::Relaxed);
+                        let listener = Listener {
+                            events: asked.events,
+                            gone: asked.gone,
+                            answers: asked.answers,
+                        };
+                        listeners.insert(session.take(asked.ready), listener);
+                    }
+                }
+                Err(TryRecvError::Empty) => break,
+                Err(TryRecvError::Disconnected) => return,
+            }
         }
         listeners.retain(|&id, listener| {
             let stays = !listener.gone.load(Ordering::Relaxed);
@@ -189,29 +253,13 @@ fn serve<B: Backend>(
     }
 }
 
-fn admit<B: Backend>(
-    session: &mut Session<'_, B>,
-    listeners: &mut HashMap<RequestId, Listener<B>>,
-    asked: Asked<B>,
-) {
-    let Asked {
-        request,
-        events,
-        gone,
-    } = asked;
-    let answers = request.answers;
-    match session.admit(request) {
-        Ok(id) => {
-            let listener = Listener {
-                events,
-                gone,
-                answers,
-            };
-            listeners.insert(id, listener);
-        }
-        Err(error) => {
-            let id = RequestId::none();
-            let _ = events.send(Event::Failed { id, error });
-        }
+impl<B: Backend> fmt::Debug for Service<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut service = f.debug_struct("Service");
+        let (waiting, answers) = self.load();
+        service
+            .field("waiting", &waiting)
+            .field("answers", &answers);
+        service.finish_non_exhaustive()
     }
 }

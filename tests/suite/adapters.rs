@@ -1,6 +1,7 @@
 //! Low-rank adapters: beside the weights, in them, trained through a routed prefill, and on disk.
 
 mod files;
+mod program;
 
 use burn::module::{AutodiffModule, Module, ModuleMapper, ModuleVisitor, Param};
 use burn::optim::{AdamConfig, GradientsParams, Optimizer};

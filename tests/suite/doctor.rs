@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::program::{Scratch, fixture, refuses, report, scene};
 
 /// What the doctor says as JSON, and whether it found the patient well.
-fn doctor(flags: &[&str]) -> (Value, bool) {
+pub fn doctor(flags: &[&str]) -> (Value, bool) {
     let line = [&["reroute", "doctor", "--json"], flags].concat();
     let args = Args::try_parse_from(line).expect("good flags");
     let mut out = Vec::new();
@@ -220,7 +220,7 @@ fn a_remedy_is_for_what_the_user_has() {
         (
             adapter,
             "config.json",
-            &["adapter", "llava-hf/llava-1.5-7b-hf", "merge_and_unload"],
+            &["adapter", "llava-hf/llava-1.5-7b-hf", "--adapter"],
         ),
         (cache, "config.json", &["snapshots"]),
         (
@@ -252,9 +252,9 @@ fn a_remedy_is_for_what_the_user_has() {
             &["bitsandbytes", "dequantize"],
         ),
         (
-            quantised("awq"),
+            quantised("hqq"),
             "weights",
-            &["awq", "not supported", "--dtype f16"],
+            &["hqq", "not supported", "--dtype f16"],
         ),
     ] {
         let (report, well) = doctor(&["--model", &folder.path()]);

@@ -8,7 +8,7 @@ mod write;
 use std::collections::BTreeMap;
 
 pub use error::{AdapterError, AdapterMismatch};
-pub use read::{StoredAdapter, read_adapter};
+pub use read::{StoredAdapter, StoredChange, read_adapter};
 pub use write::{NewAdapter, write_adapter};
 
 use crate::NameTable;
@@ -26,6 +26,8 @@ const UNFINISHED_TENSORS: &str = "adapter_model.safetensors.partial";
 const PREFIX: &str = "base_model.model.";
 /// What PEFT puts behind it: first comes the factor that maps down to the rank.
 const SUFFIXES: [&str; 2] = [".lora_A.weight", ".lora_B.weight"];
+/// What it puts behind it for the lengths of rows, and what some versions do.
+const MAGNITUDES: [&str; 2] = [".lora_magnitude_vector", ".lora_magnitude_vector.weight"];
 
 /// An adapter that is going to be trained.
 #[derive(Debug, Clone, PartialEq)]

@@ -160,6 +160,7 @@ impl Descriptor {
             bytes: needed,
             shard: 0,
             offset,
+            coded: None,
         })
     }
 }

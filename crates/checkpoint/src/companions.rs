@@ -66,6 +66,13 @@ pub fn set_dtype(config: &mut Value, dtype: Dtype) {
     }
 }
 
+/// Takes out how weights are quantised: those that are written are not.
+pub fn forget_quantization(config: &mut Value) {
+    if let Value::Object(object) = config {
+        object.remove("quantization_config");
+    }
+}
+
 /// A JSON file, as people read it.
 pub fn json_bytes(value: &Value) -> Vec<u8> {
     let mut text = format!("{value:#}").into_bytes();

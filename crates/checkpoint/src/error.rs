@@ -68,14 +68,30 @@ pub enum CheckpointError {
 
     /// A file is not there.
     #[error(
-        "{folder} has no {}; is it a checkpoint folder, and the download complete?",
-        quoted(name)
+        "{folder} has no {}; is it a checkpoint folder, and the download complete?{}",
+        quoted(name),
+        finish(repository)
     )]
     MissingFile {
         /// The folder.
         folder: String,
         /// Name of the file.
         name: String,
+        /// The repository of the hub that the folder is a download of, if that is known.
+        repository: Option<String>,
+    },
+
+    /// A repository of the hub is not in the cache.
+    #[error(
+        "{repository} is no folder, and not in the Hugging Face cache {}; download it: \
+         hf download {repository}",
+        cache.display()
+    )]
+    NotCached {
+        /// Its owner and name.
+        repository: String,
+        /// The cache.
+        cache: PathBuf,
     },
 
     /// The name belongs to a folder or a device.
@@ -119,11 +135,26 @@ pub enum CheckpointError {
     /// The folder holds no weights.
     #[error(
         "{folder} has none of model.bpk, model.safetensors and model.safetensors.index.json; \
-         is the download complete?"
+         is the download complete?{}",
+        finish(repository)
     )]
     NoWeights {
         /// The folder.
         folder: String,
+        /// The repository of the hub that the folder is a download of, if that is known.
+        repository: Option<String>,
+    },
+
+    /// The weights are quantised in a way that is not known, or their parts do not fit.
+    #[error(
+        "{folder} is quantised (quantization_config in config.json), and {reason}; the checkpoint that it was made \
+         from opens"
+    )]
+    Quantised {
+        /// The folder.
+        folder: String,
+        /// What is wrong.
+        reason: String,
     },
 
     /// The folder holds weights only as pickle, which runs code when it is opened.
@@ -153,12 +184,17 @@ pub enum CheckpointError {
     },
 
     /// The index lists files that are not there.
-    #[error("{folder} lacks {} of its shards, {}; finish the download", shards.len(), some(shards))]
+    #[error(
+        "{folder} lacks {} of its shards, {}; finish the download{}",
+        shards.len(), some(shards), finish(repository)
+    )]
     MissingShards {
         /// The folder.
         folder: String,
         /// Names of the files.
         shards: Vec<String>,
+        /// The repository of the hub that the folder is a download of, if that is known.
+        repository: Option<String>,
     },
 
     /// There are shards of several sets, and nothing says which to open.
@@ -331,4 +367,10 @@ fn some(names: &[String]) -> String {
         shown.push("…".to_owned());
     }
     shown.join(", ")
+}
+
+/// The command that finishes a download.
+fn finish(repository: &Option<String>) -> String {
+    let command = |repository| format!(" (hf download {repository})");
+    repository.as_ref().map_or_else(String::new, command)
 }

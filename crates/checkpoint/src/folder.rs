@@ -3,11 +3,12 @@
 use std::fs::File;
 use std::io::{self, Cursor, ErrorKind, Read, Seek, SeekFrom};
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use serde::de::DeserializeOwned;
 
-use crate::CheckpointError;
+use crate::{CONFIG, CheckpointError, hub};
 
 /// Largest `config.json` and similar settings file that is read, in bytes.
 pub const CONFIG_MAX_BYTES: u64 = 1 << 20;
@@ -32,11 +33,51 @@ enum Place {
         /// Canonical; where the links of a Hugging Face cache snapshot point.
         blobs: Option<PathBuf>,
     },
-    Memory(&'static [(&'static str, &'static [u8])]),
+    Memory(Files),
+}
+
+/// Names and contents.
+#[derive(Debug, Clone)]
+enum Files {
+    Embedded(&'static [(&'static str, &'static [u8])]),
+    Owned(Arc<[(String, Bytes)]>),
+}
+
+impl Files {
+    fn iter(&self) -> impl Iterator<Item = (&str, Bytes)> {
+        let (embedded, owned) = match self {
+            Self::Embedded(files) => (*files, &[][..]),
+            Self::Owned(files) => (&[][..], &files[..]),
+        };
+        let embedded = embedded
+            .iter()
+            .map(|(name, bytes)| (*name, Bytes::Embedded(bytes)));
+        let owned = owned
+            .iter()
+            .map(|(name, bytes)| (name.as_str(), bytes.clone()));
+        embedded.chain(owned)
+    }
+}
+
+/// The contents of a file in memory.
+#[derive(Debug, Clone)]
+pub(crate) enum Bytes {
+    Embedded(&'static [u8]),
+    Owned(Arc<[u8]>),
+}
+
+impl AsRef<[u8]> for Bytes {
+    fn as_ref(&self) -> &[u8] {
+        match self {
+            Self::Embedded(bytes) => bytes,
+            Self::Owned(bytes) => bytes,
+        }
+    }
 }
 
 impl Folder {
-    /// Opens a folder on disk: a downloaded checkpoint, or a snapshot in the Hugging Face cache.
+    /// Opens a folder on disk: a downloaded checkpoint, a snapshot in the Hugging Face cache, or a
+    /// repository there (`models--owner--name`), which is its current snapshot.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, CheckpointError> {
         let given = path.as_ref().to_path_buf();
         let root = match given.canonicalize() {
@@ -49,27 +90,49 @@ impl Folder {
                 });
             }
         };
-        let snapshots = cache_snapshots(&root);
-        if !snapshots.is_empty() {
-            return Err(CheckpointError::CacheRoot {
-                path: given,
-                snapshots,
-            });
+        if !root.join(CONFIG).exists() {
+            if let Some(current) = hub::snapshots(&root).into_iter().next() {
+                return Self::open(current);
+            }
+            let snapshots = hub::all_snapshots(&root);
+            if !snapshots.is_empty() {
+                return Err(CheckpointError::CacheRoot {
+                    path: given,
+                    snapshots,
+                });
+            }
         }
-        let blobs = cache_blobs(&root);
+        let blobs = hub::blobs(&root);
         Ok(Self(Place::Disk { given, root, blobs }))
     }
 
     /// A folder inside the program: names and contents, as `include_bytes!` gives them.
     pub const fn embedded(files: &'static [(&'static str, &'static [u8])]) -> Self {
-        Self(Place::Memory(files))
+        Self(Place::Memory(Files::Embedded(files)))
+    }
+
+    /// A folder in memory: names and contents. Of equal names the first counts.
+    pub fn in_memory(files: impl IntoIterator<Item = (String, Vec<u8>)>) -> Self {
+        let owned = |(name, bytes): (String, Vec<u8>)| (name, Bytes::Owned(bytes.into()));
+        Self(Place::Memory(Files::Owned(
+            files.into_iter().map(owned).collect(),
+        )))
+    }
+
+    /// Where this folder lies on disk, links resolved; an embedded one does not.
+    pub fn root(&self) -> Option<&Path> {
+        match &self.0 {
+            Place::Disk { root, .. } => Some(root),
+            Place::Memory(_) => None,
+        }
     }
 
     /// Where this folder is, for messages.
     pub fn describe(&self) -> String {
         match &self.0 {
             Place::Disk { given, .. } => given.display().to_string(),
-            Place::Memory(_) => "the embedded checkpoint".to_owned(),
+            Place::Memory(Files::Embedded(_)) => "the embedded checkpoint".to_owned(),
+            Place::Memory(Files::Owned(_)) => "the checkpoint in memory".to_owned(),
         }
     }
 
@@ -79,7 +142,7 @@ impl Folder {
             Place::Disk { root, .. } => {
                 is_plain_name(name) && root.join(name).symlink_metadata().is_ok()
             }
-            Place::Memory(files) => files.iter().any(|(file, _)| *file == name),
+            Place::Memory(files) => files.iter().any(|(file, _)| file == name),
         }
     }
 
@@ -130,19 +193,13 @@ impl Folder {
     pub fn path(&self, name: &str) -> Result<PathBuf, CheckpointError> {
         match self.locate(name)? {
             Source::Disk(path) => Ok(path),
-            Source::Memory(_) => Err(CheckpointError::MissingFile {
-                folder: self.describe(),
-                name: name.to_owned(),
-            }),
+            Source::Memory(_) => Err(self.missing(name)),
         }
     }
 
     /// The file of this name, if it is one and lies inside.
     pub(crate) fn locate(&self, name: &str) -> Result<Source, CheckpointError> {
-        let missing = || CheckpointError::MissingFile {
-            folder: self.describe(),
-            name: name.to_owned(),
-        };
+        let missing = || self.missing(name);
         match &self.0 {
             Place::Memory(files) => {
                 let found = files.iter().find(|(file, _)| *file == name);
@@ -174,11 +231,28 @@ impl Folder {
         }
     }
 
+    /// What is said where a file is not there.
+    pub(crate) fn missing(&self, name: &str) -> CheckpointError {
+        CheckpointError::MissingFile {
+            folder: self.describe(),
+            name: name.to_owned(),
+            repository: self.repository(),
+        }
+    }
+
+    /// The repository of the hub that this is a download of, if it lies in the Hugging Face cache.
+    pub fn repository(&self) -> Option<String> {
+        match &self.0 {
+            Place::Disk { root, .. } => hub::repository_of(root),
+            Place::Memory(_) => None,
+        }
+    }
+
     /// Path of a file in this folder, for messages.
     pub(crate) fn path_of(&self, name: &str) -> String {
         match &self.0 {
             Place::Disk { given, .. } => given.join(name).display().to_string(),
-            Place::Memory(_) => format!("{name} of the embedded checkpoint"),
+            Place::Memory(_) => format!("{name} of {}", self.describe()),
         }
     }
 
@@ -196,7 +270,7 @@ impl Folder {
                 let names = entries.map(|entry| entry.file_name().into_string());
                 names.filter_map(Result::ok).collect()
             }
-            Place::Memory(files) => files.iter().map(|(name, _)| (*name).to_owned()).collect(),
+            Place::Memory(files) => files.iter().map(|(name, _)| name.to_owned()).collect(),
         }
     }
 
@@ -221,8 +295,9 @@ impl Folder {
                 Ok(entries.flatten().filter_map(file).collect())
             }
             Place::Memory(files) => {
-                let file =
-                    |(name, content): &(&str, &[u8])| ((*name).to_owned(), content.len() as u64);
+                let file = |(name, content): (&str, Bytes)| {
+                    (name.to_owned(), content.as_ref().len() as u64)
+                };
                 Ok(files.iter().map(file).collect())
             }
         }
@@ -253,52 +328,11 @@ pub(crate) fn is_plain_name(name: &str) -> bool {
         && !name.contains(|c: char| matches!(c, '/' | '\\' | ':') || c.is_control())
 }
 
-/// The Hugging Face cache keeps `<repo>/snapshots/<revision>/` full of links into `<repo>/blobs/`.
-fn cache_blobs(root: &Path) -> Option<PathBuf> {
-    let snapshots = root.parent()?;
-    if snapshots.file_name()? != "snapshots" {
-        return None;
-    }
-    snapshots.parent()?.join("blobs").canonicalize().ok()
-}
-
-/// The snapshots in a repository of the Hugging Face cache, or in the cache itself, the current one
-/// of each repository first; none if this is something else.
-fn cache_snapshots(root: &Path) -> Vec<PathBuf> {
-    let in_repository = |repository: &Path| {
-        let folder = repository.join("snapshots");
-        let entries = folder.read_dir().into_iter().flatten().flatten();
-        let folders = entries
-            .map(|entry| entry.path())
-            .filter(|path| path.is_dir());
-        let mut snapshots: Vec<PathBuf> = folders.collect();
-        let current = std::fs::read_to_string(repository.join("refs").join("main"));
-        let current = current.map(|revision| folder.join(revision.trim())).ok();
-        snapshots.sort_by_key(|path| (Some(path) != current.as_ref(), path.clone()));
-        snapshots
-    };
-    if root.join("config.json").exists() {
-        return Vec::new();
-    }
-    let repositories = root.read_dir().into_iter().flatten().flatten();
-    let names = repositories.map(|entry| entry.file_name());
-    let is_repository = |name: &std::ffi::OsString| {
-        name.to_str()
-            .is_some_and(|name| name.starts_with("models--"))
-    };
-    let mut names: Vec<_> = names.filter(is_repository).collect();
-    names.sort();
-    let in_cache = names
-        .iter()
-        .flat_map(|name| in_repository(&root.join(name)));
-    in_repository(root).into_iter().chain(in_cache).collect()
-}
-
 /// Where the bytes of one file are.
 #[derive(Debug, Clone)]
 pub(crate) enum Source {
     Disk(PathBuf),
-    Memory(&'static [u8]),
+    Memory(Bytes),
 }
 
 /// What a [`Source`] opens as.
@@ -310,7 +344,7 @@ impl Source {
     pub(crate) fn open(&self) -> io::Result<(Box<dyn ReadSeek>, u64)> {
         let mut reader: Box<dyn ReadSeek> = match self {
             Self::Disk(path) => Box::new(File::open(path)?),
-            Self::Memory(bytes) => Box::new(Cursor::new(*bytes)),
+            Self::Memory(bytes) => Box::new(Cursor::new(bytes.clone())),
         };
         let bytes = reader.seek(SeekFrom::End(0))?;
         reader.rewind()?;

@@ -39,6 +39,7 @@ pub(crate) fn read(
             bytes: (end - start) as u64,
             shard: 0,
             offset: data_start + start as u64,
+            coded: None,
         };
         (name, info)
     });

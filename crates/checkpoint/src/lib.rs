@@ -28,6 +28,7 @@ mod convert;
 mod error;
 mod folder;
 mod header;
+mod hub;
 mod inventory;
 mod load;
 mod mapped;
@@ -35,25 +36,29 @@ mod mismatch;
 mod names;
 mod narrow;
 mod plan;
+mod processor;
+mod quantised;
 mod save;
 mod sharding;
 mod shards;
 mod weights_file;
 
 pub use adapter::{
-    AdapterConfig, AdapterError, AdapterMismatch, LinearMap, NewAdapter, StoredAdapter, Targets,
-    read_adapter, write_adapter,
+    AdapterConfig, AdapterError, AdapterMismatch, LinearMap, NewAdapter, StoredAdapter,
+    StoredChange, Targets, read_adapter, write_adapter,
 };
-pub use companions::{CONFIG, Companions, json_bytes, set_dtype};
+pub use companions::{CONFIG, Companions, forget_quantization, json_bytes, set_dtype};
 pub use convert::{Layout, TensorError};
 pub use error::CheckpointError;
 pub use folder::{
     CONFIG_MAX_BYTES, Folder, INDEX_MAX_BYTES, TEMPLATE_MAX_BYTES, TOKENIZER_MAX_BYTES,
 };
+pub use hub::is_repository;
 pub use load::{LoadOptions, LoadProgress, check_fit, load_into};
 pub use mismatch::{Disagreement, Duplicate, IndexMismatch, Misshapen, ModuleMismatch, Unreadable};
 pub use names::{NameTable, Rule};
 pub use narrow::{Narrow, is_weight};
+pub use processor::ProcessorSettings;
 pub use safetensors::Dtype;
 pub use save::{Save, SaveError, Saved};
 pub use sharding::{shard_index, shard_name, split};

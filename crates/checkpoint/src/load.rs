@@ -8,6 +8,7 @@ use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
 
 use crate::inventory::{Path, inventory};
+use crate::mismatch::ModuleMismatch;
 use crate::plan::{Assignment, plan};
 use crate::{CheckpointError, Layout, NameTable, Shards};
 
@@ -60,9 +61,23 @@ pub fn load_into<B: Backend, M: Module<B>>(
     progress: &mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
 ) -> Result<M, CheckpointError> {
     let plan = assign(&module, shards, table, options)?;
+    put(module, shards, plan, options.dtype, progress)
+}
+
+/// Which tensor goes to which parameter, by path.
+pub(crate) type Parts = BTreeMap<String, Assignment>;
+
+/// Puts tensors in the place of the parameters that they are assigned to; others stay.
+pub(crate) fn put<B: Backend, M: Module<B>>(
+    module: M,
+    shards: &Shards,
+    plan: Parts,
+    dtype: DType,
+    progress: &mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
+) -> Result<M, CheckpointError> {
     let mut loader = Loader {
         shards,
-        dtype: options.dtype,
+        dtype,
         loaded_bytes: 0,
         total_bytes: plan.values().map(|tensor| tensor.bytes).sum(),
         plan,
@@ -87,13 +102,37 @@ pub fn check_fit<B: Backend, M: Module<B>>(
     assign(module, shards, table, options).map(drop)
 }
 
+/// Compares tensors with the parameters, by path, that they are to take the place of.
+pub(crate) fn assign_parts<B: Backend, M: Module<B>>(
+    module: &M,
+    shards: &Shards,
+    parts: &[(String, String)],
+) -> Result<Parts, ModuleMismatch> {
+    let expected: BTreeMap<_, _> = inventory(module, Layout::AsStored).into_iter().collect();
+    let mut mismatch = ModuleMismatch::default();
+    let mut assigned = Parts::new();
+    for (path, tensor) in parts {
+        match (expected.get(path), shards.tensors().get(tensor)) {
+            (Some(parameter), Some(info)) => {
+                let assignment = Assignment::new(tensor, info, parameter, &mut mismatch);
+                assigned.insert(path.clone(), assignment);
+            }
+            _ => mismatch.unknown.push(tensor.clone()),
+        }
+    }
+    match mismatch.is_empty() {
+        true => Ok(assigned),
+        false => Err(mismatch),
+    }
+}
+
 /// Finds the tensor of every parameter.
 fn assign<B: Backend, M: Module<B>>(
     module: &M,
     shards: &Shards,
     table: &NameTable,
     options: &LoadOptions,
-) -> Result<BTreeMap<String, Assignment>, CheckpointError> {
+) -> Result<Parts, CheckpointError> {
     let expected = inventory(module, options.linear).into_iter().collect();
     plan(&expected, shards.tensors(), table, &options.unused)
         .map_err(|mismatch| CheckpointError::Module(Box::new(mismatch)))
@@ -104,7 +143,7 @@ struct Loader<'a> {
     shards: &'a Shards,
     dtype: DType,
     /// Keys are module paths.
-    plan: BTreeMap<String, Assignment>,
+    plan: Parts,
     loaded_bytes: u64,
     total_bytes: u64,
     progress: &'a mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
@@ -122,7 +161,8 @@ impl<B: Backend> ModuleMapper<B> for Loader<'_> {
     }
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
-        if self.failure.is_some() {
+        // What has no tensor stays: whether everything is to have one, the plan has seen to.
+        if self.failure.is_some() || !self.plan.contains_key(&self.path.parameter().0) {
             return param;
         }
         match self.load(param.lazy_shape()[0], &param.lazy_device()) {

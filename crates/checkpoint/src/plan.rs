@@ -30,6 +30,25 @@ pub(crate) struct Assignment {
     pub(crate) rows_taken: usize,
 }
 
+impl Assignment {
+    /// Of a tensor to a parameter; what does not fit is noted.
+    pub(crate) fn new(
+        name: &str,
+        info: &TensorInfo,
+        parameter: &Expected,
+        mismatch: &mut ModuleMismatch,
+    ) -> Self {
+        check(name, info, parameter, mismatch);
+        Self {
+            name: name.to_owned(),
+            layout: parameter.layout,
+            bytes: info.bytes,
+            element_bytes: info.dtype.bitsize() as u64 / 8,
+            rows_taken: 0,
+        }
+    }
+}
+
 /// Finds the one tensor of every parameter; keys are module paths.
 pub(crate) fn plan(
     expected: &BTreeMap<String, Expected>,
@@ -61,14 +80,7 @@ pub(crate) fn plan(
                 let Some(info) = tensors.get(name) else {
                     continue;
                 };
-                check(name, info, parameter, &mut mismatch);
-                let assignment = Assignment {
-                    name: name.to_owned(),
-                    layout: parameter.layout,
-                    bytes: info.bytes,
-                    element_bytes: info.dtype.bitsize() as u64 / 8,
-                    rows_taken: 0,
-                };
+                let assignment = Assignment::new(name, info, parameter, &mut mismatch);
                 assignments.insert(path.clone(), assignment);
             }
             names => mismatch.duplicate.push(Duplicate {

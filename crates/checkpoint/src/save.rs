@@ -23,7 +23,7 @@ use crate::shards::is_weights_file;
 use crate::{
     CONFIG, CONFIG_MAX_BYTES, CheckpointError, Companions, Folder, Format, INDEX, Layout,
     NameTable, Narrow, NewTensor, Shards, TOKENIZER_MAX_BYTES, TensorInfo, WeightsFile, burnpack,
-    is_weight, json_bytes, set_dtype, shard_index, shard_name, split,
+    forget_quantization, is_weight, json_bytes, set_dtype, shard_index, shard_name, split,
 };
 
 /// Most numbers that are copied from a device at a time (8 MiB in f32), or one row of a tensor.
@@ -159,6 +159,7 @@ impl<M> Save<'_, M> {
         }
         let mut config: Value = self.like.read_json(CONFIG, CONFIG_MAX_BYTES)?;
         set_dtype(&mut config, dtype);
+        forget_quantization(&mut config);
         small.insert(CONFIG.to_owned(), json_bytes(&config));
         Ok(small)
     }
@@ -235,6 +236,7 @@ impl<M> Save<'_, M> {
                 bytes: tensor.bytes()?,
                 shard: 0,
                 offset: 0,
+                coded: None,
             };
             infos.insert(tensor.name.clone(), info);
         }

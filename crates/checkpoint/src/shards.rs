@@ -17,6 +17,7 @@ use crate::folder::{Source, is_plain_name};
 use crate::header::{self, Entries};
 use crate::mapped::Mapped;
 use crate::mismatch::IndexMismatch;
+use crate::quantised::{self, Coded, Rows};
 use crate::{CheckpointError, Folder, INDEX_MAX_BYTES, TensorError, burnpack};
 
 const BURNPACK: &str = "model.bpk";
@@ -60,13 +61,15 @@ pub struct TensorInfo {
     pub bytes: u64,
     /// Position in the list of files.
     pub(crate) shard: usize,
-    /// From the start of the file, in bytes.
+    /// From the start of the file, or of the weight that is made of others, in bytes.
     pub(crate) offset: u64,
+    /// How it is made of other tensors, if it is: then it is f32, and larger than in the file.
+    pub(crate) coded: Option<Box<Coded>>,
 }
 
 impl TensorInfo {
     /// The same tensor with fewer rows.
-    fn rows(&self, rows: Range<usize>) -> Self {
+    pub(crate) fn rows(&self, rows: Range<usize>) -> Self {
         let mut part = self.clone();
         let Some(height) = part.shape.first_mut().filter(|height| **height > 0) else {
             return part;
@@ -106,6 +109,13 @@ impl Shards {
     }
 
     fn open_safetensors(folder: &Folder) -> Result<Self, CheckpointError> {
+        let mut shards = Self::open_stored(folder)?;
+        quantised::assemble(folder, &mut shards.tensors)?;
+        Ok(shards)
+    }
+
+    /// Safetensors files, as they are stored.
+    fn open_stored(folder: &Folder) -> Result<Self, CheckpointError> {
         if folder.has(INDEX) {
             Self::open_index(folder)
         } else if folder.has(SINGLE) {
@@ -194,7 +204,7 @@ impl Shards {
                 let mut part = info.clone();
                 (part.offset, part.bytes) = (info.offset + skipped, sample);
                 let mut bytes = Vec::new();
-                let read = shard.reader(&part);
+                let read = self.reader(&part);
                 let read = read.and_then(|mut reader| reader.read_to_end(&mut bytes));
                 read.map_err(|source| shard.error(name, source.into()))?;
                 hasher.update(&bytes);
@@ -225,7 +235,7 @@ impl Shards {
     ) -> Result<(), E> {
         let (info, shard) = self.find(name)?;
         let failed = |source: io::Error| shard.error(name, source.into());
-        let mut reader = shard.reader(info).map_err(failed)?;
+        let mut reader = self.reader(info).map_err(failed)?;
         let mut left = info.bytes;
         let mut block = Vec::new();
         while left > 0 {
@@ -278,8 +288,22 @@ impl Shards {
         {
             return Ok(data);
         }
-        let read = || convert::read(&mut shard.reader(&part)?, &part, dtype, layout);
+        let read = || convert::read(&mut self.reader(&part)?, &part, dtype, layout);
         read().map_err(|source| shard.error(name, source))
+    }
+
+    /// Delivers the bytes of a tensor.
+    fn reader(&self, info: &TensorInfo) -> io::Result<Box<dyn Read + '_>> {
+        match &info.coded {
+            Some(coded) => Ok(Box::new(Rows::open(self, info, coded)?)),
+            None => self.stored(info),
+        }
+    }
+
+    /// Delivers the bytes of a tensor as they are stored.
+    pub(crate) fn stored(&self, info: &TensorInfo) -> io::Result<Box<dyn Read>> {
+        let shard = self.shards.get(info.shard).ok_or(io::ErrorKind::NotFound)?;
+        Ok(Box::new(shard.reader(info)?))
     }
 
     fn find(&self, name: &str) -> Result<(&TensorInfo, &Shard), CheckpointError> {
@@ -371,6 +395,7 @@ impl Shards {
             return Err(CheckpointError::MissingShards {
                 folder: folder.describe(),
                 shards: missing,
+                repository: folder.repository(),
             });
         }
         let mut shards = Self::empty();
@@ -461,6 +486,7 @@ fn check_shard_names<'a>(
     Err(CheckpointError::MissingShards {
         folder: folder.describe(),
         shards: missing,
+        repository: folder.repository(),
     })
 }
 
@@ -479,6 +505,7 @@ fn no_weights(folder: &Folder) -> CheckpointError {
         },
         None => CheckpointError::NoWeights {
             folder: folder_name,
+            repository: folder.repository(),
         },
     }
 }

@@ -7,6 +7,7 @@ use clap_complete::Shell;
 use reroute_zoo::{ImageOptions, OpenOptions};
 
 use crate::backend::version;
+use crate::hub;
 
 /// Ask vision-language models about images, with FastV, PyramidDrop or Reroute deciding which
 /// visual tokens each decoder layer works on.
@@ -48,8 +49,8 @@ pub enum Command {
 /// Which model, and how it is loaded.
 #[derive(Debug, clap::Args)]
 pub struct ModelArgs {
-    /// Checkpoint folder in Hugging Face layout. Without it: a tiny built-in model that finds
-    /// coloured shapes.
+    /// Checkpoint folder in Hugging Face layout, or OWNER/NAME of one that the Hugging Face cache has. Without
+    /// it: a tiny built-in model that finds coloured shapes.
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
     /// Type of the weights in memory.
@@ -64,18 +65,28 @@ pub struct ModelArgs {
     /// default is the checkpoint's own limit, but at most 1003520, which is 1280 visual tokens of 28×28.
     #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = one_or_more)]
     pub max_pixels: Option<usize>,
+    /// Folder of a low-rank adapter, as PEFT saves it (adapter_config.json, adapter_model.safetensors); may be
+    /// given several times, and the changes add up.
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Vec<PathBuf>,
+    /// Add the adapters to the weights instead of keeping them beside.
+    #[arg(long, requires = "adapter")]
+    pub merge_adapter: bool,
 }
 
 impl ModelArgs {
     /// How the checkpoint is opened.
-    pub fn options(&self) -> OpenOptions {
-        OpenOptions {
+    pub fn options(&self) -> anyhow::Result<OpenOptions> {
+        let adapters = self.adapter.iter().map(|path| hub::folder(path));
+        Ok(OpenOptions {
             dtype: self.dtype.burn(),
             images: ImageOptions {
                 pad_to_square: self.pad_to_square.then_some(true),
                 max_pixels: self.max_pixels,
             },
-        }
+            adapters: adapters.collect::<Result<_, _>>()?,
+            merge_adapters: self.merge_adapter,
+        })
     }
 }
 

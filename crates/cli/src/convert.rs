@@ -2,6 +2,7 @@
 
 use std::fmt::{self, Write as _};
 use std::io::{IsTerminal, Write, stderr};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -9,6 +10,7 @@ use reroute_checkpoint::Dtype;
 use reroute_convert::{Form, Job, Phase, Plan, Progress, Report};
 
 use crate::args::{self, ConvertArgs, ConvertForm};
+use crate::hub;
 
 /// How often progress is shown.
 const INTERVAL: Duration = Duration::from_millis(500);
@@ -20,8 +22,9 @@ pub fn run(args: &ConvertArgs, out: &mut dyn Write) -> Result<()> {
         let what = "comparing the checksums of .bin files, if there are any …";
         let _ = writeln!(stderr(), "{what}");
     }
+    let folder = |path: &Option<PathBuf>| path.as_deref().map(hub::path).transpose();
     let plan = Plan::new(&Job {
-        from: args.from.clone(),
+        from: hub::path(&args.from)?,
         to: args.to.clone(),
         dtype: args.dtype.map(|dtype| match dtype {
             args::Dtype::F32 => Dtype::F32,
@@ -33,8 +36,8 @@ pub fn run(args: &ConvertArgs, out: &mut dyn Write) -> Result<()> {
             ConvertForm::Safetensors => Form::Safetensors,
             ConvertForm::Hf => Form::HuggingFace,
         }),
-        vision_tower: args.vision_tower.clone(),
-        tokenizer: args.tokenizer.clone(),
+        vision_tower: folder(&args.vision_tower)?,
+        tokenizer: folder(&args.tokenizer)?,
         allow_pickle: args.allow_pickle,
         clamp: args.clamp,
         max_shard_bytes: args.max_shard_bytes,

@@ -7,7 +7,7 @@ use std::io::Write;
 
 use anyhow::bail;
 use burn::tensor::DType;
-use reroute_zoo::{Checkup, Parameters, Picture, ZooError};
+use reroute_zoo::{Checkup, OpenOptions, Parameters, Picture, ZooError};
 use serde_json::{Value, json};
 use vision_encoder::DecodeLimits;
 
@@ -32,6 +32,10 @@ const UNBOUND: &str = match cfg!(feature = "cuda") {
     false => "use another driver, or the flex backend",
 };
 
+/// The warning where no token ends an answer.
+const ENDLESS: &str = "nothing says which token ends an answer, so that each goes on until it is cut off: write \
+    eos_token_id into generation_config.json, or take the one published with the model";
+
 /// Something that keeps the model from running, or from running well.
 struct Problem {
     what: String,
@@ -50,6 +54,8 @@ struct Report {
     picture: Option<Picture>,
     needs: Vec<Need>,
     problems: Vec<Problem>,
+    /// What keeps nothing from running, and surprises.
+    warnings: Vec<String>,
 }
 
 /// Runs the command.
@@ -77,6 +83,7 @@ fn examine(args: &DoctorArgs) -> Report {
         picture: None,
         needs: Vec::new(),
         problems: Vec::new(),
+        warnings: Vec::new(),
     };
     let device = match backend::device() {
         Ok(device) => {
@@ -100,9 +107,18 @@ fn examine(args: &DoctorArgs) -> Report {
             return report;
         }
     };
-    let checkup = Checkup::of::<Backend>(&folder, &args.model.options(), &device);
-    let model = args.model.model.as_deref();
-    let contents = model.map_or_else(Contents::default, Contents::of);
+    let options = args.model.options().unwrap_or_else(|error| {
+        report.problem(
+            error.to_string(),
+            "give the folder that holds adapter_config.json",
+        );
+        OpenOptions::default()
+    });
+    let checkup = Checkup::of::<Backend>(&folder, &options, &device);
+    let contents = folder.root().map_or_else(Contents::default, Contents::of);
+    if checkup.endless {
+        report.warnings.push(ENDLESS.into());
+    }
     for problem in &checkup.problems {
         let what = format!("{}: {}", problem.part, problem.error);
         report.problem(what, contents.remedy(problem));
@@ -184,6 +200,7 @@ impl Report {
             let Parameters {
                 elements,
                 largest_elements,
+                ..
             } = parameters;
             [elements, largest_elements].map(|elements| tensor_bytes(elements, dtype))
         };
@@ -327,6 +344,9 @@ impl Report {
             (true, ..) => writeln!(out, "\nNothing is wrong.")?,
             (false, ..) => {}
         }
+        for warning in &self.warnings {
+            writeln!(out, "\nwarning: {warning}")?;
+        }
         for (number, problem) in self.problems.iter().enumerate() {
             writeln!(out, "\n{}. {}", number + 1, problem.what)?;
             writeln!(out, "   remedy: {}", problem.remedy)?;
@@ -359,6 +379,7 @@ impl Report {
             "largest_parameter": self.parameters.map(|parameters| parameters.largest_elements),
             "visual_tokens": self.picture.map(|picture| picture.visual_tokens),
             "needs": needs.collect::<Vec<_>>(),
+            "warnings": self.warnings,
             "problems": problems
                 .map(|problem| json!({"problem": problem.what, "remedy": problem.remedy}))
                 .collect::<Vec<_>>(),
@@ -380,7 +401,7 @@ mod tests {
     use std::path::Path;
 
     use clap::Parser;
-    use reroute_zoo::{Folder, OpenOptions};
+    use reroute_zoo::Folder;
 
     use super::fit::LEAST_PIXELS;
     use super::*;
@@ -402,6 +423,7 @@ mod tests {
             picture: None,
             needs: Vec::new(),
             problems: Vec::new(),
+            warnings: Vec::new(),
         }
     }
 
@@ -427,6 +449,7 @@ mod tests {
             parameters: Parameters {
                 elements: 1 << 26,
                 largest_elements: 1 << 10,
+                adapter_elements: 0,
             },
             preprocessor: checkup.preprocessor.as_deref().expect("a good fixture"),
             image_size: [840, 840],
@@ -498,6 +521,7 @@ mod tests {
             report.check_weights(Parameters {
                 elements: 1 << 30,
                 largest_elements: 1 << 20,
+                adapter_elements: 0,
             });
             assert_remedy(&report, remedy);
         }

@@ -12,6 +12,7 @@ mod draw;
 pub mod explain;
 pub mod ground;
 pub mod heap;
+mod hub;
 mod known;
 mod natural;
 mod open;

@@ -15,8 +15,8 @@ use vision_encoder::{DecodeLimits, RgbImage, decode};
 
 use crate::args::{Dtype, GenerationArgs, ModelArgs, VisualArgs};
 use crate::backend::{self, Backend};
-use crate::natural;
 use crate::source::{is_stdin, read, shown};
+use crate::{hub, natural};
 
 /// Largest image and schedule files that are read.
 const MAX_IMAGE_BYTES: u64 = 256 << 20;
@@ -50,7 +50,7 @@ impl Dtype {
 
 pub(crate) fn folder(path: Option<&Path>) -> anyhow::Result<Folder> {
     match path {
-        Some(path) => Ok(Folder::open(path)?),
+        Some(path) => hub::folder(path),
         None => Ok(embedded::checkpoint()),
     }
 }
@@ -58,7 +58,7 @@ pub(crate) fn folder(path: Option<&Path>) -> anyhow::Result<Folder> {
 pub(crate) fn model(args: &ModelArgs) -> anyhow::Result<Vlm<Backend>> {
     let device = backend::device()?;
     let folder = folder(args.model.as_deref())?;
-    let options = args.options();
+    let options = args.options()?;
     let show = stderr().is_terminal();
     let vlm = Vlm::open_with_progress(&folder, &options, &device, &mut |progress| {
         if show && progress.total_bytes > SHOW_PROGRESS_BYTES {

@@ -273,3 +273,68 @@ fn checkpoints_made_to_exhaust_memory_or_stack_exit_with_2() {
         assert!(said.contains(expected), "{name}: {said}");
     }
 }
+
+/// A checkpoint that the Hugging Face cache has is called by its name; nothing else is looked for.
+#[cfg(unix)]
+#[test]
+fn a_checkpoint_in_the_cache_is_called_by_its_name() {
+    let assets = Path::new(env!("CARGO_MANIFEST_DIR")).join("../zoo/assets/tiny-llava");
+    let folder = tempfile::tempdir().expect("a folder");
+    let repository = folder.path().join("home/hub/models--owner--a.name");
+    let [blobs, refs, snapshot] = ["blobs", "refs", "snapshots/abc"].map(|at| {
+        let made = repository.join(at);
+        std::fs::create_dir_all(&made).expect("a folder");
+        made
+    });
+    std::fs::write(refs.join("main"), "abc").expect("a file");
+    for file in assets.read_dir().expect("a folder") {
+        let name = file.expect("readable").file_name();
+        std::fs::copy(assets.join(&name), blobs.join(&name)).expect("a copy");
+        let blob = Path::new("../../blobs").join(&name);
+        std::os::unix::fs::symlink(blob, snapshot.join(&name)).expect("a link");
+    }
+    let run = |variable: &str, value: &str, flags: &[&str]| {
+        let program = Command::new(env!("CARGO_BIN_EXE_reroute"))
+            .args(flags)
+            .current_dir(folder.path())
+            .env_remove("HF_HUB_CACHE")
+            .env_remove("HF_HOME")
+            .env(variable, value)
+            .output();
+        program.expect("the program starts")
+    };
+    let scene = assets.join("../scenes/063.png");
+    let picture = ["--image", scene.to_str().expect("UTF-8"), "--prompt", "x"];
+    let ask = [&["ask", "--model", "owner/a.name"], &picture[..]].concat();
+    let found = run("HF_HOME", "home", &ask);
+    let said = String::from_utf8_lossy(&found.stderr);
+    assert_eq!(found.status.code(), Some(0), "{said}");
+    assert_eq!(run("HF_HUB_CACHE", "home/hub", &ask).stdout, found.stdout);
+    let convert = [
+        "convert",
+        "--from",
+        "owner/a.name",
+        "--to",
+        "copy",
+        "--format",
+        "hf",
+    ];
+    assert_eq!(run("HF_HOME", "home", &convert).status.code(), Some(0));
+    let copied = run(
+        "HF_HOME",
+        "",
+        &[&["ask", "--model", "copy"], &picture[..]].concat(),
+    );
+    assert_eq!(copied.stdout, found.stdout);
+
+    for (home, name) in [("home", "owner/other"), ("elsewhere", "owner/a.name")] {
+        let output = run("HF_HOME", home, &["presets", "--model", name]);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{said}");
+        assert!(said.contains(&format!("hf download {name}")), "{said}");
+    }
+    std::fs::remove_file(snapshot.join("model.safetensors")).expect("it is there");
+    let output = run("HF_HOME", "home", &ask);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("hf download owner/a.name"), "{said}");
+}

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use reroute_checkpoint::{
     CONFIG, CONFIG_MAX_BYTES, CONVERTED_FROM, Dtype, Folder, Format, INDEX, NewTensor, WeightsFile,
-    is_weight, json_bytes, set_dtype, shard_index, shard_name, split,
+    forget_quantization, is_weight, json_bytes, set_dtype, shard_index, shard_name, split,
 };
 use serde_json::Value;
 
@@ -122,6 +122,7 @@ impl Plan {
             if let Some(dtype) = job.dtype {
                 set_dtype(&mut config, dtype);
             }
+            forget_quantization(&mut config);
             let config = json_bytes(&config);
             companions.made.insert(CONFIG.to_owned(), config);
         }

@@ -69,14 +69,19 @@ impl<B: Backend> Linear<B> {
     /// - `x`: `[in, rows]`
     /// - returns `[out, rows]`
     pub fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        match &self.adapter {
-            Some(adapter) => self.without_adapter(x.clone()) + adapter.forward(x),
-            None => self.without_adapter(x),
-        }
-    }
-
-    fn without_adapter(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        let y = product(self.weight.val(), x);
+        let y = match &self.adapter {
+            Some(adapter) => {
+                let y = product(self.weight.val(), x.clone()) + adapter.forward(x);
+                match &adapter.gain {
+                    Some(gain) => {
+                        let gain = gain.val().cast(y.dtype());
+                        y * gain.unsqueeze_dim(1)
+                    }
+                    None => y,
+                }
+            }
+            None => product(self.weight.val(), x),
+        };
         match &self.bias {
             Some(bias) => y + bias.val().unsqueeze_dim(1),
             None => y,
@@ -90,9 +95,14 @@ impl<B: Backend> Linear<B> {
             return;
         };
         let change = adapter.change().detach().cast(DType::F32);
+        let gain = adapter.gain.map(|gain| gain.val().cast(DType::F32));
         self.weight = self.weight.clone().map(|weight| {
             let (dtype, is_trained) = (weight.dtype(), weight.is_require_grad());
             let merged = weight.detach().cast(DType::F32) + change;
+            let merged = match gain {
+                Some(gain) => merged * gain.unsqueeze_dim(1),
+                None => merged,
+            };
             merged.cast(dtype).set_require_grad(is_trained)
         });
     }

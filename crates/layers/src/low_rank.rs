@@ -1,6 +1,6 @@
 use burn::module::{Module, Param};
-use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
+use burn::tensor::{DType, Tensor};
 
 use crate::linear::product;
 
@@ -14,6 +14,9 @@ pub struct LowRank<B: Backend> {
     pub down: Param<Tensor<B, 2>>,
     /// `[out, rank]`; PEFT calls it `lora_B`.
     pub up: Param<Tensor<B, 2>>,
+    /// `[out]`: what every row of the changed weight is then multiplied by (DoRA, arXiv 2402.09353, equation
+    /// 5: a learnt length over the row's own). It is not trained.
+    pub gain: Option<Param<Tensor<B, 1>>>,
     /// How much it counts.
     #[module(skip)]
     pub scaling: Scaling,
@@ -49,8 +52,41 @@ impl<B: Backend> LowRank<B> {
         Self {
             down: Param::from_tensor(down),
             up: Param::from_tensor(up),
+            gain: None,
             scaling,
         }
+    }
+
+    /// The same where the rows of the changed weight have these lengths.
+    ///
+    /// # Shapes
+    /// - `magnitudes`: `[out]`, f32
+    /// - `weight`: `[out, in]`
+    pub fn with_magnitudes(mut self, magnitudes: Tensor<B, 1>, weight: Tensor<B, 2>) -> Self {
+        let changed = weight.detach().cast(DType::F32) + self.change().detach();
+        let lengths = changed.powi_scalar(2).sum_dim(1).sqrt().squeeze_dim(1);
+        let gain = Param::from_tensor(magnitudes / lengths);
+        self.gain = Some(gain.set_require_grad(false));
+        self
+    }
+
+    /// Several changes of the same weight as one, each as much as it counts; `None` if there are none, or one
+    /// of several changes the lengths of rows.
+    pub fn sum(mut changes: Vec<Self>) -> Option<Self> {
+        if changes.len() < 2 {
+            return changes.pop();
+        }
+        if changes.iter().any(|change| change.gain.is_some()) {
+            return None;
+        }
+        let up = |change: &Self| change.up.val().mul_scalar(change.factor());
+        let down = Tensor::cat(changes.iter().map(|change| change.down.val()).collect(), 0);
+        let up = Tensor::cat(changes.iter().map(up).collect(), 1);
+        let scaling = Scaling {
+            alpha: down.dims()[0] as f64,
+            rank_stabilized: false,
+        };
+        Some(Self::new(down.detach(), up.detach(), scaling))
     }
 
     /// Columns of `up`, rows of `down`.

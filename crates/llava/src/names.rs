@@ -20,12 +20,17 @@ macro_rules! table {
                     file: &[
                         "language_model.lm_head.*",
                         "language_model.model.lm_head.*",
+                        "model.language_model.lm_head.*",
                         "lm_head.*",
                     ],
                 },
                 Rule {
                     module: "language_model.*",
-                    file: &["language_model.model.*", "model.language_model.*"],
+                    file: &[
+                        "language_model.model.*",
+                        "model.language_model.model.*",
+                        "model.language_model.*",
+                    ],
                 },
                 Rule {
                     module: "multi_modal_projector.*",

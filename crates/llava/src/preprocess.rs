@@ -1,6 +1,6 @@
 use std::sync::Arc;
 
-use reroute_checkpoint::{CONFIG_MAX_BYTES, Folder};
+use reroute_checkpoint::{Folder, ProcessorSettings};
 use reroute_family::{FamilyError, ImageOptions, Picture, Prepared, Preprocessor, View, Visual};
 use vision_encoder::{Geometry, Grid, RgbImage, VitPreprocessor, VitPreprocessorConfig};
 
@@ -17,7 +17,7 @@ pub struct LlavaPreprocessor {
 }
 
 impl LlavaPreprocessor {
-    /// Reads `preprocessor_config.json`, which must make what the tower takes.
+    /// Reads the settings of the image processor, which must make what the tower takes.
     pub fn open(
         folder: &Folder,
         config: &LlavaConfig,
@@ -56,11 +56,11 @@ impl LlavaPreprocessor {
     }
 }
 
-/// Reads `preprocessor_config.json`.
+/// Reads the settings of the image processor.
 pub(crate) fn read(folder: &Folder) -> Result<VitPreprocessor, FamilyError> {
-    let file: VitPreprocessorConfig =
-        folder.read_json("preprocessor_config.json", CONFIG_MAX_BYTES)?;
-    Ok(file.resolve()?)
+    let ProcessorSettings { settings, place } =
+        folder.image_processor::<VitPreprocessorConfig>()?;
+    settings.resolve().map_err(|error| error.at(place).into())
 }
 
 impl Preprocessor for LlavaPreprocessor {

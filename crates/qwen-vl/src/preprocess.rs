@@ -1,6 +1,6 @@
 use std::sync::Arc;
 
-use reroute_checkpoint::{CONFIG_MAX_BYTES, Folder};
+use reroute_checkpoint::{Folder, ProcessorSettings};
 use reroute_family::{
     FamilyError, ImageOptions, Modality, Picture, Prepared, Preprocessor, Video, VideoTime, View,
     Visual,
@@ -20,26 +20,23 @@ pub struct QwenVlPreprocessor {
 }
 
 impl QwenVlPreprocessor {
-    /// Reads `preprocessor_config.json`, and `video_preprocessor_config.json` where there is one.
+    /// Reads the settings of the image processor, and of the video processor where there are such.
     pub fn open(
         folder: &Folder,
         config: &QwenVlConfig,
         options: &ImageOptions,
     ) -> Result<Self, FamilyError> {
-        const VIDEOS: &str = "video_preprocessor_config.json";
         if options.pad_to_square == Some(true) {
             return Err(FamilyError::Option {
                 option: "pad_to_square",
                 instead: "sees every picture whole, at its own shape",
             });
         }
-        let file: QwenPreprocessorConfig =
-            folder.read_json("preprocessor_config.json", CONFIG_MAX_BYTES)?;
-        let videos: Option<QwenPreprocessorConfig> = match folder.has(VIDEOS) {
-            true => Some(folder.read_json(VIDEOS, CONFIG_MAX_BYTES)?),
-            false => None,
-        };
-        let mut pixels = file.resolve(videos.as_ref(), &config.vision)?;
+        let ProcessorSettings { settings, place } =
+            folder.image_processor::<QwenPreprocessorConfig>()?;
+        let videos = folder.video_processor()?.map(|found| found.settings);
+        let pixels = settings.resolve(videos.as_ref(), &config.vision);
+        let mut pixels = pixels.map_err(|error| error.at(place))?;
         if options.max_pixels == Some(0) {
             return Err(FamilyError::NoPixels);
         }

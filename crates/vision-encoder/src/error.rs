@@ -9,8 +9,13 @@ pub enum VisionError {
     #[error("config.json: {0}")]
     Config(String),
     /// A preprocessor's configuration asks for something unknown or impossible.
-    #[error("preprocessor_config.json: {0}")]
-    Preprocessor(String),
+    #[error("{place}: {reason}")]
+    Preprocessor {
+        /// The file, or the part of one, that says so.
+        place: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// Pixels of the wrong size.
     #[error(
         "pixel values are {found:?} (channels, height, width), the vision tower takes {expected:?}: \
@@ -130,4 +135,22 @@ pub enum VisionError {
 /// Width × height.
 fn times([width, height]: &[usize; 2]) -> String {
     format!("{width}×{height}")
+}
+
+impl VisionError {
+    /// What is wrong with settings of a preprocessor, wherever they are.
+    pub(crate) fn preprocessor(reason: impl Into<String>) -> Self {
+        Self::Preprocessor {
+            place: "preprocessor_config.json",
+            reason: reason.into(),
+        }
+    }
+
+    /// The same of settings that were found at this place.
+    pub fn at(self, place: &'static str) -> Self {
+        match self {
+            Self::Preprocessor { reason, .. } => Self::Preprocessor { place, reason },
+            other => other,
+        }
+    }
 }

@@ -79,7 +79,7 @@ impl OtherKeys {
         };
         match self.0.iter().find(matters) {
             None => Ok(()),
-            Some((key, _)) => Err(VisionError::Preprocessor(format!(
+            Some((key, _)) => Err(VisionError::preprocessor(format!(
                 "{key} is not known and might change pixels; take it out if it does not"
             ))),
         }
@@ -101,7 +101,7 @@ impl NormalisationConfig {
                 Resample::Bicubic => "3 (bicubic)",
             });
             let possible = possible.collect::<Vec<_>>().join(" or ");
-            return Err(VisionError::Preprocessor(format!(
+            return Err(VisionError::preprocessor(format!(
                 "resample {number} is not {possible}"
             )));
         };
@@ -110,7 +110,7 @@ impl NormalisationConfig {
 
     /// Checks the other numbers; `default` are the library's for the family.
     pub(crate) fn resolve(&self, default: Statistics) -> Result<Normalisation, VisionError> {
-        let wrong = |reason: String| Err(VisionError::Preprocessor(reason));
+        let wrong = |reason: String| Err(VisionError::preprocessor(reason));
         for (name, on) in [
             ("do_resize", self.do_resize),
             ("do_rescale", self.do_rescale),
@@ -150,7 +150,7 @@ impl NormalisationConfig {
 /// Refuses a step that is switched off.
 fn require(name: &str, on: Option<bool>) -> Result<(), VisionError> {
     match on {
-        Some(false) => Err(VisionError::Preprocessor(format!(
+        Some(false) => Err(VisionError::preprocessor(format!(
             "{name} is off, the vision tower needs it on"
         ))),
         _ => Ok(()),

@@ -8,7 +8,8 @@ use burn::tensor::{DType, Tensor, TensorData};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use reroute_checkpoint::{
-    AdapterConfig, AdapterError, Folder, LinearMap, NewAdapter, read_adapter, write_adapter,
+    AdapterConfig, AdapterError, Folder, LinearMap, NewAdapter, StoredAdapter, StoredChange,
+    read_adapter, write_adapter,
 };
 use reroute_layers::{Linear, Linears, LowRank, Scaling};
 
@@ -67,36 +68,84 @@ impl<B: Backend> Model<B> {
 
     /// The same model with the adapter of a folder, as PEFT and [`save_adapter`](Self::save_adapter) write
     /// it, and everything else frozen. What is adapted is what the folder has tensors of, in any spelling of
-    /// the family.
+    /// the family. Modules that it has as a whole (`modules_to_save`) take the place of the model's own; a
+    /// weight whose rows it gives lengths (DoRA) can be used and merged, not trained further.
     ///
     /// # Errors
     /// [`AdapterError::Adapted`], and those of [`read_adapter`].
     pub fn load_adapter(&self, folder: &Folder) -> Result<Self, ZooError> {
-        let stored = read_adapter(folder, self.config().names(), &self.linear_maps())?;
-        self.with_adapters(|path, linear| {
-            let stored = stored.iter().find(|stored| stored.path == path)?;
-            let device = linear.weight.lazy_device();
-            let tensor = |data: &TensorData| Tensor::from_data(data.clone(), (&device, DType::F32));
-            let scaling = Scaling {
-                alpha: stored.alpha,
-                rank_stabilized: stored.rank_stabilized,
-            };
-            let (down, up) = (tensor(&stored.down), tensor(&stored.up));
-            Some(LowRank::new(down, up, scaling))
-        })
+        self.load_adapters(std::slice::from_ref(folder))
+    }
+
+    /// The same with several adapters at once, whose changes add up.
+    ///
+    /// # Errors
+    /// Those of [`load_adapter`](Self::load_adapter); [`AdapterError::Several`].
+    pub fn load_adapters(&self, folders: &[Folder]) -> Result<Self, ZooError> {
+        let stored = self.read_adapters(folders)?;
+        let mut model = self.clone();
+        for stored in &stored {
+            model = model.put_whole(stored)?;
+        }
+        let mut several = None;
+        let changes = |path: &str, linear: &Linear<B>| {
+            let changes = stored.iter().flat_map(|stored| &stored.changes);
+            let changes = changes.filter(|change| change.path == path);
+            let changes: Vec<_> = changes.map(|change| low_rank(change, linear)).collect();
+            let count = changes.len();
+            let sum = LowRank::sum(changes);
+            if count > 1 && sum.is_none() {
+                several.get_or_insert_with(|| path.to_owned());
+            }
+            sum
+        };
+        let model = model.with_adapters(changes)?;
+        match several {
+            Some(name) => Err(AdapterError::Several { name }.into()),
+            None => Ok(model),
+        }
+    }
+
+    /// Reads adapters and compares them with the model, whose weights need not be there.
+    ///
+    /// # Errors
+    /// Those of [`load_adapter`](Self::load_adapter).
+    pub(crate) fn read_adapters(&self, folders: &[Folder]) -> Result<Vec<StoredAdapter>, ZooError> {
+        let maps = self.linear_maps();
+        let read = |folder| {
+            let stored = read_adapter(folder, self.config().names(), &maps)?;
+            self.check_whole(&stored)?;
+            // The head would need a table of its own.
+            let has_table = stored.whole().any(|path| path.contains("embed_tokens"));
+            if self.decoder().config().tie_word_embeddings && has_table {
+                return Err(AdapterError::Unsupported {
+                    setting: "modules_to_save".into(),
+                    value: "embed_tokens of a model with tied embeddings".into(),
+                });
+            }
+            Ok(stored)
+        };
+        let stored = folders.iter().map(read);
+        Ok(stored.collect::<Result<_, AdapterError>>()?)
     }
 
     /// Writes the adapter into a folder as PEFT does (`adapter_config.json`, `adapter_model.safetensors`,
     /// f32), in the place of one that is there; see [`write_adapter`].
     ///
     /// # Errors
-    /// [`AdapterError::NotAdapted`], [`AdapterError::Write`].
+    /// [`AdapterError::NotAdapted`], [`AdapterError::PutIn`], [`AdapterError::Write`].
     pub fn save_adapter(&self, folder: impl AsRef<Path>) -> Result<(), ZooError> {
-        let mut model = self.clone();
+        let (mut model, mut has_gains) = (self.clone(), false);
         let adapters = linears(&mut model)
             .into_iter()
             .filter_map(|(path, linear)| {
-                let LowRank { down, up, scaling } = linear.adapter.take()?;
+                let LowRank {
+                    down,
+                    up,
+                    scaling,
+                    gain,
+                } = linear.adapter.take()?;
+                has_gains |= gain.is_some();
                 Some(NewAdapter {
                     path,
                     down: down.val(),
@@ -106,6 +155,10 @@ impl<B: Backend> Model<B> {
                 })
             });
         let adapters: Vec<NewAdapter<B>> = adapters.collect();
+        if has_gains {
+            let what = "magnitudes (DoRA)";
+            return Err(AdapterError::PutIn { what }.into());
+        }
         let (names, others) = (self.config().names(), self.names_of(&Kept::of(self).all));
         let folder = folder.as_ref();
         Ok(write_adapter(
@@ -174,6 +227,24 @@ impl<B: Backend> Model<B> {
         let name = self.config().file_name(&format!("{path}.weight"));
         let name = name.and_then(|name| Some(name.strip_suffix(".weight")?.to_owned()));
         name.unwrap_or_else(|| path.to_owned())
+    }
+}
+
+/// A change that was read, beside the weight.
+fn low_rank<B: Backend>(stored: &StoredChange, linear: &Linear<B>) -> LowRank<B> {
+    let device = linear.weight.lazy_device();
+    let tensor = |data: &TensorData| Tensor::from_data(data.clone(), (&device, DType::F32));
+    let scaling = Scaling {
+        alpha: stored.alpha,
+        rank_stabilized: stored.rank_stabilized,
+    };
+    let change = LowRank::new(tensor(&stored.down), tensor(&stored.up), scaling);
+    match &stored.magnitudes {
+        Some(magnitudes) => {
+            let magnitudes = Tensor::from_data(magnitudes.clone(), (&device, DType::F32));
+            change.with_magnitudes(magnitudes, linear.weight.val())
+        }
+        None => change,
     }
 }
 

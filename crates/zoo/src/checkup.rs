@@ -9,6 +9,7 @@ use burn::tensor::backend::Backend;
 use reroute_checkpoint::{CONFIG_MAX_BYTES, Folder, Shards, TOKENIZER_MAX_BYTES};
 use vision_encoder::Grid;
 
+use crate::end_tokens::end_tokens;
 use crate::grounding::GroundingFormat;
 use crate::messages::{Content, Message, Role};
 use crate::vlm::{GenerationConfig, check_vocabulary, encode_messages, optional};
@@ -26,7 +27,7 @@ pub struct Outline {
 }
 
 impl Outline {
-    /// Reads `config.json` and `preprocessor_config.json`.
+    /// Reads `config.json` and the settings of the preprocessor.
     pub fn open(folder: &Folder, options: &OpenOptions) -> Result<Self, ZooError> {
         let config = ModelConfig::open(folder)?;
         let preprocessor = config.preprocessor(folder, &options.images)?;
@@ -54,6 +55,8 @@ pub struct Checkup {
     pub parameters: Option<Parameters>,
     /// Everything found, in the order in which files are opened.
     pub problems: Vec<Problem>,
+    /// Whether nothing says which token ends an answer: it goes on until it is cut off.
+    pub endless: bool,
 }
 
 /// The file or files of a folder that something is about.
@@ -70,10 +73,12 @@ pub enum Part {
     Grounding,
     /// The weights, in whatever files they are.
     Weights,
-    /// `preprocessor_config.json`
+    /// `preprocessor_config.json`, or `processor_config.json`
     Preprocessor,
     /// The chat template, wherever it is.
     ChatTemplate,
+    /// Low-rank adapters.
+    Adapter,
 }
 
 impl fmt::Display for Part {
@@ -86,6 +91,7 @@ impl fmt::Display for Part {
             Self::Weights => "weights",
             Self::Preprocessor => "preprocessor_config.json",
             Self::ChatTemplate => "chat template",
+            Self::Adapter => "adapter",
         })
     }
 }
@@ -106,6 +112,8 @@ pub struct Parameters {
     pub elements: u64,
     /// In the largest tensor that is kept in one piece.
     pub largest_elements: u64,
+    /// In adapters, which are f32 whatever the type of the others.
+    pub adapter_elements: u64,
 }
 
 impl Checkup {
@@ -116,7 +124,7 @@ impl Checkup {
         let tokenizer = tokenizer(folder, found.config.as_ref());
         let tokenizer = found.note(Part::Tokenizer, tokenizer);
         let generation = optional::<GenerationConfig>(folder, "generation_config.json");
-        found.note(Part::GenerationConfig, generation);
+        let generation = found.note(Part::GenerationConfig, generation);
         if folder.has("grounding.json") {
             let format = folder.read_json::<GroundingFormat>("grounding.json", CONFIG_MAX_BYTES);
             found.note(Part::Grounding, format.map_err(ZooError::from));
@@ -131,15 +139,27 @@ impl Checkup {
             let template = found.note(Part::ChatTemplate, template);
             if let (Some(tokenizer), Some(template)) = (tokenizer, template) {
                 found.note(Part::ChatTemplate, ask(&config, &tokenizer, &template));
+                let ends = generation.and_then(|generation| generation.eos_token_id);
+                let (ends, vocab_size) = (ends.as_ref(), config.decoder().vocab_size);
+                let ends = end_tokens(folder, ends, vocab_size, &tokenizer, &template);
+                found.endless = ends.is_ok_and(|ends| ends.is_empty());
             }
             let model = Model::<B>::new(&config, device);
             if let Some(model) = found.note(Part::Config, model) {
                 let mut parameters = Parameters::default();
                 model.visit(&mut parameters);
-                found.parameters = Some(parameters);
                 if let Some(shards) = shards {
                     found.note(Part::Weights, model.check_fit(&config, &shards));
                 }
+                let adapters = found.note(Part::Adapter, model.read_adapters(&options.adapters));
+                let changes = adapters
+                    .iter()
+                    .flatten()
+                    .flat_map(|adapter| &adapter.changes);
+                let elements =
+                    changes.map(|change| change.down.num_elements() + change.up.num_elements());
+                parameters.adapter_elements = elements.sum::<usize>() as u64;
+                found.parameters = Some(parameters);
             }
         }
         found

@@ -9,8 +9,8 @@ use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
 use reroute::{Decoder, KeptRows, Prompt};
 use reroute_checkpoint::{
-    CONFIG_MAX_BYTES, CheckpointError, Folder, Layout, LoadOptions, LoadProgress, NameTable, Save,
-    Saved, Shards, check_fit, load_into,
+    AdapterError, CONFIG_MAX_BYTES, CheckpointError, Folder, Layout, LoadOptions, LoadProgress,
+    NameTable, Save, Saved, Shards, StoredAdapter, check_fit, load_into,
 };
 use reroute_family::{
     EncoderStep, FamilyConfig, FamilyModel, ModelType, PixelTensors, Sample, VisualTokens,
@@ -142,6 +142,21 @@ macro_rules! families {
                     .write::<B>(to)?),)+
                     _ => Err(ZooError::OtherFamily { like: like.describe() }),
                 }
+            }
+
+            /// Whether the model has the modules that an adapter has as a whole.
+            pub(crate) fn check_whole(&self, adapter: &StoredAdapter) -> Result<(), AdapterError> {
+                match self {
+                    $(Self::$family(model) => adapter.check_whole(model),)+
+                }
+            }
+
+            /// The model with the modules that an adapter has as a whole.
+            pub(crate) fn put_whole(self, adapter: &StoredAdapter) -> Result<Self, AdapterError> {
+                let dtype = self.decoder().dtype();
+                Ok(match self {
+                    $(Self::$family(model) => Self::$family(adapter.put_whole(model, dtype)?),)+
+                })
             }
 
             /// What the family says of the model.

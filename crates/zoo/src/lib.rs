@@ -73,6 +73,7 @@ mod checkup;
 mod conversation;
 #[cfg(feature = "embedded")]
 pub mod embedded;
+mod end_tokens;
 mod error;
 mod families;
 pub mod grounding;

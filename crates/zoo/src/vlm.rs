@@ -12,6 +12,7 @@ use reroute_checkpoint::{CONFIG_MAX_BYTES, Folder, LoadProgress, TOKENIZER_MAX_B
 use reroute_family::kept_rows;
 use serde::Deserialize;
 
+use crate::end_tokens::{TokenIds, end_tokens};
 use crate::grounding::GroundingFormat;
 use crate::messages::{Message, Placeholders};
 use crate::{
@@ -53,6 +54,11 @@ pub struct OpenOptions {
     pub dtype: DType,
     /// What preprocessing does beyond what the checkpoint says.
     pub images: ImageOptions,
+    /// Folders of low-rank adapters, as PEFT and [`Model::save_adapter`] write them; their changes add up.
+    pub adapters: Vec<Folder>,
+    /// Add the adapters to the weights instead of keeping them beside: answers cost what they cost without,
+    /// and in half precision small changes are rounded.
+    pub merge_adapters: bool,
 }
 
 impl Default for OpenOptions {
@@ -60,6 +66,8 @@ impl Default for OpenOptions {
         Self {
             dtype: DType::F32,
             images: ImageOptions::default(),
+            adapters: Vec::new(),
+            merge_adapters: false,
         }
     }
 }
@@ -67,16 +75,9 @@ impl Default for OpenOptions {
 #[derive(Default, Deserialize)]
 pub(crate) struct GenerationConfig {
     #[serde(default)]
-    eos_token_id: Option<TokenIds>,
+    pub(crate) eos_token_id: Option<TokenIds>,
     #[serde(default)]
     max_new_tokens: Option<usize>,
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum TokenIds {
-    One(u32),
-    Several(Vec<u32>),
 }
 
 impl<B: Backend> Vlm<B> {
@@ -108,16 +109,17 @@ impl<B: Backend> Vlm<B> {
             false => config.grounding(),
         };
         let template = ChatTemplate::open(folder, config.dialect())?;
-        let model = Model::open(&config, folder, options.dtype, device, progress)?;
-        let stop_tokens = match generation.eos_token_id {
-            Some(TokenIds::One(id)) => vec![id],
-            Some(TokenIds::Several(ids)) => ids,
-            None => template
-                .eos_token()
-                .and_then(|token| tokenizer.id(token))
-                .into_iter()
-                .collect(),
-        };
+        // What does not fit is known before the weights are read.
+        Model::<B>::new(&config, device)?.read_adapters(&options.adapters)?;
+        let mut model = Model::open(&config, folder, options.dtype, device, progress)?;
+        if !options.adapters.is_empty() {
+            model = model.load_adapters(&options.adapters)?;
+        }
+        if options.merge_adapters {
+            model = model.merge_adapters();
+        }
+        let (ends, vocab_size) = (&generation.eos_token_id, config.decoder().vocab_size);
+        let stop_tokens = end_tokens(folder, ends.as_ref(), vocab_size, &tokenizer, &template)?;
         Ok(Self {
             template,
             generation: GenerationOptions {

@@ -173,25 +173,38 @@ fn a_save_that_is_stopped_leaves_an_adapter() {
 /// and in them.
 #[test]
 fn adapters_of_peft_say_what_they_say_there() {
-    for (family, inputs, adapter, count) in [
-        ("llava", "llava/golden", "adapters/llava", 26),
-        (
-            "qwen25vl",
-            "qwen_cases/qwen25vl/turns",
-            "adapters/qwen25vl",
-            78,
-        ),
+    for (adapters, expected, maps) in [
+        (&["llava"][..], "logits", 26),
+        (&["llava_second"], "logits", 20),
+        (&["llava_second", "llava"], "both", 34),
+        (&["qwen25vl"], "logits", 78),
+        // Magnitudes, look-ahead, expressions.
+        (&["qwen2vl"], "logits", 56),
+        // Modules as a whole.
+        (&["qwen3vl"], "logits", 16),
+        (&["qwen25vl_head"], "logits", 8),
     ] {
+        let family = adapters[0].split('_').next().expect("a name");
+        let inputs = match family {
+            "llava" => "llava/golden".to_owned(),
+            _ => format!("qwen_cases/{family}/turns"),
+        };
+        let folder = |name| Folder::open(fixture(&format!("adapters/{name}")));
+        let folders: Vec<Folder> = { adapters.iter() }
+            .map(|name| folder(name).expect("the fixture is complete"))
+            .collect();
         let vlm = open(family);
-        let model = load(vlm.model(), &fixture(adapter)).expect("PEFT's adapter");
-        assert_eq!(names(&model).len(), count, "{family}");
-        let expected = Reference::open(&format!("{adapter}/expected")).floats("logits");
+        let model = vlm.model().load_adapters(&folders);
+        let model = model.unwrap_or_else(|error| panic!("{adapters:?}: {error}"));
+        assert_eq!(names(&model).len(), maps, "{adapters:?}");
+        let golden = Reference::open(&format!("adapters/{}/expected", adapters[0]));
+        let expected = golden.floats(expected);
         for model in [model.clone(), model.merge_adapters()] {
             let vlm = with_model(open(family), model);
-            let inputs = Reference::open(inputs).inputs();
+            let inputs = Reference::open(&inputs).inputs();
             let out = vlm.run_tensors(inputs, Schedule::dense(), 1, false);
             let found = values(out.expect("good inputs").logits);
-            assert_close(family, &found, &expected, 3e-4);
+            assert_close(&format!("{adapters:?}"), &found, &expected, 3e-4);
         }
     }
 }
@@ -375,18 +388,19 @@ fn settings_that_are_not_supported_are_refused_by_name() {
         fs::write(folder.path().join(SETTINGS), settings.to_string()).expect("a file");
         load(vlm.model(), folder.path())
     };
+    let expressions = (0..65).map(|n| (format!("layers.(?!{n}).*"), json!(2)));
+    let expressions = Value::Object(expressions.collect());
     for (name, value) in [
         ("peft_type", json!("IA3")),
-        ("use_dora", json!(true)),
         ("bias", json!("all")),
-        ("modules_to_save", json!(["lm_head"])),
         ("fan_in_fan_out", json!(true)),
         ("lora_bias", json!(true)),
         ("trainable_token_indices", json!([1, 2])),
         ("layer_replication", json!([[0, 4]])),
         ("init_lora_weights", json!("pissa")),
-        ("rank_pattern", json!({"^model.layers.0.*": 4})),
-        ("alpha_pattern", json!({"(q|v)_proj": 4})),
+        ("target_parameters", json!(["experts.gate"])),
+        ("rank_pattern", json!({"(q_proj": 4})),
+        ("alpha_pattern", expressions),
         ("a_setting_to_come", json!({"strength": 2})),
     ] {
         let error = super::refused(with(name, value));
@@ -397,6 +411,12 @@ fn settings_that_are_not_supported_are_refused_by_name() {
     }
     for (name, value) in [
         ("lora_dropout", json!(0.1)),
+        ("alpha_pattern", json!({"(q|v)_proj": 4})),
+        // What would search for ages finds nothing.
+        (
+            "alpha_pattern",
+            json!({"(?=(.*.*.*.*.*.*.*.*.*)*x)(?!y)y": 4}),
+        ),
         ("peft_version", json!("0.18.0")),
         ("init_lora_weights", json!("gaussian")),
         ("modules_to_save", json!([])),

@@ -73,6 +73,27 @@ pub enum AdapterError {
     )]
     Adapted,
 
+    /// Several are to change one weight, and one of them changes the lengths of its rows.
+    #[error(
+        "{} is changed by several adapters, one of which has magnitudes (DoRA): merge them into the model one \
+         by one (load_adapter, merge_adapters)",
+        quoted(name)
+    )]
+    Several {
+        /// Path of the map.
+        name: String,
+    },
+
+    /// It cannot be written as it is.
+    #[error(
+        "the adapter has {what}, which was put into the model when it was loaded: merge it (merge_adapters) \
+         and save the model"
+    )]
+    PutIn {
+        /// What was put in.
+        what: &'static str,
+    },
+
     /// The model has none.
     #[error("the model has no adapter that could be saved; add one (adapt)")]
     NotAdapted,
@@ -123,8 +144,7 @@ impl fmt::Display for AdapterMismatch {
             f,
             &[
                 "the adapter does not fit this model",
-                "tensors that are no low-rank change of a linear map of this model (is the adapter of \
-                 another model?)",
+                "tensors that change nothing in this model (is the adapter of another model?)",
                 "tensors that are missing (is the copy complete?)",
                 "tensors that are there more than once (save the adapter again)",
                 "tensors of the wrong shape (is the adapter of a model of another size, or \

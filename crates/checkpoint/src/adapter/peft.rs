@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 
+use fancy_regex::{Regex, RegexBuilder};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{
-    AdapterConfig, AdapterError, SETTINGS, Targets, UNFINISHED_SETTINGS, UNFINISHED_TENSORS,
+    AdapterConfig, AdapterError, LinearMap, SETTINGS, UNFINISHED_SETTINGS, UNFINISHED_TENSORS, fits,
 };
 use crate::header::Entries;
 use crate::{CONFIG_MAX_BYTES, Folder};
@@ -41,6 +42,72 @@ const REGEX: &[char] = &[
     '^', '$', '*', '+', '?', '(', ')', '[', ']', '{', '}', '|', '\\',
 ];
 
+/// Most of such, and how far one may search: they are untrusted input.
+const MAX_EXPRESSIONS: usize = 64;
+const MAX_STEPS: usize = 10_000;
+const MAX_COMPILED_BYTES: usize = 1 << 20;
+
+/// What an adapter says of itself, as far as its tensors do not.
+pub(super) struct Stored {
+    rank: usize,
+    alpha: f64,
+    pub(super) rank_stabilized: bool,
+    ranks: Vec<(Pattern, usize)>,
+    alphas: Vec<(Pattern, f64)>,
+    /// Ends of names that are known to be met. Where that takes an expression or an exception into account,
+    /// there are none: the tensors say what is adapted.
+    pub(super) targets: Vec<String>,
+    /// Whether there are magnitudes (DoRA, arXiv 2402.09353).
+    pub(super) has_magnitudes: bool,
+    /// Ends of names of modules that are there as a whole.
+    pub(super) whole: Vec<String>,
+}
+
+/// Which maps a setting is for.
+enum Pattern {
+    /// The end of a name behind a dot.
+    End(String),
+    /// The same as a regular expression.
+    Expression(Box<Regex>),
+}
+
+impl Pattern {
+    /// As `peft.utils.other.get_pattern_key` has it.
+    fn new(setting: &str, text: &str) -> Result<Self, AdapterError> {
+        if !text.contains(REGEX) {
+            return Ok(Self::End(text.to_owned()));
+        }
+        let expression = RegexBuilder::new(&format!("^(?:.*\\.)?(?:{text})$"))
+            .backtrack_limit(MAX_STEPS)
+            .delegate_size_limit(MAX_COMPILED_BYTES)
+            .build();
+        let expression = expression.map_err(|_| unsupported(setting, text.into()))?;
+        Ok(Self::Expression(Box::new(expression)))
+    }
+
+    /// Whether it means a map; an expression that takes too long means none.
+    fn means(&self, map: &LinearMap) -> bool {
+        match self {
+            Self::End(end) => fits(end, &map.name) || fits(end, &map.module),
+            Self::Expression(expression) => [&map.name, &map.module]
+                .into_iter()
+                .any(|name| expression.is_match(name).unwrap_or(false)),
+        }
+    }
+}
+
+impl Stored {
+    /// Rank and alpha of a map: of the patterns that mean it, the first counts.
+    pub(super) fn strength(&self, map: &LinearMap) -> (usize, f64) {
+        let rank = self.ranks.iter().find(|(pattern, _)| pattern.means(map));
+        let alpha = self.alphas.iter().find(|(pattern, _)| pattern.means(map));
+        (
+            rank.map_or(self.rank, |&(_, rank)| rank),
+            alpha.map_or(self.alpha, |&(_, alpha)| alpha),
+        )
+    }
+}
+
 #[derive(Deserialize)]
 struct Kind {
     peft_type: String,
@@ -51,6 +118,8 @@ struct Settings {
     r: usize,
     lora_alpha: f64,
     use_rslora: Option<bool>,
+    use_dora: Option<bool>,
+    modules_to_save: Option<Vec<String>>,
     target_modules: Option<Modules>,
     /// Narrow the targets down.
     exclude_modules: Option<Value>,
@@ -71,9 +140,8 @@ enum Modules {
     Expression(#[allow(dead_code, reason = "the tensors say what it means")] String),
 }
 
-/// Reads the settings. Targets are only those that are known to be met; where that takes an expression
-/// or an exception into account, there are none: the tensors say what is adapted.
-pub(super) fn read(folder: &Folder) -> Result<AdapterConfig, AdapterError> {
+/// Reads the settings.
+pub(super) fn read(folder: &Folder) -> Result<Stored, AdapterError> {
     // A save that was stopped between its last two steps.
     let is_renamed = folder.has(UNFINISHED_SETTINGS) && !folder.has(UNFINISHED_TENSORS);
     let file = match is_renamed {
@@ -93,14 +161,31 @@ pub(super) fn read(folder: &Folder) -> Result<AdapterConfig, AdapterError> {
         Some(Modules::Names(names)) => names,
         _ => Vec::new(),
     };
-    Ok(AdapterConfig {
+    Ok(Stored {
         rank: settings.r,
         alpha: settings.lora_alpha,
         rank_stabilized: settings.use_rslora.unwrap_or(false),
-        rank_pattern: settings.rank_pattern.map_or_else(Vec::new, |all| all.0),
-        alpha_pattern: settings.alpha_pattern.map_or_else(Vec::new, |all| all.0),
-        ..AdapterConfig::new(Targets::Named(targets), settings.r)
+        ranks: patterns("rank_pattern", settings.rank_pattern)?,
+        alphas: patterns("alpha_pattern", settings.alpha_pattern)?,
+        targets,
+        has_magnitudes: settings.use_dora.unwrap_or(false),
+        whole: settings.modules_to_save.unwrap_or_default(),
     })
+}
+
+fn patterns<T>(
+    setting: &str,
+    entries: Option<Entries<T>>,
+) -> Result<Vec<(Pattern, T)>, AdapterError> {
+    let entries = entries.map_or_else(Vec::new, |entries| entries.0);
+    let expressions = entries.iter().filter(|(name, _)| name.contains(REGEX));
+    let count = expressions.count();
+    if count > MAX_EXPRESSIONS {
+        let value = format!("{count} regular expressions, where {MAX_EXPRESSIONS} are allowed");
+        return Err(unsupported(setting, value.into()));
+    }
+    let pattern = |(name, value): (String, T)| Ok((Pattern::new(setting, &name)?, value));
+    entries.into_iter().map(pattern).collect()
 }
 
 impl Settings {
@@ -117,15 +202,8 @@ impl Settings {
             let known = setting.as_str() == "peft_type";
             !known && !WITHOUT_EFFECT.contains(&setting.as_str()) && !is_off(value)
         });
-        if let Some((setting, value)) = asked {
-            return Err(unsupported(setting, value.clone()));
-        }
-        let ranks = self.rank_pattern.iter().flat_map(|all| &all.0);
-        let ranks = ranks.map(|(name, _)| ("rank_pattern", name));
-        let alphas = self.alpha_pattern.iter().flat_map(|all| &all.0);
-        let alphas = alphas.map(|(name, _)| ("alpha_pattern", name));
-        match ranks.chain(alphas).find(|(_, name)| name.contains(REGEX)) {
-            Some((setting, name)) => Err(unsupported(setting, name.as_str().into())),
+        match asked {
+            Some((setting, value)) => Err(unsupported(setting, value.clone())),
             None => Ok(()),
         }
     }

@@ -1,6 +1,7 @@
 use std::fs;
 
-use reroute_checkpoint::{CheckpointError, Folder, Shards};
+use burn::tensor::DType;
+use reroute_checkpoint::{CheckpointError, Folder, Layout, Shards};
 use serde_json::Value;
 
 use crate::fixture::{counting, folder, safetensors};
@@ -130,22 +131,28 @@ fn links_of_the_hugging_face_cache_are_followed() {
 }
 
 #[test]
-fn an_embedded_folder_reads_like_one_on_disk() {
+fn a_folder_in_memory_reads_like_one_on_disk() {
     let weights: &'static [u8] = safetensors(&[counting("a", &[2])]).leak();
     let files: &'static [(&'static str, &'static [u8])] =
         vec![("config.json", &b"{}"[..]), ("model.safetensors", weights)].leak();
-    let folder = Folder::embedded(files);
-    assert_eq!(folder.read("config.json", 8).unwrap(), b"{}");
-    assert!(matches!(
-        folder.read("other", 8),
-        Err(CheckpointError::MissingFile { .. })
-    ));
-    let shards = Shards::open(&folder).unwrap();
-    assert_eq!(shards.names().collect::<Vec<_>>(), ["a"]);
-    assert_eq!(shards.total_bytes(), 8);
+    let owned = files
+        .iter()
+        .map(|(name, bytes)| (name.to_string(), bytes.to_vec()));
+    for folder in [Folder::embedded(files), Folder::in_memory(owned)] {
+        assert_eq!(folder.read("config.json", 8).unwrap(), b"{}");
+        assert!(matches!(
+            folder.read("other", 8),
+            Err(CheckpointError::MissingFile { .. })
+        ));
+        let shards = Shards::open(&folder).unwrap();
+        assert_eq!(shards.names().collect::<Vec<_>>(), ["a"]);
+        assert_eq!(shards.total_bytes(), 8);
+        let numbers = shards.read("a", DType::F32, Layout::AsStored).unwrap();
+        assert_eq!(numbers.into_vec::<f32>().unwrap(), [0.0, 1.0]);
+    }
 }
 
-/// The cache and a repository in it are not the checkpoint: the snapshot is, the current one first.
+/// A repository in the cache is its current snapshot; the cache itself points to all of them.
 #[test]
 fn a_cache_points_to_its_snapshots() {
     let (dir, _folder) = folder(&[]);
@@ -155,16 +162,40 @@ fn a_cache_points_to_its_snapshots() {
     }
     fs::create_dir(repository.join("refs")).unwrap();
     fs::write(repository.join("refs").join("main"), "bbb\n").unwrap();
-    for path in [dir.path(), &repository] {
-        let error = Folder::open(path).unwrap_err();
-        let CheckpointError::CacheRoot { snapshots, .. } = &error else {
-            panic!("{error}");
-        };
-        let expected = ["bbb", "aaa"].map(|revision| repository.join("snapshots").join(revision));
-        assert_eq!(snapshots[..], expected);
-        assert!(error.to_string().contains("snapshots/bbb"), "{error}");
+    let error = Folder::open(dir.path()).unwrap_err();
+    let CheckpointError::CacheRoot { snapshots, .. } = &error else {
+        panic!("{error}");
+    };
+    let expected = ["bbb", "aaa"].map(|revision| repository.join("snapshots").join(revision));
+    assert_eq!(snapshots[..], expected);
+    assert!(error.to_string().contains("snapshots/bbb"), "{error}");
+
+    let current = expected[0].canonicalize().unwrap();
+    for opened in [
+        Folder::open(&repository),
+        Folder::open(&expected[0]),
+        Folder::cached(dir.path(), "org/name"),
+    ] {
+        let opened = opened.unwrap();
+        assert_eq!(opened.root(), Some(current.as_path()));
+        assert_eq!(opened.repository().as_deref(), Some("org/name"));
+        let error = opened.read("config.json", 8).unwrap_err().to_string();
+        assert!(error.contains("hf download org/name"), "{error}");
+        let error = Shards::open(&opened).unwrap_err().to_string();
+        assert!(error.contains("hf download org/name"), "{error}");
     }
-    assert!(Folder::open(repository.join("snapshots").join("bbb")).is_ok());
+    for missing in [
+        "org/other",
+        "../name",
+        "org/../name",
+        "org/name/x",
+        "name",
+        "/",
+        "org/",
+    ] {
+        let error = Folder::cached(dir.path(), missing).unwrap_err().to_string();
+        assert!(error.contains(&format!("hf download {missing}")), "{error}");
+    }
     // A checkpoint may have a folder of this name.
     fs::write(repository.join("config.json"), "{}").unwrap();
     assert!(Folder::open(repository).is_ok());

@@ -78,7 +78,9 @@ impl Answer<'_> {
             let text = self.text_tokens;
             let memory = Memory::of(&**self.config, &picture, text, &schedule, numbers);
             let weight = tensor_bytes(self.parameters.largest_elements, self.dtype);
+            let adapters = tensor_bytes(self.parameters.adapter_elements, DType::F32);
             let weights = tensor_bytes(self.parameters.elements, self.dtype);
+            let weights = weights.saturating_add(adapters);
             // What the allocator keeps of the memory that weights were read into and converted in, and
             // a hundredth between them.
             let kept = match backend::ON_HOST {

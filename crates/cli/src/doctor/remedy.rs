@@ -89,9 +89,11 @@ impl Contents {
                     .into()
             }
             Error::Read { .. } => "check the permissions of the file, and the disk".into(),
-            Error::Module(_) | Error::Tensor { .. } => self.quantised().unwrap_or_else(|| {
-                "give config.json and weights of the same model and revision".into()
-            }),
+            Error::Module(_) | Error::Tensor { .. } | Error::Quantised { .. } => {
+                self.quantised().unwrap_or_else(|| {
+                    "give config.json and weights of the same model and revision".into()
+                })
+            }
             _ => again(part),
         }
     }
@@ -103,9 +105,7 @@ impl Contents {
             let base = self.adapter["base_model_name_or_path"].as_str();
             let base = base.unwrap_or("its base model");
             return format!(
-                "this is an adapter for {base}, not a model: merge the two in Python, \
-                 PeftModel.from_pretrained(base, \"{folder}\").merge_and_unload().save_pretrained(NEW), \
-                 and give NEW to --model"
+                "this is an adapter for {base}, not a model: give that to --model, and {folder} to --adapter"
             );
         }
         if self.has("snapshots") {
@@ -139,6 +139,9 @@ impl Contents {
     /// What to do about weights that are quantised, if they are.
     fn quantised(&self) -> Option<String> {
         let how = self.config["quantization_config"]["quant_method"].as_str()?;
+        if QUANTISED.contains(&how) {
+            return None;
+        }
         let name = self.config["_name_or_path"].as_str();
         let name = name.map_or(String::new(), |name| format!(" ({name})"));
         Some(match how {
@@ -149,8 +152,9 @@ impl Contents {
                 self.folder
             ),
             _ => format!(
-                "weights quantised by {how} are not supported; nearest is the checkpoint that they were made \
-                 from{name}, with --dtype f16 or bf16 for half the memory"
+                "weights quantised by {how} are not supported ({} are); nearest is the checkpoint that they \
+                 were made from{name}, with --dtype f16 or bf16 for half the memory",
+                QUANTISED.join(", ")
             ),
         })
     }
@@ -176,6 +180,9 @@ impl Contents {
         }
     }
 }
+
+/// Ways to quantise weights that are read.
+const QUANTISED: [&str; 5] = ["fp8", "fbgemm_fp8", "compressed-tensors", "awq", "gptq"];
 
 /// Letters that two types begin with in common, at least, if they have anything to do with each other.
 const ALIKE: usize = 3;
@@ -212,6 +219,11 @@ fn again(part: Part) -> String {
         }
         Part::ChatTemplate => {
             "remove the template to use the family's own, or download it again".into()
+        }
+        Part::Adapter => {
+            "give the adapter that was trained for this model, or merge it in Python: \
+             PeftModel.from_pretrained(base, ADAPTER).merge_and_unload().save_pretrained(NEW)"
+                .into()
         }
         Part::Grounding => "correct the file, or remove it to use the family's own prompt".into(),
         _ => "download this file again, from the same revision as the weights".into(),

@@ -119,14 +119,20 @@ impl QwenPreprocessor {
     /// The checkpoint's bounds within the caller's.
     fn bounds(&self, recipe: &Recipe, frames: usize) -> PixelBounds {
         let pictures = if recipe.together { frames } else { 1 };
-        let max = recipe.bounds.max;
-        let max = max.min(self.max_pixels.saturating_mul(pictures));
+        let own = self.own_bounds(recipe, frames);
+        let max = own.max.min(self.max_pixels.saturating_mul(pictures));
         let min = match self.min_pixels {
             Some(min) => min.saturating_mul(pictures),
-            None => recipe.bounds.min,
+            None => own.min,
         };
         let min = min.min(max);
         PixelBounds { min, max }
+    }
+
+    /// The checkpoint's bounds.
+    fn own_bounds(&self, recipe: &Recipe, frames: usize) -> PixelBounds {
+        let factor = self.patch_size * self.merge_size;
+        recipe.bounds(frames, self.temporal_patch_size, factor)
     }
 
     /// Width and height within the bounds.
@@ -179,7 +185,8 @@ impl QwenPreprocessor {
             }
         }
         let original = [frames[0].width(), frames[0].height()];
-        let unbounded = self.size(recipe, frames.len(), original, recipe.bounds)?;
+        let own = self.own_bounds(recipe, frames.len());
+        let unbounded = self.size(recipe, frames.len(), original, own)?;
         Ok(PatchPixels {
             grid,
             data,

@@ -153,7 +153,7 @@ impl VitPreprocessorConfig {
 }
 
 fn wrong<T>(reason: String) -> Result<T, VisionError> {
-    Err(VisionError::Preprocessor(reason))
+    Err(VisionError::preprocessor(reason))
 }
 
 /// Resolved preprocessing: resize, crop the middle, normalise.

@@ -520,7 +520,7 @@ fn impossible_configurations_are_errors_that_name_the_field() {
         (r#"{"do_thumbnail": true}"#, "do_thumbnail"),
     ] {
         match resolved(config) {
-            Err(VisionError::Preprocessor(text)) => {
+            Err(VisionError::Preprocessor { reason: text, .. }) => {
                 assert!(text.contains(field), "{config}: {text}");
             }
             other => panic!("{config}: {other:?}"),

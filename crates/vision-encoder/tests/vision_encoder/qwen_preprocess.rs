@@ -541,7 +541,7 @@ fn impossible_configurations_are_errors_that_name_the_field() {
         let video = video.map(config);
         let found = config(image).resolve(video.as_ref(), &tower(Qwen2, &json!({})));
         match found {
-            Err(VisionError::Preprocessor(text)) => {
+            Err(VisionError::Preprocessor { reason: text, .. }) => {
                 assert!(text.contains(reason), "{image}: {text}");
             }
             other => panic!("{image}: {other:?}"),

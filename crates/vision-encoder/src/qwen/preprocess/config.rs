@@ -20,6 +20,8 @@ struct Defaults {
     bounds: PixelBounds,
     /// Whether the bounds are on all pictures together.
     together: bool,
+    /// `max_video_tokens` of a video.
+    tokens: usize,
 }
 
 /// `Qwen2VLImageProcessor`
@@ -30,6 +32,7 @@ const IMAGES: Defaults = Defaults {
         max: 1280 * 28 * 28,
     },
     together: false,
+    tokens: 0,
 };
 
 /// `Qwen2VLVideoProcessor`
@@ -40,6 +43,7 @@ const QWEN2_VIDEOS: Defaults = Defaults {
         max: 768 * 28 * 28,
     },
     together: false,
+    tokens: 128_000,
 };
 
 /// `Qwen3VLVideoProcessor`
@@ -50,6 +54,7 @@ const QWEN3_VIDEOS: Defaults = Defaults {
         max: 768 * 32 * 32,
     },
     together: true,
+    tokens: 768,
 };
 
 /// `preprocessor_config.json` or `video_preprocessor_config.json` of a Qwen model, hub-era or
@@ -67,6 +72,9 @@ pub struct QwenPreprocessorConfig {
     patch_size: Option<usize>,
     temporal_patch_size: Option<usize>,
     merge_size: Option<usize>,
+    /// Of videos, since transformers 5.20.
+    cap_pixels_per_frame: Option<bool>,
+    max_video_tokens: Option<usize>,
     image_processor_type: Option<String>,
     #[serde(flatten)]
     other: OtherKeys,
@@ -129,9 +137,10 @@ impl QwenPreprocessorConfig {
             merge_size: tower.spatial_merge_size,
             images: self.recipe(tower, &IMAGES)?,
             videos: videos.map_err(|error| match error {
-                VisionError::Preprocessor(reason) => {
-                    VisionError::Preprocessor(format!("for videos, {reason}"))
-                }
+                VisionError::Preprocessor { place, reason } => VisionError::Preprocessor {
+                    place,
+                    reason: format!("for videos, {reason}"),
+                },
                 other => other,
             })?,
             min_pixels: None,
@@ -185,12 +194,14 @@ impl QwenPreprocessorConfig {
             normalisation: self.pixels.resolve(default.statistics)?,
             bounds: PixelBounds { min, max },
             together: default.together,
+            video_tokens: (default.tokens > 0 && self.cap_pixels_per_frame == Some(true))
+                .then(|| self.max_video_tokens.unwrap_or(default.tokens)),
         })
     }
 }
 
 fn wrong<T>(reason: String) -> Result<T, VisionError> {
-    Err(VisionError::Preprocessor(reason))
+    Err(VisionError::preprocessor(reason))
 }
 
 /// How pictures of one kind are made into numbers.
@@ -201,4 +212,27 @@ pub(super) struct Recipe {
     pub(super) bounds: PixelBounds,
     /// Whether the bounds are on all pictures of a video together, or on each.
     pub(super) together: bool,
+    /// Tokens that a video has at most (Qwen2-VL), or each of its pictures (Qwen3-VL), if they are bounded.
+    pub(super) video_tokens: Option<usize>,
+}
+
+impl Recipe {
+    /// The checkpoint's own bounds for so many pictures, of which `temporal` share tokens of `factor` pixels
+    /// a side; those of `Qwen2VLVideoProcessor.resize` and `Qwen3VLVideoProcessor.resize`.
+    pub(super) fn bounds(&self, frames: usize, temporal: usize, factor: usize) -> PixelBounds {
+        let PixelBounds { min, max } = self.bounds;
+        let Some(tokens) = self.video_tokens else {
+            return self.bounds;
+        };
+        let (area, frames) = (tokens.saturating_mul(factor * factor), frames.max(1));
+        let least = (min as f64 * 1.05) as usize;
+        let max = match self.together {
+            true => area.min(max / frames).max(least).saturating_mul(frames),
+            false => {
+                let all = (area as f64 * 0.9) as usize;
+                max.min(all.saturating_mul(temporal) / frames).max(least)
+            }
+        };
+        PixelBounds { min, max }
+    }
 }

@@ -1,0 +1,185 @@
+//! Weights that a checkpoint keeps in fewer bits: several tensors of its files become one of f32, row by row,
+//! while they are read.
+//!
+//! | `quant_method` | a weight `W [out, in]` is | source |
+//! |---|---|---|
+//! | `fp8`, `fbgemm_fp8` | E4M3 codes times a scale per block or row | transformers, `integrations/finegrained_fp8.py` |
+//! | `compressed-tensors` | the same; int8, or int4 packed along the rows, times a scale per row or group | compressed-tensors, `compressors` |
+//! | `awq` | 4 bits packed along the columns, less a zero, times a scale per group | AutoAWQ, `utils/packing_utils.py` |
+//! | `gptq` | 4 or 8 bits packed along the columns, the same, groups in any order | GPTQModel, `nn_modules/qlinear` |
+
+mod columns;
+mod grid;
+mod rows;
+
+use std::collections::BTreeMap;
+
+use safetensors::Dtype;
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::{CONFIG, CONFIG_MAX_BYTES, CheckpointError, Folder, TensorInfo};
+
+pub(crate) use rows::Rows;
+
+/// How a weight of f32 comes about.
+#[derive(Debug, Clone)]
+pub(crate) enum Coded {
+    Grid(grid::Grid),
+    Columns(columns::Columns),
+}
+
+/// The part of `config.json` that matters.
+#[derive(Deserialize)]
+struct Config {
+    #[serde(default)]
+    quantization_config: Option<Quantization>,
+}
+
+/// What `config.json` says of it, whatever the method.
+#[derive(Debug, Deserialize)]
+struct Quantization {
+    #[serde(default)]
+    quant_method: String,
+    #[serde(default)]
+    weight_block_size: Option<[usize; 2]>,
+    #[serde(default)]
+    bits: Option<u32>,
+    #[serde(default)]
+    group_size: Option<i64>,
+    /// AWQ's order of bits.
+    #[serde(default)]
+    version: Option<String>,
+    /// GPTQ's, whose first adds 1 to every zero.
+    #[serde(default)]
+    checkpoint_format: Option<String>,
+    #[serde(default)]
+    format: Option<String>,
+    #[serde(default)]
+    config_groups: Option<BTreeMap<String, Group>>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Group {
+    #[serde(default)]
+    weights: Option<GroupWeights>,
+    #[serde(default)]
+    format: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+struct GroupWeights {
+    num_bits: u32,
+    #[serde(default)]
+    group_size: Option<usize>,
+    #[serde(default)]
+    symmetric: Option<bool>,
+    #[serde(default)]
+    actorder: Option<Value>,
+}
+
+/// All tensors of a checkpoint, by name.
+type Tensors = BTreeMap<String, TensorInfo>;
+
+/// Puts the weights in the place of the tensors that they are made of, if the checkpoint is quantised.
+pub(crate) fn assemble(folder: &Folder, tensors: &mut Tensors) -> Result<(), CheckpointError> {
+    if !folder.has(CONFIG) {
+        return Ok(());
+    }
+    let config: Config = folder.read_json(CONFIG, CONFIG_MAX_BYTES)?;
+    let Some(config) = config.quantization_config else {
+        return Ok(());
+    };
+    // What was widened before, by whatever means, has nothing to be put together.
+    let assembled = match config.quant_method.as_str() {
+        "fp8" | "fbgemm_fp8" => grid::fp8(tensors, config.weight_block_size.unwrap_or([128, 128])),
+        "compressed-tensors" => compressed(&config, tensors),
+        "awq" => columns::awq(&config, tensors),
+        "gptq" => columns::gptq(&config, tensors),
+        _ if tensors.values().all(|info| is_plain(info.dtype)) => Ok(()),
+        "" => Err("quantization_config has no quant_method".to_owned()),
+        other => Err(format!("weights quantised by {other} are not supported")),
+    };
+    assembled.map_err(|reason| CheckpointError::Quantised {
+        folder: folder.describe(),
+        reason,
+    })
+}
+
+fn is_plain(dtype: Dtype) -> bool {
+    matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16)
+}
+
+/// Folders of compressed-tensors hold the same under other names.
+fn compressed(config: &Quantization, tensors: &mut Tensors) -> Result<(), String> {
+    let groups = config.config_groups.iter().flatten();
+    let mut weights = groups.filter_map(|(_, group)| {
+        let format = group.format.as_ref().or(config.format.as_ref());
+        Some((format.map_or("", String::as_str), group.weights.as_ref()?))
+    });
+    let Some((format, group)) = weights.next() else {
+        return Err("config_groups of quantization_config say nothing of weights".into());
+    };
+    if weights.next().is_some() {
+        return Err("weights in several groups (config_groups) are not supported".into());
+    }
+    if group.symmetric == Some(false) {
+        return Err("asymmetric weights of compressed-tensors are not supported".into());
+    }
+    if !matches!(
+        &group.actorder,
+        None | Some(Value::Null | Value::Bool(false))
+    ) {
+        return Err("weights of compressed-tensors with actorder are not supported".into());
+    }
+    let columns = group.group_size.unwrap_or(usize::MAX);
+    match (format, group.num_bits) {
+        ("float-quantized" | "naive-quantized", 8) => grid::fp8(tensors, [1, columns]),
+        ("int-quantized", 8) => grid::int8(tensors, [1, columns]),
+        ("pack-quantized", 4) => grid::packed(tensors, columns),
+        (format, bits) => Err(format!(
+            "weights of compressed-tensors in {bits} bits as \"{format}\" are not supported: float-quantized \
+             and int-quantized in 8 bits and pack-quantized in 4 are"
+        )),
+    }
+}
+
+/// Takes `suffix` off the names that end with it: what they are of.
+fn stems(tensors: &Tensors, suffix: &str) -> Vec<String> {
+    let stems = tensors.keys().filter_map(|name| name.strip_suffix(suffix));
+    stems.map(str::to_owned).collect()
+}
+
+/// Takes a part of a weight out of the tensors.
+fn take(tensors: &mut Tensors, stem: &str, suffix: &str) -> Result<TensorInfo, String> {
+    let name = format!("{stem}{suffix}");
+    let found = tensors.remove(&name);
+    found.ok_or_else(|| format!("{name} is missing; is the download complete?"))
+}
+
+/// A weight of f32.
+fn weight(shape: [usize; 2], shard: usize, coded: Coded) -> Result<TensorInfo, String> {
+    let elements = shape[0].checked_mul(shape[1]);
+    let bytes = elements.and_then(|elements| (elements as u64).checked_mul(4));
+    Ok(TensorInfo {
+        dtype: Dtype::F32,
+        shape: shape.to_vec(),
+        bytes: bytes.ok_or("a weight is larger than any memory")?,
+        shard,
+        offset: 0,
+        coded: Some(Box::new(coded)),
+    })
+}
+
+/// Rows and columns of a matrix of this type.
+fn matrix(name: &str, info: &TensorInfo, dtypes: &[Dtype]) -> Result<[usize; 2], String> {
+    match info.shape.as_slice() {
+        &[rows, columns] if dtypes.contains(&info.dtype) && rows > 0 && columns > 0 => {
+            Ok([rows, columns])
+        }
+        shape => Err(format!(
+            "{name} is {:?} {shape:?}, a matrix of {dtypes:?} is needed",
+            info.dtype
+        )),
+    }
+}

@@ -1,0 +1,168 @@
+//! Quantised checkpoints (`make_quantised.py`): every weight is, number by number, what the reference makes of
+//! the same bits.
+
+use std::fs;
+use std::ops::ControlFlow;
+use std::path::Path;
+
+use burn::tensor::DType;
+use half::bf16;
+use reroute_checkpoint::{Layout, Shards};
+use reroute_cli::backend::{Backend, Device};
+use reroute_zoo::{Folder, Model, ModelConfig};
+use safetensors::SafeTensors;
+use serde_json::{Value, json};
+
+use crate::golden::fixture;
+use crate::program::{Scratch, refuses, reroute};
+
+const FORMS: [&str; 7] = ["fp8", "awq", "gptq", "gptq_v2", "ct_w4", "ct_w8", "ct_fp8"];
+
+fn folder(form: &str) -> Folder {
+    Folder::open(fixture(&format!("quantised/{form}"))).expect("the fixture is complete")
+}
+
+/// Names and numbers.
+fn expected(form: &str) -> Vec<(String, Vec<f32>)> {
+    let file = fs::read(fixture(&format!("quantised/{form}/expected.safetensors")));
+    let file = file.expect("the fixture is complete");
+    let tensors = SafeTensors::deserialize(&file).expect("safetensors");
+    let numbers = |data: &[u8]| {
+        let numbers = data.as_chunks().0.iter().map(|&x| f32::from_le_bytes(x));
+        numbers.collect()
+    };
+    let tensors = tensors.tensors().into_iter();
+    tensors
+        .map(|(name, view)| (name, numbers(view.data())))
+        .collect()
+}
+
+/// In f32; compared in bf16 where the reference rounds to it.
+fn assert_weights(form: &str, shards: &Shards) {
+    let round = |x: &f32| match form.starts_with("ct_") {
+        true => bf16::from_f32(*x).to_f32().to_bits(),
+        false => x.to_bits(),
+    };
+    let expected = expected(form);
+    assert_eq!(expected.len(), 21, "{form}");
+    for (name, numbers) in expected {
+        let found = shards.read(&name, DType::F32, Layout::AsStored);
+        let found = found.unwrap_or_else(|error| panic!("{form}: {error}"));
+        let found = found.into_vec::<f32>().expect("f32");
+        let pairs = found.iter().map(round).eq(numbers.iter().map(round));
+        assert!(pairs, "{form} {name}");
+    }
+}
+
+#[test]
+fn weights_are_those_of_the_reference() {
+    for form in FORMS {
+        let shards = Shards::open(&folder(form)).unwrap_or_else(|error| panic!("{form}: {error}"));
+        assert_weights(form, &shards);
+        // In parts, as blocks of a table are read, and after conversion.
+        let (name, numbers) = expected(form).swap_remove(3);
+        let columns = shards.info(&name).expect("it is there").shape[1];
+        let part = shards.read_rows(&name, 5..9, DType::F32).expect("rows");
+        let part = part.into_vec::<f32>().expect("f32");
+        let close = |(a, b): (&f32, &f32)| (a - b).abs() <= b.abs() / 200.0;
+        let rows = &numbers[5 * columns..9 * columns];
+        assert!(
+            part.len() == rows.len() && part.iter().zip(rows).all(close),
+            "{form}"
+        );
+    }
+}
+
+/// A model opens, and its conversion holds the same and says no more that it is quantised.
+#[test]
+fn quantised_models_open_and_are_converted() {
+    for form in FORMS {
+        let config = ModelConfig::open(&folder(form)).expect("a configuration");
+        let proceed = &mut |_| ControlFlow::Continue(());
+        let model = Model::<Backend>::open(
+            &config,
+            &folder(form),
+            DType::BF16,
+            &Device::default(),
+            proceed,
+        );
+        assert!(model.is_ok(), "{form}: {:?}", model.err());
+        let scratch = Scratch::new();
+        let (from, to) = (fixture(&format!("quantised/{form}")), scratch.at("copy"));
+        let from = from.to_str().expect("UTF-8");
+        reroute(&["convert", "--from", from, "--to", &to, "--format", "hf"]).expect("a copy");
+        let copy = Folder::open(&to).expect("a folder");
+        assert_weights(form, &Shards::open(&copy).expect("plain weights"));
+        let config = fs::read(Path::new(&to).join("config.json")).expect("a file");
+        let config: Value = serde_json::from_slice(&config).expect("JSON");
+        assert_eq!(config["quantization_config"], Value::Null, "{form}");
+    }
+}
+
+/// What is quantised otherwise, or does not fit, is refused by name.
+#[test]
+fn what_is_not_known_is_refused_by_name() {
+    let refused = |form: &str, key: &str, value: Value, expected: &[&str]| {
+        let scratch = Scratch::new();
+        for name in ["config.json", "model.safetensors"] {
+            let file = fs::read(fixture(&format!("quantised/{form}/{name}")));
+            scratch.write(name, file.expect("the fixture is complete"));
+        }
+        scratch.set("config.json", &format!("/quantization_config{key}"), value);
+        let to = scratch.at("copy");
+        refuses(
+            &["convert", "--from", &scratch.path(), "--to", &to],
+            expected,
+        );
+        assert!(!Path::new(&to).exists());
+    };
+    let group = "/config_groups/group_0/weights";
+    for (form, key, value, expected) in [
+        (
+            "awq",
+            "/quant_method",
+            json!("bitsandbytes"),
+            &["bitsandbytes", "not supported"][..],
+        ),
+        (
+            "awq",
+            "/quant_method",
+            json!("hqq"),
+            &["hqq", "not supported"],
+        ),
+        ("awq", "/version", json!("gemv"), &["gemv"]),
+        ("awq", "/bits", json!(3), &["3 bits"]),
+        ("awq", "/group_size", json!(32), &["qzeros", "groups of 32"]),
+        ("gptq", "/bits", json!(3), &["3", "4 and 8"]),
+        ("gptq", "/bits", json!(8), &["qzeros"]),
+        ("gptq", "/checkpoint_format", json!("marlin"), &["marlin"]),
+        (
+            "fp8",
+            "/weight_block_size",
+            json!([4, 4]),
+            &["scales", "[4, 4]"],
+        ),
+        ("ct_w4", "/format", json!("marlin-24"), &["marlin-24"]),
+        ("ct_w4", &format!("{group}/num_bits"), json!(3), &["3 bits"]),
+        (
+            "ct_w4",
+            &format!("{group}/symmetric"),
+            json!(false),
+            &["asymmetric"],
+        ),
+        (
+            "ct_w4",
+            &format!("{group}/actorder"),
+            json!("group"),
+            &["actorder"],
+        ),
+        (
+            "ct_w4",
+            &format!("{group}/group_size"),
+            json!(8),
+            &["scales"],
+        ),
+    ] {
+        refused(form, key, value, expected);
+    }
+}

@@ -1,0 +1,77 @@
+//! Checkpoints as releases of transformers save them, against what these answer (`make_releases.py`): files of
+//! other names, keys in other places, and tensors of other names, with the same weights in them.
+
+use burn::tensor::DType;
+use reducers::Schedule;
+use reroute_cli::backend::{Backend, Device};
+use reroute_zoo::{Folder, OpenOptions, Pictures, PixelTensors, Question, Visual, Vlm};
+
+use crate::golden::{Reference, assert_close, fixture, picture, rows, values};
+
+const RELEASES: [&str; 4] = ["4.57.6", "5.0.0", "5.4.0", "5.24.0"];
+const FAMILIES: [&str; 4] = ["llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"];
+const QUESTION: &str = "where is it?";
+
+/// As that of the families' parity.
+const TOLERANCE: f32 = 2e-4;
+
+/// Torch's bicubic filter, with which current releases resize, is not Pillow's to the last of 255 levels: two
+/// of them, as the narrowest of CLIP's deviations makes them.
+const LEVELS: f32 = 2.0 / 255.0 / 0.261;
+
+/// One folder, and what its release answers.
+struct Saved {
+    name: String,
+    vlm: Vlm<Backend>,
+    golden: Reference,
+}
+
+fn all() -> impl Iterator<Item = Saved> {
+    let names = RELEASES.into_iter().flat_map(|release| {
+        let name = move |family| format!("releases/{release}/{family}");
+        FAMILIES.into_iter().map(name)
+    });
+    names.map(|name| {
+        let folder = Folder::open(fixture(&name)).expect("the fixture is complete");
+        let options = OpenOptions {
+            dtype: DType::F32,
+            ..OpenOptions::default()
+        };
+        let vlm = Vlm::open(&folder, &options, &Device::default());
+        Saved {
+            vlm: vlm.unwrap_or_else(|error| panic!("{name}: {error}")),
+            golden: Reference::open(&format!("{name}/golden")),
+            name,
+        }
+    })
+}
+
+#[test]
+fn prompts_pixels_logits_and_tokens_are_those_of_the_release() {
+    for Saved { name, vlm, golden } in all() {
+        let image = picture("releases/picture.png");
+        let question = Question::about(vec![image.clone()], QUESTION);
+        let ids = vlm.encode(&question).expect("a good question");
+        assert_eq!(ids, golden.ids("in.input_ids"), "{name}");
+
+        let prepared = vlm.preprocessor().prepare(&Visual::Image(image));
+        let (_, prepared) = prepared.expect("a good picture");
+        let pixels = PixelTensors::<Backend>::of(vec![prepared], vlm.device());
+        let pixels = pixels.expect("one image");
+        let found = match pixels.images.expect("it is one") {
+            Pictures::Fixed(pixels) => values(pixels),
+            Pictures::Patches(pixels, _) => rows(&pixels),
+        };
+        let expected = golden.floats("in.pixel_values");
+        assert_eq!(found.len(), expected.len(), "{name}");
+        let pairs = found.iter().zip(&expected);
+        let off = pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(off < LEVELS, "{name}: {off}");
+
+        let out = vlm.run_tensors(golden.inputs(), Schedule::dense(), 8, true);
+        let out = out.unwrap_or_else(|error| panic!("{name}: {error}"));
+        let found = values(out.logits);
+        assert_close(&name, &found, &golden.floats("logits"), TOLERANCE);
+        assert_eq!(out.generations[0].tokens, golden.ids("greedy"), "{name}");
+    }
+}

@@ -6,7 +6,10 @@ use reducers::Schedule;
 use reroute_cli::backend::{Backend, Device};
 use reroute_zoo::{Folder, OpenOptions, Pictures, PixelTensors, Question, Visual, Vlm};
 
+use serde_json::json;
+
 use crate::golden::{Reference, assert_close, fixture, picture, rows, values};
+use crate::program::{Scratch, report, scene};
 
 const RELEASES: [&str; 4] = ["4.57.6", "5.0.0", "5.4.0", "5.24.0"];
 const FAMILIES: [&str; 4] = ["llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"];
@@ -74,4 +77,50 @@ fn prompts_pixels_logits_and_tokens_are_those_of_the_release() {
         assert_close(&name, &found, &golden.floats("logits"), TOLERANCE);
         assert_eq!(out.generations[0].tokens, golden.ids("greedy"), "{name}");
     }
+}
+
+/// The end is what generation_config.json says, else config.json, else its text model's part, else the
+/// tokenizer's settings; an id that the vocabulary does not have is nobody's.
+#[test]
+fn an_answer_ends_with_the_token_that_some_file_says() {
+    let ask = |folder: &Scratch| {
+        let (path, picture) = (folder.path(), scene("063"));
+        let flags = [
+            "ask", "--model", &path, "--image", &picture, "--prompt", "x",
+        ];
+        let tokens = report(&[&flags[..], &["--max-new-tokens", "4"]].concat())["tokens"].clone();
+        serde_json::from_value::<Vec<u32>>(tokens).expect("ids")
+    };
+    let bare = Scratch::checkpoint();
+    for name in ["generation_config.json", "tokenizer_config.json"] {
+        bare.remove(name);
+    }
+    let long = ask(&bare);
+    assert_eq!(long.len(), 4);
+    let warnings = |folder: &Scratch| {
+        let (report, well) = crate::doctor::doctor(&["--model", &folder.path()]);
+        assert!(well, "{report}");
+        report["warnings"].as_array().expect("a list").len()
+    };
+    assert_eq!(warnings(&bare), 1);
+
+    // From the last source to the first, each of which goes before the others.
+    let ends = |count: usize| assert_eq!(ask(&bare), long[..count]);
+    let third = json!({"eos_token": "</s>"}).to_string();
+    bare.write("tokenizer_config.json", third);
+    assert_eq!(warnings(&bare), 0);
+    bare.set("config.json", "/text_config/eos_token_id", json!(long[2]));
+    ends(3);
+    bare.set("config.json", "/eos_token_id", json!([u32::MAX, long[1]]));
+    ends(2);
+    bare.write(
+        "generation_config.json",
+        json!({"eos_token_id": u32::MAX}).to_string(),
+    );
+    ends(2);
+    bare.write(
+        "generation_config.json",
+        json!({"eos_token_id": long[0]}).to_string(),
+    );
+    ends(1);
 }

@@ -293,3 +293,27 @@ fn a_key_that_is_not_known_is_refused_unless_it_is_off() {
         assert!(resolve(key, value).is_ok(), "{key}");
     }
 }
+
+/// `cap_pixels_per_frame` (since transformers 5.20): sizes that 5.24 gives 600 × 400 pixels.
+#[test]
+fn pictures_of_a_video_share_its_tokens_where_they_are_capped() {
+    for (generation, tokens, expected) in [
+        (Qwen2, None, [[588, 392], [588, 392], [588, 392]]),
+        (Qwen2, Some(500), [[588, 392], [392, 252], [392, 252]]),
+        (Qwen3, None, [[608, 384], [448, 288], [448, 288]]),
+        (Qwen3, Some(20), [[448, 288], [448, 288], [448, 288]]),
+    ] {
+        let patch = json!({"patch_size": if generation == Qwen3 { 16 } else { 14 }});
+        let tower = resolve(generation, patch).expect("resolves");
+        let settings = json!({"cap_pixels_per_frame": true, "max_video_tokens": tokens});
+        let settings: QwenPreprocessorConfig = serde_json::from_value(settings).expect("parses");
+        let preprocessor = settings.resolve(Some(&settings), &tower).expect("resolves");
+        let preprocessor = preprocessor.with_max_pixels(usize::MAX);
+        let sizes = [2, 8, 40].map(|frames| preprocessor.video_size(frames, [600, 400]));
+        assert_eq!(
+            sizes.map(|size| size.expect("a size")),
+            expected,
+            "{generation:?} {tokens:?}"
+        );
+    }
+}

@@ -14,6 +14,7 @@ mod conversations;
 mod convert;
 mod doctor;
 mod early;
+mod gguf;
 mod golden;
 mod gradients;
 mod grounding;

@@ -145,6 +145,15 @@ pub enum CheckpointError {
         repository: Option<String>,
     },
 
+    /// A GGUF file is broken, or of a kind that is not read.
+    #[error("{file} cannot be read as GGUF: {reason}")]
+    Gguf {
+        /// The file.
+        file: String,
+        /// What is wrong.
+        reason: String,
+    },
+
     /// The weights are quantised in a way that is not known, or their parts do not fit.
     #[error(
         "{folder} is quantised (quantization_config in config.json), and {reason}; the checkpoint that it was made \

@@ -1,5 +1,6 @@
 //! A folder of files, on disk or in memory, out of which no name and no link leads.
 
+use std::fmt;
 use std::fs::File;
 use std::io::{self, Cursor, ErrorKind, Read, Seek, SeekFrom};
 use std::path::{Component, Path, PathBuf};
@@ -60,10 +61,16 @@ impl Files {
 }
 
 /// The contents of a file in memory.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) enum Bytes {
     Embedded(&'static [u8]),
     Owned(Arc<[u8]>),
+}
+
+impl fmt::Debug for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} bytes", self.as_ref().len())
+    }
 }
 
 impl AsRef<[u8]> for Bytes {

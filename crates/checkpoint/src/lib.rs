@@ -27,6 +27,7 @@ mod companions;
 mod convert;
 mod error;
 mod folder;
+mod gguf;
 mod header;
 mod hub;
 mod inventory;
@@ -53,6 +54,7 @@ pub use error::CheckpointError;
 pub use folder::{
     CONFIG_MAX_BYTES, Folder, INDEX_MAX_BYTES, TEMPLATE_MAX_BYTES, TOKENIZER_MAX_BYTES,
 };
+pub use gguf::{Gguf, GgufValue};
 pub use hub::is_repository;
 pub use load::{LoadOptions, LoadProgress, check_fit, load_into};
 pub use mismatch::{Disagreement, Duplicate, IndexMismatch, Misshapen, ModuleMismatch, Unreadable};

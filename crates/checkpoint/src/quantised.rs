@@ -18,15 +18,17 @@ use safetensors::Dtype;
 use serde::Deserialize;
 use serde_json::Value;
 
+use crate::gguf::blocks::Blocks;
 use crate::{CONFIG, CONFIG_MAX_BYTES, CheckpointError, Folder, TensorInfo};
 
-pub(crate) use rows::Rows;
+pub(crate) use rows::{Decoder, Rows};
 
 /// How a weight of f32 comes about.
 #[derive(Debug, Clone)]
 pub(crate) enum Coded {
     Grid(grid::Grid),
     Columns(columns::Columns),
+    Blocks(Blocks),
 }
 
 /// The part of `config.json` that matters.

@@ -314,12 +314,27 @@ impl Shards {
         })
     }
 
-    fn empty() -> Self {
+    pub(crate) fn empty() -> Self {
         Self {
             shards: Vec::new(),
             tensors: BTreeMap::new(),
             converted_from: None,
         }
+    }
+
+    /// A further file; returns its position.
+    pub(crate) fn push(&mut self, file: String, source: Source) -> usize {
+        self.shards.push(Shard {
+            file,
+            source,
+            mapped: None,
+        });
+        self.shards.len() - 1
+    }
+
+    /// A further tensor; returns one of the same name.
+    pub(crate) fn insert(&mut self, name: String, info: TensorInfo) -> Option<TensorInfo> {
+        self.tensors.insert(name, info)
     }
 
     /// Reads one file's header; the caller decides which of its tensors count.

@@ -5,7 +5,7 @@ use crate::TensorInfo;
 use crate::shards::Shards;
 
 /// A weight, row after row.
-pub(super) trait Decoder {
+pub(crate) trait Decoder {
     /// Numbers in a row.
     fn columns(&self) -> usize;
 
@@ -37,6 +37,7 @@ impl<'a> Rows<'a> {
         let decoder: Box<dyn Decoder> = match coded {
             Coded::Grid(grid) => Box::new(grid.open(shards, first as usize)?),
             Coded::Columns(columns) => Box::new(columns.open(shards, first as usize)?),
+            Coded::Blocks(blocks) => Box::new(blocks.open(shards, info.shard, first as usize)?),
         };
         let mut rows = Self {
             row: vec![0.0; decoder.columns()],

@@ -149,6 +149,7 @@ impl Grid {
             columns: self.columns,
             row: first,
             bytes: Vec::new(),
+            floats: std::array::from_fn(|code| e4m3(code as u8)),
         })
     }
 }
@@ -161,6 +162,8 @@ struct GridRows<R> {
     columns: usize,
     row: usize,
     bytes: Vec<u8>,
+    /// What each code of 8 bits is as a float.
+    floats: [f32; 256],
 }
 
 impl<R: Read> Decoder for GridRows<R> {
@@ -176,7 +179,7 @@ impl<R: Read> Decoder for GridRows<R> {
         self.bytes.resize(bytes, 0);
         self.codes.read_exact(&mut self.bytes)?;
         match self.kind {
-            Codes::E4m3 => fill(row, &self.bytes, e4m3),
+            Codes::E4m3 => fill(row, &self.bytes, |byte| self.floats[byte as usize]),
             Codes::Int8 => fill(row, &self.bytes, |byte| f32::from(byte as i8)),
             Codes::Int4 => {
                 // Little-endian words: the first number is in the lower half of the first byte.

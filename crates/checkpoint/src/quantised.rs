@@ -159,6 +159,15 @@ fn take(tensors: &mut Tensors, stem: &str, suffix: &str) -> Result<TensorInfo, S
     found.ok_or_else(|| format!("{name} is missing; is the download complete?"))
 }
 
+/// Puts a weight in the place of its parts.
+fn put(tensors: &mut Tensors, stem: &str, info: TensorInfo) -> Result<(), String> {
+    let name = format!("{stem}.weight");
+    match tensors.insert(name, info) {
+        None => Ok(()),
+        Some(_) => Err(format!("{stem}.weight is there both as it is and in parts")),
+    }
+}
+
 /// A weight of f32.
 fn weight(shape: [usize; 2], shard: usize, coded: Coded) -> Result<TensorInfo, String> {
     let elements = shape[0].checked_mul(shape[1]);

@@ -1,6 +1,8 @@
 //! What requests take, and how they come, go and end.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use burn::module::Module;
 use burn::tensor::Tensor;
@@ -217,6 +219,50 @@ fn a_service_answers_from_threads() {
             ..
         }]
     ));
+}
+
+/// Many threads, some of which go away, and more requests than may wait: each is answered or refused, and
+/// nothing is left.
+#[test]
+fn a_service_under_load_loses_nothing() {
+    let options = SessionOptions {
+        max_waiting: 4,
+        ..Default::default()
+    };
+    let service = Service::start(&*BUILT_IN, options).unwrap();
+    let served = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for thread in 0..8 {
+            let (service, served) = (&service, &served);
+            scope.spawn(move || {
+                for at in 0..12 {
+                    let turn = turn(&[SCENES[(thread + at) % 4]], TEXTS[at % 4]);
+                    let mut answers = service.ask(request(turn, ROUTINGS[at % 6], 4));
+                    if at % 5 == 4 {
+                        answers.next();
+                        continue;
+                    }
+                    match answers.last() {
+                        Some(Event::Finished { .. }) => served.fetch_add(1, Ordering::Relaxed),
+                        Some(Event::Failed { error, .. }) => {
+                            assert!(matches!(error, ZooError::Busy { .. }), "{error}");
+                            0
+                        }
+                        other => panic!("{other:?}"),
+                    };
+                }
+            });
+        }
+    });
+    assert!(served.into_inner() > 0);
+    // The last step may still be on its way.
+    for _ in 0..1000 {
+        if service.load() == (0, 0) {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    panic!("{:?} are left", service.load());
 }
 
 /// What a long answer had room for is not what a short one takes over.

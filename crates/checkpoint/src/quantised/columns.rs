@@ -5,7 +5,7 @@ use std::io::{self, Read};
 use safetensors::Dtype;
 
 use super::rows::Decoder;
-use super::{Coded, Quantization, Tensors, matrix, stems, take, weight};
+use super::{Coded, Quantization, Tensors, matrix, put, stems, take, weight};
 use crate::TensorInfo;
 use crate::shards::Shards;
 
@@ -80,8 +80,11 @@ fn put_together(config: &Quantization, tensors: &mut Tensors, kind: Kind) -> Res
         let shard = codes.shard;
         let columns = Columns::new(&stem, config, [codes, zeros, scales], groups, kind)?;
         let shape = columns.shape;
-        let name = format!("{stem}.weight");
-        tensors.insert(name, weight(shape, shard, Coded::Columns(columns))?);
+        put(
+            tensors,
+            &stem,
+            weight(shape, shard, Coded::Columns(columns))?,
+        )?;
     }
     Ok(())
 }

@@ -6,7 +6,7 @@ use burn::tensor::DType;
 use safetensors::Dtype;
 
 use super::rows::Decoder;
-use super::{Coded, Tensors, matrix, stems, take, weight};
+use super::{Coded, Tensors, matrix, put, stems, take, weight};
 use crate::shards::Shards;
 use crate::{Layout, TensorInfo};
 
@@ -88,8 +88,7 @@ pub(super) fn packed(tensors: &mut Tensors, columns: usize) -> Result<(), String
         ];
         let grid = Grid::new(&name, codes, Codes::Int4, shape, scales, [1, columns])?;
         let shard = grid.codes.shard;
-        let name = format!("{stem}.weight");
-        tensors.insert(name, weight(shape, shard, Coded::Grid(grid))?);
+        put(tensors, &stem, weight(shape, shard, Coded::Grid(grid))?)?;
     }
     Ok(())
 }

@@ -87,6 +87,24 @@ fn quantised_models_open_and_are_converted() {
             proceed,
         );
         assert!(model.is_ok(), "{form}: {:?}", model.err());
+        let (kind, _) = form.rsplit_once('_').unwrap_or((form, ""));
+        let kind = match form {
+            "ct_w4" => "int4",
+            "ct_w8" => "int8",
+            "ct_fp8" => "FP8",
+            _ => kind,
+        };
+        let folder = fixture(&format!("quantised/{form}"));
+        let (doctor, _) = crate::doctor::doctor(&["--model", folder.to_str().expect("UTF-8")]);
+        let said = doctor["form"].as_str().expect("a text");
+        let expected = format!(
+            "21 tensors of {}",
+            kind.to_uppercase().replace("INT", "int")
+        );
+        assert!(
+            said.contains(&expected) && said.contains("widened to f32"),
+            "{said}"
+        );
         let scratch = Scratch::new();
         let (from, to) = (fixture(&format!("quantised/{form}")), scratch.at("copy"));
         let from = from.to_str().expect("UTF-8");

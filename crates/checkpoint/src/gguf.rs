@@ -100,7 +100,7 @@ impl Shards {
         let file = folder.path_of(name);
         let source = folder.locate(name)?;
         let header = header::read(&source, &file)?;
-        let shard = self.push(file.clone(), source);
+        let shard = self.push("GGUF", file.clone(), source);
         for (tensor, mut info) in header.tensors {
             info.shard = shard;
             if self.insert(tensor.clone(), info).is_some() {

@@ -31,6 +31,17 @@ pub(crate) enum Coded {
     Blocks(Blocks),
 }
 
+impl Coded {
+    /// What people call it.
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Self::Grid(grid) => grid.name(),
+            Self::Columns(columns) => columns.name(),
+            Self::Blocks(blocks) => blocks.name(),
+        }
+    }
+}
+
 /// The part of `config.json` that matters.
 #[derive(Deserialize)]
 struct Config {

@@ -45,6 +45,8 @@ pub struct Shards {
 struct Shard {
     /// For messages.
     file: String,
+    /// What kind of file it is.
+    form: &'static str,
     source: Source,
     /// A Burnpack file on disk is mapped.
     mapped: Option<Mapped>,
@@ -187,6 +189,34 @@ impl Shards {
         self.tensors.get(name)
     }
 
+    /// What kind of files these are, and how many tensors they hold of each type, for people.
+    pub fn form(&self) -> String {
+        let kind = self.shards.first().map_or("nothing", |shard| shard.form);
+        let mut counts: BTreeMap<String, usize> = BTreeMap::new();
+        for info in self.tensors.values() {
+            let name = match &info.coded {
+                Some(coded) => coded.name().to_owned(),
+                None => format!("{:?}", info.dtype),
+            };
+            *counts.entry(name).or_default() += 1;
+        }
+        let mut counts: Vec<(String, usize)> = counts.into_iter().collect();
+        counts.sort_by(|(a, m), (b, n)| n.cmp(m).then(a.cmp(b)));
+        let counts = counts
+            .iter()
+            .map(|(name, count)| format!("{count} tensors of {name}"));
+        let files = match self.shards.len() {
+            1 => "1 file".to_owned(),
+            files => format!("{files} files"),
+        };
+        format!("{kind}, {files}: {}", counts.collect::<Vec<_>>().join(", "))
+    }
+
+    /// Whether tensors are made of others while they are read.
+    pub fn is_widened(&self) -> bool {
+        self.tensors.values().any(|info| info.coded.is_some())
+    }
+
     /// Size of all tensors in their files, in bytes.
     pub fn total_bytes(&self) -> u64 {
         self.tensors.values().map(|info| info.bytes).sum()
@@ -323,9 +353,10 @@ impl Shards {
     }
 
     /// A further file; returns its position.
-    pub(crate) fn push(&mut self, file: String, source: Source) -> usize {
+    pub(crate) fn push(&mut self, form: &'static str, file: String, source: Source) -> usize {
         self.shards.push(Shard {
             file,
+            form,
             source,
             mapped: None,
         });
@@ -345,12 +376,13 @@ impl Shards {
     ) -> Result<Vec<(String, TensorInfo)>, CheckpointError> {
         let source = folder.locate(name)?;
         let file = folder.path_of(name);
-        let (mut tensors, mapped) = if name.ends_with(".bpk") {
+        let (form, mut tensors, mapped) = if name.ends_with(".bpk") {
             let mut contents = burnpack::read(&source, &file)?;
             self.converted_from = contents.notes.remove(CONVERTED_FROM);
-            (contents.tensors, Mapped::open(&source, &file)?)
+            let mapped = Mapped::open(&source, &file)?;
+            ("Burnpack", contents.tensors, mapped)
         } else {
-            (header::read(&source, &file)?, None)
+            ("safetensors", header::read(&source, &file)?, None)
         };
         for (_, info) in &mut tensors {
             info.shard = self.shards.len();
@@ -358,6 +390,7 @@ impl Shards {
         tensors.sort_by(|(a, _), (b, _)| a.cmp(b));
         self.shards.push(Shard {
             file,
+            form,
             source,
             mapped,
         });

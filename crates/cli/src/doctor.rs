@@ -56,6 +56,8 @@ struct Report {
     problems: Vec<Problem>,
     /// What keeps nothing from running, and surprises.
     warnings: Vec<String>,
+    /// What the weights are, and what becomes of them.
+    form: Option<String>,
 }
 
 /// Runs the command.
@@ -84,6 +86,7 @@ fn examine(args: &DoctorArgs) -> Report {
         needs: Vec::new(),
         problems: Vec::new(),
         warnings: Vec::new(),
+        form: None,
     };
     let device = match backend::device() {
         Ok(device) => {
@@ -116,6 +119,16 @@ fn examine(args: &DoctorArgs) -> Report {
     });
     let checkup = Checkup::of::<Backend>(&folder, &options, &device);
     let contents = folder.root().map_or_else(Contents::default, Contents::of);
+    report.form = checkup
+        .form
+        .as_ref()
+        .map(|(form, is_widened)| match is_widened {
+            true => format!(
+                "{form}; what is quantised is widened to {} while it is read",
+                name(report.dtype)
+            ),
+            false => form.clone(),
+        });
     if checkup.endless {
         report.warnings.push(ENDLESS.into());
     }
@@ -288,6 +301,9 @@ impl Report {
         };
         let binding = size(adapter.largest_binding_bytes, unbound);
         writeln!(out, "binding   {binding}")?;
+        if let Some(form) = &self.form {
+            writeln!(out, "weights   {form}")?;
+        }
         if let Some(parameters) = self.parameters {
             let millions = parameters.elements as f64 / 1e6;
             let largest = tensor_bytes(parameters.largest_elements, self.dtype);
@@ -380,6 +396,7 @@ impl Report {
             "visual_tokens": self.picture.map(|picture| picture.visual_tokens),
             "needs": needs.collect::<Vec<_>>(),
             "warnings": self.warnings,
+            "form": self.form,
             "problems": problems
                 .map(|problem| json!({"problem": problem.what, "remedy": problem.remedy}))
                 .collect::<Vec<_>>(),
@@ -424,6 +441,7 @@ mod tests {
             needs: Vec::new(),
             problems: Vec::new(),
             warnings: Vec::new(),
+            form: None,
         }
     }
 

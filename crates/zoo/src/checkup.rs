@@ -53,6 +53,8 @@ pub struct Checkup {
     pub preprocessor: Option<Arc<dyn Preprocessor>>,
     /// Parameters of the model that the configuration describes.
     pub parameters: Option<Parameters>,
+    /// What kind of files the weights are in, and whether they are widened while they are read.
+    pub form: Option<(String, bool)>,
     /// Everything found, in the order in which files are opened.
     pub problems: Vec<Problem>,
     /// Whether nothing says which token ends an answer: it goes on until it is cut off.
@@ -131,6 +133,7 @@ impl Checkup {
         }
         let shards = Shards::open(folder).map_err(ZooError::from);
         let shards = found.note(Part::Weights, shards);
+        found.form = { shards.as_ref() }.map(|shards| (shards.form(), shards.is_widened()));
         if let Some(config) = found.config.clone() {
             let preprocessor = config.preprocessor(folder, &options.images);
             let preprocessor = preprocessor.map_err(ZooError::from);

@@ -211,6 +211,19 @@ impl Blocks {
         })
     }
 
+    pub(crate) fn name(&self) -> &'static str {
+        match self.kind {
+            Kind::Q4_0 => "Q4_0",
+            Kind::Q4_1 => "Q4_1",
+            Kind::Q5_0 => "Q5_0",
+            Kind::Q5_1 => "Q5_1",
+            Kind::Q8_0 => "Q8_0",
+            Kind::Q4K => "Q4_K",
+            Kind::Q5K => "Q5_K",
+            Kind::Q6K => "Q6_K",
+        }
+    }
+
     pub(super) fn stored(&self) -> &TensorInfo {
         &self.stored
     }

@@ -162,6 +162,13 @@ impl Columns {
         })
     }
 
+    pub(super) fn name(&self) -> &'static str {
+        match self.kind {
+            Kind::Awq => "AWQ",
+            Kind::Gptq { .. } => "GPTQ",
+        }
+    }
+
     /// From this row on. The codes are held, as their rows are columns of the weight.
     pub(super) fn open(&self, shards: &Shards, first: usize) -> io::Result<impl Decoder + use<>> {
         let [_, input] = self.shape;

@@ -132,6 +132,14 @@ impl Grid {
         })
     }
 
+    pub(super) fn name(&self) -> &'static str {
+        match self.kind {
+            Codes::E4m3 => "FP8",
+            Codes::Int8 => "int8",
+            Codes::Int4 => "int4",
+        }
+    }
+
     /// From this row on.
     pub(super) fn open<'a>(
         &self,

@@ -86,27 +86,19 @@ impl Folder {
     /// Opens a folder on disk: a downloaded checkpoint, a snapshot in the Hugging Face cache, or a
     /// repository there (`models--owner--name`), which is its current snapshot.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, CheckpointError> {
-        let given = path.as_ref().to_path_buf();
-        let root = match given.canonicalize() {
-            Ok(root) if root.is_dir() => root,
-            Ok(_) => return Err(CheckpointError::NotAFolder { path: given }),
-            Err(source) => {
-                return Err(CheckpointError::OpenFolder {
-                    path: given,
-                    source,
-                });
-            }
-        };
+        let mut given = path.as_ref().to_path_buf();
+        let mut root = canonical(&given)?;
         if !root.join(CONFIG).exists() {
             if let Some(current) = hub::snapshots(&root).into_iter().next() {
-                return Self::open(current);
-            }
-            let snapshots = hub::all_snapshots(&root);
-            if !snapshots.is_empty() {
-                return Err(CheckpointError::CacheRoot {
-                    path: given,
-                    snapshots,
-                });
+                (root, given) = (canonical(&current)?, current);
+            } else {
+                let snapshots = hub::all_snapshots(&root);
+                if !snapshots.is_empty() {
+                    return Err(CheckpointError::CacheRoot {
+                        path: given,
+                        snapshots,
+                    });
+                }
             }
         }
         let blobs = hub::blobs(&root);
@@ -323,6 +315,18 @@ impl Folder {
             file: self.path_of(name),
             source,
         }
+    }
+}
+
+/// The folder at a path, links resolved.
+fn canonical(path: &Path) -> Result<PathBuf, CheckpointError> {
+    match path.canonicalize() {
+        Ok(root) if root.is_dir() => Ok(root),
+        Ok(_) => Err(CheckpointError::NotAFolder { path: path.into() }),
+        Err(source) => Err(CheckpointError::OpenFolder {
+            path: path.into(),
+            source,
+        }),
     }
 }
 

@@ -126,7 +126,16 @@ impl<B: Backend> Model<B> {
             Ok(stored)
         };
         let stored = folders.iter().map(read);
-        Ok(stored.collect::<Result<_, AdapterError>>()?)
+        let stored: Vec<StoredAdapter> = stored.collect::<Result<_, AdapterError>>()?;
+        let mut whole: Vec<&str> = stored.iter().flat_map(StoredAdapter::whole).collect();
+        whole.sort_unstable();
+        match whole.windows(2).find(|pair| pair[0] == pair[1]) {
+            Some(pair) => {
+                let name = pair[0].to_owned();
+                Err(AdapterError::Several { name }.into())
+            }
+            None => Ok(stored),
+        }
     }
 
     /// Writes the adapter into a folder as PEFT does (`adapter_config.json`, `adapter_model.safetensors`,

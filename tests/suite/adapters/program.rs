@@ -80,9 +80,15 @@ fn adapters_that_do_not_fit_are_refused_before_the_weights_are_read() {
     assert!(problem.starts_with("adapter: "), "{problem}");
 
     // A weight that another adapter changes, too, has no length to be given.
-    let (model, dora) = (open("qwen2vl"), Folder::open(path("adapters/qwen2vl")));
-    let dora = dora.expect("a folder");
-    let error = model.model().load_adapters(&[dora.clone(), dora]);
-    let error = error.expect_err("two lengths").to_string();
-    assert!(error.contains("several adapters"), "{error}");
+    // Nor has a module two forms.
+    for family in ["qwen2vl", "qwen3vl"] {
+        let (model, adapter) = (
+            open(family),
+            Folder::open(path(&format!("adapters/{family}"))),
+        );
+        let adapter = adapter.expect("a folder");
+        let error = model.model().load_adapters(&[adapter.clone(), adapter]);
+        let error = error.expect_err("two of them").to_string();
+        assert!(error.contains("several adapters"), "{error}");
+    }
 }

@@ -73,14 +73,14 @@ pub enum AdapterError {
     )]
     Adapted,
 
-    /// Several are to change one weight, and one of them changes the lengths of its rows.
+    /// Several are to change one parameter in ways that do not add up.
     #[error(
-        "{} is changed by several adapters, one of which has magnitudes (DoRA): merge them into the model one \
-         by one (load_adapter, merge_adapters)",
+        "{} is changed by several adapters, by magnitudes (DoRA) or as a whole (modules_to_save), which do not \
+         add up: merge them into the model one by one (load_adapter, merge_adapters)",
         quoted(name)
     )]
     Several {
-        /// Path of the map.
+        /// Path of the map or parameter.
         name: String,
     },
 

@@ -67,45 +67,71 @@ pub(super) struct Stored {
 enum Pattern {
     /// The end of a name behind a dot.
     End(String),
-    /// The same as a regular expression.
-    Expression(Box<Regex>),
+    /// The same as a regular expression, with what it was written as and where.
+    Expression {
+        regex: Box<Regex>,
+        setting: &'static str,
+        text: String,
+    },
 }
 
 impl Pattern {
     /// As `peft.utils.other.get_pattern_key` has it.
-    fn new(setting: &str, text: &str) -> Result<Self, AdapterError> {
+    fn new(setting: &'static str, text: &str) -> Result<Self, AdapterError> {
         if !text.contains(REGEX) {
             return Ok(Self::End(text.to_owned()));
         }
-        let expression = RegexBuilder::new(&format!("^(?:.*\\.)?(?:{text})$"))
+        let regex = RegexBuilder::new(&format!("^(?:.*\\.)?(?:{text})$"))
             .backtrack_limit(MAX_STEPS)
             .delegate_size_limit(MAX_COMPILED_BYTES)
             .build();
-        let expression = expression.map_err(|_| unsupported(setting, text.into()))?;
-        Ok(Self::Expression(Box::new(expression)))
+        Ok(Self::Expression {
+            regex: Box::new(regex.map_err(|_| unsupported(setting, text.into()))?),
+            setting,
+            text: text.to_owned(),
+        })
     }
 
-    /// Whether it means a map; an expression that takes too long means none.
-    fn means(&self, map: &LinearMap) -> bool {
+    /// Whether it means a map; one that would search for too long is refused.
+    fn means(&self, map: &LinearMap) -> Result<bool, AdapterError> {
+        let names = [&map.name, &map.module].into_iter();
         match self {
-            Self::End(end) => fits(end, &map.name) || fits(end, &map.module),
-            Self::Expression(expression) => [&map.name, &map.module]
-                .into_iter()
-                .any(|name| expression.is_match(name).unwrap_or(false)),
+            Self::End(end) => Ok({ names }.any(|name| fits(end, name))),
+            Self::Expression {
+                regex,
+                setting,
+                text,
+            } => {
+                for name in names {
+                    let found = regex.is_match(name);
+                    if found.map_err(|_| unsupported(setting, text.as_str().into()))? {
+                        return Ok(true);
+                    }
+                }
+                Ok(false)
+            }
         }
     }
 }
 
 impl Stored {
-    /// Rank and alpha of a map: of the patterns that mean it, the first counts.
-    pub(super) fn strength(&self, map: &LinearMap) -> (usize, f64) {
-        let rank = self.ranks.iter().find(|(pattern, _)| pattern.means(map));
-        let alpha = self.alphas.iter().find(|(pattern, _)| pattern.means(map));
-        (
-            rank.map_or(self.rank, |&(_, rank)| rank),
-            alpha.map_or(self.alpha, |&(_, alpha)| alpha),
-        )
+    /// Rank and alpha of a map.
+    pub(super) fn strength(&self, map: &LinearMap) -> Result<(usize, f64), AdapterError> {
+        Ok((
+            first(&self.ranks, map)?.unwrap_or(self.rank),
+            first(&self.alphas, map)?.unwrap_or(self.alpha),
+        ))
     }
+}
+
+/// Of the patterns that mean a map, the first counts.
+fn first<T: Copy>(patterns: &[(Pattern, T)], map: &LinearMap) -> Result<Option<T>, AdapterError> {
+    for (pattern, value) in patterns {
+        if pattern.means(map)? {
+            return Ok(Some(*value));
+        }
+    }
+    Ok(None)
 }
 
 #[derive(Deserialize)]
@@ -174,7 +200,7 @@ pub(super) fn read(folder: &Folder) -> Result<Stored, AdapterError> {
 }
 
 fn patterns<T>(
-    setting: &str,
+    setting: &'static str,
     entries: Option<Entries<T>>,
 ) -> Result<Vec<(Pattern, T)>, AdapterError> {
     let entries = entries.map_or_else(Vec::new, |entries| entries.0);

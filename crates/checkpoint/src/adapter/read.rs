@@ -104,7 +104,7 @@ pub fn read_adapter(
         mismatch: ModuleMismatch::default(),
     };
     let (found, whole) = plan.find(linears);
-    let found = plan.check(linears, &found, &whole);
+    let found = plan.check(linears, &found, &whole)?;
     if !plan.mismatch.is_empty() {
         let mismatch = AdapterMismatch(plan.mismatch);
         return Err(AdapterError::Mismatch(Box::new(mismatch)));
@@ -218,7 +218,7 @@ impl<'a> Plan<'a> {
         linears: &'l [LinearMap],
         found: &Found<'a>,
         whole: &[(String, String)],
-    ) -> Vec<(&'l LinearMap, Sides<'a>, f64)> {
+    ) -> Result<Vec<(&'l LinearMap, Sides<'a>, f64)>, AdapterError> {
         self.check_targets(linears, found);
         self.check_whole(whole);
         let mut changes = Vec::new();
@@ -239,7 +239,7 @@ impl<'a> Plan<'a> {
                     continue;
                 }
             };
-            let (rank, alpha) = self.stored.strength(map);
+            let (rank, alpha) = self.stored.strength(map)?;
             self.check_tensor(down, &[rank, map.shape[1]]);
             self.check_tensor(up, &[map.shape[0], rank]);
             if let Some(magnitudes) = magnitudes {
@@ -255,7 +255,7 @@ impl<'a> Plan<'a> {
         if found.is_empty() && whole.is_empty() && self.mismatch.is_empty() {
             self.mismatch.missing.push("all".to_owned());
         }
-        changes
+        Ok(changes)
     }
 
     /// Notes what a map has not, or more than once.

@@ -196,6 +196,15 @@ fn a_cache_points_to_its_snapshots() {
         let error = Folder::cached(dir.path(), missing).unwrap_err().to_string();
         assert!(error.contains(&format!("hf download {missing}")), "{error}");
     }
+    // A snapshot that leads back is no way around.
+    #[cfg(unix)]
+    {
+        let circle = dir.path().join("models--org--circle");
+        fs::create_dir_all(circle.join("snapshots")).unwrap();
+        std::os::unix::fs::symlink("..", circle.join("snapshots").join("aaa")).unwrap();
+        let opened = Folder::open(&circle).unwrap();
+        assert!(opened.read("config.json", 8).is_err());
+    }
     // A checkpoint may have a folder of this name.
     fs::write(repository.join("config.json"), "{}").unwrap();
     assert!(Folder::open(repository).is_ok());

@@ -180,6 +180,25 @@ fn what_is_not_known_is_refused_by_name() {
             json!(8),
             &["scales"],
         ),
+        ("fp8", "/weight_block_size", json!(null), &["scales"]),
+        (
+            "ct_w8",
+            &format!("{group}/strategy"),
+            json!("tensor"),
+            &["scales"],
+        ),
+        (
+            "ct_w8",
+            "/transform_config",
+            json!({"config_groups": {"R1": {"type": "hadamard"}}}),
+            &["transform_config"],
+        ),
+        (
+            "fp8",
+            "/quant_method",
+            json!("awq"),
+            &["is a part of no weight"],
+        ),
     ] {
         refused(form, key, value, expected);
     }

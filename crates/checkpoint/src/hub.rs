@@ -2,11 +2,14 @@
 //! `models--<owner>--<name>/blobs/`.
 
 use std::fs;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use crate::{CheckpointError, Folder};
 
 const REPOSITORY: &str = "models--";
+/// Longest revision, in bytes.
+const MAX_REVISION: u64 = 256;
 
 impl Folder {
     /// Opens the current snapshot of a repository, `owner/name`, in the Hugging Face cache `cache`, which is
@@ -70,10 +73,19 @@ pub(crate) fn snapshots(repository: &Path) -> Vec<PathBuf> {
     let entries = folder.read_dir().into_iter().flatten().flatten();
     let folders = entries.map(|entry| entry.path());
     let mut snapshots: Vec<PathBuf> = folders.filter(|path| path.is_dir()).collect();
-    let current = fs::read_to_string(repository.join("refs").join("main"));
-    let current = current.map(|revision| folder.join(revision.trim())).ok();
+    let current = revision(&repository.join("refs").join("main"));
+    let current = current.map(|revision| folder.join(revision.trim()));
     snapshots.sort_by_key(|path| (Some(path) != current.as_ref(), path.clone()));
     snapshots
+}
+
+/// What a ref says: forty letters, in a file that is one.
+fn revision(file: &Path) -> Option<String> {
+    let is_file = fs::metadata(file).ok()?.is_file();
+    let file = is_file.then(|| fs::File::open(file).ok())??;
+    let mut revision = String::new();
+    file.take(MAX_REVISION).read_to_string(&mut revision).ok()?;
+    Some(revision)
 }
 
 /// The snapshots of all repositories in the cache, the current one of each first.

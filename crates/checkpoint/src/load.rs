@@ -102,11 +102,13 @@ pub fn check_fit<B: Backend, M: Module<B>>(
     assign(module, shards, table, options).map(drop)
 }
 
-/// Compares tensors with the parameters, by path, that they are to take the place of.
+/// Compares tensors with the parameters, by path, that they are to take the place of. Of `modules`, the ends
+/// of names, nothing may be missing.
 pub(crate) fn assign_parts<B: Backend, M: Module<B>>(
     module: &M,
     shards: &Shards,
     parts: &[(String, String)],
+    modules: &[String],
 ) -> Result<Parts, ModuleMismatch> {
     let expected: BTreeMap<_, _> = inventory(module, Layout::AsStored).into_iter().collect();
     let mut mismatch = ModuleMismatch::default();
@@ -120,10 +122,27 @@ pub(crate) fn assign_parts<B: Backend, M: Module<B>>(
             _ => mismatch.unknown.push(tensor.clone()),
         }
     }
+    for (path, _) in parts {
+        for module in modules.iter().filter_map(|module| below(module, path)) {
+            let missing = expected.keys().filter(|path| path.starts_with(&module));
+            let missing = missing.filter(|path| !assigned.contains_key(*path));
+            mismatch.missing.extend(missing.cloned());
+        }
+    }
+    mismatch.missing.sort();
+    mismatch.missing.dedup();
     match mismatch.is_empty() {
         true => Ok(assigned),
         false => Err(mismatch),
     }
+}
+
+/// What all paths begin with that are below the module, called by the end of its name, in which a path is.
+fn below(module: &str, path: &str) -> Option<String> {
+    let last = module.rsplit('.').next()?;
+    let segments: Vec<&str> = path.split('.').collect();
+    let at = segments.iter().position(|segment| *segment == last)?;
+    Some(segments[..=at].join(".") + ".")
 }
 
 /// Finds the tensor of every parameter.

@@ -70,6 +70,68 @@ struct Quantization {
     format: Option<String>,
     #[serde(default)]
     config_groups: Option<BTreeMap<String, Group>>,
+    /// GPTQ's groups in any order, which `g_idx` then says.
+    #[serde(default)]
+    desc_act: Option<bool>,
+    /// What changes numbers in ways that are not known here.
+    #[serde(default)]
+    transform_config: Value,
+    #[serde(default)]
+    sparsity_config: Value,
+    #[serde(default)]
+    rotation: Value,
+    #[serde(default)]
+    dynamic: Value,
+}
+
+impl Quantization {
+    /// Refuses what would have to be done with numbers, and is not.
+    fn check(&self) -> Result<(), String> {
+        let is_off = |value: &Value| match value {
+            Value::Null | Value::Bool(false) => true,
+            Value::Object(entries) => {
+                entries.is_empty()
+                    || entries
+                        .get("format")
+                        .is_some_and(|format| format == "dense")
+            }
+            Value::Array(items) => items.is_empty(),
+            _ => false,
+        };
+        let settings = [
+            ("transform_config", &self.transform_config),
+            ("sparsity_config", &self.sparsity_config),
+            ("rotation", &self.rotation),
+            ("dynamic", &self.dynamic),
+        ];
+        match settings.iter().find(|(_, value)| !is_off(value)) {
+            None => Ok(()),
+            Some((setting, _)) => Err(format!("its {setting} is not supported")),
+        }
+    }
+}
+
+/// Which numbers of a weight share a scale.
+#[derive(Debug, Clone, Copy)]
+enum Cells {
+    All,
+    Row,
+    /// So many of a row.
+    Group(usize),
+    /// Rows and columns.
+    Block([usize; 2]),
+}
+
+impl Cells {
+    /// Rows and columns of a cell of a weight of this shape.
+    fn of(self, [rows, columns]: [usize; 2]) -> [usize; 2] {
+        match self {
+            Self::All => [rows, columns],
+            Self::Row => [1, columns],
+            Self::Group(group) => [1, group.max(1)],
+            Self::Block(block) => block.map(|side| side.max(1)),
+        }
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -84,7 +146,11 @@ struct Group {
 struct GroupWeights {
     num_bits: u32,
     #[serde(default)]
-    group_size: Option<usize>,
+    strategy: Option<String>,
+    #[serde(default)]
+    group_size: Option<i64>,
+    #[serde(default)]
+    block_structure: Option<[usize; 2]>,
     #[serde(default)]
     symmetric: Option<bool>,
     #[serde(default)]
@@ -100,23 +166,54 @@ pub(crate) fn assemble(folder: &Folder, tensors: &mut Tensors) -> Result<(), Che
         return Ok(());
     }
     let config: Config = folder.read_json(CONFIG, CONFIG_MAX_BYTES)?;
-    let Some(config) = config.quantization_config else {
-        return Ok(());
+    let assembled = match &config.quantization_config {
+        Some(config) => config.check().and_then(|()| put_together(config, tensors)),
+        None => Ok(()),
     };
-    // What was widened before, by whatever means, has nothing to be put together.
-    let assembled = match config.quant_method.as_str() {
-        "fp8" | "fbgemm_fp8" => grid::fp8(tensors, config.weight_block_size.unwrap_or([128, 128])),
-        "compressed-tensors" => compressed(&config, tensors),
-        "awq" => columns::awq(&config, tensors),
-        "gptq" => columns::gptq(&config, tensors),
-        _ if tensors.values().all(|info| is_plain(info.dtype)) => Ok(()),
-        "" => Err("quantization_config has no quant_method".to_owned()),
-        other => Err(format!("weights quantised by {other} are not supported")),
-    };
+    let assembled = assembled.and_then(|()| check_left(tensors));
     assembled.map_err(|reason| CheckpointError::Quantised {
         folder: folder.describe(),
         reason,
     })
+}
+
+fn put_together(config: &Quantization, tensors: &mut Tensors) -> Result<(), String> {
+    // What was widened before, by whatever means, has nothing to be put together.
+    match config.quant_method.as_str() {
+        "fp8" => {
+            let block = config.weight_block_size.map(Cells::Block);
+            grid::fp8(tensors, block.unwrap_or(Cells::All))
+        }
+        "fbgemm_fp8" => grid::fp8(tensors, Cells::Row),
+        "compressed-tensors" => compressed(config, tensors),
+        "awq" => columns::awq(config, tensors),
+        "gptq" => columns::gptq(config, tensors),
+        _ if tensors.values().all(|info| is_plain(info.dtype)) => Ok(()),
+        "" => Err("quantization_config has no quant_method".to_owned()),
+        other => Err(format!("weights quantised by {other} are not supported")),
+    }
+}
+
+/// Refuses parts of weights that nothing was made of.
+fn check_left(tensors: &Tensors) -> Result<(), String> {
+    let ends = [
+        ".qweight",
+        ".qzeros",
+        ".g_idx",
+        ".weight_packed",
+        ".weight_scale",
+        ".weight_scale_inv",
+    ];
+    let is_part = |(name, info): &(&String, &TensorInfo)| {
+        let is_code = info.dtype == Dtype::F8_E4M3 || info.dtype == Dtype::I8;
+        ends.iter().any(|end| name.ends_with(end)) || name.ends_with(".weight") && is_code
+    };
+    match tensors.iter().find(is_part) {
+        None => Ok(()),
+        Some((name, _)) => Err(format!(
+            "its {name:?} is a part of no weight that its quantization_config speaks of"
+        )),
+    }
 }
 
 fn is_plain(dtype: Dtype) -> bool {
@@ -145,11 +242,18 @@ fn compressed(config: &Quantization, tensors: &mut Tensors) -> Result<(), String
     ) {
         return Err("weights of compressed-tensors with actorder are not supported".into());
     }
-    let columns = group.group_size.unwrap_or(usize::MAX);
+    let size = group.group_size.and_then(|size| usize::try_from(size).ok());
+    let cells = match (group.strategy.as_deref(), size.filter(|&size| size > 0)) {
+        (Some("tensor"), _) | (None, None) => Cells::All,
+        (Some("channel"), _) => Cells::Row,
+        (Some("group") | None, Some(size)) => Cells::Group(size),
+        (Some("block"), _) => Cells::Block(group.block_structure.unwrap_or([128, 128])),
+        (Some(other), _) => return Err(format!("its strategy \"{other}\" is not supported")),
+    };
     match (format, group.num_bits) {
-        ("float-quantized" | "naive-quantized", 8) => grid::fp8(tensors, [1, columns]),
-        ("int-quantized", 8) => grid::int8(tensors, [1, columns]),
-        ("pack-quantized", 4) => grid::packed(tensors, columns),
+        ("float-quantized" | "naive-quantized", 8) => grid::fp8(tensors, cells),
+        ("int-quantized", 8) => grid::int8(tensors, cells),
+        ("pack-quantized", 4) => grid::packed(tensors, cells),
         (format, bits) => Err(format!(
             "weights of compressed-tensors in {bits} bits as \"{format}\" are not supported: float-quantized \
              and int-quantized in 8 bits and pack-quantized in 4 are"

@@ -27,6 +27,8 @@ pub struct StoredAdapter {
     pub changes: Vec<StoredChange>,
     /// Parameters that are there as a whole: path and tensor.
     whole: Vec<(String, String)>,
+    /// Ends of the names of such modules.
+    modules: Vec<String>,
     tensors: Shards,
 }
 
@@ -80,7 +82,7 @@ impl StoredAdapter {
     }
 
     fn parts<B: Backend, M: Module<B>>(&self, module: &M) -> Result<Parts, AdapterError> {
-        let parts = load::assign_parts(module, &self.tensors, &self.whole);
+        let parts = load::assign_parts(module, &self.tensors, &self.whole, &self.modules);
         parts.map_err(|mismatch| AdapterError::Mismatch(Box::new(AdapterMismatch(mismatch))))
     }
 }
@@ -131,6 +133,7 @@ pub fn read_adapter(
     Ok(StoredAdapter {
         changes: changes.collect::<Result<_, AdapterError>>()?,
         whole,
+        modules: stored.whole,
         tensors,
     })
 }

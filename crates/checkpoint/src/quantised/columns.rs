@@ -76,7 +76,10 @@ fn put_together(config: &Quantization, tensors: &mut Tensors, kind: Kind) -> Res
         let codes = take(tensors, &stem, ".qweight")?;
         let zeros = take(tensors, &stem, ".qzeros")?;
         let scales = take(tensors, &stem, ".scales")?;
-        let groups = tensors.remove(&format!("{stem}.g_idx"));
+        let groups = match config.desc_act {
+            Some(true) if kind != Kind::Awq => Some(take(tensors, &stem, ".g_idx")?),
+            _ => tensors.remove(&format!("{stem}.g_idx")),
+        };
         let shard = codes.shard;
         let columns = Columns::new(&stem, config, [codes, zeros, scales], groups, kind)?;
         let shape = columns.shape;

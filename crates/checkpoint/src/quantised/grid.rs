@@ -6,7 +6,7 @@ use burn::tensor::DType;
 use safetensors::Dtype;
 
 use super::rows::Decoder;
-use super::{Coded, Tensors, matrix, put, stems, take, weight};
+use super::{Cells, Coded, Tensors, matrix, put, stems, take, weight};
 use crate::shards::Shards;
 use crate::{Layout, TensorInfo};
 
@@ -34,22 +34,21 @@ enum Codes {
     Int4,
 }
 
-/// Weights whose elements are E4M3, with `weight_scale_inv` or `weight_scale` beside. A cell is a row where
-/// there is a scale for each, and all of it where there is one.
-pub(super) fn fp8(tensors: &mut Tensors, cell: [usize; 2]) -> Result<(), String> {
-    eight_bits(tensors, Dtype::F8_E4M3, Codes::E4m3, cell)
+/// Weights whose elements are E4M3, with `weight_scale_inv` or `weight_scale` beside.
+pub(super) fn fp8(tensors: &mut Tensors, cells: Cells) -> Result<(), String> {
+    eight_bits(tensors, Dtype::F8_E4M3, Codes::E4m3, cells)
 }
 
 /// The same with integers.
-pub(super) fn int8(tensors: &mut Tensors, cell: [usize; 2]) -> Result<(), String> {
-    eight_bits(tensors, Dtype::I8, Codes::Int8, cell)
+pub(super) fn int8(tensors: &mut Tensors, cells: Cells) -> Result<(), String> {
+    eight_bits(tensors, Dtype::I8, Codes::Int8, cells)
 }
 
 fn eight_bits(
     tensors: &mut Tensors,
     dtype: Dtype,
     kind: Codes,
-    cell: [usize; 2],
+    cells: Cells,
 ) -> Result<(), String> {
     for stem in stems(tensors, ".weight") {
         let name = format!("{stem}.weight");
@@ -63,7 +62,7 @@ fn eight_bits(
         let scales = take(tensors, &stem, suffix)?;
         // What activations are divided by, where they are quantised, too: here they are not.
         tensors.remove(&format!("{stem}.input_scale"));
-        let grid = Grid::new(&name, codes, kind, shape, scales, cell)?;
+        let grid = Grid::new(&name, codes, kind, shape, scales, cells)?;
         let shard = grid.codes.shard;
         tensors.insert(name, weight(shape, shard, Coded::Grid(grid))?);
     }
@@ -71,7 +70,7 @@ fn eight_bits(
 }
 
 /// Weights of 4 bits, packed along their rows.
-pub(super) fn packed(tensors: &mut Tensors, columns: usize) -> Result<(), String> {
+pub(super) fn packed(tensors: &mut Tensors, cells: Cells) -> Result<(), String> {
     for stem in stems(tensors, ".weight_packed") {
         let name = format!("{stem}.weight_packed");
         let codes = take(tensors, &stem, ".weight_packed")?;
@@ -86,7 +85,7 @@ pub(super) fn packed(tensors: &mut Tensors, columns: usize) -> Result<(), String
                 .checked_mul(8)
                 .ok_or("a row is larger than any memory")?,
         ];
-        let grid = Grid::new(&name, codes, Codes::Int4, shape, scales, [1, columns])?;
+        let grid = Grid::new(&name, codes, Codes::Int4, shape, scales, cells)?;
         let shard = grid.codes.shard;
         put(tensors, &stem, weight(shape, shard, Coded::Grid(grid))?)?;
     }
@@ -100,7 +99,7 @@ impl Grid {
         kind: Codes,
         shape: [usize; 2],
         scales: TensorInfo,
-        cell: [usize; 2],
+        cells: Cells,
     ) -> Result<Self, String> {
         let grid = match scales.shape.as_slice() {
             [] => [1, 1],
@@ -108,27 +107,20 @@ impl Grid {
             &[rows, columns] => [rows, columns],
             _ => [0, 0],
         };
-        let mut fitting = [0; 2];
-        for axis in 0..2 {
-            let (length, cells) = (shape[axis], grid[axis]);
-            fitting[axis] = match cells {
-                1 => length,
-                _ if cells == length => 1,
-                _ => cell[axis].max(1),
-            };
-            if length.div_ceil(fitting[axis]) != cells || !SCALES.contains(&scales.dtype) {
-                return Err(format!(
-                    "{name} is {shape:?}, its scales are {:?} {:?}: in cells of {cell:?} they do not fit",
-                    scales.dtype, scales.shape
-                ));
-            }
+        let cell = cells.of(shape);
+        let fits = (0..2).all(|axis| shape[axis].div_ceil(cell[axis]) == grid[axis]);
+        if !fits || !SCALES.contains(&scales.dtype) {
+            return Err(format!(
+                "{name} is {shape:?}, its scales are {:?} {:?}: in cells of {cell:?} they do not fit",
+                scales.dtype, scales.shape
+            ));
         }
         Ok(Self {
             codes,
             kind,
             columns: shape[1],
             scales,
-            cell: fitting,
+            cell,
         })
     }
 

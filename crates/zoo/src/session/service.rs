@@ -42,10 +42,27 @@ impl Load {
     }
 }
 
+/// The place of a request on its way, which is given back however it ends.
+struct Place(Arc<Load>);
+
+impl Place {
+    fn of(load: &Arc<Load>) -> Self {
+        load.asked.fetch_add(1, Ordering::Relaxed);
+        Self(load.clone())
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.asked.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// A request on its way to the session, and back.
 struct Asked<B: Backend> {
     ready: Ready<'static, B>,
     answers: usize,
+    place: Place,
     events: Sender<Event<B>>,
     gone: Arc<AtomicBool>,
 }
@@ -104,11 +121,14 @@ impl<B: Backend> Service<B> {
         let (events, received) = channel();
         let gone = Arc::new(AtomicBool::new(false));
         let answers = request.answers;
-        let ready = self.desk.check_room(self.load.waiting());
+        let place = Place::of(&self.load);
+        // Without its own.
+        let ready = self.desk.check_room(self.load.waiting().saturating_sub(1));
         match ready.and_then(|()| self.desk.prepare(&self.vlm, request)) {
             Ok(ready) => self.send(Asked {
                 ready,
                 answers,
+                place,
                 events,
                 gone: gone.clone(),
             }),
@@ -136,7 +156,6 @@ impl<B: Backend> Service<B> {
         if let Ok(inbox) = self.inbox.lock()
             && let Some(inbox) = &*inbox
         {
-            self.load.asked.fetch_add(1, Ordering::Relaxed);
             // Without a thread behind it, its answers say so.
             let _ = inbox.send(asked);
         }
@@ -211,7 +230,6 @@ fn serve<B: Backend>(
             match asked {
                 _ if closing.load(Ordering::Relaxed) => return,
                 Ok(asked) => {
-                    load.asked.fetch_sub(1, Ordering::Relaxed);
                     if !asked.gone.load(Ordering::Relaxed) {
                         load.waiting.fetch_add(1, Ordering::Relaxed);
                         let listener = Listener {
@@ -221,6 +239,7 @@ fn serve<B: Backend>(
                         };
                         listeners.insert(session.take(asked.ready), listener);
                     }
+                    drop(asked.place);
                 }
                 Err(TryRecvError::Empty) => break,
                 Err(TryRecvError::Disconnected) => return,

@@ -1,6 +1,7 @@
 //! Quantised checkpoints (`make_quantised.py`): every weight is, number by number, what the reference makes of
 //! the same bits.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -10,7 +11,7 @@ use half::bf16;
 use reroute_checkpoint::{Layout, Shards};
 use reroute_cli::backend::{Backend, Device};
 use reroute_zoo::{Folder, Model, ModelConfig};
-use safetensors::SafeTensors;
+use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize};
 use serde_json::{Value, json};
 
 use crate::golden::fixture;
@@ -37,12 +38,17 @@ fn expected(form: &str) -> Vec<(String, Vec<f32>)> {
         .collect()
 }
 
-/// In f32; compared in bf16 where the reference rounds to it.
-fn assert_weights(form: &str, shards: &Shards) {
-    let round = |x: &f32| match form.starts_with("ct_") {
+/// The bits of a number, in bf16 where the reference rounds to it.
+fn bits(form: &str, x: &f32) -> u32 {
+    match form.starts_with("ct_") {
         true => bf16::from_f32(*x).to_f32().to_bits(),
         false => x.to_bits(),
-    };
+    }
+}
+
+/// Every weight, as f32.
+fn assert_weights(form: &str, shards: &Shards) {
+    let round = |x: &f32| bits(form, x);
     let expected = expected(form);
     assert_eq!(expected.len(), 21, "{form}");
     for (name, numbers) in expected {
@@ -59,15 +65,16 @@ fn weights_are_those_of_the_reference() {
     for form in FORMS {
         let shards = Shards::open(&folder(form)).unwrap_or_else(|error| panic!("{form}: {error}"));
         assert_weights(form, &shards);
-        // In parts, as blocks of a table are read, and after conversion.
+        // In parts, as blocks of a table are read.
         let (name, numbers) = expected(form).swap_remove(3);
         let columns = shards.info(&name).expect("it is there").shape[1];
         let part = shards.read_rows(&name, 5..9, DType::F32).expect("rows");
         let part = part.into_vec::<f32>().expect("f32");
-        let close = |(a, b): (&f32, &f32)| (a - b).abs() <= b.abs() / 200.0;
-        let rows = &numbers[5 * columns..9 * columns];
+        let rows = numbers[5 * columns..9 * columns].iter();
         assert!(
-            part.len() == rows.len() && part.iter().zip(rows).all(close),
+            part.iter()
+                .map(|x| bits(form, x))
+                .eq(rows.map(|x| bits(form, x))),
             "{form}"
         );
     }
@@ -201,5 +208,82 @@ fn what_is_not_known_is_refused_by_name() {
         ),
     ] {
         refused(form, key, value, expected);
+    }
+}
+
+/// Parts that do not make the weight that they should.
+#[test]
+fn parts_that_do_not_fit_are_refused() {
+    type Part = (Dtype, Vec<usize>, Vec<u8>);
+    type Change = fn(&mut BTreeMap<String, Part>);
+    fn part<'t>(tensors: &'t mut BTreeMap<String, Part>, end: &str) -> &'t mut Part {
+        let name = format!("language_model.model.layers.0.mlp.down_proj.{end}");
+        tensors
+            .entry(name)
+            .or_insert((Dtype::F16, vec![2, 2], vec![0; 8]))
+    }
+    fn without(tensors: &mut BTreeMap<String, Part>, end: &str) {
+        tensors.retain(|name, _| !name.ends_with(&format!("layers.0.mlp.down_proj.{end}")));
+    }
+    let cases: [(&str, Change, &str); 9] = [
+        (
+            "fp8",
+            |t| {
+                let (_, shape, bytes) = part(t, "weight_scale_inv");
+                bytes.truncate(shape[1] * 2);
+                shape[0] = 1;
+            },
+            "its scales are",
+        ),
+        (
+            "fp8",
+            |t| {
+                *part(t, "weight_scale_inv") = (Dtype::F32, vec![], vec![0; 4]);
+            },
+            "its scales are",
+        ),
+        (
+            "fp8",
+            |t| part(t, "weight_scale_inv").2[..2].copy_from_slice(&[0x80, 0x7f]),
+            "NaN or infinite",
+        ),
+        ("fp8", |t| without(t, "weight"), "is a part of no weight"),
+        ("awq", |t| without(t, "qweight"), "is a part of no weight"),
+        ("awq", |t| without(t, "qzeros"), "qzeros is missing"),
+        (
+            "awq",
+            |t| drop(part(t, "weight").clone()),
+            "both as it is and in parts",
+        ),
+        ("gptq", |t| without(t, "g_idx"), "g_idx is missing"),
+        (
+            "gptq",
+            |t| part(t, "g_idx").2[0] = 99,
+            "a group that is not there",
+        ),
+    ];
+    for (form, change, expected) in cases {
+        let file = fs::read(fixture(&format!("quantised/{form}/model.safetensors")));
+        let file = file.expect("the fixture is complete");
+        let tensors = SafeTensors::deserialize(&file).expect("safetensors");
+        let tensors = tensors.tensors().into_iter();
+        let owned = |view: TensorView| (view.dtype(), view.shape().to_vec(), view.data().to_vec());
+        let mut tensors: BTreeMap<String, Part> =
+            tensors.map(|(name, view)| (name, owned(view))).collect();
+        change(&mut tensors);
+        let views = tensors.iter().map(|(name, (dtype, shape, bytes))| {
+            let view = TensorView::new(*dtype, shape.clone(), bytes);
+            (name.as_str(), view.expect("of this size"))
+        });
+        let scratch = Scratch::new();
+        scratch.write("model.safetensors", serialize(views, None).expect("a file"));
+        let config = fs::read(fixture(&format!("quantised/{form}/config.json")));
+        scratch.write("config.json", config.expect("the fixture is complete"));
+        let to = scratch.at("copy");
+        refuses(
+            &["convert", "--from", &scratch.path(), "--to", &to],
+            &[expected],
+        );
+        assert!(!Path::new(&to).join("config.json").exists(), "{expected}");
     }
 }

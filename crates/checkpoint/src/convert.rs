@@ -42,6 +42,13 @@ pub enum TensorError {
         dtype: Dtype,
     },
 
+    /// What it is made of makes no weight.
+    #[error("{reason}: the checkpoint is damaged, download it again")]
+    Quantised {
+        /// What is wrong.
+        reason: String,
+    },
+
     /// Neither f32, f16 nor bf16 was asked for.
     #[error("weights can be loaded as F32, F16 or BF16, not as {dtype:?}")]
     Target {

@@ -4,7 +4,6 @@
 //! The reader is our own: those of other crates read a header without a limit on what it may claim, or bring a
 //! second library of tensors along.
 
-pub(crate) mod blocks;
 mod header;
 
 use std::collections::BTreeMap;

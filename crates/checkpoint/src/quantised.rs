@@ -1,5 +1,4 @@
-//! Weights that a checkpoint keeps in fewer bits: several tensors of its files become one of f32, row by row,
-//! while they are read.
+//! Weights that a file keeps in fewer bits: they become f32, row by row, while they are read.
 //!
 //! | `quant_method` | a weight `W [out, in]` is | source |
 //! |---|---|---|
@@ -7,7 +6,9 @@
 //! | `compressed-tensors` | the same; int8, or int4 packed along the rows, times a scale per row or group | compressed-tensors, `compressors` |
 //! | `awq` | 4 bits packed along the columns, less a zero, times a scale per group | AutoAWQ, `utils/packing_utils.py` |
 //! | `gptq` | 4 or 8 bits packed along the columns, the same, groups in any order | GPTQModel, `nn_modules/qlinear` |
+//! | – (GGUF) | blocks of a row with scales of their own | ggml, `ggml-quants.c` |
 
+mod blocks;
 mod columns;
 mod grid;
 mod rows;
@@ -18,12 +19,12 @@ use safetensors::Dtype;
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::gguf::blocks::Blocks;
 use crate::{CONFIG, CONFIG_MAX_BYTES, CheckpointError, Folder, TensorInfo};
 
-pub(crate) use rows::{Decoder, Rows};
+pub(crate) use blocks::{BlockKind, Blocks};
+pub(crate) use rows::Rows;
 
-/// How a weight of f32 comes about.
+/// How a weight of f32 comes about, from parts or from blocks.
 #[derive(Debug, Clone)]
 pub(crate) enum Coded {
     Grid(grid::Grid),
@@ -54,7 +55,8 @@ struct Config {
 struct Quantization {
     #[serde(default)]
     quant_method: String,
-    #[serde(default)]
+    /// `null`: one scale for all of a weight.
+    #[serde(default = "blocks_of_128")]
     weight_block_size: Option<[usize; 2]>,
     #[serde(default)]
     bits: Option<u32>,
@@ -82,6 +84,11 @@ struct Quantization {
     rotation: Value,
     #[serde(default)]
     dynamic: Value,
+}
+
+/// As transformers' `FineGrainedFP8Config` has it.
+fn blocks_of_128() -> Option<[usize; 2]> {
+    Some([128, 128])
 }
 
 impl Quantization {

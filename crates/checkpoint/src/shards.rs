@@ -59,7 +59,7 @@ pub struct TensorInfo {
     pub dtype: Dtype,
     /// Length of every axis, slowest first.
     pub shape: Vec<usize>,
-    /// Size in the file, in bytes; always what `shape` and `dtype` need.
+    /// What `shape` and `dtype` need, in bytes. A weight that is made while it is read takes less in the file.
     pub bytes: u64,
     /// Position in the list of files.
     pub(crate) shard: usize,
@@ -217,7 +217,7 @@ impl Shards {
         self.tensors.values().any(|info| info.coded.is_some())
     }
 
-    /// Size of all tensors in their files, in bytes.
+    /// Size of all tensors as they are read, in bytes.
     pub fn total_bytes(&self) -> u64 {
         self.tensors.values().map(|info| info.bytes).sum()
     }
@@ -235,8 +235,8 @@ impl Shards {
                 (part.offset, part.bytes) = (info.offset + skipped, sample);
                 let mut bytes = Vec::new();
                 let read = self.reader(&part);
-                let read = read.and_then(|mut reader| reader.read_to_end(&mut bytes));
-                read.map_err(|source| shard.error(name, source.into()))?;
+                let read = read.and_then(|mut reader| Ok(reader.read_to_end(&mut bytes)?));
+                read.map_err(|source| shard.error(name, source))?;
                 hasher.update(&bytes);
             }
         }
@@ -257,7 +257,7 @@ impl Shards {
         })
     }
 
-    /// Hands on the bytes of one tensor as they lie in the file, in blocks of whole elements.
+    /// Hands on the bytes of one tensor as its [`TensorInfo`] has it, in blocks of whole elements.
     pub fn for_each_block<E: From<CheckpointError>>(
         &self,
         name: &str,
@@ -265,7 +265,8 @@ impl Shards {
     ) -> Result<(), E> {
         let (info, shard) = self.find(name)?;
         let failed = |source: io::Error| shard.error(name, source.into());
-        let mut reader = self.reader(info).map_err(failed)?;
+        let reader = self.reader(info);
+        let mut reader = reader.map_err(|source| shard.error(name, source))?;
         let mut left = info.bytes;
         let mut block = Vec::new();
         while left > 0 {
@@ -323,10 +324,10 @@ impl Shards {
     }
 
     /// Delivers the bytes of a tensor.
-    fn reader(&self, info: &TensorInfo) -> io::Result<Box<dyn Read + '_>> {
+    fn reader(&self, info: &TensorInfo) -> Result<Box<dyn Read + '_>, TensorError> {
         match &info.coded {
             Some(coded) => Ok(Box::new(Rows::open(self, info, coded)?)),
-            None => self.stored(info),
+            None => Ok(self.stored(info)?),
         }
     }
 

@@ -6,9 +6,8 @@ use std::io::{self, BufReader, Read};
 use safetensors::Dtype;
 
 use super::GgufValue;
-use super::blocks::{Blocks, Kind};
 use crate::folder::Source;
-use crate::quantised::Coded;
+use crate::quantised::{BlockKind, Blocks, Coded};
 use crate::{CheckpointError, TensorInfo};
 
 /// Most bytes of a header: vocabularies of 150,000 tokens and their merges take 8 MiB.
@@ -268,7 +267,7 @@ fn tensor(kind: u32, shape: Vec<usize>, offset: u64) -> Result<TensorInfo, Strin
     let coded = match plain {
         Some(_) => None,
         None => {
-            let kind = Kind::of(kind)?;
+            let kind = BlockKind::of(kind)?;
             let columns = shape.last().copied().unwrap_or(1);
             Some(Box::new(Coded::Blocks(Blocks::new(
                 kind, columns, elements, offset,

@@ -6,8 +6,8 @@ use safetensors::Dtype;
 
 use super::rows::Decoder;
 use super::{Coded, Quantization, Tensors, matrix, put, stems, take, weight};
-use crate::TensorInfo;
 use crate::shards::Shards;
+use crate::{TensorError, TensorInfo};
 
 /// Where AWQ's kernels want the eight numbers of a word (`AWQ_REVERSE_ORDER`).
 const AWQ_ORDER: [u32; 8] = [0, 4, 1, 5, 2, 6, 3, 7];
@@ -173,7 +173,11 @@ impl Columns {
     }
 
     /// From this row on. The codes are held, as their rows are columns of the weight.
-    pub(super) fn open(&self, shards: &Shards, first: usize) -> io::Result<impl Decoder + use<>> {
+    pub(super) fn open(
+        &self,
+        shards: &Shards,
+        first: usize,
+    ) -> Result<impl Decoder + use<>, TensorError> {
         let [_, input] = self.shape;
         let count = input.div_ceil(self.group_size);
         let groups = match &self.groups {
@@ -187,12 +191,12 @@ impl Columns {
         };
         if groups.iter().any(|&group| group >= count) {
             let reason = format!("g_idx names a group that is not there, of {count}");
-            return Err(io::Error::new(io::ErrorKind::InvalidData, reason));
+            return Err(TensorError::Quantised { reason });
         }
         Ok(ColumnRows {
             codes: words(shards, &self.codes)?,
             zeros: words(shards, &self.zeros)?,
-            scales: shards.numbers(&self.scales)?,
+            scales: shards.scales(&self.scales)?,
             groups,
             kind: self.kind,
             shape: self.shape,
@@ -205,15 +209,13 @@ impl Columns {
 }
 
 /// All words of a tensor.
-fn words(shards: &Shards, info: &TensorInfo) -> io::Result<Vec<u32>> {
+fn words(shards: &Shards, info: &TensorInfo) -> Result<Vec<u32>, TensorError> {
     let mut bytes = Vec::new();
     let bytes_of = usize::try_from(info.bytes).unwrap_or(usize::MAX);
-    bytes
-        .try_reserve_exact(bytes_of)
-        .map_err(io::Error::other)?;
+    bytes.try_reserve_exact(bytes_of)?;
     shards.stored(info)?.read_to_end(&mut bytes)?;
     if bytes.len() != bytes_of {
-        return Err(io::ErrorKind::UnexpectedEof.into());
+        return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
     }
     let words = bytes
         .as_chunks()

@@ -8,7 +8,7 @@ use safetensors::Dtype;
 use super::rows::Decoder;
 use super::{Cells, Coded, Tensors, matrix, put, stems, take, weight};
 use crate::shards::Shards;
-use crate::{Layout, TensorInfo};
+use crate::{Layout, TensorError, TensorInfo};
 
 const SCALES: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::BF16];
 
@@ -137,13 +137,13 @@ impl Grid {
         &self,
         shards: &'a Shards,
         first: usize,
-    ) -> io::Result<impl Decoder + use<'a>> {
+    ) -> Result<impl Decoder + use<'a>, TensorError> {
         let rows = self.codes.shape.first().copied().unwrap_or(0);
         let codes = self.codes.rows(first.min(rows)..rows);
         Ok(GridRows {
             codes: shards.stored(&codes)?,
             kind: self.kind,
-            scales: shards.numbers(&self.scales)?,
+            scales: shards.scales(&self.scales)?,
             cell: self.cell,
             columns: self.columns,
             row: first,
@@ -217,12 +217,17 @@ fn e4m3(code: u8) -> f32 {
 }
 
 impl Shards {
-    /// All numbers of a small tensor.
-    pub(super) fn numbers(&self, info: &TensorInfo) -> io::Result<Vec<f32>> {
+    /// All scales of a weight.
+    pub(super) fn scales(&self, info: &TensorInfo) -> Result<Vec<f32>, TensorError> {
         let mut reader = self.stored(info)?;
-        let data = crate::convert::read(&mut reader, info, DType::F32, Layout::AsStored);
-        let data = data.map_err(|error| io::Error::other(error.to_string()))?;
-        Ok(data.into_vec().unwrap_or_default())
+        let data = crate::convert::read(&mut reader, info, DType::F32, Layout::AsStored)?;
+        let scales: Vec<f32> = data.iter().collect();
+        match scales.iter().all(|scale| scale.is_finite()) {
+            true => Ok(scales),
+            false => Err(TensorError::Quantised {
+                reason: "a scale of it is NaN or infinite".into(),
+            }),
+        }
     }
 }
 

@@ -1,11 +1,11 @@
 use std::io::{self, Read};
 
 use super::Coded;
-use crate::TensorInfo;
 use crate::shards::Shards;
+use crate::{TensorError, TensorInfo};
 
 /// A weight, row after row.
-pub(crate) trait Decoder {
+pub(super) trait Decoder {
     /// Numbers in a row.
     fn columns(&self) -> usize;
 
@@ -30,7 +30,7 @@ impl<'a> Rows<'a> {
         shards: &'a Shards,
         info: &TensorInfo,
         coded: &Coded,
-    ) -> io::Result<Rows<'a>> {
+    ) -> Result<Rows<'a>, TensorError> {
         let columns = info.shape.last().copied().unwrap_or(1);
         let row_bytes = (columns as u64 * 4).max(1);
         let first = info.offset / row_bytes;

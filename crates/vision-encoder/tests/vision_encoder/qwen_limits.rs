@@ -294,7 +294,7 @@ fn a_key_that_is_not_known_is_refused_unless_it_is_off() {
     }
 }
 
-/// `cap_pixels_per_frame` (since transformers 5.20): sizes that 5.24 gives 600 × 400 pixels.
+/// `cap_pixels_per_frame`: the sizes that transformers 5.24 gives pictures of 600 × 400 pixels.
 #[test]
 fn pictures_of_a_video_share_its_tokens_where_they_are_capped() {
     for (generation, tokens, expected) in [

@@ -72,7 +72,7 @@ pub struct QwenPreprocessorConfig {
     patch_size: Option<usize>,
     temporal_patch_size: Option<usize>,
     merge_size: Option<usize>,
-    /// Of videos, since transformers 5.20.
+    /// Of videos, in current releases of transformers.
     cap_pixels_per_frame: Option<bool>,
     max_video_tokens: Option<usize>,
     image_processor_type: Option<String>,

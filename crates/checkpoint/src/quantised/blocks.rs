@@ -5,9 +5,9 @@ use std::io::{self, Read};
 use half::f16;
 use safetensors::Dtype;
 
-use crate::TensorInfo;
-use crate::quantised::Decoder;
+use super::rows::Decoder;
 use crate::shards::Shards;
+use crate::{TensorError, TensorInfo};
 
 /// Numbers in a block of the kinds whose names end with K.
 const SUPER: usize = 256;
@@ -16,7 +16,7 @@ const SMALL: usize = 32;
 
 /// How a block is arranged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub(crate) enum BlockKind {
     Q4_0,
     Q4_1,
     Q5_0,
@@ -30,7 +30,7 @@ pub(crate) enum Kind {
 /// A tensor of such blocks.
 #[derive(Debug, Clone)]
 pub(crate) struct Blocks {
-    kind: Kind,
+    kind: BlockKind,
     columns: usize,
     /// `[rows, bytes of a row]`
     stored: TensorInfo,
@@ -56,9 +56,9 @@ const OTHERS: [(u32, &str); 16] = [
     (39, "MXFP4"),
 ];
 
-impl Kind {
+impl BlockKind {
     /// Of a `ggml_type`.
-    pub(super) fn of(kind: u32) -> Result<Self, String> {
+    pub(crate) fn of(kind: u32) -> Result<Self, String> {
         Ok(match kind {
             2 => Self::Q4_0,
             3 => Self::Q4_1,
@@ -182,8 +182,8 @@ fn six_bits(block: &[u8], numbers: &mut [f32]) {
 }
 
 impl Blocks {
-    pub(super) fn new(
-        kind: Kind,
+    pub(crate) fn new(
+        kind: BlockKind,
         columns: usize,
         elements: u64,
         offset: u64,
@@ -211,34 +211,34 @@ impl Blocks {
         })
     }
 
-    pub(crate) fn name(&self) -> &'static str {
+    pub(super) fn name(&self) -> &'static str {
         match self.kind {
-            Kind::Q4_0 => "Q4_0",
-            Kind::Q4_1 => "Q4_1",
-            Kind::Q5_0 => "Q5_0",
-            Kind::Q5_1 => "Q5_1",
-            Kind::Q8_0 => "Q8_0",
-            Kind::Q4K => "Q4_K",
-            Kind::Q5K => "Q5_K",
-            Kind::Q6K => "Q6_K",
+            BlockKind::Q4_0 => "Q4_0",
+            BlockKind::Q4_1 => "Q4_1",
+            BlockKind::Q5_0 => "Q5_0",
+            BlockKind::Q5_1 => "Q5_1",
+            BlockKind::Q8_0 => "Q8_0",
+            BlockKind::Q4K => "Q4_K",
+            BlockKind::Q5K => "Q5_K",
+            BlockKind::Q6K => "Q6_K",
         }
     }
 
-    pub(super) fn stored(&self) -> &TensorInfo {
+    pub(crate) fn stored(&self) -> &TensorInfo {
         &self.stored
     }
 
-    pub(super) fn stored_mut(&mut self) -> &mut TensorInfo {
+    pub(crate) fn stored_mut(&mut self) -> &mut TensorInfo {
         &mut self.stored
     }
 
     /// From this row on, in a file of its shards.
-    pub(crate) fn open<'a>(
+    pub(super) fn open<'a>(
         &self,
         shards: &'a Shards,
         shard: usize,
         first: usize,
-    ) -> io::Result<impl Decoder + use<'a>> {
+    ) -> Result<impl Decoder + use<'a>, TensorError> {
         let rows = self.stored.shape[0];
         let mut stored = self.stored.rows(first.min(rows)..rows);
         stored.shard = shard;
@@ -253,7 +253,7 @@ impl Blocks {
 
 struct BlockRows<R> {
     reader: R,
-    kind: Kind,
+    kind: BlockKind,
     columns: usize,
     bytes: Vec<u8>,
 }

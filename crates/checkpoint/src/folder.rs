@@ -89,10 +89,11 @@ impl Folder {
         let mut given = path.as_ref().to_path_buf();
         let mut root = canonical(&given)?;
         if !root.join(CONFIG).exists() {
-            if let Some(current) = hub::snapshots(&root).into_iter().next() {
+            if let Some(current) = hub::current(&root) {
                 (root, given) = (canonical(&current)?, current);
             } else {
-                let snapshots = hub::all_snapshots(&root);
+                let mut snapshots = hub::snapshots(&root);
+                snapshots.extend(hub::all_snapshots(&root));
                 if !snapshots.is_empty() {
                     return Err(CheckpointError::CacheRoot {
                         path: given,

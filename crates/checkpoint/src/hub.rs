@@ -16,7 +16,8 @@ impl Folder {
     /// the folder `hub` in `HF_HOME`. Nothing is downloaded.
     ///
     /// # Errors
-    /// [`CheckpointError::NotCached`] if it is not there, with the command that downloads it.
+    /// [`CheckpointError::NotCached`] if it is not there, with the command that downloads it;
+    /// [`CheckpointError::CacheRoot`] if nothing says which of several snapshots is the current one.
     pub fn cached(cache: impl AsRef<Path>, repository: &str) -> Result<Self, CheckpointError> {
         let cache = cache.as_ref();
         let missing = || CheckpointError::NotCached {
@@ -27,9 +28,9 @@ impl Folder {
             return Err(missing());
         }
         let folder = cache.join(format!("{REPOSITORY}{}", repository.replace('/', "--")));
-        match snapshots(&folder).first() {
-            Some(current) => Self::open(current),
-            None => Err(missing()),
+        match folder.is_dir() {
+            true if !snapshots(&folder).is_empty() => Self::open(folder),
+            _ => Err(missing()),
         }
     }
 }
@@ -51,20 +52,38 @@ pub fn is_repository(text: &str) -> bool {
 
 /// The repository that a folder of the cache is a snapshot of, as the hub calls it.
 pub(crate) fn repository_of(root: &Path) -> Option<String> {
-    let snapshots = root
-        .parent()
-        .filter(|folder| folder.ends_with("snapshots"))?;
-    let name = snapshots.parent()?.file_name()?.to_str()?;
+    let name = of_snapshot(root)?.file_name()?.to_str()?;
     let name = name.strip_prefix(REPOSITORY)?.replacen("--", "/", 1);
     is_repository(&name).then_some(name)
 }
 
 /// The folder that the links of a snapshot point into.
 pub(crate) fn blobs(root: &Path) -> Option<PathBuf> {
-    let snapshots = root
-        .parent()
-        .filter(|folder| folder.ends_with("snapshots"))?;
-    snapshots.parent()?.join("blobs").canonicalize().ok()
+    of_snapshot(root)?.join("blobs").canonicalize().ok()
+}
+
+/// The folder of the repository that a folder is a snapshot of.
+fn of_snapshot(root: &Path) -> Option<&Path> {
+    let snapshots = root.parent()?;
+    let is_there = snapshots.ends_with("snapshots");
+    is_there.then(|| snapshots.parent())?
+}
+
+/// The snapshot that `refs/main` names, or the only one.
+pub(crate) fn current(repository: &Path) -> Option<PathBuf> {
+    let mut snapshots = snapshots(repository);
+    let main = main(repository);
+    match main.filter(|main| snapshots.first() == Some(main)) {
+        Some(main) => Some(main),
+        None if snapshots.len() == 1 => snapshots.pop(),
+        None => None,
+    }
+}
+
+/// Where `refs/main` says that the current snapshot is.
+fn main(repository: &Path) -> Option<PathBuf> {
+    let revision = revision(&repository.join("refs").join("main"))?;
+    Some(repository.join("snapshots").join(revision.trim()))
 }
 
 /// The snapshots of a repository, the current one first.
@@ -73,8 +92,7 @@ pub(crate) fn snapshots(repository: &Path) -> Vec<PathBuf> {
     let entries = folder.read_dir().into_iter().flatten().flatten();
     let folders = entries.map(|entry| entry.path());
     let mut snapshots: Vec<PathBuf> = folders.filter(|path| path.is_dir()).collect();
-    let current = revision(&repository.join("refs").join("main"));
-    let current = current.map(|revision| folder.join(revision.trim()));
+    let current = main(repository);
     snapshots.sort_by_key(|path| (Some(path) != current.as_ref(), path.clone()));
     snapshots
 }

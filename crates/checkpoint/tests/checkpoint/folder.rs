@@ -196,6 +196,15 @@ fn a_cache_points_to_its_snapshots() {
         let error = Folder::cached(dir.path(), missing).unwrap_err().to_string();
         assert!(error.contains(&format!("hf download {missing}")), "{error}");
     }
+    // Of several that nothing chooses from, none is taken.
+    for content in ["", "ccc", "../..", "\n\n"] {
+        fs::write(repository.join("refs").join("main"), content).unwrap();
+        let error = Folder::cached(dir.path(), "org/name").unwrap_err();
+        let CheckpointError::CacheRoot { snapshots, .. } = &error else {
+            panic!("{error}");
+        };
+        assert_eq!(snapshots.len(), 2);
+    }
     // A snapshot that leads back is no way around.
     #[cfg(unix)]
     {

@@ -31,14 +31,16 @@ pub struct Service<B: Backend> {
 struct Load {
     /// Requests on their way to the session.
     asked: AtomicUsize,
+    /// Requests that it has, and that no step has started.
+    queued: AtomicUsize,
     /// What [`Session::load`] said last.
     waiting: AtomicUsize,
     running: AtomicUsize,
 }
 
 impl Load {
-    fn waiting(&self) -> usize {
-        self.asked.load(Ordering::Relaxed) + self.waiting.load(Ordering::Relaxed)
+    fn of(counter: &AtomicUsize) -> usize {
+        counter.load(Ordering::Relaxed)
     }
 }
 
@@ -123,7 +125,8 @@ impl<B: Backend> Service<B> {
         let answers = request.answers;
         let place = Place::of(&self.load);
         // Without its own.
-        let ready = self.desk.check_room(self.load.waiting().saturating_sub(1));
+        let before = Load::of(&self.load.asked).saturating_sub(1) + Load::of(&self.load.queued);
+        let ready = self.desk.check_room(before);
         match ready.and_then(|()| self.desk.prepare(&self.vlm, request)) {
             Ok(ready) => self.send(Asked {
                 ready,
@@ -146,10 +149,9 @@ impl<B: Backend> Service<B> {
 
     /// Requests that wait, and answers that are being generated, as of the last step.
     pub fn load(&self) -> (usize, usize) {
-        (
-            self.load.waiting(),
-            self.load.running.load(Ordering::Relaxed),
-        )
+        let load = &self.load;
+        let waiting = Load::of(&load.asked) + Load::of(&load.waiting);
+        (waiting, Load::of(&load.running))
     }
 
     fn send(&self, asked: Asked<B>) {
@@ -220,6 +222,7 @@ fn serve<B: Backend>(
     let mut listeners: HashMap<RequestId, Listener<B>> = HashMap::new();
     loop {
         let (waiting, running) = session.load();
+        load.queued.store(session.waiting.len(), Ordering::Relaxed);
         load.waiting.store(waiting, Ordering::Relaxed);
         load.running.store(running, Ordering::Relaxed);
         loop {
@@ -231,6 +234,7 @@ fn serve<B: Backend>(
                 _ if closing.load(Ordering::Relaxed) => return,
                 Ok(asked) => {
                     if !asked.gone.load(Ordering::Relaxed) {
+                        load.queued.fetch_add(1, Ordering::Relaxed);
                         load.waiting.fetch_add(1, Ordering::Relaxed);
                         let listener = Listener {
                             events: asked.events,

@@ -14,7 +14,11 @@ use crate::mismatch::{IndexMismatch, ModuleMismatch, quoted};
 #[non_exhaustive]
 pub enum CheckpointError {
     /// The folder does not exist or cannot be entered.
-    #[error("{} cannot be opened: {source}; give the folder that holds config.json", path.display())]
+    #[error(
+        "{} cannot be opened: {source}; give the folder that holds config.json, of an adapter \
+         adapter_config.json",
+        path.display()
+    )]
     OpenFolder {
         /// As given.
         path: PathBuf,
@@ -68,8 +72,9 @@ pub enum CheckpointError {
 
     /// A file is not there.
     #[error(
-        "{folder} has no {}; is it a checkpoint folder, and the download complete?{}",
+        "{folder} has no {}; is it the folder {}, and the download complete?{}",
         quoted(name),
+        if name.starts_with("adapter_") { "of an adapter" } else { "of a checkpoint" },
         finish(repository)
     )]
     MissingFile {

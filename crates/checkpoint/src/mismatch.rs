@@ -213,6 +213,14 @@ pub(crate) fn quoted(name: &str) -> String {
     }
 }
 
+/// A value from outside that is JSON, and so without control characters, as far as it is shown.
+pub(crate) fn shortened(value: &str) -> String {
+    match value.char_indices().nth(NAME_CHARS) {
+        Some((end, _)) => format!("{}…", &value[..end]),
+        None => value.to_owned(),
+    }
+}
+
 /// Names from outside, side by side.
 pub(crate) fn list_of(names: &[String]) -> String {
     let quoted: Vec<String> = names.iter().take(SHOWN).map(|name| quoted(name)).collect();

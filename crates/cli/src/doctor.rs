@@ -106,15 +106,13 @@ fn examine(args: &DoctorArgs) -> Report {
     let folder = match open::folder(args.model.model.as_deref()) {
         Ok(folder) => folder,
         Err(error) => {
-            report.problem(error.to_string(), HOLDS_CONFIG);
+            report.problem(error.to_string(), remedy::of_folder(&error, HOLDS_CONFIG));
             return report;
         }
     };
     let options = args.model.options().unwrap_or_else(|error| {
-        report.problem(
-            error.to_string(),
-            "give the folder that holds adapter_config.json",
-        );
+        let holds = "give the folder that holds adapter_config.json to --adapter";
+        report.problem(error.to_string(), remedy::of_folder(&error, holds));
         OpenOptions::default()
     });
     let checkup = Checkup::of::<Backend>(&folder, &options, &device);

@@ -82,9 +82,13 @@ impl<B: Backend> Model<B> {
     /// # Errors
     /// Those of [`load_adapter`](Self::load_adapter); [`AdapterError::Several`].
     pub fn load_adapters(&self, folders: &[Folder]) -> Result<Self, ZooError> {
-        let stored = self.read_adapters(folders)?;
+        self.with_read(&self.read_adapters(folders)?)
+    }
+
+    /// The same with adapters that were read.
+    pub(crate) fn with_read(&self, stored: &[StoredAdapter]) -> Result<Self, ZooError> {
         let mut model = self.clone();
-        for stored in &stored {
+        for stored in stored {
             model = model.put_whole(stored)?;
         }
         let mut several = None;

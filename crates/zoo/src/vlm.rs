@@ -109,15 +109,7 @@ impl<B: Backend> Vlm<B> {
             false => config.grounding(),
         };
         let template = ChatTemplate::open(folder, config.dialect())?;
-        // What does not fit is known before the weights are read.
-        Model::<B>::new(&config, device)?.read_adapters(&options.adapters)?;
-        let mut model = Model::open(&config, folder, options.dtype, device, progress)?;
-        if !options.adapters.is_empty() {
-            model = model.load_adapters(&options.adapters)?;
-        }
-        if options.merge_adapters {
-            model = model.merge_adapters();
-        }
+        let model = Self::open_model(&config, folder, options, device, progress)?;
         let (ends, vocab_size) = (&generation.eos_token_id, config.decoder().vocab_size);
         let stop_tokens = end_tokens(folder, ends.as_ref(), vocab_size, &tokenizer, &template)?;
         Ok(Self {
@@ -135,6 +127,28 @@ impl<B: Backend> Vlm<B> {
             preprocessor,
             grounding,
             identity: identity(),
+        })
+    }
+
+    /// The model with its adapters.
+    fn open_model(
+        config: &ModelConfig,
+        folder: &Folder,
+        options: &OpenOptions,
+        device: &B::Device,
+        progress: &mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
+    ) -> Result<Model<B>, ZooError> {
+        let open = |progress| Model::open(config, folder, options.dtype, device, progress);
+        if options.adapters.is_empty() {
+            return open(progress);
+        }
+        // What does not fit is known before the weights are read.
+        let adapters = Model::<B>::new(config, device)?.read_adapters(&options.adapters)?;
+        let mut model = open(progress)?;
+        model = model.with_read(&adapters)?;
+        Ok(match options.merge_adapters {
+            true => model.merge_adapters(),
+            false => model,
         })
     }
 

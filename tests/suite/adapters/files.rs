@@ -315,7 +315,7 @@ fn tensors_that_do_not_fit_are_told_at_once() {
     let AdapterError::Mismatch(mismatch) = &error else {
         panic!("{error}");
     };
-    let mismatch = &mismatch.0;
+    let mismatch = &mismatch.mismatch;
     assert_eq!(mismatch.unknown.len(), 2, "{error}");
     let layer = |layer: usize| format!("language_model.model.layers.{layer}.self_attn.o_proj");
     let half = "base_model.model.model.language_model.layers.0.self_attn.o_proj.lora_A.weight";
@@ -350,7 +350,11 @@ fn tensors_that_do_not_fit_are_told_at_once() {
     let AdapterError::Mismatch(mismatch) = &error else {
         panic!("{error}");
     };
-    assert_eq!((copies, mismatch.0.duplicate.len()), (2, 2), "{error}");
+    assert_eq!(
+        (copies, mismatch.mismatch.duplicate.len()),
+        (2, 2),
+        "{error}"
+    );
 }
 
 /// Adapters of a part of a model are adapters: tensors say what is adapted, not the list of targets.

@@ -69,15 +69,30 @@ fn adapters_that_do_not_fit_are_refused_before_the_weights_are_read() {
         let flags = with(adapter);
         refuses(&flags.split('\n').collect::<Vec<_>>(), expected);
     };
-    refused(&other, &["does not fit this model", "another model"]);
-    refused("nowhere", &["nowhere", "cannot be opened"]);
-    refused(&model, &["adapter_config.json"]);
+    refused(
+        &other,
+        &[
+            &other,
+            "for \"tests/fixtures/qwen25vl/ckpt\"",
+            "does not fit this model",
+        ],
+    );
+    refused(
+        "nowhere",
+        &["nowhere", "cannot be opened", "adapter_config.json"],
+    );
+    refused(&model, &["adapter_config.json", "of an adapter"]);
     refused("no/such-adapter", &["hf download no/such-adapter"]);
     refuses(&[&ask[..], &["--merge-adapter"]].concat(), &["--adapter"]);
     let (doctor, well) = crate::doctor::doctor(&["--model", &model, "--adapter", &other]);
     assert!(!well);
     let problem = doctor["problems"][0]["problem"].as_str().expect("a text");
     assert!(problem.starts_with("adapter: "), "{problem}");
+    let remedy = doctor["problems"][0]["remedy"].as_str().expect("a text");
+    assert!(!remedy.contains("PeftModel"), "{remedy}");
+    let (doctor, _) = crate::doctor::doctor(&["--model", "no/such-model"]);
+    let remedy = doctor["problems"][0]["remedy"].as_str().expect("a text");
+    assert!(remedy.contains("hf download no/such-model"), "{remedy}");
 
     // A weight that another adapter changes, too, has no length to be given.
     // Nor has a module two forms.

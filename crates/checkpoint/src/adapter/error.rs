@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
-use crate::mismatch::{ModuleMismatch, list_of, quoted};
+use crate::mismatch::{ModuleMismatch, list_of, quoted, shortened};
 use crate::{CheckpointError, LayoutError};
 
 /// What went wrong, and what to do about it.
@@ -103,7 +103,7 @@ pub enum AdapterError {
         "adapter_config.json asks for {} = {}, which is not supported; merge the adapter with PEFT and open \
          the merged checkpoint",
         quoted(setting),
-        quoted(value)
+        shortened(value)
     )]
     Unsupported {
         /// Name of the setting.
@@ -134,16 +134,22 @@ pub enum AdapterError {
     Layout(#[from] LayoutError),
 }
 
-/// How the tensors of an adapter and the linear maps of a model differ.
+/// How the tensors of an adapter and the parameters of a model differ.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct AdapterMismatch(pub ModuleMismatch);
+pub struct AdapterMismatch {
+    /// Where the adapter is, and the model that it says it is for.
+    pub adapter: String,
+    /// What does not fit.
+    pub mismatch: ModuleMismatch,
+}
 
 impl fmt::Display for AdapterMismatch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.describe(
+        let whole = format!("the adapter {} does not fit this model", self.adapter);
+        self.mismatch.describe(
             f,
             &[
-                "the adapter does not fit this model",
+                &whole,
                 "tensors that change nothing in this model (is the adapter of another model?)",
                 "tensors that are missing (is the copy complete?)",
                 "tensors that are there more than once (save the adapter again)",

@@ -10,13 +10,13 @@ use super::{
     AdapterConfig, AdapterError, LinearMap, SETTINGS, UNFINISHED_SETTINGS, UNFINISHED_TENSORS, fits,
 };
 use crate::header::Entries;
+use crate::mismatch::quoted;
 use crate::{CONFIG_MAX_BYTES, Folder};
 
 /// Settings that change no answer of an adapter whose tensors are there.
 const WITHOUT_EFFECT: &[&str] = &[
     "arrow_config",
     "auto_mapping",
-    "base_model_name_or_path",
     "corda_config",
     "ensure_weight_tying",
     "eva_config",
@@ -49,6 +49,8 @@ const MAX_COMPILED_BYTES: usize = 1 << 20;
 
 /// What an adapter says of itself, as far as its tensors do not.
 pub(super) struct Stored {
+    /// Where it is, and what it is for.
+    pub(super) name: String,
     rank: usize,
     alpha: f64,
     pub(super) rank_stabilized: bool,
@@ -143,6 +145,7 @@ struct Kind {
 struct Settings {
     r: usize,
     lora_alpha: f64,
+    base_model_name_or_path: Option<String>,
     use_rslora: Option<bool>,
     use_dora: Option<bool>,
     modules_to_save: Option<Vec<String>>,
@@ -187,7 +190,10 @@ pub(super) fn read(folder: &Folder) -> Result<Stored, AdapterError> {
         Some(Modules::Names(names)) => names,
         _ => Vec::new(),
     };
+    let base = settings.base_model_name_or_path.as_deref();
+    let base = base.map_or_else(String::new, |base| format!(" (for {})", quoted(base)));
     Ok(Stored {
+        name: folder.describe() + &base,
         rank: settings.r,
         alpha: settings.lora_alpha,
         rank_stabilized: settings.use_rslora.unwrap_or(false),

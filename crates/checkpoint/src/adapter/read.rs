@@ -30,6 +30,8 @@ pub struct StoredAdapter {
     /// Ends of the names of such modules.
     modules: Vec<String>,
     tensors: Shards,
+    /// Where it is, and what it is for.
+    name: String,
 }
 
 /// The change of one linear map.
@@ -83,7 +85,7 @@ impl StoredAdapter {
 
     fn parts<B: Backend, M: Module<B>>(&self, module: &M) -> Result<Parts, AdapterError> {
         let parts = load::assign_parts(module, &self.tensors, &self.whole, &self.modules);
-        parts.map_err(|mismatch| AdapterError::Mismatch(Box::new(AdapterMismatch(mismatch))))
+        parts.map_err(|mismatch| refused(&self.name, mismatch))
     }
 }
 
@@ -108,8 +110,7 @@ pub fn read_adapter(
     let (found, whole) = plan.find(linears);
     let found = plan.check(linears, &found, &whole)?;
     if !plan.mismatch.is_empty() {
-        let mismatch = AdapterMismatch(plan.mismatch);
-        return Err(AdapterError::Mismatch(Box::new(mismatch)));
+        return Err(refused(&stored.name, plan.mismatch));
     }
     let read = |name: &str| {
         let data = tensors.read(name, DType::F32, Layout::AsStored)?;
@@ -135,7 +136,13 @@ pub fn read_adapter(
         whole,
         modules: stored.whole,
         tensors,
+        name: stored.name,
     })
+}
+
+fn refused(adapter: &str, mismatch: ModuleMismatch) -> AdapterError {
+    let adapter = adapter.to_owned();
+    AdapterError::Mismatch(Box::new(AdapterMismatch { adapter, mismatch }))
 }
 
 /// What a tensor is to the map that it changes.

@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use reroute_checkpoint::CheckpointError;
-use reroute_zoo::{FamilyError, ModelType, Part, Problem, ZooError, model_types};
+use reroute_zoo::{AdapterError, FamilyError, ModelType, Part, Problem, ZooError, model_types};
 use serde_json::Value;
 
 /// The remedy where there is no checkpoint.
@@ -57,6 +57,12 @@ impl Contents {
                 "leave the flag out".into()
             }
             (_, ZooError::UnknownFamily { found, .. }) => self.instead_of(found),
+            (Part::Adapter, ZooError::Adapter(AdapterError::Unsupported { .. })) => {
+                "merge it in Python: \
+                 PeftModel.from_pretrained(base, ADAPTER).merge_and_unload().save_pretrained(NEW), and give NEW \
+                 to --model"
+                    .into()
+            }
             (Part::Config, ZooError::Family(_)) => {
                 let family = self.config["model_type"].as_str();
                 variant(&nearest(family.unwrap_or_default()))
@@ -184,6 +190,14 @@ impl Contents {
 /// Ways to quantise weights that are read.
 const QUANTISED: [&str; 5] = ["fp8", "fbgemm_fp8", "compressed-tensors", "awq", "gptq"];
 
+/// What to do about a folder that cannot be opened; `otherwise` if that is nothing else.
+pub(super) fn of_folder(error: &anyhow::Error, otherwise: &str) -> String {
+    match error.downcast_ref() {
+        Some(CheckpointError::NotCached { repository, .. }) => format!("hf download {repository}"),
+        _ => otherwise.into(),
+    }
+}
+
 /// Letters that two types begin with in common, at least, if they have anything to do with each other.
 const ALIKE: usize = 3;
 
@@ -220,11 +234,7 @@ fn again(part: Part) -> String {
         Part::ChatTemplate => {
             "remove the template to use the family's own, or download it again".into()
         }
-        Part::Adapter => {
-            "give the adapter that was trained for this model, or merge it in Python: \
-             PeftModel.from_pretrained(base, ADAPTER).merge_and_unload().save_pretrained(NEW)"
-                .into()
-        }
+        Part::Adapter => "give the model that the adapter was trained for to --model".into(),
         Part::Grounding => "correct the file, or remove it to use the family's own prompt".into(),
         _ => "download this file again, from the same revision as the weights".into(),
     }

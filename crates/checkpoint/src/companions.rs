@@ -66,6 +66,18 @@ pub fn set_dtype(config: &mut Value, dtype: Dtype) {
     }
 }
 
+/// The type of the weights that a config names, at the top or for its text model.
+pub fn dtype_of(config: &Value) -> Option<Dtype> {
+    let places = [config, &config["text_config"]].into_iter();
+    let mut said = places.flat_map(|place| DTYPE_KEYS.map(|key| place[key].as_str()));
+    match said.find_map(|name| name)? {
+        "float16" => Some(Dtype::F16),
+        "bfloat16" => Some(Dtype::BF16),
+        "float32" => Some(Dtype::F32),
+        _ => None,
+    }
+}
+
 /// Takes out how weights are quantised: those that are written are not.
 pub fn forget_quantization(config: &mut Value) {
     if let Value::Object(object) = config {

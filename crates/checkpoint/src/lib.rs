@@ -48,7 +48,7 @@ pub use adapter::{
     AdapterConfig, AdapterError, AdapterMismatch, LinearMap, NewAdapter, StoredAdapter,
     StoredChange, Targets, read_adapter, write_adapter,
 };
-pub use companions::{CONFIG, Companions, forget_quantization, json_bytes, set_dtype};
+pub use companions::{CONFIG, Companions, dtype_of, forget_quantization, json_bytes, set_dtype};
 pub use convert::{Layout, TensorError};
 pub use error::CheckpointError;
 pub use folder::{

@@ -70,6 +70,11 @@ pub struct TensorInfo {
 }
 
 impl TensorInfo {
+    /// Whether the file has it in fewer bits, of which it is made while it is read.
+    pub fn is_widened(&self) -> bool {
+        self.coded.is_some()
+    }
+
     /// The same tensor with fewer rows.
     pub(crate) fn rows(&self, rows: Range<usize>) -> Self {
         let mut part = self.clone();
@@ -214,7 +219,7 @@ impl Shards {
 
     /// Whether tensors are made of others while they are read.
     pub fn is_widened(&self) -> bool {
-        self.tensors.values().any(|info| info.coded.is_some())
+        self.tensors.values().any(TensorInfo::is_widened)
     }
 
     /// Size of all tensors as they are read, in bytes.

@@ -360,7 +360,8 @@ pub struct ConvertArgs {
     /// open the name says: `hf` becomes a folder that transformers loads again.
     #[arg(long, value_name = "DIR|FILE")]
     pub to: PathBuf,
-    /// Type of the weights; as they are without it.
+    /// Type of the weights. Without it they stay as they are; those of fewer bits, which are widened, become
+    /// what config.json says.
     #[arg(long, value_enum)]
     pub dtype: Option<Dtype>,
     /// Make the largest value of the type of values beyond its range, instead of refusing them.

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use reroute_checkpoint::{
     CONFIG, CONFIG_MAX_BYTES, CONVERTED_FROM, Dtype, Folder, Format, INDEX, NewTensor, WeightsFile,
-    forget_quantization, is_weight, json_bytes, set_dtype, shard_index, shard_name, split,
+    dtype_of, forget_quantization, is_weight, json_bytes, set_dtype, shard_index, shard_name,
+    split,
 };
 use serde_json::Value;
 
@@ -40,7 +41,8 @@ pub struct Job {
     pub from: PathBuf,
     /// Folder, or file of weights that ends in `.bpk` or `.safetensors`.
     pub to: PathBuf,
-    /// Type of the weights, F32, F16 or BF16; as it is if `None`.
+    /// Type of the weights, F32, F16 or BF16. As it is if `None`; of weights in fewer bits, what `config.json`
+    /// says, or F32.
     pub dtype: Option<Dtype>,
     /// What to write; `None` means what the name of `to` says, or Burnpack.
     pub form: Option<Form>,
@@ -109,6 +111,8 @@ impl Plan {
         let form = job.form.or(named).unwrap_or(Form::Burnpack);
         let target = Target::new(job, form)?;
         let (weights, mut tensors, mut config) = open(job)?;
+        // What a weight of fewer bits is, where nobody asks for another type.
+        let said = dtype_of(&config);
         let mut companions = Companions::default();
         if target.is_folder {
             companions.add(&job.from, |_| true)?;
@@ -126,9 +130,13 @@ impl Plan {
             let config = json_bytes(&config);
             companions.made.insert(CONFIG.to_owned(), config);
         }
+        let target_tensor = |source: &SourceTensor| {
+            let widened = said.filter(|_| source.is_widened);
+            target_tensor(source, job.dtype.or(widened))
+        };
         // Wide elements first, so that all are aligned; then by name.
         tensors.sort_by_cached_key(|source| {
-            let tensor = target_tensor(source, job.dtype);
+            let tensor = target_tensor(source);
             (Reverse(tensor.dtype.bitsize()), tensor.name)
         });
         let format = match form {
@@ -137,7 +145,7 @@ impl Plan {
         };
         let shards = match form {
             Form::HuggingFace => split(tensors, job.max_shard_bytes, |source| {
-                target_tensor(source, job.dtype).bytes()
+                target_tensor(source).bytes()
             })?,
             Form::Burnpack | Form::Safetensors => vec![tensors],
         };
@@ -150,10 +158,7 @@ impl Plan {
         let mut files = Vec::with_capacity(shards.len());
         let count = shards.len();
         for (at, sources) in shards.into_iter().enumerate() {
-            let tensors: Vec<_> = sources
-                .iter()
-                .map(|source| target_tensor(source, job.dtype))
-                .collect();
+            let tensors: Vec<_> = sources.iter().map(target_tensor).collect();
             files.push(PlannedFile {
                 path: target.file(at, count),
                 layout: WeightsFile::with_notes(format, &tensors, &notes)?,
@@ -301,6 +306,7 @@ fn open(job: &Job) -> Result<(Vec<Weights>, Vec<SourceTensor>, Value), ConvertEr
             if let Some(added_rows) = added_rows {
                 tensors.push(SourceTensor {
                     tensor,
+                    is_widened: part.is_widened(&stored_name),
                     weights: at,
                     stored_name,
                     added_rows,

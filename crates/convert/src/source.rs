@@ -4,7 +4,7 @@ use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use reroute_checkpoint::{CheckpointError, Folder, NewTensor, Shards};
+use reroute_checkpoint::{CheckpointError, Folder, NewTensor, Shards, TensorInfo};
 
 use crate::ConvertError;
 use crate::mean::MeanRow;
@@ -28,6 +28,8 @@ pub(crate) struct SourceTensor {
     pub(crate) weights: usize,
     /// As it is called there.
     pub(crate) stored_name: String,
+    /// Whether it is of fewer bits there, and f32 only while it is read.
+    pub(crate) is_widened: bool,
     /// How many of its last rows are not stored: they are the mean of the others.
     pub(crate) added_rows: usize,
 }
@@ -103,6 +105,17 @@ impl Weights {
                 tensors.collect()
             }
             Self::Pickles(pickles) => pickles.tensors().collect(),
+        }
+    }
+
+    /// Whether a tensor is of fewer bits in its file.
+    pub(crate) fn is_widened(&self, stored_name: &str) -> bool {
+        match self {
+            Self::Shards(shards) => {
+                let info = shards.info(stored_name);
+                info.is_some_and(TensorInfo::is_widened)
+            }
+            Self::Pickles(_) => false,
         }
     }
 

@@ -2,6 +2,7 @@
 
 mod files;
 mod program;
+mod whole;
 
 use burn::module::{AutodiffModule, Module, ModuleMapper, ModuleVisitor, Param};
 use burn::optim::{AdamConfig, GradientsParams, Optimizer};
@@ -10,11 +11,9 @@ use burn::tensor::{DType, Tensor};
 use reducers::{Action, Schedule};
 use reroute_cli::backend::{Backend, Device};
 use reroute_layers::{Linear, Linears};
-use reroute_zoo::{
-    AdapterConfig, AdapterError, Folder, Model, OpenOptions, Targets, Vlm, ZooError,
-};
+use reroute_zoo::{AdapterConfig, AdapterError, Model, Targets, Vlm, ZooError};
 
-use crate::golden::{fixture, open, open_as};
+use crate::golden::{open, open_as, open_at};
 use crate::support::{Random, gap, values};
 use crate::training::{self, Ad, gradients, loss, question};
 
@@ -34,10 +33,7 @@ fn schedules() -> [Schedule; 2] {
 }
 
 fn variant(name: &str) -> Vlm<Backend> {
-    let folder = Folder::open(fixture(&format!("llava_variants/{name}")));
-    let folder = folder.expect("the fixture is complete");
-    let options = OpenOptions::default();
-    Vlm::open(&folder, &options, &Device::default()).expect("the fixture loads")
+    open_at(&format!("llava_variants/{name}"), DType::F32)
 }
 
 fn logits<B: AnyBackend<Device = Device>>(vlm: &Vlm<B>, schedule: &Schedule) -> Vec<f32> {

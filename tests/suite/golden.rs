@@ -29,12 +29,18 @@ pub fn open(family: &str) -> Vlm<Backend> {
 
 /// The same on another backend, or with weights of another type.
 pub fn open_as<B: AnyBackend<Device = Device>>(family: &str, dtype: DType) -> Vlm<B> {
-    let folder = Folder::open(fixture(family).join("ckpt")).expect("the fixture is complete");
+    open_at(&format!("{family}/ckpt"), dtype)
+}
+
+/// Opens a checkpoint below `tests/fixtures`.
+pub fn open_at<B: AnyBackend<Device = Device>>(path: &str, dtype: DType) -> Vlm<B> {
+    let folder = Folder::open(fixture(path)).expect("the fixture is complete");
     let options = OpenOptions {
         dtype,
         ..OpenOptions::default()
     };
-    Vlm::open(&folder, &options, &Device::default()).expect("the fixture loads")
+    let vlm = Vlm::open(&folder, &options, &Device::default());
+    vlm.unwrap_or_else(|error| panic!("{path}: {error}"))
 }
 
 /// A picture below `tests/fixtures`.

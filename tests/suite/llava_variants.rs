@@ -6,14 +6,14 @@ use std::sync::{Arc, LazyLock};
 use burn::tensor::DType;
 use reducers::encoder::{DivPrune, EncoderReducer, FasterVlm, UniformGrid};
 use reducers::{Action, Keep, Schedule, Stage};
-use reroute_cli::backend::{Backend, Device};
+use reroute_cli::backend::Backend;
 use reroute_zoo::{
-    EncoderStep, Folder, OpenOptions, Pictures, PixelTensors, Routing, TensorInputs, TensorOutputs,
-    Visual, Vlm, ZooError,
+    EncoderStep, Pictures, PixelTensors, Routing, TensorInputs, TensorOutputs, Visual, Vlm,
+    ZooError,
 };
 use safetensors::SafeTensors;
 
-use crate::golden::{Reference as Golden, assert_close, fixture, picture, rows, values};
+use crate::golden::{Reference as Golden, assert_close, fixture, open_at, picture, rows, values};
 use crate::reference::Reference;
 use crate::support::{Sample, columns, distance};
 
@@ -46,16 +46,10 @@ struct Variant {
 static ALL: LazyLock<Vec<Variant>> = LazyLock::new(|| {
     let open = |(name, tokens)| {
         let path = format!("llava_variants/{name}");
-        let folder = Folder::open(fixture(&path)).expect("the fixture is complete");
-        let options = OpenOptions {
-            dtype: DType::F32,
-            ..OpenOptions::default()
-        };
-        let vlm = Vlm::open(&folder, &options, &Device::default());
         Variant {
             name,
             tokens,
-            vlm: vlm.unwrap_or_else(|error| panic!("{name}: {error}")),
+            vlm: open_at(&path, DType::F32),
             golden: Golden::open(&format!("{path}/golden")),
         }
     };

@@ -134,7 +134,7 @@ fn quantised_models_open_and_are_converted() {
                 .expect("numbers");
             let found = found.into_vec::<f32>().expect("f32");
             let half = |x: &f32| f16::from_f32(*x).to_f32();
-            // What the reference has rounded to bf16 was another number before.
+            // What the reference has rounded to bf16 (by 2⁻⁹) was another number before (f16: 2⁻¹²).
             let exact = !form.starts_with("ct_");
             let same = |(a, b): (&f32, &f32)| {
                 if exact {

@@ -70,16 +70,7 @@ impl<B: Backend> Linear<B> {
     /// - returns `[out, rows]`
     pub fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
         let y = match &self.adapter {
-            Some(adapter) => {
-                let y = product(self.weight.val(), x.clone()) + adapter.forward(x);
-                match &adapter.gain {
-                    Some(gain) => {
-                        let gain = gain.val().cast(y.dtype());
-                        y * gain.unsqueeze_dim(1)
-                    }
-                    None => y,
-                }
-            }
+            Some(adapter) => adapter.changed(product(self.weight.val(), x.clone()), x),
             None => product(self.weight.val(), x),
         };
         match &self.bias {
@@ -94,15 +85,9 @@ impl<B: Backend> Linear<B> {
         let Some(adapter) = self.adapter.take() else {
             return;
         };
-        let change = adapter.change().detach().cast(DType::F32);
-        let gain = adapter.gain.map(|gain| gain.val().cast(DType::F32));
         self.weight = self.weight.clone().map(|weight| {
             let (dtype, is_trained) = (weight.dtype(), weight.is_require_grad());
-            let merged = weight.detach().cast(DType::F32) + change;
-            let merged = match gain {
-                Some(gain) => merged * gain.unsqueeze_dim(1),
-                None => merged,
-            };
+            let merged = adapter.weight(weight);
             merged.cast(dtype).set_require_grad(is_trained)
         });
     }

@@ -4,7 +4,8 @@ use burn::tensor::{DType, Tensor};
 
 use crate::linear::product;
 
-/// A low-rank change of a weight (LoRA, arXiv 2106.09685): `factor · up · down`.
+/// A low-rank change of a weight (LoRA, arXiv 2106.09685): `W` becomes `W + factor · up · down`, and with a gain
+/// every row of that is multiplied by its number.
 ///
 /// Its parameters may be of another type than the weight: they are f32 beside a weight of half
 /// precision, whose eight or eleven bits would swallow the steps of an optimizer.
@@ -14,8 +15,8 @@ pub struct LowRank<B: Backend> {
     pub down: Param<Tensor<B, 2>>,
     /// `[out, rank]`; PEFT calls it `lora_B`.
     pub up: Param<Tensor<B, 2>>,
-    /// `[out]`: what every row of the changed weight is then multiplied by (DoRA, arXiv 2402.09353, equation
-    /// 5: a learnt length over the row's own). It is not trained.
+    /// `[out]`: what every row of the changed weight is multiplied by (DoRA, arXiv 2402.09353). It is not
+    /// trained.
     pub gain: Option<Param<Tensor<B, 1>>>,
     /// How much it counts.
     #[module(skip)]
@@ -57,13 +58,14 @@ impl<B: Backend> LowRank<B> {
         }
     }
 
-    /// The same where the rows of the changed weight have these lengths.
+    /// The same where the rows of the changed weight have these lengths: the gain of row `i` is
+    /// `magnitudes[i] / ‖(W + factor · up · down)[i]‖` (DoRA, equation 5).
     ///
     /// # Shapes
     /// - `magnitudes`: `[out]`, f32
     /// - `weight`: `[out, in]`
     pub fn with_magnitudes(mut self, magnitudes: Tensor<B, 1>, weight: Tensor<B, 2>) -> Self {
-        let changed = weight.detach().cast(DType::F32) + self.change().detach();
+        let changed = self.weight(weight);
         let lengths = changed.powi_scalar(2).sum_dim(1).sqrt().squeeze_dim(1);
         let gain = Param::from_tensor(magnitudes / lengths);
         self.gain = Some(gain.set_require_grad(false));
@@ -104,6 +106,35 @@ impl<B: Backend> LowRank<B> {
         let x = x.cast(down.dtype());
         let inner = product(down, x).mul_scalar(self.factor());
         product(self.up.val(), inner).cast(dtype)
+    }
+
+    /// `W · x`, given as `product`, with the weight changed.
+    ///
+    /// # Shapes
+    /// - `product`: `[out, rows]`
+    /// - `x`: `[in, rows]`
+    /// - returns `[out, rows]`, of the type of `product`
+    pub fn changed(&self, product: Tensor<B, 2>, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        let dtype = product.dtype();
+        self.lengthened(product + self.forward(x), dtype)
+    }
+
+    /// The changed weight, in f32 and without gradients.
+    ///
+    /// # Shapes
+    /// - `weight`: `[out, in]`
+    /// - returns `[out, in]`, f32
+    pub fn weight(&self, weight: Tensor<B, 2>) -> Tensor<B, 2> {
+        let change = self.change().detach().cast(DType::F32);
+        self.lengthened(weight.detach().cast(DType::F32) + change, DType::F32)
+    }
+
+    /// Rows times their gains.
+    fn lengthened(&self, x: Tensor<B, 2>, dtype: DType) -> Tensor<B, 2> {
+        match &self.gain {
+            Some(gain) => x * gain.val().cast(dtype).unsqueeze_dim(1),
+            None => x,
+        }
     }
 
     /// What the weight changes by: `factor · up · down`.

@@ -5,7 +5,7 @@ use reroute_cli::backend::{Backend, Device};
 use reroute_zoo::{Folder, OpenOptions, Question, Vlm};
 use serde_json::json;
 
-use crate::golden::{fixture, open};
+use crate::golden::fixture;
 use crate::program::{Scratch, read_image, refuses, report, reroute, scene};
 
 fn path(name: &str) -> String {
@@ -93,17 +93,4 @@ fn adapters_that_do_not_fit_are_refused_before_the_weights_are_read() {
     let (doctor, _) = crate::doctor::doctor(&["--model", "no/such-model"]);
     let remedy = doctor["problems"][0]["remedy"].as_str().expect("a text");
     assert!(remedy.contains("hf download no/such-model"), "{remedy}");
-
-    // A weight that another adapter changes, too, has no length to be given.
-    // Nor has a module two forms.
-    for family in ["qwen2vl", "qwen3vl"] {
-        let (model, adapter) = (
-            open(family),
-            Folder::open(path(&format!("adapters/{family}"))),
-        );
-        let adapter = adapter.expect("a folder");
-        let error = model.model().load_adapters(&[adapter.clone(), adapter]);
-        let error = error.expect_err("two of them").to_string();
-        assert!(error.contains("several adapters"), "{error}");
-    }
 }

@@ -1,5 +1,6 @@
 //! What requests take, and how they come, go and end.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -10,10 +11,11 @@ use reducers::{DecisionView, ReducerError, Schedule, Scorer};
 use reroute::FinishReason;
 use reroute_cli::backend::Backend;
 use reroute_zoo::messages::Role;
+use reroute_zoo::reroute_checkpoint::CheckpointError;
 use reroute_zoo::session::{
     Event, MemoryLimit, Part, Request, RequestId, Service, Session, SessionOptions, Turn,
 };
-use reroute_zoo::{Question, ZooError};
+use reroute_zoo::{OpenOptions, Question, Vlm, ZooError, embedded};
 
 use super::{Outcome, ROUTINGS, SCENES, TEXTS, alone, options, request, run, session, turn};
 use crate::program::{BUILT_IN, read_image, scene};
@@ -379,4 +381,40 @@ fn requests_without_sense_are_refused() {
         alone(request).remove(0).prompt_rows
     };
     assert_eq!(asked(halves), asked(whole));
+}
+
+/// Loading stops after the tensor at which it is told to.
+#[test]
+fn loading_can_be_stopped() {
+    let (folder, options) = (embedded::checkpoint(), OpenOptions::default());
+    let load = |most: usize| {
+        let mut told = Vec::new();
+        let vlm = Vlm::<Backend>::open_with_progress(
+            &folder,
+            &options,
+            &Default::default(),
+            &mut |progress| {
+                told.push(progress);
+                match told.len() == most {
+                    true => ControlFlow::Break(()),
+                    false => ControlFlow::Continue(()),
+                }
+            },
+        );
+        (vlm.map(drop), told)
+    };
+    let (loaded, all) = load(usize::MAX);
+    loaded.expect("it is built in");
+    assert_eq!(
+        all.last().map(|last| last.loaded_bytes),
+        all.last().map(|last| last.total_bytes)
+    );
+    for most in [1, all.len() / 2, all.len()] {
+        let (stopped, told) = load(most);
+        assert!(matches!(
+            stopped,
+            Err(ZooError::Checkpoint(CheckpointError::Stopped))
+        ));
+        assert_eq!(told, all[..most]);
+    }
 }

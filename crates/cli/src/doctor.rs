@@ -117,16 +117,12 @@ fn examine(args: &DoctorArgs) -> Report {
     });
     let checkup = Checkup::of::<Backend>(&folder, &options, &device);
     let contents = folder.root().map_or_else(Contents::default, Contents::of);
-    report.form = checkup
-        .form
-        .as_ref()
-        .map(|(form, is_widened)| match is_widened {
-            true => format!(
-                "{form}; what is quantised is widened to {} while it is read",
-                name(report.dtype)
-            ),
-            false => form.clone(),
-        });
+    let dtype = name(report.dtype);
+    let widened = match checkup.is_widened {
+        true => format!("; what is quantised is widened to {dtype} while it is read"),
+        false => String::new(),
+    };
+    report.form = checkup.form.as_ref().map(|form| form.clone() + &widened);
     if checkup.endless {
         report.warnings.push(ENDLESS.into());
     }

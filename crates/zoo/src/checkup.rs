@@ -53,8 +53,10 @@ pub struct Checkup {
     pub preprocessor: Option<Arc<dyn Preprocessor>>,
     /// Parameters of the model that the configuration describes.
     pub parameters: Option<Parameters>,
-    /// What kind of files the weights are in, and whether they are widened while they are read.
-    pub form: Option<(String, bool)>,
+    /// What kind of files the weights are in, and of which types, for people.
+    pub form: Option<String>,
+    /// Whether weights are of fewer bits there, and widened while they are read.
+    pub is_widened: bool,
     /// Everything found, in the order in which files are opened.
     pub problems: Vec<Problem>,
     /// Whether nothing says which token ends an answer: it goes on until it is cut off.
@@ -133,7 +135,8 @@ impl Checkup {
         }
         let shards = Shards::open(folder).map_err(ZooError::from);
         let shards = found.note(Part::Weights, shards);
-        found.form = { shards.as_ref() }.map(|shards| (shards.form(), shards.is_widened()));
+        found.form = shards.as_ref().map(Shards::form);
+        found.is_widened = shards.as_ref().is_some_and(Shards::is_widened);
         if let Some(config) = found.config.clone() {
             let preprocessor = config.preprocessor(folder, &options.images);
             let preprocessor = preprocessor.map_err(ZooError::from);

@@ -15,7 +15,7 @@ use crate::support::cases;
 const FILE: &str = "blocks.gguf";
 
 fn folder() -> Folder {
-    Folder::open(fixture("gguf")).expect("the fixture is complete")
+    Folder::on_disk(&fixture("gguf")).expect("the fixture is complete")
 }
 
 fn bits(numbers: Vec<f32>) -> Vec<u32> {

@@ -15,6 +15,7 @@ mod convert;
 mod doctor;
 mod early;
 mod gguf;
+mod gguf_models;
 mod golden;
 mod gradients;
 mod grounding;

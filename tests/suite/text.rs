@@ -1,6 +1,7 @@
 //! The text side of real models: their tokenizers, chat templates, slots and boxes, against what the
 //! Python libraries make of the same (`tests/fixtures/tokenizers/make.py`).
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
 use std::ops::RangeInclusive;
@@ -10,12 +11,13 @@ use std::sync::LazyLock;
 use flate2::read::GzDecoder;
 use proptest::prelude::*;
 use qwen_vl::patch_seconds;
+use reroute_checkpoint::Gguf;
 use reroute_zoo::grounding::parse_box;
 use reroute_zoo::messages::{Content, Message, Placeholders, Role};
 use reroute_zoo::{ChatTemplate, Dialect, FamilyError, Folder, Modality, ModelConfig, Tokenizer};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::program::Scratch;
 
@@ -70,6 +72,110 @@ fn real_tokenizers_encode_and_decode_as_in_python() {
             let mut streamed: String = ids.iter().map(|&id| stream.push(id)).collect();
             streamed.push_str(&stream.rest());
             assert_eq!(streamed, decoded, "{text:?}");
+        }
+    }
+}
+
+/// The metadata of a GGUF file, without tensors.
+#[derive(Default)]
+struct Metadata {
+    keys: u64,
+    bytes: Vec<u8>,
+}
+
+impl Metadata {
+    fn text(&mut self, text: &str) {
+        self.bytes.extend((text.len() as u64).to_le_bytes());
+        self.bytes.extend(text.as_bytes());
+    }
+
+    fn key(&mut self, key: &str, kind: u32) {
+        self.keys += 1;
+        self.text(key);
+        self.bytes.extend(kind.to_le_bytes());
+    }
+
+    fn list(&mut self, key: &str, kind: u32, length: usize) {
+        self.key(key, 9);
+        self.bytes.extend(kind.to_le_bytes());
+        self.bytes.extend((length as u64).to_le_bytes());
+    }
+
+    fn file(self) -> Vec<u8> {
+        let head = [&b"GGUF"[..], &3_u32.to_le_bytes(), &0_u64.to_le_bytes()].concat();
+        [head, self.keys.to_le_bytes().to_vec(), self.bytes].concat()
+    }
+}
+
+/// A byte-level tokenizer as llama.cpp's converter writes it.
+fn byte_level(json: &Value, rule: &str) -> Vec<u8> {
+    let model = &json["model"];
+    let vocabulary = model["vocab"].as_object().expect("a vocabulary");
+    let mut tokens: BTreeMap<u64, (&str, i32)> = { vocabulary.iter() }
+        .map(|(token, id)| (id.as_u64().expect("an id"), (token.as_str(), 1)))
+        .collect();
+    for added in json["added_tokens"].as_array().expect("a list") {
+        let kind = if added["special"] == true { 3 } else { 4 };
+        let content = added["content"].as_str().expect("a text");
+        tokens.insert(added["id"].as_u64().expect("an id"), (content, kind));
+    }
+    let merges = model["merges"].as_array().expect("a list");
+    let mut file = Metadata::default();
+    for (key, value) in [
+        ("general.architecture", "qwen2vl"),
+        ("tokenizer.ggml.model", "gpt2"),
+        ("tokenizer.ggml.pre", rule),
+    ] {
+        file.key(key, 8);
+        file.text(value);
+    }
+    file.list("tokenizer.ggml.tokens", 8, tokens.len());
+    tokens.values().for_each(|(token, _)| file.text(token));
+    file.list("tokenizer.ggml.token_type", 5, tokens.len());
+    let kinds = tokens.values().flat_map(|(_, kind)| kind.to_le_bytes());
+    file.bytes.extend(kinds);
+    file.list("tokenizer.ggml.merges", 8, merges.len());
+    for merge in merges {
+        match merge {
+            Value::String(merge) => file.text(merge),
+            pair => {
+                let [left, right] = [0, 1].map(|at| pair[at].as_str().expect("a token"));
+                file.text(&format!("{left} {right}"));
+            }
+        }
+    }
+    file.file()
+}
+
+#[test]
+fn vocabularies_of_llama_cpp_are_the_same_tokenizers() {
+    let compressed = |path: &str| {
+        let file = File::open(fixtures().join(path)).expect("the fixture exists");
+        let mut bytes = Vec::new();
+        let mut decoder = GzDecoder::new(file);
+        decoder.read_to_end(&mut bytes).expect("it is compressed");
+        bytes
+    };
+    let Encodings { qwen, llava } = read("encodings.json");
+    let json = compressed("qwen2.5-vl.json.gz");
+    let qwen_file = byte_level(&serde_json::from_slice(&json).expect("JSON"), "qwen2");
+    let llava_file = compressed("../gguf_models/tokenizers/llama.gguf.gz");
+    for (file, cases, has) in [(qwen_file, qwen, true), (llava_file, llava, false)] {
+        let folder = Folder::in_memory([("vocabulary.gguf".to_owned(), file)]);
+        let file = Gguf::open(&folder, "vocabulary.gguf").expect("a good file");
+        let json = file.tokenizer().expect("a good vocabulary");
+        let tokenizer = Tokenizer::from_json(&json, &[]).expect("a good tokenizer");
+        for Encoded { text, ids, decoded } in cases {
+            // Only LLaVA's own has them.
+            if !has
+                && ["<image>", "<pad>"]
+                    .iter()
+                    .any(|token| text.contains(token))
+            {
+                continue;
+            }
+            assert_eq!(tokenizer.encode(&text, false).unwrap(), ids, "{text:?}");
+            assert_eq!(tokenizer.decode(&ids).unwrap(), decoded, "{text:?}");
         }
     }
 }

@@ -159,6 +159,29 @@ pub enum CheckpointError {
         reason: String,
     },
 
+    /// There are several GGUF files of a kind, and nothing says which to open.
+    #[error(
+        "{folder} has several {what}, {}: name the file itself, --model FILE --mmproj FILE",
+        some(files)
+    )]
+    SeveralGguf {
+        /// The folder.
+        folder: String,
+        /// What they are.
+        what: &'static str,
+        /// Names of the files.
+        files: Vec<String>,
+    },
+
+    /// The GGUF files are towers without a language model.
+    #[error(
+        "{folder} has a vision tower (mmproj) and no language model: download the other file of the model"
+    )]
+    NoLanguageModel {
+        /// The folder.
+        folder: String,
+    },
+
     /// The weights are quantised in a way that is not known, or their parts do not fit.
     #[error(
         "{folder} is quantised (quantization_config in config.json), and {reason}; the checkpoint that it was made \

@@ -9,7 +9,8 @@ use std::time::SystemTime;
 
 use serde::de::DeserializeOwned;
 
-use crate::{CONFIG, CheckpointError, hub};
+use crate::shards::{Shards, is_weights_file};
+use crate::{CONFIG, CheckpointError, gguf, hub};
 
 /// Largest `config.json` and similar settings file that is read, in bytes.
 pub const CONFIG_MAX_BYTES: u64 = 1 << 20;
@@ -42,6 +43,16 @@ enum Place {
 enum Files {
     Embedded(&'static [(&'static str, &'static [u8])]),
     Owned(Arc<[(String, Bytes)]>),
+    Made(Arc<Made>),
+}
+
+/// Files that were made of others, which have the weights.
+#[derive(Debug)]
+struct Made {
+    /// What of, for messages.
+    of: String,
+    files: Vec<(String, Bytes)>,
+    weights: Shards,
 }
 
 impl Files {
@@ -49,6 +60,7 @@ impl Files {
         let (embedded, owned) = match self {
             Self::Embedded(files) => (*files, &[][..]),
             Self::Owned(files) => (&[][..], &files[..]),
+            Self::Made(made) => (&[][..], &made.files[..]),
         };
         let embedded = embedded
             .iter()
@@ -84,9 +96,43 @@ impl AsRef<[u8]> for Bytes {
 
 impl Folder {
     /// Opens a folder on disk: a downloaded checkpoint, a snapshot in the Hugging Face cache, or a
-    /// repository there (`models--owner--name`), which is its current snapshot.
+    /// repository there (`models--owner--name`), which is its current snapshot. A folder whose weights are
+    /// GGUF, or a GGUF file, is as [`with_gguf`](Self::with_gguf) and [`open_gguf`](Self::open_gguf) have it.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, CheckpointError> {
-        let mut given = path.as_ref().to_path_buf();
+        let path = path.as_ref();
+        match path.is_file() && gguf::is_called(path) {
+            true => Self::open_gguf(path, None),
+            false => Self::on_disk(path)?.with_gguf(),
+        }
+    }
+
+    /// A folder of this program's making, that has the weights of other files.
+    pub(crate) fn made(of: String, files: Vec<(String, Vec<u8>)>, weights: Shards) -> Self {
+        let owned = |(name, bytes): (String, Vec<u8>)| (name, Bytes::Owned(bytes.into()));
+        let files = files.into_iter().map(owned).collect();
+        Self(Place::Memory(Files::Made(Arc::new(Made {
+            of,
+            files,
+            weights,
+        }))))
+    }
+
+    /// The weights of a folder of this program's making.
+    pub(crate) fn made_weights(&self) -> Option<&Shards> {
+        match &self.0 {
+            Place::Memory(Files::Made(made)) => Some(&made.weights),
+            _ => None,
+        }
+    }
+
+    /// Whether there are weights that go before GGUF files.
+    pub(crate) fn has_weights(&self) -> bool {
+        self.find(is_weights_file).is_some()
+    }
+
+    /// The same, but that a GGUF file in it is a file like others.
+    pub fn on_disk(path: &Path) -> Result<Self, CheckpointError> {
+        let mut given = path.to_path_buf();
         let mut root = canonical(&given)?;
         if !root.join(CONFIG).exists() {
             if let Some(current) = hub::current(&root) {
@@ -133,6 +179,7 @@ impl Folder {
             Place::Disk { given, .. } => given.display().to_string(),
             Place::Memory(Files::Embedded(_)) => "the embedded checkpoint".to_owned(),
             Place::Memory(Files::Owned(_)) => "the checkpoint in memory".to_owned(),
+            Place::Memory(Files::Made(made)) => made.of.clone(),
         }
     }
 

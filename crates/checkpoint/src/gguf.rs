@@ -1,15 +1,35 @@
 //! GGUF files (<https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>, versions 2 and 3): what one says of
 //! itself, and its tensors, whose blocks of fewer bits are widened row by row while they are read.
 //!
+//! A language model and its tower (`mmproj`) are shown as the folder that they would be on Hugging Face
+//! (`model.rs`), so that nothing else needs to know of GGUF: configuration and tokenizer are made of what the
+//! files say, tensors have the names of Hugging Face, rows that llama.cpp has in an order of its own are put
+//! back while they are read.
+//!
 //! The reader is our own: those of other crates read a header without a limit on what it may claim, or bring a
 //! second library of tensors along.
 
 mod header;
+mod keys;
+mod language;
+mod model;
+mod names;
+mod template;
+mod tower;
+mod vocabulary;
 
 use std::collections::BTreeMap;
 
 use crate::shards::Shards;
-use crate::{CheckpointError, Folder};
+use crate::{CheckpointError, Folder, json_bytes};
+use keys::Keys;
+use vocabulary::Vocabulary;
+
+pub(crate) use model::is_called;
+pub use template::template_with_images;
+
+/// Why a file is refused.
+type Refused = String;
 
 /// A value of a GGUF file's metadata.
 #[derive(Debug, Clone, PartialEq)]
@@ -36,6 +56,8 @@ pub struct Gguf {
     pub metadata: BTreeMap<String, GgufValue>,
     /// Its tensors, under its names (`blk.0.attn_q.weight`); shapes are slowest axis first, `[out, in]`.
     pub tensors: Shards,
+    /// Where it is, for messages.
+    file: String,
 }
 
 impl Gguf {
@@ -68,7 +90,29 @@ impl Gguf {
                 return Err(refuse(reason));
             }
         }
-        Ok(Self { metadata, tensors })
+        Ok(Self {
+            metadata,
+            tensors,
+            file: folder.path_of(name),
+        })
+    }
+
+    /// The `tokenizer.json` that its vocabulary would be on Hugging Face.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Gguf`] if it has none, or one of a kind that is not read.
+    pub fn tokenizer(&self) -> Result<Vec<u8>, CheckpointError> {
+        let vocabulary = Vocabulary::new(Keys::new(&self.metadata));
+        let tokenizer = vocabulary.and_then(|vocabulary| vocabulary.tokenizer());
+        let tokenizer = tokenizer.map_err(|reason| self.refuse(reason))?;
+        Ok(json_bytes(&tokenizer))
+    }
+
+    fn refuse(&self, reason: Refused) -> CheckpointError {
+        CheckpointError::Gguf {
+            file: self.file.clone(),
+            reason,
+        }
     }
 }
 

@@ -22,6 +22,7 @@
 //! Nothing here knows the maths of a model, and nothing here panics on a file.
 
 mod adapter;
+mod arranged;
 mod burnpack;
 mod companions;
 mod convert;
@@ -36,6 +37,7 @@ mod mapped;
 mod mismatch;
 mod names;
 mod narrow;
+mod pieces;
 mod plan;
 mod processor;
 mod quantised;
@@ -54,7 +56,7 @@ pub use error::CheckpointError;
 pub use folder::{
     CONFIG_MAX_BYTES, Folder, INDEX_MAX_BYTES, TEMPLATE_MAX_BYTES, TOKENIZER_MAX_BYTES,
 };
-pub use gguf::{Gguf, GgufValue};
+pub use gguf::{Gguf, GgufValue, template_with_images};
 pub use hub::is_repository;
 pub use load::{LoadOptions, LoadProgress, check_fit, load_into};
 pub use mismatch::{Disagreement, Duplicate, IndexMismatch, Misshapen, ModuleMismatch, Unreadable};

@@ -19,14 +19,15 @@ use safetensors::Dtype;
 use serde::Deserialize;
 use serde_json::Value;
 
+use crate::arranged::Arranged;
 use crate::{CONFIG, CONFIG_MAX_BYTES, CheckpointError, Folder, TensorInfo};
 
 pub(crate) use blocks::{BlockKind, Blocks};
-pub(crate) use rows::Rows;
 
-/// How a weight of f32 comes about, from parts or from blocks.
+/// How a weight comes about: f32 from parts or from blocks, or others whose rows stand in another order.
 #[derive(Debug, Clone)]
 pub(crate) enum Coded {
+    Arranged(Arranged),
     Grid(grid::Grid),
     Columns(columns::Columns),
     Blocks(Blocks),
@@ -36,6 +37,7 @@ impl Coded {
     /// What people call it.
     pub(crate) fn name(&self) -> &'static str {
         match self {
+            Self::Arranged(_) => "several",
             Self::Grid(grid) => grid.name(),
             Self::Columns(columns) => columns.name(),
             Self::Blocks(blocks) => blocks.name(),

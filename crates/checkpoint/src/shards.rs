@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use burn::tensor::{DType, TensorData};
@@ -17,7 +18,7 @@ use crate::folder::{Source, is_plain_name};
 use crate::header::{self, Entries};
 use crate::mapped::Mapped;
 use crate::mismatch::IndexMismatch;
-use crate::quantised::{self, Coded, Rows};
+use crate::quantised::{self, Coded};
 use crate::{CheckpointError, Folder, INDEX_MAX_BYTES, TensorError, burnpack};
 
 const BURNPACK: &str = "model.bpk";
@@ -33,7 +34,7 @@ const SAMPLE_BYTES: u64 = 256;
 const SAME_TIME: Duration = Duration::from_secs(2);
 
 /// All tensors of a checkpoint. Their headers are checked; their data is read on demand.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Shards {
     shards: Vec<Shard>,
     tensors: BTreeMap<String, TensorInfo>,
@@ -41,7 +42,7 @@ pub struct Shards {
 }
 
 /// One file of weights.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Shard {
     /// For messages.
     file: String,
@@ -49,7 +50,7 @@ struct Shard {
     form: &'static str,
     source: Source,
     /// A Burnpack file on disk is mapped.
-    mapped: Option<Mapped>,
+    mapped: Option<Arc<Mapped>>,
 }
 
 /// What a header says about one tensor.
@@ -72,7 +73,30 @@ pub struct TensorInfo {
 impl TensorInfo {
     /// Whether the file has it in fewer bits, of which it is made while it is read.
     pub fn is_widened(&self) -> bool {
-        self.coded.is_some()
+        match self.coded.as_deref() {
+            Some(Coded::Arranged(arranged)) => arranged.parts.iter().any(Self::is_widened),
+            coded => coded.is_some(),
+        }
+    }
+
+    /// What people call the form that it has in its file.
+    fn form(&self) -> String {
+        match self.coded.as_deref() {
+            Some(Coded::Arranged(arranged)) => arranged.parts[0].form(),
+            Some(coded) => coded.name().to_owned(),
+            None => format!("{:?}", self.dtype),
+        }
+    }
+
+    /// Moves on in a list of files what comes from them.
+    fn move_shard(&mut self, by: usize) {
+        self.shard += by;
+        if let Some(Coded::Arranged(arranged)) = self.coded.as_deref_mut() {
+            arranged
+                .parts
+                .iter_mut()
+                .for_each(|part| part.move_shard(by));
+        }
     }
 
     /// The same tensor with fewer rows.
@@ -107,6 +131,9 @@ impl Shards {
     /// beside others. An index is believed to the letter, and the files must agree with it; without
     /// one, the numbers in the names of shards say whether all are there.
     pub fn open(folder: &Folder) -> Result<Self, CheckpointError> {
+        if let Some(weights) = folder.made_weights() {
+            return Ok(weights.clone());
+        }
         if folder.has(BURNPACK) {
             let converted = Self::open_file(folder, BURNPACK)?;
             converted.check_source(folder)?;
@@ -199,11 +226,7 @@ impl Shards {
         let kind = self.shards.first().map_or("nothing", |shard| shard.form);
         let mut counts: BTreeMap<String, usize> = BTreeMap::new();
         for info in self.tensors.values() {
-            let name = match &info.coded {
-                Some(coded) => coded.name().to_owned(),
-                None => format!("{:?}", info.dtype),
-            };
-            *counts.entry(name).or_default() += 1;
+            *counts.entry(info.form()).or_default() += 1;
         }
         let mut counts: Vec<(String, usize)> = counts.into_iter().collect();
         counts.sort_by(|(a, m), (b, n)| n.cmp(m).then(a.cmp(b)));
@@ -329,9 +352,9 @@ impl Shards {
     }
 
     /// Delivers the bytes of a tensor.
-    fn reader(&self, info: &TensorInfo) -> Result<Box<dyn Read + '_>, TensorError> {
+    pub(crate) fn reader(&self, info: &TensorInfo) -> Result<Box<dyn Read + '_>, TensorError> {
         match &info.coded {
-            Some(coded) => Ok(Box::new(Rows::open(self, info, coded)?)),
+            Some(coded) => coded.open(self, info),
             None => Ok(self.stored(info)?),
         }
     }
@@ -369,6 +392,16 @@ impl Shards {
         self.shards.len() - 1
     }
 
+    /// Takes in the files of others; returns their tensors.
+    pub(crate) fn join(&mut self, others: Self) -> BTreeMap<String, TensorInfo> {
+        let mut tensors = others.tensors;
+        for info in tensors.values_mut() {
+            info.move_shard(self.shards.len());
+        }
+        self.shards.extend(others.shards);
+        tensors
+    }
+
     /// A further tensor; returns one of the same name.
     pub(crate) fn insert(&mut self, name: String, info: TensorInfo) -> Option<TensorInfo> {
         self.tensors.insert(name, info)
@@ -398,7 +431,7 @@ impl Shards {
             file,
             form,
             source,
-            mapped,
+            mapped: mapped.map(Arc::new),
         });
         Ok(tensors)
     }

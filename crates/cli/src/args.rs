@@ -4,10 +4,10 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
-use reroute_zoo::{ImageOptions, OpenOptions};
+use reroute_zoo::{Folder, ImageOptions, OpenOptions};
 
 use crate::backend::version;
-use crate::hub;
+use crate::{hub, open};
 
 /// Ask vision-language models about images, with FastV, PyramidDrop or Reroute deciding which
 /// visual tokens each decoder layer works on.
@@ -49,10 +49,14 @@ pub enum Command {
 /// Which model, and how it is loaded.
 #[derive(Debug, clap::Args)]
 pub struct ModelArgs {
-    /// Checkpoint folder in Hugging Face layout, or OWNER/NAME of one that the Hugging Face cache has. Without
-    /// it: a tiny built-in model that finds coloured shapes.
-    #[arg(long, value_name = "DIR")]
+    /// Checkpoint folder in Hugging Face layout, or OWNER/NAME of one that the Hugging Face cache has; or a
+    /// language model in GGUF, or a folder that has it and its tower. Without it: a tiny built-in model that
+    /// finds coloured shapes.
+    #[arg(long, value_name = "DIR|FILE.gguf")]
     pub model: Option<PathBuf>,
+    /// The vision tower that goes with a language model in GGUF, where it is not the only one beside it.
+    #[arg(long, value_name = "FILE.gguf", requires = "model")]
+    pub mmproj: Option<PathBuf>,
     /// Type of the weights in memory.
     #[arg(long, value_enum, default_value = "f32")]
     pub dtype: Dtype,
@@ -75,9 +79,14 @@ pub struct ModelArgs {
 }
 
 impl ModelArgs {
+    /// The checkpoint.
+    pub fn folder(&self) -> anyhow::Result<Folder> {
+        open::folder(self.model.as_deref(), self.mmproj.as_deref())
+    }
+
     /// How the checkpoint is opened.
     pub fn options(&self) -> anyhow::Result<OpenOptions> {
-        let adapters = self.adapter.iter().map(|path| hub::folder(path));
+        let adapters = self.adapter.iter().map(|path| hub::folder(path, None));
         Ok(OpenOptions {
             dtype: self.dtype.burn(),
             images: ImageOptions {
@@ -325,9 +334,12 @@ pub struct TraceArgs {
 /// `reroute presets`
 #[derive(Debug, clap::Args)]
 pub struct PresetsArgs {
-    /// Checkpoint folder (only config.json is read); the built-in model otherwise.
-    #[arg(long, value_name = "DIR")]
+    /// Checkpoint folder (only config.json is read), or a language model in GGUF; the built-in model otherwise.
+    #[arg(long, value_name = "DIR|FILE.gguf")]
     pub model: Option<PathBuf>,
+    /// The vision tower that goes with a language model in GGUF, where it is not the only one beside it.
+    #[arg(long, value_name = "FILE.gguf", requires = "model")]
+    pub mmproj: Option<PathBuf>,
     /// Visual tokens of the prompt; those of one image otherwise.
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub visual_tokens: Option<u32>,
@@ -353,9 +365,13 @@ pub struct PresetsArgs {
 /// `reroute convert`
 #[derive(Debug, clap::Args)]
 pub struct ConvertArgs {
-    /// Folder of the checkpoint: Hugging Face safetensors, Burnpack, or PyTorch `.bin` files.
-    #[arg(long, value_name = "DIR")]
+    /// Folder of the checkpoint: Hugging Face safetensors, Burnpack, GGUF, or PyTorch `.bin` files; or a language
+    /// model in GGUF.
+    #[arg(long, value_name = "DIR|FILE.gguf")]
     pub from: PathBuf,
+    /// The vision tower that goes with a language model in GGUF, where it is not the only one beside it.
+    #[arg(long, value_name = "FILE.gguf")]
+    pub mmproj: Option<PathBuf>,
     /// Folder to make, or a file of weights that ends in .bpk or .safetensors. What --format leaves
     /// open the name says: `hf` becomes a folder that transformers loads again.
     #[arg(long, value_name = "DIR|FILE")]

@@ -25,6 +25,7 @@ pub fn run(args: &ConvertArgs, out: &mut dyn Write) -> Result<()> {
     let folder = |path: &Option<PathBuf>| path.as_deref().map(hub::path).transpose();
     let plan = Plan::new(&Job {
         from: hub::path(&args.from)?,
+        mmproj: args.mmproj.clone(),
         to: args.to.clone(),
         dtype: args.dtype.map(|dtype| match dtype {
             args::Dtype::F32 => Dtype::F32,

@@ -13,7 +13,7 @@ use vision_encoder::DecodeLimits;
 
 use crate::args::DoctorArgs;
 use crate::backend::{self, Adapter, Backend};
-use crate::{open, output};
+use crate::output;
 use fit::{Answer, LEAST_TEXT, Need, less_text, tensor_bytes};
 use remedy::{Contents, HOLDS_CONFIG};
 
@@ -103,7 +103,7 @@ fn examine(args: &DoctorArgs) -> Report {
         }
     };
     report.check_dtype();
-    let folder = match open::folder(args.model.model.as_deref()) {
+    let folder = match args.model.folder() {
         Ok(folder) => folder,
         Err(error) => {
             report.problem(error.to_string(), remedy::of_folder(&error, HOLDS_CONFIG));

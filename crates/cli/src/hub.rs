@@ -6,11 +6,14 @@ use std::path::{Path, PathBuf};
 use reroute_checkpoint::is_repository;
 use reroute_zoo::Folder;
 
-/// The checkpoint in a folder; `owner/name`, where there is no such folder, is looked up in the Hugging Face
-/// cache. Nothing is downloaded.
-pub(crate) fn folder(path: &Path) -> anyhow::Result<Folder> {
-    match path.to_str() {
-        Some(name) if !path.exists() && is_repository(name) => Ok(Folder::cached(cache(), name)?),
+/// The checkpoint in a folder, or in GGUF files; `owner/name`, where there is no such folder, is looked up in the
+/// Hugging Face cache. Nothing is downloaded.
+pub(crate) fn folder(path: &Path, mmproj: Option<&Path>) -> anyhow::Result<Folder> {
+    match (path.to_str(), mmproj) {
+        (Some(name), _) if !path.exists() && is_repository(name) => {
+            Ok(Folder::cached(cache(), name)?)
+        }
+        (_, Some(mmproj)) => Ok(Folder::open_gguf(path, Some(mmproj))?),
         _ => Ok(Folder::open(path)?),
     }
 }
@@ -20,7 +23,7 @@ pub(crate) fn path(path: &Path) -> anyhow::Result<PathBuf> {
     if path.is_file() || !path.exists() && !path.to_str().is_some_and(is_repository) {
         return Ok(path.to_owned());
     }
-    let folder = folder(path)?;
+    let folder = folder(path, None)?;
     Ok(folder.root().unwrap_or(path).to_owned())
 }
 

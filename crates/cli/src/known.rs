@@ -16,7 +16,7 @@ pub(crate) struct Known(Outline);
 impl Known {
     /// Reads the settings of the model that the flags name.
     pub(crate) fn of(args: &ModelArgs) -> anyhow::Result<Self> {
-        let folder = open::folder(args.model.as_deref())?;
+        let folder = args.folder()?;
         Ok(Self(Outline::open(&folder, &args.options()?)?))
     }
 

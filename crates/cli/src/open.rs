@@ -48,16 +48,16 @@ impl Dtype {
     }
 }
 
-pub(crate) fn folder(path: Option<&Path>) -> anyhow::Result<Folder> {
+pub(crate) fn folder(path: Option<&Path>, mmproj: Option<&Path>) -> anyhow::Result<Folder> {
     match path {
-        Some(path) => hub::folder(path),
+        Some(path) => hub::folder(path, mmproj),
         None => Ok(embedded::checkpoint()),
     }
 }
 
 pub(crate) fn model(args: &ModelArgs) -> anyhow::Result<Vlm<Backend>> {
     let device = backend::device()?;
-    let folder = folder(args.model.as_deref())?;
+    let folder = args.folder()?;
     let options = args.options()?;
     let show = stderr().is_terminal();
     let vlm = Vlm::open_with_progress(&folder, &options, &device, &mut |progress| {

@@ -16,7 +16,10 @@ pub fn run(args: &PresetsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     if args.support {
         return Ok(write!(out, "{}", support_table())?);
     }
-    let config = ModelConfig::open(&open::folder(args.model.as_deref())?)?;
+    let config = ModelConfig::open(&open::folder(
+        args.model.as_deref(),
+        args.mmproj.as_deref(),
+    )?)?;
     let shape = config.decoder().shape();
     let typical = config.typical_visual_tokens();
     let visual = args.visual_tokens.map_or(typical, |n| n as usize);

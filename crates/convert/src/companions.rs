@@ -1,7 +1,7 @@
 //! The small files beside the weights, without which nothing opens a checkpoint.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use reroute_checkpoint::{CONFIG, Folder, TOKENIZER_MAX_BYTES};
 
@@ -11,7 +11,7 @@ use crate::ConvertError;
 #[derive(Debug, Default)]
 pub(crate) struct Companions {
     /// Name → the folder it is copied from.
-    copied: BTreeMap<String, PathBuf>,
+    copied: BTreeMap<String, Folder>,
     /// Name → content.
     pub(crate) made: BTreeMap<String, Vec<u8>>,
     /// Files that are longer than anything that opens a checkpoint reads.
@@ -23,17 +23,16 @@ impl Companions {
     /// folders stay.
     pub(crate) fn add(
         &mut self,
-        path: &Path,
+        folder: &Folder,
         wanted: impl Fn(&str) -> bool,
     ) -> Result<(), ConvertError> {
-        let found = Folder::open(path)?.companions()?;
+        let found = folder.companions()?;
+        let path = folder.root().unwrap_or("".as_ref());
         let wanted = |name: &String| wanted(name);
         let too_large = found.too_large.into_iter().filter(wanted);
         self.left_out.extend(too_large.map(|name| path.join(name)));
         for name in found.names.into_iter().filter(wanted) {
-            self.copied
-                .entry(name)
-                .or_insert_with(|| path.to_path_buf());
+            self.copied.entry(name).or_insert_with(|| folder.clone());
         }
         Ok(())
     }
@@ -45,15 +44,16 @@ impl Companions {
             .map(String::as_str)
     }
 
-    /// Paths of the files that are copied.
+    /// Paths of the files that are copied; those that were made of others have none.
     pub(crate) fn sources(&self) -> impl Iterator<Item = PathBuf> {
-        self.copied.iter().map(|(name, path)| path.join(name))
+        let copied = self.copied.iter();
+        copied.filter_map(|(name, folder)| Some(folder.root()?.join(name)))
     }
 
     /// Name and content of every file, the config last: a folder with a config is complete.
     pub(crate) fn contents(&self) -> impl Iterator<Item = Result<(&str, Vec<u8>), ConvertError>> {
-        let copied = self.copied.iter().map(|(name, path)| {
-            let content = Folder::open(path)?.read(name, TOKENIZER_MAX_BYTES)?;
+        let copied = self.copied.iter().map(|(name, folder)| {
+            let content = folder.read(name, TOKENIZER_MAX_BYTES)?;
             Ok((name.as_str(), content))
         });
         let made = self

@@ -37,8 +37,10 @@ pub enum Form {
 /// What is asked for.
 #[derive(Debug, Clone)]
 pub struct Job {
-    /// Folder of the checkpoint.
+    /// Folder of the checkpoint, or its language model in GGUF.
     pub from: PathBuf,
+    /// The tower that goes with a language model in GGUF, where it does not lie beside it.
+    pub mmproj: Option<PathBuf>,
     /// Folder, or file of weights that ends in `.bpk` or `.safetensors`.
     pub to: PathBuf,
     /// Type of the weights, F32, F16 or BF16. As it is if `None`; of weights in fewer bits, what `config.json`
@@ -64,6 +66,7 @@ impl Job {
     pub fn new(from: impl Into<PathBuf>, to: impl Into<PathBuf>) -> Self {
         Self {
             from: from.into(),
+            mmproj: None,
             to: to.into(),
             dtype: None,
             form: None,
@@ -110,18 +113,22 @@ impl Plan {
         let named = named_form(&job.to).or(folder_form(&job.to));
         let form = job.form.or(named).unwrap_or(Form::Burnpack);
         let target = Target::new(job, form)?;
-        let (weights, mut tensors, mut config) = open(job)?;
+        let folder = match &job.mmproj {
+            Some(mmproj) => Folder::open_gguf(&job.from, Some(mmproj))?,
+            None => Folder::open(&job.from)?,
+        };
+        let (weights, mut tensors, mut config) = open(job, &folder)?;
         // What a weight of fewer bits is, where nobody asks for another type.
         let said = dtype_of(&config);
         let mut companions = Companions::default();
         if target.is_folder {
-            companions.add(&job.from, |_| true)?;
+            companions.add(&folder, |_| true)?;
             if let Some(path) = &job.tokenizer {
-                companions.add(path, |_| true)?;
+                companions.add(&Folder::open(path)?, |_| true)?;
             }
             if let Some(path) = &job.vision_tower {
                 // Its tokenizer is that of CLIP's own text model.
-                companions.add(path, |name| name == PREPROCESSOR)?;
+                companions.add(&Folder::open(path)?, |name| name == PREPROCESSOR)?;
             }
             if let Some(dtype) = job.dtype {
                 set_dtype(&mut config, dtype);
@@ -174,6 +181,7 @@ impl Plan {
         }
         let configs = [Some(&job.from), job.vision_tower.as_ref()];
         let configs = configs.into_iter().flatten().map(|path| path.join(CONFIG));
+        let configs = configs.filter(|path| path.is_file());
         let mut sources = Vec::new();
         for weights in &weights {
             sources.extend(weights.stamps()?);
@@ -264,11 +272,13 @@ impl PlannedFile {
 }
 
 /// Opens everything that tensors come from; they have their new names then.
-fn open(job: &Job) -> Result<(Vec<Weights>, Vec<SourceTensor>, Value), ConvertError> {
-    let folder = Folder::open(&job.from)?;
-    let mut config = read_config(&folder)?;
+fn open(
+    job: &Job,
+    folder: &Folder,
+) -> Result<(Vec<Weights>, Vec<SourceTensor>, Value), ConvertError> {
+    let mut config = read_config(folder)?;
     let path = job.from.join(CONFIG);
-    let mut weights = vec![Weights::open(&job.from, job.allow_pickle)?];
+    let mut weights = vec![Weights::open(folder, &job.from, job.allow_pickle)?];
     let mut original = None;
     if is_original(&config) {
         let parsed = OriginalConfig::parse(&config, &path)?;
@@ -280,9 +290,10 @@ fn open(job: &Job) -> Result<(Vec<Weights>, Vec<SourceTensor>, Value), ConvertEr
                 problem: "it names a CLIP tower; download that, too, and add --vision-tower DIR"
                     .into(),
             })?;
-        let tower_config = read_config(&Folder::open(tower)?)?;
+        let tower_folder = Folder::open(tower)?;
+        let tower_config = read_config(&tower_folder)?;
         config = parsed.to_hub(&tower_config, &tower.join(CONFIG))?;
-        weights.push(Weights::open(tower, job.allow_pickle)?);
+        weights.push(Weights::open(&tower_folder, tower, job.allow_pickle)?);
         original = Some(parsed);
     } else if job.vision_tower.is_some() {
         return Err(ConvertError::Original {

@@ -76,12 +76,15 @@ impl Stamp {
 
 impl Weights {
     /// Opens the weights of a folder; pickles only if they are allowed and there is nothing else.
-    pub(crate) fn open(path: &Path, allow_pickle: bool) -> Result<Self, ConvertError> {
-        let folder = Folder::open(path)?;
-        match Shards::open(&folder) {
+    pub(crate) fn open(
+        folder: &Folder,
+        path: &Path,
+        allow_pickle: bool,
+    ) -> Result<Self, ConvertError> {
+        match Shards::open(folder) {
             Ok(shards) => Ok(Self::Shards(shards)),
             Err(CheckpointError::Pickle { .. }) if allow_pickle => {
-                Ok(Self::Pickles(Pickles::open(path, &folder)?))
+                Ok(Self::Pickles(Pickles::open(path, folder)?))
             }
             Err(CheckpointError::Pickle { .. }) => Err(ConvertError::PickleNotAllowed {
                 folder: path.to_path_buf(),

@@ -30,6 +30,15 @@ pub enum ZooError {
         /// What can be opened.
         known: String,
     },
+    /// config.json describes a language model, which sees nothing.
+    #[error(
+        "this is a language model ({found}) without a vision tower: if it is GGUF, add --mmproj FILE, the tower that \
+         was published with it; a tower and a language model become one by reroute convert --assemble"
+    )]
+    LanguageModel {
+        /// What config.json says.
+        found: String,
+    },
     /// The family: its configuration, preprocessing or prompts.
     #[error(transparent)]
     Family(FamilyError),

@@ -214,6 +214,9 @@ families! {
     QwenVl => qwen_vl::{QwenVlConfig, QwenVl},
 }
 
+/// Types of decoders that stand alone in checkpoints of their own.
+const LANGUAGE_MODELS: [&str; 4] = ["llama", "mistral", "qwen2", "qwen3"];
+
 #[derive(Deserialize)]
 struct HasModelType {
     #[serde(default)]
@@ -226,6 +229,9 @@ impl ModelConfig {
         let HasModelType { model_type } = folder.read_json("config.json", CONFIG_MAX_BYTES)?;
         match Self::open_as(&model_type, folder)? {
             Some(config) => Ok(config),
+            None if LANGUAGE_MODELS.contains(&model_type.as_str()) => {
+                Err(ZooError::LanguageModel { found: model_type })
+            }
             None => {
                 let name = |known: &ModelType| format!("{} ({})", known.name, known.title);
                 let known: Vec<String> = model_types().iter().map(name).collect();

@@ -57,6 +57,9 @@ impl Contents {
                 "leave the flag out".into()
             }
             (_, ZooError::UnknownFamily { found, .. }) => self.instead_of(found),
+            (_, ZooError::LanguageModel { .. }) => {
+                "add the tower: --mmproj FILE of GGUF, or reroute convert --assemble llava".into()
+            }
             (Part::Adapter, ZooError::Adapter(AdapterError::Unsupported { .. })) => {
                 "merge it in Python: \
                  PeftModel.from_pretrained(base, ADAPTER).merge_and_unload().save_pretrained(NEW), and give NEW \
@@ -117,13 +120,10 @@ impl Contents {
         if self.has("snapshots") {
             return format!("give a folder in {folder}/snapshots to --model");
         }
-        for (end, form) in [(".gguf", "GGUF"), (".onnx", "ONNX"), ("onnx", "ONNX")] {
-            if self.has_end(end) {
-                return format!(
-                    "{form} files are not supported; nearest is the checkpoint in safetensors that they were \
-                     made from (its repository usually has the same name without {form})"
-                );
-            }
+        if self.has_end("onnx") {
+            return "models in ONNX are not run; nearest is the checkpoint in safetensors that they were made from \
+                    (its repository usually has the same name without ONNX)"
+                .into();
         }
         let is_slow = self.has("tokenizer.model");
         let is_split = self.has("vocab.json") && self.has("merges.txt");
@@ -194,6 +194,11 @@ const QUANTISED: [&str; 5] = ["fp8", "fbgemm_fp8", "compressed-tensors", "awq", 
 pub(super) fn of_folder(error: &anyhow::Error, otherwise: &str) -> String {
     match error.downcast_ref() {
         Some(CheckpointError::NotCached { repository, .. }) => format!("hf download {repository}"),
+        Some(CheckpointError::Gguf { .. }) => {
+            "take a file of a kind that is read (docs/checkpoints.md), or the checkpoint that it was made from".into()
+        }
+        Some(CheckpointError::SeveralGguf { .. }) => "--model FILE --mmproj FILE".into(),
+        Some(CheckpointError::NoLanguageModel { .. }) => "download the language model, too".into(),
         _ => otherwise.into(),
     }
 }

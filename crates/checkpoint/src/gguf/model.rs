@@ -1,0 +1,293 @@
+//! A model of llama.cpp as the folder that it would be on Hugging Face.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use super::Gguf;
+use super::language::Language;
+use super::template::template_with_images;
+use super::tower::Tower;
+use super::vocabulary::Vocabulary;
+use crate::shards::Shards;
+use crate::{CONFIG, CheckpointError, Folder, TOKENIZER_MAX_BYTES, TensorInfo, json_bytes};
+
+const EXTENSION: &str = ".gguf";
+const TOKENIZER: &str = "tokenizer.json";
+/// Files that count for more than what a GGUF file says, where they lie beside it.
+const BESIDE: [&str; 10] = [
+    TOKENIZER,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "grounding.json",
+];
+/// What there may be several of.
+const LANGUAGES: &str = "language models";
+const TOWERS: &str = "towers (mmproj)";
+/// Most GGUF files of a folder that are looked at.
+const MAX_FILES: usize = 256;
+
+/// Whether a file is called as GGUF files are.
+pub(crate) fn is_called(path: &Path) -> bool {
+    let name = path.file_name().and_then(|name| name.to_str());
+    name.is_some_and(|name| name.ends_with(EXTENSION))
+}
+
+/// A file of a folder.
+struct Place<'a> {
+    folder: &'a Folder,
+    name: String,
+    file: Gguf,
+}
+
+impl Place<'_> {
+    /// Whether it is a tower and not a language model.
+    fn is_tower(&self) -> bool {
+        let named = |key| match self.file.metadata.get(key) {
+            Some(super::GgufValue::Text(text)) => Some(text.as_str()),
+            _ => None,
+        };
+        named("general.architecture") == Some("clip")
+    }
+}
+
+impl Folder {
+    /// A language model of llama.cpp, and its tower (the `mmproj` file), as the folder that the two would be on
+    /// Hugging Face. Without `mmproj`, the tower is the one that lies beside the language model; if there is
+    /// none, the folder is that of a language model.
+    ///
+    /// A `tokenizer.json`, a template or settings that lie beside the language model count for more than what it
+    /// says. Of a split file, `model` is the first part.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Gguf`] if a file is broken, of a kind that is not read, or not of the other's model;
+    /// [`CheckpointError::SeveralGguf`] if several towers lie beside the language model.
+    pub fn open_gguf(
+        model: impl AsRef<Path>,
+        mmproj: Option<&Path>,
+    ) -> Result<Self, CheckpointError> {
+        let model = model.as_ref();
+        let (folder, name) = match model.is_dir() {
+            true => {
+                let folder = Self::on_disk(model)?;
+                let name = language_of(&folder)?;
+                (folder, name)
+            }
+            false => locate(model)?,
+        };
+        let language = open(&folder, name)?;
+        if language.is_tower() {
+            let reason =
+                "it is a vision tower: give the language model, and this as its mmproj file";
+            return Err(language.file.refuse(reason.into()));
+        }
+        match mmproj {
+            Some(mmproj) => {
+                let (other, name) = locate(mmproj)?;
+                let tower = open(&other, name)?;
+                present(&language, Some(&tower))
+            }
+            None => {
+                let mut towers = all(&folder)?;
+                towers.retain(Place::is_tower);
+                present(&language, only(&folder, TOWERS, &towers)?)
+            }
+        }
+    }
+
+    /// The same of a folder that has both and no other weights; any other folder stays what it is.
+    ///
+    /// # Errors
+    /// As those of [`open_gguf`](Self::open_gguf); [`CheckpointError::SeveralGguf`] if there are several
+    /// language models or towers, so that a file has to be named.
+    pub fn with_gguf(self) -> Result<Self, CheckpointError> {
+        if self.has_weights() || self.find(|name| name.ends_with(EXTENSION)).is_none() {
+            return Ok(self);
+        }
+        let language = open(&self, language_of(&self)?)?;
+        let mut towers = all(&self)?;
+        towers.retain(Place::is_tower);
+        present(&language, only(&self, TOWERS, &towers)?)
+    }
+}
+
+/// The only language model of a folder.
+fn language_of(folder: &Folder) -> Result<String, CheckpointError> {
+    let mut languages = all(folder)?;
+    languages.retain(|place| !place.is_tower());
+    let missing = || CheckpointError::NoLanguageModel {
+        folder: folder.describe(),
+    };
+    let language = only(folder, LANGUAGES, &languages)?.ok_or_else(missing)?;
+    Ok(language.name.clone())
+}
+
+/// The folder that a file lies in, and its name there.
+fn locate(path: &Path) -> Result<(Folder, String), CheckpointError> {
+    let name = path.file_name().and_then(|name| name.to_str());
+    let parent = path.parent().filter(|parent| *parent != Path::new(""));
+    let folder = Folder::on_disk(parent.unwrap_or(Path::new(".")))?;
+    let name = name.map(str::to_owned);
+    let name = name.ok_or_else(|| CheckpointError::FileName {
+        folder: folder.describe(),
+        name: path.display().to_string(),
+    })?;
+    Ok((folder, name))
+}
+
+fn open(folder: &Folder, name: String) -> Result<Place<'_>, CheckpointError> {
+    let file = Gguf::open(folder, &name)?;
+    Ok(Place { folder, name, file })
+}
+
+/// Every GGUF file of a folder; split ones by their first part.
+fn all(folder: &Folder) -> Result<Vec<Place<'_>>, CheckpointError> {
+    let is_later_part = |name: &str| {
+        let stem = name.trim_end_matches(EXTENSION);
+        let part = stem
+            .rsplit_once("-of-")
+            .and_then(|(stem, _)| stem.rsplit_once('-'));
+        part.is_some_and(|(_, number)| number.parse().is_ok_and(|number: u32| number > 1))
+    };
+    let mut names = folder.names();
+    names.retain(|name| name.ends_with(EXTENSION) && !is_later_part(name));
+    names.sort();
+    names.truncate(MAX_FILES);
+    names.into_iter().map(|name| open(folder, name)).collect()
+}
+
+/// The one that there is, if any.
+fn only<'a, 'f>(
+    folder: &Folder,
+    what: &'static str,
+    found: &'a [Place<'f>],
+) -> Result<Option<&'a Place<'f>>, CheckpointError> {
+    match found {
+        [] => Ok(None),
+        [one] => Ok(Some(one)),
+        several => Err(CheckpointError::SeveralGguf {
+            folder: folder.describe(),
+            what,
+            files: several.iter().map(|place| place.name.clone()).collect(),
+        }),
+    }
+}
+
+/// The files of Hugging Face that say what the two say.
+fn present(place: &Place<'_>, tower: Option<&Place<'_>>) -> Result<Folder, CheckpointError> {
+    let refuse = |reason| place.file.refuse(reason);
+    let language = Language::new(&place.file).map_err(refuse)?;
+    let tower = match tower {
+        Some(found) => {
+            let refuse = |reason| found.file.refuse(reason);
+            let tower = Tower::new(&found.file).map_err(refuse)?;
+            tower.check(&language).map_err(refuse)?;
+            Some((found, tower))
+        }
+        None if language.is_qwen_vl() => {
+            return Err(refuse(
+                "it is the language model alone: give the mmproj file that was published with it"
+                    .into(),
+            ));
+        }
+        None => None,
+    };
+    let mut files = beside(place.folder)?;
+    let mut made: BTreeMap<String, Vec<u8>> = BTreeMap::new();
+    let mut add = |name: &str, value: &Value| made.insert(name.to_owned(), json_bytes(value));
+    let is_llava = tower.as_ref().is_some_and(|(_, tower)| tower.is_llava());
+    let mut config = language.config().map_err(refuse)?;
+    // A tokenizer beside the file has numbers of its own for what it adds.
+    let mut image = files.get(TOKENIZER).map(|tokenizer| image_of(tokenizer));
+    if image.is_none() {
+        let mut vocabulary = Vocabulary::new(language.keys).map_err(refuse)?;
+        image = Some(match is_llava {
+            true => Some(vocabulary.image().map_err(refuse)?),
+            false => None,
+        });
+        add(TOKENIZER, &vocabulary.tokenizer().map_err(refuse)?);
+        add("tokenizer_config.json", &vocabulary.settings());
+        config.insert("eos_token_id".into(), json!(vocabulary.ends()));
+        add(
+            "generation_config.json",
+            &json!({ "eos_token_id": vocabulary.ends() }),
+        );
+    }
+    if is_llava && image == Some(None) {
+        return Err(refuse(format!(
+            "the {TOKENIZER} beside it has no token <image>: remove it, or add the token"
+        )));
+    }
+    if let Some(template) = language.keys.text("tokenizer.chat_template") {
+        let template = match is_llava {
+            true => template_with_images(template),
+            false => template.to_owned(),
+        };
+        made.insert("chat_template.jinja".into(), template.into_bytes());
+    }
+    let mut weights = Shards::empty();
+    let names = match &tower {
+        Some((_, tower)) => tower.language_names(),
+        None => ("model", "lm_head"),
+    };
+    let tensors = weights.join(place.file.tensors.clone());
+    let tensors = language.rename(tensors, names).map_err(refuse)?;
+    insert(&mut weights, place, tensors)?;
+    if let Some((found, tower)) = &tower {
+        let refuse = |reason| found.file.refuse(reason);
+        let special = |text: &str| language.token(text);
+        let config = tower.config(config, &special, image.flatten());
+        made.insert(CONFIG.into(), json_bytes(&config.map_err(refuse)?));
+        for (name, settings) in tower.processors().map_err(refuse)? {
+            made.insert(name, json_bytes(&settings));
+        }
+        let tensors = weights.join(found.file.tensors.clone());
+        let tensors = tower.rename(tensors).map_err(refuse)?;
+        insert(&mut weights, found, tensors)?;
+    } else {
+        made.insert(CONFIG.into(), json_bytes(&Value::Object(config)));
+    }
+    let of = place.file.file.clone();
+    for (name, content) in made {
+        files.entry(name).or_insert(content);
+    }
+    Ok(Folder::made(of, files.into_iter().collect(), weights))
+}
+
+fn insert(
+    weights: &mut Shards,
+    place: &Place<'_>,
+    tensors: BTreeMap<String, TensorInfo>,
+) -> Result<(), CheckpointError> {
+    for (name, info) in tensors {
+        if weights.insert(name.clone(), info).is_some() {
+            return Err(CheckpointError::DuplicateKey {
+                file: place.file.file.clone(),
+                key: name,
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Files that lie beside a GGUF file and count for more than it.
+fn beside(folder: &Folder) -> Result<BTreeMap<String, Vec<u8>>, CheckpointError> {
+    let there = BESIDE.into_iter().filter(|name| folder.has(name));
+    let read = |name: &str| Ok((name.to_owned(), folder.read(name, TOKENIZER_MAX_BYTES)?));
+    there.map(read).collect()
+}
+
+/// The number of `<image>` in a `tokenizer.json`.
+fn image_of(tokenizer: &[u8]) -> Option<usize> {
+    let tokenizer: Value = serde_json::from_slice(tokenizer).ok()?;
+    let added = tokenizer["added_tokens"].as_array()?;
+    let image = added.iter().find(|token| token["content"] == "<image>")?;
+    usize::try_from(image["id"].as_u64()?).ok()
+}

@@ -13,7 +13,7 @@ pub(crate) struct Companions {
     /// Name → the folder it is copied from.
     copied: BTreeMap<String, PathBuf>,
     /// Name → content.
-    pub(crate) made: BTreeMap<String, Vec<u8>>,
+    made: BTreeMap<String, Vec<u8>>,
     /// Files that are longer than anything that opens a checkpoint reads.
     pub(crate) left_out: Vec<PathBuf>,
 }
@@ -38,6 +38,13 @@ impl Companions {
         Ok(())
     }
 
+    /// Puts a file in the place of what would be copied under its name.
+    pub(crate) fn make(&mut self, name: impl Into<String>, content: Vec<u8>) {
+        let name = name.into();
+        self.copied.remove(&name);
+        self.made.insert(name, content);
+    }
+
     pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
         self.copied
             .keys()
@@ -47,7 +54,7 @@ impl Companions {
 
     /// Paths of the files that are copied.
     pub(crate) fn sources(&self) -> impl Iterator<Item = PathBuf> {
-        self.copied.iter().map(|(name, path)| path.join(name))
+        self.copied.iter().map(|(name, path)| file_of(path, name))
     }
 
     /// Name and content of every file, the config last: a folder with a config is complete.
@@ -63,5 +70,13 @@ impl Companions {
         let (config, made): (Vec<_>, Vec<_>) =
             made.partition(|file: &Result<(&str, _), _>| matches!(file, Ok((CONFIG, _))));
         copied.chain(made).chain(config)
+    }
+}
+
+/// Where a small file comes from: a folder, or one file that is as good as one.
+pub(crate) fn file_of(path: &Path, name: &str) -> PathBuf {
+    match path.is_file() {
+        true => path.to_path_buf(),
+        false => path.join(name),
     }
 }

@@ -25,6 +25,7 @@ mod limits;
 mod llava_variants;
 mod methods;
 mod nuwa;
+mod onnx;
 mod parity;
 mod program;
 mod quantised;

@@ -54,6 +54,9 @@ const PREPROCESSOR: &str = "preprocessor_config.json";
 const SIDE: usize = 16;
 const MAX_SIDE: usize = 1 << 14;
 
+/// The output table of a language model, which has none where it is the input's.
+const HEAD: &str = "lm_head.weight";
+
 /// The names of a language model in a LLaVA.
 static DECODER: NameTable = NameTable {
     rules: &[
@@ -75,7 +78,7 @@ pub(crate) fn open(job: &Job, assembly: &Assembly) -> Result<Assembled, ConvertE
         let problem = "it needs --vision-tower FILE.onnx or DIR beside it".into();
         return Err(refuse(&job.from, problem));
     };
-    let tower = Tower::open(tower_path)?;
+    let tower = Tower::open(tower_path, job.allow_pickle)?;
     let folder = Folder::open(&job.from)?;
     let text: Value = folder.read_json(CONFIG, CONFIG_MAX_BYTES)?;
     let kind = text["model_type"].as_str().unwrap_or_default();
@@ -107,7 +110,8 @@ pub(crate) fn open(job: &Job, assembly: &Assembly) -> Result<Assembled, ConvertE
         "processor_config.json".into(),
         json_bytes(&processor(&tower)),
     );
-    let tied = text["tie_word_embeddings"].as_bool().unwrap_or(false);
+    let has_head = decoder.tensors().iter().any(|tensor| tensor.name == HEAD);
+    let tied = text["tie_word_embeddings"].as_bool().unwrap_or(!has_head);
     let dtype = dtype_of(&text).or(Some(Dtype::F32));
     let config = json!({
         "architectures": ["LlavaForConditionalGeneration"],
@@ -145,7 +149,7 @@ fn decoder_tensors(
     let mut tensors = Vec::new();
     for mut tensor in decoder.tensors() {
         let stored_name = tensor.name.clone();
-        let is_copy = tied && stored_name == "lm_head.weight";
+        let is_copy = tied && stored_name == HEAD;
         if is_copy || DECODER.ignores(&stored_name) {
             continue;
         }

@@ -13,6 +13,7 @@ use crate::ConvertError;
 const TOKENIZER: &str = "tokenizer.json";
 const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 const TEMPLATE: &str = "chat_template.jinja";
+const TEMPLATES: &str = "chat_template.json";
 
 /// What a slot for an image is called.
 pub(super) const IMAGE: &str = "<image>";
@@ -33,8 +34,8 @@ const SPELLINGS: [&str; 5] = [
     "added_tokens.json",
     "vocab.json",
 ];
-/// Others, which would call a token by its old name.
-pub(super) const OLD: [&str; 2] = ["tokenizer.model", "chat_template.json"];
+/// Others, which would call a token by its old name, or know no images.
+pub(super) const OLD: [&str; 2] = ["tokenizer.model", TEMPLATES];
 
 /// What is put before a chat template of texts: parts become text, images their slot.
 const PRELUDE: &str = include_str!("prelude.jinja");
@@ -138,18 +139,23 @@ fn template(folder: &Folder) -> Result<Option<String>, ConvertError> {
         let source = folder.read(TEMPLATE, TEMPLATE_MAX_BYTES)?;
         return Ok(Some(String::from_utf8_lossy(&source).into_owned()));
     }
-    if !folder.has(TOKENIZER_CONFIG) {
-        return Ok(None);
+    for name in [TEMPLATES, TOKENIZER_CONFIG] {
+        if !folder.has(name) {
+            continue;
+        }
+        let config: Value = folder.read_json(name, CONFIG_MAX_BYTES)?;
+        let template = match &config["chat_template"] {
+            Value::Array(named) => {
+                let default = named.iter().find(|one| one["name"] == "default");
+                default.map_or(&Value::Null, |one| &one["template"])
+            }
+            one => one,
+        };
+        if let Some(template) = template.as_str() {
+            return Ok(Some(template.to_owned()));
+        }
     }
-    let config: Value = folder.read_json(TOKENIZER_CONFIG, CONFIG_MAX_BYTES)?;
-    let template = match &config["chat_template"] {
-        Value::Array(named) => named
-            .iter()
-            .find(|one| one["name"] == "default")
-            .map(|one| &one["template"]),
-        one => Some(one),
-    };
-    Ok(template.and_then(Value::as_str).map(str::to_owned))
+    Ok(None)
 }
 
 #[cfg(test)]

@@ -29,8 +29,8 @@ pub(super) struct Tower {
 
 impl Tower {
     /// Opens the tower in a folder or an ONNX file; its weights are the first of all.
-    pub(super) fn open(path: &Path) -> Result<Self, ConvertError> {
-        let mut source = Source::open(path)?;
+    pub(super) fn open(path: &Path, allow_pickle: bool) -> Result<Self, ConvertError> {
+        let mut source = Source::open(path, allow_pickle)?;
         let sizes = source.sizes()?;
         let class = usize::from(source.naming.class_token);
         let grid = sizes.positions.saturating_sub(class).isqrt();
@@ -78,7 +78,7 @@ struct Source<'a> {
 const MAX_LAYERS: usize = 1 << 10;
 
 impl<'a> Source<'a> {
-    fn open(path: &'a Path) -> Result<Self, ConvertError> {
+    fn open(path: &'a Path, allow_pickle: bool) -> Result<Self, ConvertError> {
         let (mut said, mut preprocessor) = (Value::Null, Value::Null);
         let (weights, nodes) = if path.is_dir() {
             let folder = Folder::open(path)?;
@@ -87,7 +87,7 @@ impl<'a> Source<'a> {
             if folder.has(PREPROCESSOR) {
                 preprocessor = folder.read_json(PREPROCESSOR, CONFIG_MAX_BYTES)?;
             }
-            (Weights::open(path, false)?, Vec::new())
+            (Weights::open(path, allow_pickle)?, Vec::new())
         } else {
             let onnx = Onnx::open_path(path)?;
             (Weights::Shards(onnx.tensors), onnx.nodes)
@@ -145,7 +145,7 @@ impl<'a> Source<'a> {
         let shape = self.shapes.get(&stored.name);
         let shape = shape.map(|(_, shape)| shape.as_slice());
         match (stored.is_transposed, shape.unwrap_or_default()) {
-            (true, &[1, depth, height, width]) => vec![height * width, depth],
+            (true, &[1, depth, height, width]) => vec![height.saturating_mul(width), depth],
             (true, shape) => shape.iter().rev().copied().collect(),
             (false, shape) => shape.to_vec(),
         }
@@ -169,11 +169,14 @@ impl<'a> Source<'a> {
         }
         let rows = |name: &str| {
             let shape = self.shape(self.found.get(name)?);
-            let elements = shape.iter().product::<usize>();
+            // None of them may be empty, and all others be of any length.
+            let elements = shape
+                .iter()
+                .fold(1_usize, |all, &side| all.saturating_mul(side));
             (shape.last() == Some(&hidden)).then(|| elements / hidden)
         };
         let joined = rows(CLASS_POSITION).zip(rows(PATCH_POSITIONS));
-        let joined = joined.map(|(class, patches)| class + patches);
+        let joined = joined.map(|(class, patches)| class.saturating_add(patches));
         let Some(positions) = rows(POSITIONS).or(joined) else {
             return self.refuse(format!("its positions are not found; {SUPPORTED}"));
         };
@@ -323,7 +326,9 @@ impl<'a> Source<'a> {
         });
         if self.naming.model_type != "dinov2" {
             config["intermediate_size"] = sizes.inner.into();
-            config["vision_use_head"] = false.into();
+            if !self.naming.class_token {
+                config["vision_use_head"] = false.into();
+            }
             return Ok(config);
         }
         // Gates and values of a gated MLP are two thirds of four widths, a multiple of 8.

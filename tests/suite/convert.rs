@@ -1,6 +1,7 @@
 //! Converted checkpoints: they load, they answer the same, and nothing that went wrong on the way is
 //! kept.
 
+mod assemble;
 mod interrupted;
 
 use std::collections::BTreeMap;

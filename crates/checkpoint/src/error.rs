@@ -182,6 +182,15 @@ pub enum CheckpointError {
         folder: String,
     },
 
+    /// An ONNX file is broken, or of a kind that is not read.
+    #[error("{file} cannot be read as ONNX: {reason}")]
+    Onnx {
+        /// The file.
+        file: String,
+        /// What is wrong.
+        reason: String,
+    },
+
     /// The weights are quantised in a way that is not known, or their parts do not fit.
     #[error(
         "{folder} is quantised (quantization_config in config.json), and {reason}; the checkpoint that it was made \

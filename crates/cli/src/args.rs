@@ -367,11 +367,31 @@ pub struct PresetsArgs {
 pub struct ConvertArgs {
     /// Folder of the checkpoint: Hugging Face safetensors, Burnpack, GGUF, or PyTorch `.bin` files; or a language
     /// model in GGUF.
-    #[arg(long, value_name = "DIR|FILE.gguf")]
-    pub from: PathBuf,
+    #[arg(
+        long,
+        value_name = "DIR|FILE.gguf",
+        required_unless_present = "assemble"
+    )]
+    pub from: Option<PathBuf>,
     /// The vision tower that goes with a language model in GGUF, where it is not the only one beside it.
-    #[arg(long, value_name = "FILE.gguf")]
+    #[arg(long, value_name = "FILE.gguf", requires = "from")]
     pub mmproj: Option<PathBuf>,
+    /// Make a model of parts instead: --vision-tower, --decoder, and a random projector between them that is to be
+    /// trained.
+    #[arg(long, value_enum, value_name = "FAMILY", conflicts_with = "from", requires_all = ["vision_tower", "decoder"])]
+    pub assemble: Option<Assemble>,
+    /// Language model to assemble, LLaMA, Mistral or Qwen2: its folder, or its file in GGUF.
+    #[arg(long, value_name = "DIR|FILE.gguf", requires = "assemble")]
+    pub decoder: Option<PathBuf>,
+    /// Side of the images of an assembled model, in pixels, if its tower takes any: 16 patches.
+    #[arg(long, value_name = "N", requires = "assemble", value_parser = one_or_more)]
+    pub image_size: Option<usize>,
+    /// Special token of the decoder without a use of its own, which becomes <image>.
+    #[arg(long, value_name = "TOKEN", requires = "assemble")]
+    pub image_token: Option<String>,
+    /// What the projector is drawn by.
+    #[arg(long, value_name = "N", default_value_t = 0, requires = "assemble")]
+    pub seed: u64,
     /// Folder to make, or a file of weights that ends in .bpk or .safetensors. What --format leaves
     /// open the name says: `hf` becomes a folder that transformers loads again.
     #[arg(long, value_name = "DIR|FILE")]
@@ -383,11 +403,12 @@ pub struct ConvertArgs {
     /// Make the largest value of the type of values beyond its range, instead of refusing them.
     #[arg(long)]
     pub clamp: bool,
-    /// What to write; Burnpack, unless --to names a .safetensors file.
+    /// What to write; Burnpack, unless --to names a .safetensors file, and hf of an assembled model.
     #[arg(long, value_enum)]
     pub format: Option<ConvertForm>,
-    /// Folder of the CLIP model, for LLaVA as its authors published it.
-    #[arg(long, value_name = "DIR")]
+    /// Folder of the CLIP model, for LLaVA as its authors published it. To assemble: folder or ONNX file of a tower
+    /// (DINOv2, CLIP, SigLIP).
+    #[arg(long, value_name = "DIR|FILE")]
     pub vision_tower: Option<PathBuf>,
     /// Folder whose tokenizer and chat template are used where --from has none.
     #[arg(long, value_name = "DIR")]
@@ -401,6 +422,13 @@ pub struct ConvertArgs {
     /// List what would be written, and write nothing.
     #[arg(long)]
     pub dry_run: bool,
+}
+
+/// Families that are assembled of parts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Assemble {
+    /// LLaVA
+    Llava,
 }
 
 /// What `reroute convert` writes.

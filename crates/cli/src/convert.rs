@@ -2,14 +2,14 @@
 
 use std::fmt::{self, Write as _};
 use std::io::{IsTerminal, Write, stderr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use reroute_checkpoint::Dtype;
-use reroute_convert::{Form, Job, Phase, Plan, Progress, Report};
+use reroute_convert::{Assembly, Form, Job, Phase, Plan, Progress, Report};
 
-use crate::args::{self, ConvertArgs, ConvertForm};
+use crate::args::{self, Assemble, ConvertArgs, ConvertForm};
 use crate::hub;
 
 /// How often progress is shown.
@@ -23,8 +23,10 @@ pub fn run(args: &ConvertArgs, out: &mut dyn Write) -> Result<()> {
         let _ = writeln!(stderr(), "{what}");
     }
     let folder = |path: &Option<PathBuf>| path.as_deref().map(hub::path).transpose();
+    // One of the two is there, or the command line is refused.
+    let from = args.from.as_ref().or(args.decoder.as_ref());
     let plan = Plan::new(&Job {
-        from: hub::path(&args.from)?,
+        from: hub::path(from.map_or(Path::new(""), PathBuf::as_path))?,
         mmproj: args.mmproj.clone(),
         to: args.to.clone(),
         dtype: args.dtype.map(|dtype| match dtype {
@@ -36,6 +38,11 @@ pub fn run(args: &ConvertArgs, out: &mut dyn Write) -> Result<()> {
             ConvertForm::Burnpack => Form::Burnpack,
             ConvertForm::Safetensors => Form::Safetensors,
             ConvertForm::Hf => Form::HuggingFace,
+        }),
+        assembly: args.assemble.map(|Assemble::Llava| Assembly {
+            image_size: args.image_size,
+            image_token: args.image_token.clone(),
+            seed: args.seed,
         }),
         vision_tower: folder(&args.vision_tower)?,
         tokenizer: folder(&args.tokenizer)?,

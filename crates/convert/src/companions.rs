@@ -13,7 +13,7 @@ pub(crate) struct Companions {
     /// Name → the folder it is copied from.
     copied: BTreeMap<String, Folder>,
     /// Name → content.
-    pub(crate) made: BTreeMap<String, Vec<u8>>,
+    made: BTreeMap<String, Vec<u8>>,
     /// Files that are longer than anything that opens a checkpoint reads.
     pub(crate) left_out: Vec<PathBuf>,
 }
@@ -35,6 +35,13 @@ impl Companions {
             self.copied.entry(name).or_insert_with(|| folder.clone());
         }
         Ok(())
+    }
+
+    /// Puts a file in the place of what would be copied under its name.
+    pub(crate) fn make(&mut self, name: impl Into<String>, content: Vec<u8>) {
+        let name = name.into();
+        self.copied.remove(&name);
+        self.made.insert(name, content);
     }
 
     pub(crate) fn names(&self) -> impl Iterator<Item = &str> {

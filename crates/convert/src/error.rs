@@ -54,6 +54,15 @@ pub enum ConvertError {
         problem: String,
     },
 
+    /// The parts of a model cannot be assembled.
+    #[error("{}: {problem}", path.display())]
+    Assembly {
+        /// The file or folder of a part.
+        path: PathBuf,
+        /// What is wrong with it, and what to give instead.
+        problem: String,
+    },
+
     /// Two tensors would get the same name.
     #[error("tensor {name:?} is there twice; is the vision tower already in the checkpoint?")]
     Duplicate {

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
-use crate::source::BLOCK_BYTES;
+use crate::source::{BLOCK_BYTES, Made};
 use crate::write::partial;
 use crate::{ConvertError, Plan};
 
@@ -279,13 +279,18 @@ impl Done {
     }
 }
 
-/// Equal for two plans that write the same: the beginnings of the files of the target, and the
-/// names, lengths and times of those of the source.
+/// Equal for two plans that write the same: the beginnings of the files of the target, what random numbers are drawn
+/// by, and the names, lengths and times of those of the source.
 fn fingerprint(plan: &Plan, head: &str) -> u64 {
     let mut hasher = Xxh3::new();
     head.hash(&mut hasher);
     for file in &plan.files {
         file.path.hash(&mut hasher);
+        for source in &file.sources {
+            if let Made::Random(seed) = source.made {
+                seed.hash(&mut hasher);
+            }
+        }
     }
     for stamp in &plan.sources {
         stamp.hash_resolved(&mut hasher);

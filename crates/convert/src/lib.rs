@@ -7,8 +7,12 @@
 //! 2. [`Plan::write`] streams tensor after tensor into files of a temporary name, reads them again,
 //!    compares checksums and renames them. A run that was interrupted is taken up where it stopped.
 //!
-//! Everything is read and written in blocks of 1 MiB, so memory does not grow with the model.
+//! Everything is read and written in blocks of 1 MiB, so memory does not grow with the model; a matrix that is
+//! transposed on the way is held in memory.
+//!
+//! [`Assembly`] makes a model of a vision tower, ONNX or a folder, and of a language model.
 
+mod assemble;
 mod companions;
 mod error;
 mod journal;
@@ -16,9 +20,11 @@ mod mean;
 mod original;
 mod pickle;
 mod plan;
+mod random;
 mod source;
 mod write;
 
+pub use assemble::Assembly;
 pub use error::ConvertError;
 pub use plan::{Form, Job, Plan, PlannedFile};
 pub use write::{Phase, Progress, Report};

@@ -12,10 +12,11 @@ use reroute_checkpoint::{
 use serde_json::Value;
 
 use crate::ConvertError;
+use crate::assemble::{self, Assembled, Assembly};
 use crate::companions::Companions;
 use crate::journal::{self, Own};
 use crate::original::{OriginalConfig, TOWER_PREFIX, is_original};
-use crate::source::{SourceTensor, Stamp, Weights};
+use crate::source::{Made, SourceTensor, Stamp, Weights};
 use crate::write::partial;
 
 /// What a folder is opened by; one of them would hide another.
@@ -48,7 +49,10 @@ pub struct Job {
     pub dtype: Option<Dtype>,
     /// What to write; `None` means what the name of `to` says, or Burnpack.
     pub form: Option<Form>,
-    /// Folder of the CLIP model, for LLaVA as its authors published it.
+    /// What `from`, a decoder then, and `vision_tower` are assembled to.
+    pub assembly: Option<Assembly>,
+    /// Folder of the CLIP model, for LLaVA as its authors published it; of an assembly the tower, whose folder or
+    /// ONNX file this is.
     pub vision_tower: Option<PathBuf>,
     /// Folder whose tokenizer and templates are used where `from` has none.
     pub tokenizer: Option<PathBuf>,
@@ -70,6 +74,7 @@ impl Job {
             to: to.into(),
             dtype: None,
             form: None,
+            assembly: None,
             vision_tower: None,
             tokenizer: None,
             allow_pickle: false,
@@ -111,35 +116,54 @@ impl Plan {
     /// Opens the source and lays out the target. Reads headers only, but for pickles.
     pub fn new(job: &Job) -> Result<Self, ConvertError> {
         let named = named_form(&job.to).or(folder_form(&job.to));
-        let form = job.form.or(named).unwrap_or(Form::Burnpack);
-        let target = Target::new(job, form)?;
-        let folder = match &job.mmproj {
-            Some(mmproj) => Folder::open_gguf(&job.from, Some(mmproj))?,
-            None => Folder::open(&job.from)?,
+        let usual = match job.assembly {
+            Some(_) => Form::HuggingFace,
+            None => Form::Burnpack,
         };
-        let (weights, mut tensors, mut config) = open(job, &folder)?;
+        let form = job.form.or(named).unwrap_or(usual);
+        let target = Target::new(job, form)?;
+        let folder = match (&job.assembly, &job.mmproj) {
+            (Some(_), _) => Folder::open_decoder(&job.from)?,
+            (None, Some(mmproj)) => Folder::open_gguf(&job.from, Some(mmproj))?,
+            (None, None) => Folder::open(&job.from)?,
+        };
+        let Assembled {
+            weights,
+            mut tensors,
+            mut config,
+            dtype,
+            files: made,
+        } = match &job.assembly {
+            Some(assembly) => assemble::open(job, assembly, &folder)?,
+            None => open(job, &folder)?,
+        };
+        let dtype = job.dtype.or(dtype);
         // What a weight of fewer bits is, where nobody asks for another type.
         let said = dtype_of(&config);
         let mut companions = Companions::default();
         if target.is_folder {
-            companions.add(&folder, |_| true)?;
+            let is_old = |name: &str| job.assembly.is_some() && Assembled::is_old(name);
+            companions.add(&folder, |name| !is_old(name))?;
             if let Some(path) = &job.tokenizer {
-                companions.add(&Folder::open(path)?, |_| true)?;
+                companions.add(&Folder::open(path)?, |name| !is_old(name))?;
             }
-            if let Some(path) = &job.vision_tower {
+            if let (Some(path), None) = (&job.vision_tower, &job.assembly) {
                 // Its tokenizer is that of CLIP's own text model.
                 companions.add(&Folder::open(path)?, |name| name == PREPROCESSOR)?;
             }
-            if let Some(dtype) = job.dtype {
+            for (name, content) in made {
+                companions.make(name, content);
+            }
+            if let Some(dtype) = dtype {
                 set_dtype(&mut config, dtype);
             }
             forget_quantization(&mut config);
             let config = json_bytes(&config);
-            companions.made.insert(CONFIG.to_owned(), config);
+            companions.make(CONFIG, config);
         }
         let target_tensor = |source: &SourceTensor| {
             let widened = said.filter(|_| source.is_widened);
-            target_tensor(source, job.dtype.or(widened))
+            target_tensor(source, dtype.or(widened))
         };
         // Wide elements first, so that all are aligned; then by name.
         tensors.sort_by_cached_key(|source| {
@@ -156,7 +180,8 @@ impl Plan {
             })?,
             Form::Burnpack | Form::Safetensors => vec![tensors],
         };
-        let origin = weights.first().map(Weights::origin).transpose()?.flatten();
+        let origin = weights.first().filter(|_| job.assembly.is_none());
+        let origin = origin.map(Weights::origin).transpose()?.flatten();
         let notes = match format {
             Format::Burnpack => origin.map(|origin| (CONVERTED_FROM.to_owned(), origin)),
             Format::Safetensors => None,
@@ -175,9 +200,7 @@ impl Plan {
         }
         if count > 1 {
             let shards = files.iter().map(|file| (file.name(), &file.tensors[..]));
-            companions
-                .made
-                .insert(INDEX.to_owned(), shard_index(shards));
+            companions.make(INDEX, shard_index(shards));
         }
         let configs = [Some(&job.from), job.vision_tower.as_ref()];
         let configs = configs.into_iter().flatten().map(|path| path.join(CONFIG));
@@ -272,10 +295,7 @@ impl PlannedFile {
 }
 
 /// Opens everything that tensors come from; they have their new names then.
-fn open(
-    job: &Job,
-    folder: &Folder,
-) -> Result<(Vec<Weights>, Vec<SourceTensor>, Value), ConvertError> {
+fn open(job: &Job, folder: &Folder) -> Result<Assembled, ConvertError> {
     let mut config = read_config(folder)?;
     let path = job.from.join(CONFIG);
     let mut weights = vec![Weights::open(folder, &job.from, job.allow_pickle)?];
@@ -320,13 +340,19 @@ fn open(
                     is_widened: part.is_widened(&stored_name),
                     weights: at,
                     stored_name,
-                    added_rows,
+                    made: Made::Stored(added_rows),
                 });
             }
         }
     }
     check_names(&tensors)?;
-    Ok((weights, tensors, config))
+    Ok(Assembled {
+        weights,
+        tensors,
+        config,
+        dtype: None,
+        files: BTreeMap::new(),
+    })
 }
 
 fn check_names(tensors: &[SourceTensor]) -> Result<(), ConvertError> {

@@ -1,6 +1,7 @@
 //! Where tensors come from.
 
 use std::hash::{Hash, Hasher};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -9,6 +10,7 @@ use reroute_checkpoint::{CheckpointError, Folder, NewTensor, Shards, TensorInfo}
 use crate::ConvertError;
 use crate::mean::MeanRow;
 use crate::pickle::Pickles;
+use crate::random;
 
 /// Bytes that are handed on at once; whole elements of every type.
 pub(crate) const BLOCK_BYTES: usize = 1 << 20;
@@ -30,8 +32,25 @@ pub(crate) struct SourceTensor {
     pub(crate) stored_name: String,
     /// Whether it is of fewer bits there, and f32 only while it is read.
     pub(crate) is_widened: bool,
-    /// How many of its last rows are not stored: they are the mean of the others.
-    pub(crate) added_rows: usize,
+    /// How it is made of what is stored there.
+    pub(crate) made: Made,
+}
+
+/// How a tensor is made of what is stored.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Made {
+    /// It is as it is; so many rows behind it are not stored, but the mean of the others.
+    Stored(usize),
+    /// Of so many rows of it.
+    Rows(Range<usize>),
+    /// Of so many of its columns, each of which becomes a row.
+    Columns(Range<usize>),
+    /// With another behind it, whose columns become rows if that is said.
+    Joined(String, bool),
+    /// Of nothing but this number.
+    Filled(f32),
+    /// Of numbers drawn by this seed.
+    Random(u64),
 }
 
 /// A file of a source, as it was when the plan was made.
@@ -151,22 +170,82 @@ impl Weights {
         tensor: &SourceTensor,
         sink: &mut dyn FnMut(&[u8]) -> Result<(), ConvertError>,
     ) -> Result<(), ConvertError> {
-        let columns = tensor.tensor.shape.last().copied().unwrap_or(1);
-        let mut mean = (tensor.added_rows > 0 && columns > 0)
-            .then(|| MeanRow::new(tensor.tensor.dtype, columns));
-        self.stream_stored(&tensor.stored_name, &mut |block| {
-            if let Some(mean) = &mut mean {
-                mean.add(block);
+        let SourceTensor {
+            stored_name: name,
+            tensor: NewTensor { shape, dtype, .. },
+            ..
+        } = tensor;
+        let elements = shape.iter().product();
+        let columns = shape.last().copied().unwrap_or(1);
+        let bytes = dtype.bitsize() / 8;
+        match &tensor.made {
+            Made::Stored(0) => self.stream_stored(name, sink),
+            Made::Stored(added_rows) => {
+                let mut mean = (columns > 0).then(|| MeanRow::new(*dtype, columns));
+                self.stream_stored(name, &mut |block| {
+                    if let Some(mean) = &mut mean {
+                        mean.add(block);
+                    }
+                    sink(block)
+                })?;
+                let row = mean.map(|mean| mean.bytes()).unwrap_or_default();
+                (0..*added_rows).try_for_each(|_| sink(&row))
             }
-            sink(block)
-        })?;
-        if let Some(mean) = mean {
-            let row = mean.bytes();
-            for _ in 0..tensor.added_rows {
-                sink(&row)?;
+            Made::Rows(rows) => {
+                let row_bytes = bytes * shape.iter().skip(1).product::<usize>();
+                let (start, end) = (rows.start * row_bytes, rows.end * row_bytes);
+                let mut at = 0;
+                self.stream_stored(name, &mut |block| {
+                    let within = |place: usize| place.clamp(at, at + block.len()) - at;
+                    let part = &block[within(start)..within(end)];
+                    at += block.len();
+                    if part.is_empty() { Ok(()) } else { sink(part) }
+                })
+            }
+            Made::Columns(range) => self.stream_columns(name, bytes, columns, range, sink),
+            Made::Joined(next, is_transposed) => {
+                self.stream_stored(name, sink)?;
+                match is_transposed {
+                    true => self.stream_columns(next, bytes, columns, &(0..usize::MAX), sink),
+                    false => self.stream_stored(next, sink),
+                }
+            }
+            Made::Filled(number) => random::stream(elements, |_| *number, sink),
+            Made::Random(seed) => {
+                random::stream(elements, random::normal(*seed, &tensor.tensor.name), sink)
             }
         }
-        Ok(())
+    }
+
+    /// Some columns of a matrix of `rows` rows, whose elements have so many bytes, one after another. It is held
+    /// in memory for that.
+    fn stream_columns(
+        &self,
+        name: &str,
+        bytes: usize,
+        rows: usize,
+        columns: &Range<usize>,
+        sink: &mut dyn FnMut(&[u8]) -> Result<(), ConvertError>,
+    ) -> Result<(), ConvertError> {
+        let mut matrix = Vec::new();
+        self.stream_stored(name, &mut |block| {
+            matrix.extend_from_slice(block);
+            Ok(())
+        })?;
+        let width = matrix.len() / (rows * bytes).max(1);
+        if width == 0 {
+            return Ok(());
+        }
+        let mut block = Vec::new();
+        for column in columns.start..columns.end.min(width) {
+            let cells = matrix.chunks_exact(bytes).skip(column).step_by(width);
+            cells.for_each(|cell| block.extend_from_slice(cell));
+            if block.len() >= BLOCK_BYTES {
+                sink(&block)?;
+                block.clear();
+            }
+        }
+        sink(&block)
     }
 
     fn stream_stored(

@@ -102,6 +102,22 @@ impl Folder {
         }
     }
 
+    /// A language model alone, whatever tower lies beside it, as the folder that it would be on Hugging Face; a
+    /// folder of Hugging Face is what it is.
+    ///
+    /// # Errors
+    /// As those of [`open_gguf`](Self::open_gguf).
+    pub fn open_decoder(path: impl AsRef<Path>) -> Result<Self, CheckpointError> {
+        let path = path.as_ref();
+        match path.is_file() && is_called(path) {
+            true => {
+                let (folder, name) = locate(path)?;
+                present(&open(&folder, name)?, None)
+            }
+            false => Self::open(path),
+        }
+    }
+
     /// The same of a folder that has both and no other weights; any other folder stays what it is.
     ///
     /// # Errors
@@ -226,7 +242,8 @@ fn present(place: &Place<'_>, tower: Option<&Place<'_>>) -> Result<Folder, Check
         )));
     }
     if let Some(template) = language.keys.text("tokenizer.chat_template") {
-        let template = match is_llava {
+        // One that mentions them knows what to write.
+        let template = match is_llava && !template.contains("image") {
             true => template_with_images(template),
             false => template.to_owned(),
         };

@@ -1,0 +1,38 @@
+//! One fuzz target for all readers; `REROUTE_FUZZ` names the one that is tried (`targets.rs`).
+
+#![no_main]
+
+mod targets;
+
+use std::env;
+use std::sync::LazyLock;
+
+use libfuzzer_sys::{Corpus, fuzz_target};
+use peak_alloc::PeakAlloc;
+
+use targets::TARGETS;
+
+/// Memory that a reader may take: so many bytes for each of the file, and so many whatever its length (regular
+/// expressions, templates and tokenizers are compiled).
+const ALLOWED_FACTOR: usize = 64;
+const ALLOWED_BYTES: usize = 64 << 20;
+
+#[global_allocator]
+static HEAP: PeakAlloc = PeakAlloc;
+
+static TARGET: LazyLock<fn(&[u8])> = LazyLock::new(|| {
+    let name = env::var("REROUTE_FUZZ").unwrap_or_default();
+    let found = TARGETS.iter().find(|(known, _)| *known == name);
+    let names = TARGETS.map(|(name, _)| name).join(", ");
+    found.unwrap_or_else(|| panic!("REROUTE_FUZZ is {name:?}, not one of {names}")).1
+});
+
+fuzz_target!(|data: &[u8]| -> Corpus {
+    let before = HEAP.current_usage();
+    HEAP.reset_peak_usage();
+    TARGET(data);
+    let taken = HEAP.peak_usage().saturating_sub(before);
+    let allowed = ALLOWED_BYTES + ALLOWED_FACTOR * data.len();
+    assert!(taken <= allowed, "{taken} bytes were taken for a file of {}", data.len());
+    Corpus::Keep
+});

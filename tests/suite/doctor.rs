@@ -225,10 +225,14 @@ fn a_remedy_is_for_what_the_user_has() {
         (cache, "config.json", &["snapshots"]),
         (
             files("model-q4.gguf"),
-            "weights",
-            &["GGUF", "not supported", "safetensors"],
+            "model-q4.gguf",
+            &["kind that is read", "docs/checkpoints.md"],
         ),
-        (without(weights, &["model-q4.gguf"]), "weights", &["GGUF"]),
+        (
+            without(weights, &["model-q4.gguf"]),
+            "model-q4.gguf",
+            &["kind that is read"],
+        ),
         (files("model.onnx"), "weights", &["ONNX", "not supported"]),
         (
             without(weights, &["pytorch_model.bin"]),
@@ -262,7 +266,8 @@ fn a_remedy_is_for_what_the_user_has() {
         let problems = report["problems"].as_array().expect("a list");
         let is_meant = |problem: &&Value| {
             let text = problem["problem"].as_str().expect("a text");
-            text.starts_with(part)
+            let is_file = part.ends_with(".gguf");
+            text.starts_with(part) || is_file && text.contains(part)
         };
         let problem = problems.iter().find(is_meant);
         let problem = problem.unwrap_or_else(|| panic!("{part} of {report}"));

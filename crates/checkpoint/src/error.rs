@@ -86,6 +86,16 @@ pub enum CheckpointError {
         repository: Option<String>,
     },
 
+    /// The folder is that of an adapter, where a checkpoint was to be.
+    #[error(
+        "{folder} is an adapter, not a model: give the model that it was trained for to --model, and {folder} to \
+         --adapter"
+    )]
+    IsAdapter {
+        /// The folder.
+        folder: String,
+    },
+
     /// A repository of the hub is not in the cache.
     #[error(
         "{repository} is no folder, and not in the Hugging Face cache {}; download it: \

@@ -280,6 +280,10 @@ impl Folder {
 
     /// What is said where a file is not there.
     pub(crate) fn missing(&self, name: &str) -> CheckpointError {
+        if name == CONFIG && self.has("adapter_config.json") {
+            let folder = self.describe();
+            return CheckpointError::IsAdapter { folder };
+        }
         CheckpointError::MissingFile {
             folder: self.describe(),
             name: name.to_owned(),

@@ -57,9 +57,10 @@ impl Contents {
                 "leave the flag out".into()
             }
             (_, ZooError::UnknownFamily { found, .. }) => self.instead_of(found),
-            (_, ZooError::LanguageModel { .. }) => {
-                "add the tower: --mmproj FILE of GGUF, or reroute convert --assemble llava".into()
-            }
+            (_, ZooError::LanguageModel { found }) => format!(
+                "{}; of GGUF, add its tower: --mmproj FILE; with any tower: reroute convert --assemble llava",
+                self.instead_of(found)
+            ),
             (Part::Adapter, ZooError::Adapter(AdapterError::Unsupported { .. })) => {
                 "merge it in Python: \
                  PeftModel.from_pretrained(base, ADAPTER).merge_and_unload().save_pretrained(NEW), and give NEW \
@@ -91,7 +92,9 @@ impl Contents {
                      LLaVA as its authors published it also takes --vision-tower and --tokenizer"
                 )
             }
-            Error::MissingFile { .. } | Error::NoWeights { .. } => self.of_missing(part),
+            Error::MissingFile { .. } | Error::NoWeights { .. } | Error::IsAdapter { .. } => {
+                self.of_missing(part)
+            }
             Error::MissingShards { .. } => "finish the download".into(),
             Error::LinkOutside { .. } => {
                 "put the file itself into the folder, or give the folder that holds it to --model"
@@ -121,8 +124,9 @@ impl Contents {
             return format!("give a folder in {folder}/snapshots to --model");
         }
         if self.has_end("onnx") {
-            return "models in ONNX are not run; nearest is the checkpoint in safetensors that they were made from \
-                    (its repository usually has the same name without ONNX)"
+            return "models in ONNX are not supported; nearest is the checkpoint in safetensors that they were made \
+                    from (its repository usually has the same name without ONNX); a vision tower becomes part of a \
+                    model by reroute convert --assemble llava"
                 .into();
         }
         let is_slow = self.has("tokenizer.model");

@@ -258,7 +258,8 @@ fn the_program_assembles_and_the_result_answers() {
     let (tower, decoder) = (at("onnx/facebook.onnx"), at("onnx/decoder"));
     let parts = ["convert", "--assemble", "llava", "--vision-tower", &tower];
     let folder = to.at("made");
-    let rest = ["--decoder", &decoder, "--image-size", "28", "--to", &folder];
+    let size = ["--decoder", &decoder, "--image-size", "28"];
+    let rest = [&size[..], &["--to", &folder]].concat();
     let flags = [&parts[..], &rest].concat();
     let listed = reroute(&[&flags[..], &["--dry-run"]].concat()).unwrap();
     assert!(
@@ -288,8 +289,9 @@ fn the_program_assembles_and_the_result_answers() {
     );
     refuses(&["convert", "--to", "x"], &["--from"]);
     let llava = at("llava/ckpt");
+    let free = to.at("free");
     let with = |changes: &[&str]| {
-        let mut flags: Vec<String> = [&parts[..], &["--to", &folder, "--format", "burnpack"]]
+        let mut flags: Vec<String> = [&parts[..], &["--to", &free, "--format", "burnpack"]]
             .concat()
             .into_iter()
             .map(str::to_owned)
@@ -312,6 +314,7 @@ fn the_program_assembles_and_the_result_answers() {
     }
     let clip = at("onnx/clip.onnx");
     let other = ["convert", "--assemble", "llava", "--vision-tower", &clip];
+    let rest = [&size[..], &["--to", &free]].concat();
     refuses(&[&other[..], &rest].concat(), &["those of 42 pixels"]);
     let other = ["convert", "--assemble", "llava", "--vision-tower", &decoder];
     refuses(

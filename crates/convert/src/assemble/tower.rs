@@ -375,13 +375,18 @@ impl<'a> Source<'a> {
             modules.any(|module| module.contains("attn") || module.contains("attention"))
         };
         let nodes = self.nodes.iter().filter(is_attention);
-        let numbers = nodes.flat_map(|node| node.inputs.iter().flat_map(|input| &input.numbers));
-        let numbers: Vec<f64> = numbers.copied().collect();
-        let is_there = |number: usize| numbers.contains(&(number as f64));
+        let (mut counts, mut scales) = (Vec::new(), Vec::new());
+        for input in nodes.flat_map(|node| &node.inputs) {
+            match self.shapes.get(&input.tensor) {
+                Some((Dtype::I64, _)) => counts.extend(&input.numbers),
+                _ => scales.extend(&input.numbers),
+            }
+        }
+        let is_there = |number: usize| counts.contains(&(number as f64));
         // 1/√width at once, or half of it for queries and half for keys; √width to divide by.
         let scales = |width: usize| {
             let powers = |n: &f64| [n.powi(-2), n.powi(-4), n.powi(2)];
-            let mut powers = numbers.iter().flat_map(powers);
+            let mut powers = scales.iter().flat_map(powers);
             powers.any(|power| (power / width as f64 - 1.0).abs() < 0.01)
         };
         let widths: Vec<usize> = (2..=hidden)

@@ -19,19 +19,27 @@ impl Folder {
     /// [`CheckpointError::NotCached`] if it is not there, with the command that downloads it;
     /// [`CheckpointError::CacheRoot`] if nothing says which of several snapshots is the current one.
     pub fn cached(cache: impl AsRef<Path>, repository: &str) -> Result<Self, CheckpointError> {
-        let cache = cache.as_ref();
-        let missing = || CheckpointError::NotCached {
-            repository: repository.to_owned(),
-            cache: cache.to_owned(),
-        };
-        if !is_repository(repository) {
-            return Err(missing());
-        }
-        let folder = cache.join(format!("{REPOSITORY}{}", repository.replace('/', "--")));
-        match folder.is_dir() {
-            true if !snapshots(&folder).is_empty() => Self::open(folder),
-            _ => Err(missing()),
-        }
+        Self::open(cached_path(cache, repository)?)
+    }
+}
+
+/// Where a repository, `owner/name`, is in the Hugging Face cache: a path for [`Folder::open`].
+///
+/// # Errors
+/// [`CheckpointError::NotCached`] if it is not there, with the command that downloads it.
+pub fn cached_path(cache: impl AsRef<Path>, repository: &str) -> Result<PathBuf, CheckpointError> {
+    let cache = cache.as_ref();
+    let missing = || CheckpointError::NotCached {
+        repository: repository.to_owned(),
+        cache: cache.to_owned(),
+    };
+    if !is_repository(repository) {
+        return Err(missing());
+    }
+    let folder = cache.join(format!("{REPOSITORY}{}", repository.replace('/', "--")));
+    match folder.is_dir() {
+        true if !snapshots(&folder).is_empty() => Ok(folder),
+        _ => Err(missing()),
     }
 }
 

@@ -58,7 +58,7 @@ pub use folder::{
     CONFIG_MAX_BYTES, Folder, INDEX_MAX_BYTES, TEMPLATE_MAX_BYTES, TOKENIZER_MAX_BYTES,
 };
 pub use gguf::{Gguf, GgufValue, template_with_images};
-pub use hub::is_repository;
+pub use hub::{cached_path, is_repository};
 pub use load::{LoadOptions, LoadProgress, check_fit, load_into};
 pub use mismatch::{Disagreement, Duplicate, IndexMismatch, Misshapen, ModuleMismatch, Unreadable};
 pub use names::{NameTable, Rule};

@@ -3,28 +3,35 @@
 use std::env;
 use std::path::{Path, PathBuf};
 
-use reroute_checkpoint::is_repository;
+use reroute_checkpoint::{cached_path, is_repository};
 use reroute_zoo::Folder;
 
 /// The checkpoint in a folder, or in GGUF files; `owner/name`, where there is no such folder, is looked up in the
 /// Hugging Face cache. Nothing is downloaded.
 pub(crate) fn folder(path: &Path, mmproj: Option<&Path>) -> anyhow::Result<Folder> {
-    match (path.to_str(), mmproj) {
-        (Some(name), _) if !path.exists() && is_repository(name) => {
-            Ok(Folder::cached(cache(), name)?)
-        }
-        (_, Some(mmproj)) => Ok(Folder::open_gguf(path, Some(mmproj))?),
-        _ => Ok(Folder::open(path)?),
-    }
+    let path = found(path)?;
+    Ok(match mmproj {
+        Some(mmproj) => Folder::open_gguf(path, Some(mmproj))?,
+        None => Folder::open(path)?,
+    })
 }
 
-/// The same, as a path; what is no folder is left to whoever opens it.
+/// The same, as a path; of a repository in the cache, that of its snapshot.
 pub(crate) fn path(path: &Path) -> anyhow::Result<PathBuf> {
-    if path.is_file() || !path.exists() && !path.to_str().is_some_and(is_repository) {
-        return Ok(path.to_owned());
+    let path = found(path)?;
+    if !path.is_dir() {
+        return Ok(path);
     }
-    let folder = folder(path, None)?;
-    Ok(folder.root().unwrap_or(path).to_owned())
+    let folder = Folder::on_disk(&path)?;
+    Ok(folder.root().unwrap_or(&path).to_owned())
+}
+
+/// Where it is.
+fn found(path: &Path) -> anyhow::Result<PathBuf> {
+    match path.to_str() {
+        Some(name) if !path.exists() && is_repository(name) => Ok(cached_path(cache(), name)?),
+        _ => Ok(path.to_owned()),
+    }
 }
 
 /// The cache, where `huggingface_hub` has it.

@@ -121,6 +121,19 @@ fn every_export_of_a_tower_has_the_same_weights() {
     }
 }
 
+/// In two parts here.
+#[test]
+fn a_decoder_may_be_a_gguf_file() {
+    let to = Scratch::new();
+    let mut job = job("facebook.onnx", &to);
+    job.from = fixture("gguf_models/llava_smol/llava_smol-F32-00001-of-00002.gguf");
+    assembled(&job);
+    let files = contents(to.at("hf/model.safetensors"));
+    assert!(files.contains_key("language_model.model.embed_tokens.weight"));
+    let config: Value = serde_json::from_slice(&to.read("hf/config.json")).unwrap();
+    assert_eq!(config["text_config"]["model_type"], "llama");
+}
+
 #[test]
 fn a_folder_says_what_it_is() {
     let to = Scratch::new();

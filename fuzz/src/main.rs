@@ -4,13 +4,13 @@
 
 mod targets;
 
-use std::env;
 use std::sync::LazyLock;
+use std::{env, process};
 
 use libfuzzer_sys::{Corpus, fuzz_target};
 use peak_alloc::PeakAlloc;
 
-use targets::TARGETS;
+use targets::{TARGETS, Target};
 
 /// Memory that a reader may take: so many bytes for each of the file, and so many whatever its length (regular
 /// expressions, templates and tokenizers are compiled).
@@ -20,11 +20,17 @@ const ALLOWED_BYTES: usize = 64 << 20;
 #[global_allocator]
 static HEAP: PeakAlloc = PeakAlloc;
 
-static TARGET: LazyLock<fn(&[u8])> = LazyLock::new(|| {
+static TARGET: LazyLock<Target> = LazyLock::new(|| {
     let name = env::var("REROUTE_FUZZ").unwrap_or_default();
-    let found = TARGETS.iter().find(|(known, _)| *known == name);
-    let names = TARGETS.map(|(name, _)| name).join(", ");
-    found.unwrap_or_else(|| panic!("REROUTE_FUZZ is {name:?}, not one of {names}")).1
+    let found = TARGETS.into_iter().find(|(known, _)| *known == name);
+    found.map_or_else(
+        || {
+            let names = TARGETS.map(|(name, _)| name).join(", ");
+            eprintln!("REROUTE_FUZZ is {name:?}, not one of {names}");
+            process::exit(2)
+        },
+        |(_, target)| target,
+    )
 });
 
 fuzz_target!(|data: &[u8]| -> Corpus {
@@ -33,6 +39,10 @@ fuzz_target!(|data: &[u8]| -> Corpus {
     TARGET(data);
     let taken = HEAP.peak_usage().saturating_sub(before);
     let allowed = ALLOWED_BYTES + ALLOWED_FACTOR * data.len();
-    assert!(taken <= allowed, "{taken} bytes were taken for a file of {}", data.len());
+    assert!(
+        taken <= allowed,
+        "{taken} bytes were taken for a file of {}",
+        data.len()
+    );
     Corpus::Keep
 });

@@ -5,8 +5,11 @@ use reroute_zoo::burn::tensor::DType;
 use reroute_zoo::messages::{Content, Message, Role};
 use reroute_zoo::{ChatTemplate, Dialect, Folder, OpenOptions, Outline, Tokenizer};
 
-/// Every target; a file of `fuzz/corpus/NAME` is what it gets.
-pub const TARGETS: [(&str, fn(&[u8])); 8] = [
+/// What a file of `fuzz/corpus/NAME` is given to.
+pub type Target = fn(&[u8]);
+
+/// Every target, by name.
+pub const TARGETS: [(&str, Target); 8] = [
     ("adapter", adapter),
     ("gguf", gguf),
     ("model", model),

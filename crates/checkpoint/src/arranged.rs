@@ -37,7 +37,7 @@ impl Arranged {
         let rows = rows.sum::<Option<usize>>().ok_or("has no rows")?;
         shape.insert(0, rows);
         let order = Order::Stacked;
-        Self::new(parts, order, 1, shape)
+        Self::tensor(parts, order, 1, shape)
     }
 
     /// A new axis before the last `inner`, along which the parts lie, of equal shape each.
@@ -62,7 +62,7 @@ impl Arranged {
         }
         shape.insert(outer, parts.len());
         let group = parts.len();
-        Self::new(parts, Order::Alternating, group, shape)
+        Self::tensor(parts, Order::Alternating, group, shape)
     }
 
     /// Of every `group` rows, the even ones and then the odd ones.
@@ -72,10 +72,10 @@ impl Arranged {
         if rows == 0 || group == 0 || group % 2 == 1 || rows % group > 0 {
             return Err(format!("has {rows} rows, no heads of {group}"));
         }
-        Self::new(vec![part], Order::EvenThenOdd, group, shape)
+        Self::tensor(vec![part], Order::EvenThenOdd, group, shape)
     }
 
-    fn new(
+    fn tensor(
         parts: Vec<TensorInfo>,
         order: Order,
         group: usize,

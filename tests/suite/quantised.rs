@@ -8,14 +8,16 @@ use std::path::Path;
 
 use burn::tensor::DType;
 use half::{bf16, f16};
+use reducers::Schedule;
 use reroute_checkpoint::{Layout, Shards};
-use reroute_cli::backend::{Backend, Device};
-use reroute_zoo::{Folder, Model, ModelConfig};
+use reroute_cli::backend::{self, Backend, Device};
+use reroute_zoo::{Folder, Model, ModelConfig, OpenOptions, PixelTensors, TensorInputs, Vlm};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize};
 use serde_json::{Value, json};
 
-use crate::golden::fixture;
+use crate::golden::{fixture, values};
 use crate::program::{Scratch, refuses, reroute};
+use crate::support::Random;
 
 /// Folders, and what their weights are called.
 const FORMS: [(&str, &str); 7] = [
@@ -312,5 +314,178 @@ fn parts_that_do_not_fit_are_refused() {
             &[expected],
         );
         assert!(!Path::new(&to).join("config.json").exists(), "{expected}");
+    }
+}
+
+/// A tensor of a file: type, shape, bytes.
+type Stored = (Dtype, Vec<usize>, Vec<u8>);
+
+/// How linear weights are kept in fewer bits: the parts of one, and its numbers.
+type Packing = fn(&mut Random, [usize; 2]) -> (Vec<(&'static str, Stored)>, Vec<f32>);
+
+/// Numbers from 0 to below `count`.
+fn draw(random: &mut Random, count: u8) -> u8 {
+    // From -1 to below 1.
+    let number = (random.next() + 1.0) / 2.0 * f32::from(count);
+    (number as u8).min(count - 1)
+}
+
+/// E4M3 with one scale for a block of 128 x 128, as Qwen3-VL-*-FP8 has it.
+fn fp8(
+    random: &mut Random,
+    [rows, columns]: [usize; 2],
+) -> (Vec<(&'static str, Stored)>, Vec<f32>) {
+    let (down, across) = (rows.div_ceil(128), columns.div_ceil(128));
+    let scales: Vec<f32> = (0..down * across)
+        .map(|_| 0.02 + random.next().abs() / 50.0)
+        .collect();
+    // Up to 240, of either sign.
+    let codes: Vec<u8> = (0..rows * columns)
+        .map(|_| draw(random, 0x78) | (draw(random, 2) << 7))
+        .collect();
+    let decode = |code: u8| {
+        let (exponent, mantissa) = (i32::from(code >> 3 & 15), f32::from(code & 7));
+        let size = match exponent {
+            0 => mantissa / 512.0,
+            _ => (1.0 + mantissa / 8.0) * 2_f32.powi(exponent - 7),
+        };
+        if code >> 7 == 1 { -size } else { size }
+    };
+    let scale = |at: usize| scales[at / columns / 128 * across + at % columns / 128];
+    let numbers = codes
+        .iter()
+        .enumerate()
+        .map(|(at, code)| decode(*code) * scale(at));
+    let numbers = numbers.collect();
+    let bytes = scales
+        .iter()
+        .flat_map(|scale| scale.to_le_bytes())
+        .collect();
+    let parts = vec![
+        ("weight", (Dtype::F8_E4M3, vec![rows, columns], codes)),
+        ("weight_scale_inv", (Dtype::F32, vec![down, across], bytes)),
+    ];
+    (parts, numbers)
+}
+
+/// 4 bits in groups of 32, packed along the outputs, as Qwen2.5-VL-*-AWQ has it.
+fn awq(
+    random: &mut Random,
+    [rows, columns]: [usize; 2],
+) -> (Vec<(&'static str, Stored)>, Vec<f32>) {
+    const GROUP: usize = 32;
+    const ORDER: [usize; 8] = [0, 2, 4, 6, 1, 3, 5, 7];
+    let groups = columns / GROUP;
+    let mut codes = |count: usize| -> Vec<u8> { (0..count).map(|_| draw(random, 16)).collect() };
+    let (codes, zeros) = (codes(columns * rows), codes(groups * rows));
+    let scales: Vec<f16> = (0..groups * rows)
+        .map(|_| f16::from_f32(0.01 + random.next().abs() / 50.0))
+        .collect();
+    let pack = |codes: &[u8]| {
+        let words = codes.chunks_exact(8).map(|codes| {
+            let nibbles = ORDER.iter().enumerate();
+            nibbles.fold(0, |word, (at, code)| {
+                word | u32::from(codes[*code]) << (4 * at)
+            })
+        });
+        words.flat_map(u32::to_le_bytes).collect()
+    };
+    let number = |at: usize| {
+        let (row, column) = (at / columns, at % columns);
+        let group = column / GROUP * rows + row;
+        (f32::from(codes[column * rows + row]) - f32::from(zeros[group])) * scales[group].to_f32()
+    };
+    let bytes = scales
+        .iter()
+        .flat_map(|scale| scale.to_le_bytes())
+        .collect();
+    let parts = vec![
+        (
+            "qweight",
+            (Dtype::I32, vec![columns, rows / 8], pack(&codes)),
+        ),
+        ("qzeros", (Dtype::I32, vec![groups, rows / 8], pack(&zeros))),
+        ("scales", (Dtype::F16, vec![groups, rows], bytes)),
+    ];
+    (parts, (0..rows * columns).map(number).collect())
+}
+
+/// A checkpoint of the fixtures with other tensors, and another configuration.
+fn checkpoint(family: &str, tensors: &BTreeMap<String, Stored>, how: Option<Value>) -> Scratch {
+    let folder = Scratch::copy(&fixture(&format!("{family}/ckpt")));
+    let views = tensors.iter().map(|(name, (dtype, shape, bytes))| {
+        let view = TensorView::new(*dtype, shape.clone(), bytes).expect("a consistent tensor");
+        (name.as_str(), view)
+    });
+    folder.write(
+        "model.safetensors",
+        serialize(views, None).expect("serialisable"),
+    );
+    if let Some(how) = how {
+        folder.set("config.json", "/quantization_config", how);
+    }
+    folder
+}
+
+/// Decoders of every family whose linear maps are FP8 or AWQ give what they give with the same numbers in f32.
+#[test]
+fn every_family_computes_with_the_numbers_of_fewer_bits() {
+    let forms: [(Packing, Value); 2] = [
+        (
+            fp8,
+            json!({"quant_method": "fp8", "weight_block_size": [128, 128]}),
+        ),
+        (
+            awq,
+            json!({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}),
+        ),
+    ];
+    for family in ["llava", "qwen2vl", "qwen25vl", "qwen3vl"] {
+        let file = fs::read(fixture(&format!("{family}/ckpt/model.safetensors")));
+        let file = file.expect("the fixture is complete");
+        let stored = SafeTensors::deserialize(&file).expect("safetensors");
+        for (packing, how) in &forms {
+            let mut random = Random::new(7);
+            let (mut packed, mut plain) = (BTreeMap::new(), BTreeMap::new());
+            let mut weights = 0;
+            for (name, view) in stored.tensors() {
+                let linear = name.strip_suffix(".weight").filter(|name| {
+                    name.contains(".layers.") && name.ends_with("_proj") && !name.contains("vision")
+                });
+                let tensor = (view.dtype(), view.shape().to_vec(), view.data().to_vec());
+                let (Some(linear), &[rows, columns]) = (linear, view.shape()) else {
+                    packed.insert(name.clone(), tensor.clone());
+                    plain.insert(name, tensor);
+                    continue;
+                };
+                let (parts, numbers) = packing(&mut random, [rows, columns]);
+                for (part, tensor) in parts {
+                    packed.insert(format!("{linear}.{part}"), tensor);
+                }
+                let bytes = numbers
+                    .iter()
+                    .flat_map(|number| number.to_le_bytes())
+                    .collect();
+                plain.insert(name, (Dtype::F32, vec![rows, columns], bytes));
+                weights += 1;
+            }
+            assert!(weights >= 7 * 8, "{family}");
+            let logits = |folder: Scratch| {
+                let device = backend::device().expect("a device");
+                let vlm = Vlm::<Backend>::open(&folder.folder(), &OpenOptions::default(), &device);
+                let vlm = vlm.unwrap_or_else(|error| panic!("{family}: {error}"));
+                let inputs = TensorInputs {
+                    samples: vec![(1..20).collect()],
+                    pixels: PixelTensors::default(),
+                    second_per_grid_ts: Vec::new(),
+                };
+                let out = vlm.run_tensors(inputs, Schedule::dense(), 1, false);
+                values(out.expect("a prompt").logits)
+            };
+            let expected = logits(checkpoint(family, &plain, None));
+            assert!(expected.iter().all(|logit| logit.is_finite()), "{family}");
+            let found = logits(checkpoint(family, &packed, Some(how.clone())));
+            assert_eq!(found, expected, "{family} {how}");
+        }
     }
 }

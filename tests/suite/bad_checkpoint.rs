@@ -22,7 +22,6 @@ fn the_unchanged_fixture_is_good_input() {
 #[test]
 fn folders_that_hold_no_checkpoint() {
     let empty = Scratch::new();
-    let hint = "give the folder that holds config.json";
     refuses(
         &ask(&empty),
         &[
@@ -31,9 +30,17 @@ fn folders_that_hold_no_checkpoint() {
             "download complete?",
         ],
     );
-    for (path, reason) in [
-        (empty.at("nowhere"), "cannot be opened"),
-        (scene("063"), "is not a folder"),
+    for (path, reason, hint) in [
+        (
+            empty.at("nowhere"),
+            "cannot be opened",
+            "give the folder that holds config.json",
+        ),
+        (
+            scene("063"),
+            "is not a folder",
+            "give the folder that it lies in",
+        ),
     ] {
         refuses(
             &["ask", "--prompt", "hi", "--model", &path],

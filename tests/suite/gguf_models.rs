@@ -345,6 +345,37 @@ fn a_pair_is_opened_by_its_folder_or_by_its_files() {
         Folder::open_gguf(&tower, Some(language.as_ref())),
         "vision tower",
     );
+    let [wide, _] = files("llava_q4_k");
+    for (model, mmproj, expected) in [
+        (&language, &language, "no tower"),
+        (&wide, &llava_tower, "features"),
+        (&several.at("z.gguf"), &tower, "not there"),
+        (&language, &several.path(), "name the file in it"),
+        (&Scratch::checkpoint().path(), &tower, "leave --mmproj out"),
+    ] {
+        refused(Folder::open_gguf(model, Some(mmproj.as_ref())), expected);
+    }
+    refused(Folder::open_decoder(&language), "a decoder is");
+    // Whatever it is called.
+    let nameless = folder_of(&[("a", &llava)]);
+    assert!(Folder::open(nameless.at("a")).is_ok());
+    let pointer = Scratch::new();
+    pointer.write("a.gguf", "version https://git-lfs.github.com/spec/v1\n");
+    refused(Folder::open(pointer.path()), "git lfs pull");
+    let to = pointer.at("x.safetensors");
+    refuses(
+        &[
+            "convert", "--from", &language, "--mmproj", &tower, "--to", &to,
+        ],
+        &["give a folder"],
+    );
+    let to = pointer.at("x.gguf");
+    refuses(
+        &[
+            "convert", "--from", &language, "--mmproj", &tower, "--to", &to,
+        ],
+        &["not written"],
+    );
     refused(
         Folder::open(folder_of(&[("b.gguf", &tower)]).path()),
         "no language model",

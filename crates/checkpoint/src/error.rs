@@ -27,7 +27,15 @@ pub enum CheckpointError {
     },
 
     /// The path leads to a file.
-    #[error("{} is not a folder; give the folder that holds config.json", path.display())]
+    #[error(
+        "{} is not a folder; give the folder that it lies in{}",
+        path.display(),
+        if path.extension().is_some_and(|end| end == "onnx") {
+            "; a vision tower in ONNX becomes part of a model by reroute convert --assemble llava --vision-tower FILE"
+        } else {
+            ""
+        }
+    )]
     NotAFolder {
         /// As given.
         path: PathBuf,
@@ -167,6 +175,26 @@ pub enum CheckpointError {
         file: String,
         /// What is wrong.
         reason: String,
+    },
+
+    /// A file that was named is not there, or no file.
+    #[error(
+        "{} {}",
+        path.display(),
+        if path.is_dir() { "is a folder: name the file in it" } else { "is not there: check the path" }
+    )]
+    NoSuchFile {
+        /// As given.
+        path: PathBuf,
+    },
+
+    /// A tower in GGUF was named for a folder without GGUF.
+    #[error(
+        "{folder} has no language model in GGUF, which a tower (mmproj) goes with: leave --mmproj out"
+    )]
+    NoGguf {
+        /// The folder.
+        folder: String,
     },
 
     /// There are several GGUF files of a kind, and nothing says which to open.

@@ -100,7 +100,7 @@ impl Folder {
     /// GGUF, or a GGUF file, is as [`with_gguf`](Self::with_gguf) and [`open_gguf`](Self::open_gguf) have it.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, CheckpointError> {
         let path = path.as_ref();
-        match path.is_file() && gguf::is_called(path) {
+        match gguf::is_gguf(path) {
             true => Self::open_gguf(path, None),
             false => Self::on_disk(path)?.with_gguf(),
         }

@@ -25,7 +25,7 @@ use crate::{CheckpointError, Folder, json_bytes};
 use keys::Keys;
 use vocabulary::Vocabulary;
 
-pub(crate) use model::is_called;
+pub(crate) use model::is_gguf;
 pub use template::template_with_images;
 
 /// Why a file is refused.
@@ -128,7 +128,8 @@ fn part_names(first: &str, parts: usize) -> Result<impl Iterator<Item = String> 
             Ok((2..=parts).map(move |part| format!("{stem}-{part:05}-of-{parts:05}.gguf")))
         }
         _ => Err(format!(
-            "it is one of {parts} parts: give the first, whose name ends with -00001-of-{parts:05}.gguf"
+            "it is one of {parts} parts, which have to be called as they were published: give the first, whose name \
+             ends with -00001-of-{parts:05}.gguf"
         )),
     }
 }

@@ -107,6 +107,9 @@ impl Onnx {
     /// As [`open`](Self::open), and those of [`Folder::on_disk`] for the folder that it lies in.
     pub fn open_path(path: impl AsRef<Path>) -> Result<Self, CheckpointError> {
         let path = path.as_ref();
+        if path.is_dir() || !path.exists() {
+            return Err(CheckpointError::NoSuchFile { path: path.into() });
+        }
         let missing = || CheckpointError::NotAFile {
             file: path.display().to_string(),
         };

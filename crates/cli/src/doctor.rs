@@ -36,6 +36,10 @@ const UNBOUND: &str = match cfg!(feature = "cuda") {
 const ENDLESS: &str = "nothing says which token ends an answer, so that each goes on until it is cut off: write \
     eos_token_id into generation_config.json, or take the one published with the model";
 
+/// The warning where an adapter lies in the model's folder.
+const ADAPTER_WITHIN: &str = "there is an adapter in this folder (adapter_config.json), which is not applied unless \
+    it is asked for: --adapter DIR";
+
 /// Something that keeps the model from running, or from running well.
 struct Problem {
     what: String,
@@ -123,6 +127,9 @@ fn examine(args: &DoctorArgs) -> Report {
         false => String::new(),
     };
     report.form = checkup.form.as_ref().map(|form| form.clone() + &widened);
+    if folder.has("adapter_config.json") {
+        report.warnings.push(ADAPTER_WITHIN.into());
+    }
     if checkup.endless {
         report.warnings.push(ENDLESS.into());
     }

@@ -26,12 +26,26 @@ pub(crate) fn path(path: &Path) -> anyhow::Result<PathBuf> {
     Ok(folder.root().unwrap_or(&path).to_owned())
 }
 
-/// Where it is.
+/// Where it is: `owner/name`, or a file of such a repository, in the cache, unless there is a folder `owner` here.
 fn found(path: &Path) -> anyhow::Result<PathBuf> {
-    match path.to_str() {
-        Some(name) if !path.exists() && is_repository(name) => Ok(cached_path(cache(), name)?),
-        _ => Ok(path.to_owned()),
+    let Some(name) = path.to_str().filter(|_| !path.exists()) else {
+        return Ok(path.to_owned());
+    };
+    let is_here = path.parent().is_some_and(Path::is_dir);
+    if is_repository(name) {
+        return match cached_path(cache(), name) {
+            Err(_) if is_here => Ok(path.to_owned()),
+            found => Ok(found?),
+        };
     }
+    if let Some((repository, file)) = name.rsplit_once('/')
+        && is_repository(repository)
+        && !is_here
+    {
+        let folder = Folder::on_disk(&cached_path(cache(), repository)?)?;
+        return Ok(folder.root().unwrap_or(path).join(file));
+    }
+    Ok(path.to_owned())
 }
 
 /// The cache, where `huggingface_hub` has it.

@@ -127,6 +127,14 @@ impl Plan {
             (None, Some(mmproj)) => Folder::open_gguf(&job.from, Some(mmproj))?,
             (None, None) => Folder::open(&job.from)?,
         };
+        if !target.is_folder && (job.assembly.is_some() || folder.root().is_none()) {
+            return Err(ConvertError::Target {
+                path: job.to.clone(),
+                problem: "a file holds weights alone, and there is no folder that holds the configuration and the \
+                          tokenizer: give a folder"
+                    .into(),
+            });
+        }
         let Assembled {
             weights,
             mut tensors,
@@ -440,6 +448,9 @@ impl Target {
         };
         if named.is_some_and(|named| named != form) {
             return refuse("its name and --format disagree; change one of them".to_owned());
+        }
+        if job.to.extension().is_some_and(|end| end == "gguf") {
+            return refuse("GGUF is not written; give a folder".to_owned());
         }
         let name = job.to.file_name().map(|name| name.to_str());
         let is_text = |name: &str| !name.contains(char::is_control);

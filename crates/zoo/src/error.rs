@@ -33,7 +33,7 @@ pub enum ZooError {
     /// config.json describes a language model, which sees nothing.
     #[error(
         "this is a language model ({found}) without a vision tower: if it is GGUF, add --mmproj FILE, the tower that \
-         was published with it; a tower and a language model become one by reroute convert --assemble"
+         was published with it; a tower and a language model become one by reroute convert --assemble llava"
     )]
     LanguageModel {
         /// What config.json says.

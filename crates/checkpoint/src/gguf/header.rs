@@ -10,6 +10,8 @@ use crate::folder::Source;
 use crate::quantised::{BlockKind, Blocks, Coded};
 use crate::{CheckpointError, TensorInfo};
 
+/// How a file begins.
+pub(super) const MAGIC: &[u8; 4] = b"GGUF";
 /// Most bytes of a header: vocabularies of 150,000 tokens and their merges take 8 MiB.
 const MAX_BYTES: u64 = 64 << 20;
 /// Most items of a list, and most tensors and keys.
@@ -71,7 +73,10 @@ struct Reader<R> {
 impl<R: Read> Reader<R> {
     fn header(&mut self, file_bytes: u64) -> Result<Header, Fault> {
         let magic: [u8; 4] = self.bytes()?;
-        if &magic != b"GGUF" {
+        if &magic == b"vers" {
+            return fault("it is a Git LFS pointer and not the file: git lfs pull");
+        }
+        if &magic != MAGIC {
             return fault("it does not begin as a GGUF file does");
         }
         match u32::from_le_bytes(self.bytes()?) {

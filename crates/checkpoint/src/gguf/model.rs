@@ -1,11 +1,14 @@
 //! A model of llama.cpp as the folder that it would be on Hugging Face.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 
 use serde_json::{Value, json};
 
 use super::Gguf;
+use super::header::MAGIC;
 use super::language::Language;
 use super::template::template_with_images;
 use super::tower::Tower;
@@ -34,10 +37,17 @@ const TOWERS: &str = "towers (mmproj)";
 /// Most GGUF files of a folder that are looked at.
 const MAX_FILES: usize = 256;
 
-/// Whether a file is called as GGUF files are.
-pub(crate) fn is_called(path: &Path) -> bool {
+/// Whether a path is that of a GGUF file, by its name or its first bytes.
+pub(crate) fn is_gguf(path: &Path) -> bool {
     let name = path.file_name().and_then(|name| name.to_str());
-    name.is_some_and(|name| name.ends_with(EXTENSION))
+    let is_called = name.is_some_and(|name| name.ends_with(EXTENSION));
+    let begins = || {
+        let mut magic = [0; MAGIC.len()];
+        let file = path.is_file().then(|| File::open(path).ok())?;
+        file?.read_exact(&mut magic).ok()?;
+        Some(magic == *MAGIC)
+    };
+    !path.is_dir() && (is_called || begins() == Some(true))
 }
 
 /// A file of a folder.
@@ -109,12 +119,18 @@ impl Folder {
     /// As those of [`open_gguf`](Self::open_gguf).
     pub fn open_decoder(path: impl AsRef<Path>) -> Result<Self, CheckpointError> {
         let path = path.as_ref();
-        match path.is_file() && is_called(path) {
-            true => {
-                let (folder, name) = locate(path)?;
-                present(&open(&folder, name)?, None)
-            }
-            false => Self::open(path),
+        if !is_gguf(path) {
+            return Self::open(path);
+        }
+        let (folder, name) = locate(path)?;
+        let file = open(&folder, name)?;
+        let is_qwen_vl = Language::new(&file.file).is_ok_and(|language| language.is_qwen_vl());
+        match is_qwen_vl {
+            true => Err(file.file.refuse(
+                "it is of a Qwen-VL, which has a tower of its own; a decoder is llama or qwen2"
+                    .into(),
+            )),
+            false => present(&file, None),
         }
     }
 
@@ -137,6 +153,11 @@ impl Folder {
 /// The only language model of a folder.
 fn language_of(folder: &Folder) -> Result<String, CheckpointError> {
     let mut languages = all(folder)?;
+    if languages.is_empty() {
+        return Err(CheckpointError::NoGguf {
+            folder: folder.describe(),
+        });
+    }
     languages.retain(|place| !place.is_tower());
     let missing = || CheckpointError::NoLanguageModel {
         folder: folder.describe(),
@@ -147,6 +168,9 @@ fn language_of(folder: &Folder) -> Result<String, CheckpointError> {
 
 /// The folder that a file lies in, and its name there.
 fn locate(path: &Path) -> Result<(Folder, String), CheckpointError> {
+    if path.is_dir() || !path.exists() {
+        return Err(CheckpointError::NoSuchFile { path: path.into() });
+    }
     let name = path.file_name().and_then(|name| name.to_str());
     let parent = path.parent().filter(|parent| *parent != Path::new(""));
     let folder = Folder::on_disk(parent.unwrap_or(Path::new(".")))?;
@@ -221,7 +245,11 @@ fn present(place: &Place<'_>, tower: Option<&Place<'_>>) -> Result<Folder, Check
     let is_llava = tower.as_ref().is_some_and(|(_, tower)| tower.is_llava());
     let mut config = language.config().map_err(refuse)?;
     // A tokenizer beside the file has numbers of its own for what it adds.
-    let mut image = files.get(TOKENIZER).map(|tokenizer| image_of(tokenizer));
+    let image = files.get(TOKENIZER).map(|tokenizer| image_of(tokenizer));
+    let mut image = image.transpose().map_err(|source| CheckpointError::Json {
+        file: place.folder.path_of(TOKENIZER),
+        source,
+    })?;
     if image.is_none() {
         let mut vocabulary = Vocabulary::new(language.keys).map_err(refuse)?;
         image = Some(match is_llava {
@@ -302,9 +330,10 @@ fn beside(folder: &Folder) -> Result<BTreeMap<String, Vec<u8>>, CheckpointError>
 }
 
 /// The number of `<image>` in a `tokenizer.json`.
-fn image_of(tokenizer: &[u8]) -> Option<usize> {
-    let tokenizer: Value = serde_json::from_slice(tokenizer).ok()?;
-    let added = tokenizer["added_tokens"].as_array()?;
-    let image = added.iter().find(|token| token["content"] == "<image>")?;
-    usize::try_from(image["id"].as_u64()?).ok()
+fn image_of(tokenizer: &[u8]) -> Result<Option<usize>, serde_json::Error> {
+    let tokenizer: Value = serde_json::from_slice(tokenizer)?;
+    let added = tokenizer["added_tokens"].as_array().into_iter().flatten();
+    let mut images = added.filter(|token| token["content"] == "<image>");
+    let id = images.next().and_then(|image| image["id"].as_u64());
+    Ok(id.and_then(|id| usize::try_from(id).ok()))
 }

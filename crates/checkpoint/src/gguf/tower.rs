@@ -40,6 +40,12 @@ pub(super) struct Tower<'a> {
 impl<'a> Tower<'a> {
     pub(super) fn new(file: &'a Gguf) -> Result<Self, Refused> {
         let keys = Keys::new(&file.metadata);
+        if keys.architecture != "clip" {
+            return Err(format!(
+                "it is a language model ({}) and no tower: give the mmproj file that was published with the model",
+                keys.architecture
+            ));
+        }
         if keys.flag("clip.has_vision_encoder") == Some(false) {
             return Err("it has no vision tower".into());
         }
@@ -103,6 +109,14 @@ impl<'a> Tower<'a> {
             Architecture::Qwen2Vl => matches!(self.kind, Kind::Qwen2 | Kind::Qwen2_5),
             Architecture::Qwen3Vl => self.kind == Kind::Qwen3,
         };
+        let made = self.shape("mm.2.weight")?.first().copied();
+        let wanted = language.keys.needed(".embedding_length")?;
+        if let Some(made) = made.filter(|made| fits && *made != wanted) {
+            return Err(format!(
+                "it makes visual tokens of {made} features, and the language model has {wanted}: give the mmproj file \
+                 that was published with it"
+            ));
+        }
         match fits {
             true => Ok(()),
             false => Err(format!(

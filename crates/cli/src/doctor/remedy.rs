@@ -58,8 +58,9 @@ impl Contents {
             }
             (_, ZooError::UnknownFamily { found, .. }) => self.instead_of(found),
             (_, ZooError::LanguageModel { found }) => format!(
-                "{}; of GGUF, add its tower: --mmproj FILE; with any tower: reroute convert --assemble llava",
-                self.instead_of(found)
+                "add its tower if it is GGUF (--mmproj FILE), make a model of it and a tower (reroute convert \
+                 --assemble llava), or take one that has both: {}",
+                nearest(found)
             ),
             (Part::Adapter, ZooError::Adapter(AdapterError::Unsupported { .. })) => {
                 "merge it in Python: \
@@ -199,8 +200,13 @@ pub(super) fn of_folder(error: &anyhow::Error, otherwise: &str) -> String {
     match error.downcast_ref() {
         Some(CheckpointError::NotCached { repository, .. }) => format!("hf download {repository}"),
         Some(CheckpointError::Gguf { .. }) => {
-            "take a file of a kind that is read (docs/checkpoints.md), or the checkpoint that it was made from".into()
+            "do what it says there, or take another file of the model, of a kind that \
+             is read (docs/checkpoints.md)"
+                .into()
         }
+        Some(CheckpointError::MissingFile { .. }) => "finish the download".into(),
+        Some(CheckpointError::NoSuchFile { .. }) => "check the path".into(),
+        Some(CheckpointError::NoGguf { .. }) => "leave --mmproj out".into(),
         Some(CheckpointError::SeveralGguf { .. }) => "--model FILE --mmproj FILE".into(),
         Some(CheckpointError::NoLanguageModel { .. }) => "download the language model, too".into(),
         _ => otherwise.into(),

@@ -67,6 +67,12 @@ pub(super) fn files(
         }
     }
     let known = tokens(&files).map_err(|problem| refuse(path, problem))?;
+    let template = template(folder)?;
+    let needed = named(&files);
+    let is_needed = |token: &Token| {
+        let writes = |template: &String| template.contains(&token.content);
+        needed.contains(&token.content) || template.as_ref().is_some_and(writes)
+    };
     let find = |text: &str| {
         known
             .iter()
@@ -80,13 +86,20 @@ pub(super) fn files(
         Some(text) => find(text),
         None => [IMAGE].iter().chain(&UNUSED).find_map(|text| find(text)),
     };
-    let Some(token) = token else {
-        let some = known.iter().filter(|token| token.special).take(24);
+    // `<image>` of one that writes it is what it is.
+    let free = |token: &&Token| token.content == IMAGE || !is_needed(token);
+    let Some(token) = token.filter(free) else {
+        let some = known.iter().filter(|token| token.special);
+        let some = some.filter(|token| !is_needed(token)).take(24);
         let some: Vec<&str> = some.map(|token| token.content.as_str()).collect();
         let problem = format!(
-            "--image-token must name a special token of its tokenizer that is not used, which becomes {IMAGE}; \
-             it has {}",
-            some.join(" ")
+            "--image-token must name a special token of its tokenizer that neither its template nor its settings use, \
+             which becomes {IMAGE}; it has {}",
+            if some.is_empty() {
+                "none".to_owned()
+            } else {
+                some.join(" ")
+            }
         );
         return Err(refuse(path, problem));
     };
@@ -101,10 +114,25 @@ pub(super) fn files(
             return Err(refuse(path, problem));
         }
     }
-    if let Some(template) = template(folder)? {
+    if let Some(template) = template {
         files.insert(TEMPLATE.to_owned(), template_with_images(&template).into());
     }
     Ok((token.id, files))
+}
+
+/// Tokens that the settings of the tokenizer name, but for the unknown one: bytes leave nothing unknown.
+fn named(files: &BTreeMap<String, Vec<u8>>) -> Vec<String> {
+    let settings = files.get(TOKENIZER_CONFIG).map_or(&[][..], Vec::as_slice);
+    let settings: Value = serde_json::from_slice(settings).unwrap_or_default();
+    let named = ["bos_token", "eos_token", "pad_token"].into_iter();
+    let text = |name| {
+        let token = &settings[name];
+        token
+            .as_str()
+            .or(token["content"].as_str())
+            .map(str::to_owned)
+    };
+    named.filter_map(text).collect()
 }
 
 fn tokens(files: &BTreeMap<String, Vec<u8>>) -> Result<Vec<Token>, String> {

@@ -88,6 +88,9 @@ impl<'a> Source<'a> {
                 preprocessor = folder.read_json(PREPROCESSOR, CONFIG_MAX_BYTES)?;
             }
             (Weights::open(&folder, path, allow_pickle)?, Vec::new())
+        } else if path.extension().is_some_and(|end| end == "gguf") {
+            let problem = "a tower is taken from ONNX or from a folder of the hub, not from GGUF";
+            return Err(refuse(path, problem.into()));
         } else {
             let onnx = Onnx::open_path(path)?;
             (Weights::Shards(onnx.tensors), onnx.nodes)

@@ -62,6 +62,7 @@ def gguf(folder, layers, kind):
     for key, value in {"context_length": 4096, "embedding_length": WIDTH, "feed_forward_length": INNER,
                        "block_count": layers, "attention.head_count": 32}.items():
         writer.add_uint32(f"llama.{key}", value)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-6)
     writer.add_string("tokenizer.ggml.model", "llama")
     writer.add_array("tokenizer.ggml.tokens", ["<unk>", "<s>", "</s>", "a"])
     writer.add_array("tokenizer.ggml.scores", [0.0, 0.0, 0.0, -1.0])

@@ -225,7 +225,8 @@ impl Found<'_> {
         if node.approximate == "tanh" {
             op = "Tanh".into();
         }
-        let matters = !inputs.is_empty() || ACTIVATIONS.contains(&op.as_str());
+        let is_known = ACTIVATIONS.contains(&op.as_str()) || op.contains("Attention");
+        let matters = !inputs.is_empty() || is_known;
         matters.then_some(OnnxNode { scope, op, inputs })
     }
 }

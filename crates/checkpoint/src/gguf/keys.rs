@@ -11,7 +11,63 @@ pub(super) struct Keys<'a> {
     pub(super) architecture: &'a str,
 }
 
+/// What a value has to be.
+#[derive(Clone, Copy)]
+pub(super) enum Kind {
+    Text,
+    /// An integer that is 0 or 1.
+    Flag,
+    /// A number that is finite.
+    Number,
+    /// A count, or one for each layer.
+    Count,
+    Integers,
+    /// Numbers that are finite.
+    Numbers,
+    Texts,
+}
+
+impl Kind {
+    fn fits(self, value: &GgufValue) -> bool {
+        match (self, value) {
+            (Self::Text, GgufValue::Text(_))
+            | (Self::Texts, GgufValue::Texts(_))
+            | (Self::Integers, GgufValue::Integers(_)) => true,
+            (Self::Flag, GgufValue::Integer(flag)) => matches!(flag, 0 | 1),
+            (Self::Number | Self::Count, GgufValue::Integer(number)) => *number >= 0,
+            (Self::Count, GgufValue::Integers(numbers)) => numbers.iter().all(|n| *n >= 0),
+            (Self::Number, GgufValue::Float(number)) => number.is_finite(),
+            (Self::Numbers, GgufValue::Floats(numbers)) => numbers.iter().all(|n| n.is_finite()),
+            // A list of nothing is of any kind.
+            (Self::Texts | Self::Numbers, GgufValue::Integers(list)) => list.is_empty(),
+            _ => false,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Text => "a text",
+            Self::Flag => "a flag",
+            Self::Number => "a finite number",
+            Self::Count => "a count",
+            Self::Integers => "a list of integers",
+            Self::Numbers => "a list of finite numbers",
+            Self::Texts => "a list of texts",
+        }
+    }
+}
+
 impl<'a> Keys<'a> {
+    /// Refuses keys that are there and are not what they have to be: no default may take their place.
+    pub(super) fn check(&self, kinds: &[(&str, Kind)]) -> Result<(), String> {
+        for (key, kind) in kinds {
+            if self.get(key).is_some_and(|value| !kind.fits(value)) {
+                return Err(format!("its {} is not {}", self.name(key), kind.name()));
+            }
+        }
+        Ok(())
+    }
+
     pub(super) fn new(metadata: &'a BTreeMap<String, GgufValue>) -> Self {
         let mut keys = Self {
             metadata,

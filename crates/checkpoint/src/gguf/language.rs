@@ -6,7 +6,7 @@ use std::f64::consts::PI;
 use burn::tensor::DType;
 use serde_json::{Map, Value, json};
 
-use super::keys::Keys;
+use super::keys::{Keys, Kind};
 use super::names::LANGUAGE;
 use super::{Gguf, Refused};
 use crate::arranged::Arranged;
@@ -21,8 +21,7 @@ const LLAMA3: (f64, f64, f64) = (1.0, 4.0, 8192.0);
 const CLOSE: f64 = 1e-4;
 
 /// Keys that change what a model computes in a way that is not known here, and what does not.
-const UNKNOWN: [(&str, f64); 8] = [
-    (".expert_count", 0.0),
+const UNKNOWN: [(&str, f64); 7] = [
     (".logit_scale", 1.0),
     (".residual_scale", 1.0),
     (".embedding_scale", 1.0),
@@ -30,6 +29,26 @@ const UNKNOWN: [(&str, f64); 8] = [
     (".attn_logit_softcapping", 0.0),
     (".final_logit_softcapping", 0.0),
     (".rope.scaling.attn_factor", 1.0),
+];
+
+/// What keys have to be that have a default, or that are seldom there.
+const KINDS: [(&str, Kind); 16] = [
+    (".attention.layer_norm_rms_epsilon", Kind::Number),
+    (".attention.causal", Kind::Flag),
+    (".rope.freq_base", Kind::Number),
+    (".rope.scaling.type", Kind::Text),
+    (".rope.scaling.factor", Kind::Number),
+    (".rope.scale_linear", Kind::Number),
+    (".rope.dimension_sections", Kind::Integers),
+    (".n_deepstack_layers", Kind::Count),
+    ("tokenizer.chat_template", Kind::Text),
+    (".expert_count", Kind::Count),
+    (".logit_scale", Kind::Number),
+    (".residual_scale", Kind::Number),
+    (".embedding_scale", Kind::Number),
+    (".attention.scale", Kind::Number),
+    (".attn_logit_softcapping", Kind::Number),
+    (".final_logit_softcapping", Kind::Number),
 ];
 
 /// Architectures that are read.
@@ -71,6 +90,16 @@ impl<'a> Language<'a> {
                 ));
             }
         };
+        keys.check(&KINDS)?;
+        if keys
+            .count(".expert_count")?
+            .is_some_and(|experts| experts > 0)
+        {
+            return Err("it is a mixture of experts, which is not supported".into());
+        }
+        if keys.flag(".attention.causal") == Some(false) {
+            return Err("its attention is not causal, which is not supported".into());
+        }
         for (key, harmless) in UNKNOWN {
             if let Some(number) = keys.number(key).filter(|number| *number != harmless) {
                 return Err(format!(
@@ -108,7 +137,11 @@ impl<'a> Language<'a> {
             keys.needed(".attention.head_count")?,
         );
         let length = keys.count(".attention.key_length")?;
-        let head_dim = length.or_else(|| hidden.checked_div(heads));
+        let divided = hidden.checked_div(heads);
+        if self.architecture == Architecture::Qwen2Vl && length.is_some() && length != divided {
+            return Err("qwen2vl.attention.key_length is not what its heads are wide".into());
+        }
+        let head_dim = length.or(divided);
         let head_dim = head_dim.ok_or("it has no heads of attention")?;
         for key in [".attention.value_length", ".rope.dimension_count"] {
             if let Some(other) = keys.count(key)?.filter(|other| *other != head_dim) {
@@ -131,6 +164,8 @@ impl<'a> Language<'a> {
         let head_dim = self.head_dim()?;
         let sections = keys.integers(".rope.dimension_sections");
         let sections = sections.and_then(|all| all.get(..3));
+        let epsilon = keys.number(".attention.layer_norm_rms_epsilon");
+        let epsilon = epsilon.ok_or("it does not say attention.layer_norm_rms_epsilon")?;
         let window = keys
             .count(".attention.sliding_window")?
             .filter(|rows| *rows > 0);
@@ -150,7 +185,7 @@ impl<'a> Language<'a> {
             "num_attention_heads": heads,
             "num_key_value_heads": keys.count(".attention.head_count_kv")?.unwrap_or(heads),
             "max_position_embeddings": keys.needed(".context_length")?,
-            "rms_norm_eps": keys.number(".attention.layer_norm_rms_epsilon").unwrap_or(1e-5),
+            "rms_norm_eps": epsilon,
             "rope_theta": keys.number(".rope.freq_base").unwrap_or(10_000.0),
             "hidden_act": "silu",
             "vocab_size": vocab_size,
@@ -219,20 +254,42 @@ impl<'a> Language<'a> {
     fn scaling(&self, head_dim: usize) -> Result<Option<Value>, Refused> {
         let keys = self.keys;
         let factor = keys.number(".rope.scaling.factor");
-        let kind = keys.text(".rope.scaling.type").unwrap_or("none");
-        if kind != "none" && !(kind == "linear" && factor.is_none_or(|factor| factor == 1.0)) {
-            // Whether it is supported, the family says.
-            return Ok(Some(json!({ "rope_type": kind, "factor": factor })));
+        let factor = factor.or(keys.number(".rope.scale_linear"));
+        let factor = factor.filter(|factor| *factor != 0.0 && *factor != 1.0);
+        // As llama.cpp has it, a factor without a type is linear.
+        let kind = keys.text(".rope.scaling.type").unwrap_or("linear");
+        let divisors = match self.file.tensors.info(ROPE_FREQS).is_some() {
+            true => {
+                let read = self
+                    .file
+                    .tensors
+                    .read(ROPE_FREQS, DType::F32, Layout::AsStored);
+                let divisors = read.map_err(|error| error.to_string())?;
+                divisors.into_vec::<f32>().unwrap_or_default()
+            }
+            false => Vec::new(),
+        };
+        let has_divisors = divisors.iter().any(|divisor| *divisor != 1.0);
+        let linear = match (kind, factor) {
+            ("none", _) | ("linear", None) => None,
+            ("linear", Some(factor)) if !has_divisors && !self.is_qwen_vl() => Some(factor),
+            _ => {
+                return Err(format!(
+                    "its positions are scaled by the rule {kind:?} (rope.scaling), which is not supported{}",
+                    if has_divisors {
+                        " beside rope_freqs"
+                    } else {
+                        ""
+                    }
+                ));
+            }
+        };
+        if let Some(factor) = linear {
+            return Ok(Some(json!({ "rope_type": "linear", "factor": factor })));
         }
-        if self.file.tensors.info(ROPE_FREQS).is_none() {
+        if !has_divisors {
             return Ok(None);
         }
-        let read = self
-            .file
-            .tensors
-            .read(ROPE_FREQS, DType::F32, Layout::AsStored);
-        let divisors = read.map_err(|error| error.to_string())?;
-        let divisors = divisors.as_slice::<f32>().unwrap_or(&[]);
         let theta = keys.number(".rope.freq_base").unwrap_or(10_000.0);
         let fits = |factor: &f64| {
             let expected = llama3_divisors(theta, head_dim, *factor);
@@ -279,12 +336,17 @@ impl<'a> Language<'a> {
                     None => path.replacen("lm_head", head, 1),
                 },
                 // It is reported with all that does not fit.
-                None => name,
+                None => unknown(&name),
             };
             renamed.insert(path, info);
         }
         Ok(renamed)
     }
+}
+
+/// What a tensor is called that no table knows: like none of Hugging Face.
+pub(super) fn unknown(name: &str) -> String {
+    format!("{name} (GGUF)")
 }
 
 /// What Llama 3.1 divides each frequency by (transformers, `_compute_llama3_parameters`).

@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Value, json};
 
-use super::keys::{Keys, decimal};
-use super::language::{Architecture, Language};
+use super::keys::{self, Keys, decimal};
+use super::language::{Architecture, Language, unknown};
 use super::names::{LLAVA, QWEN2, QWEN2_5, QWEN3};
 use super::{Gguf, Refused};
 use crate::arranged::Arranged;
@@ -18,6 +18,27 @@ const QWEN3_PIXELS: [usize; 2] = [65_536, 16_777_216];
 const QWEN3_VIDEO_PIXELS: [usize; 2] = [4096, 25_165_824];
 /// Side of a window of Qwen2.5-VL, in pixels.
 const WINDOW: usize = 112;
+
+/// What keys have to be that have a default, or that are seldom there.
+const KINDS: [(&str, keys::Kind); 12] = [
+    ("clip.has_vision_encoder", keys::Kind::Flag),
+    ("clip.projector_type", keys::Kind::Text),
+    ("clip.vision.projector_type", keys::Kind::Text),
+    ("clip.use_gelu", keys::Kind::Flag),
+    ("clip.use_silu", keys::Kind::Flag),
+    ("clip.vision.feature_layer", keys::Kind::Integers),
+    ("clip.vision.image_grid_pinpoints", keys::Kind::Integers),
+    ("clip.vision.mm_patch_merge_type", keys::Kind::Text),
+    (
+        "clip.vision.attention.layer_norm_epsilon",
+        keys::Kind::Number,
+    ),
+    ("clip.vision.image_mean", keys::Kind::Numbers),
+    ("clip.vision.image_std", keys::Kind::Numbers),
+    ("clip.vision.n_wa_pattern", keys::Kind::Count),
+];
+/// That of all Qwen towers.
+const QWEN_EPSILON: f64 = 1e-6;
 
 /// Towers that are read, with the projector or merger behind them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,6 +67,7 @@ impl<'a> Tower<'a> {
                 keys.architecture
             ));
         }
+        keys.check(&KINDS)?;
         if keys.flag("clip.has_vision_encoder") == Some(false) {
             return Err("it has no vision tower".into());
         }
@@ -86,6 +108,19 @@ impl<'a> Tower<'a> {
                 );
             }
         }
+        let epsilon = keys.number("clip.vision.attention.layer_norm_epsilon");
+        let is_other = |epsilon: &f64| (epsilon - QWEN_EPSILON).abs() > QWEN_EPSILON / 1e3;
+        if let Some(epsilon) = epsilon.filter(|epsilon| !tower.is_llava() && is_other(epsilon)) {
+            return Err(format!(
+                "its clip.vision.attention.layer_norm_epsilon is {epsilon}, and that of Qwen towers {QWEN_EPSILON}"
+            ));
+        }
+        let (blocks, said) = (tower.blocks()?, keys.needed("clip.vision.block_count")?);
+        if blocks != said {
+            return Err(format!(
+                "it has {blocks} blocks, and says that there are {said}"
+            ));
+        }
         Ok(tower)
     }
 
@@ -111,6 +146,10 @@ impl<'a> Tower<'a> {
         };
         let made = self.shape("mm.2.weight")?.first().copied();
         let wanted = language.keys.needed(".embedding_length")?;
+        let deepstack = language.keys.count(".n_deepstack_layers")?;
+        if deepstack.is_some_and(|layers| layers != self.indices("v.deepstack.").len()) {
+            return Err("it has not as many deepstack layers as the language model takes".into());
+        }
         if let Some(made) = made.filter(|made| fits && *made != wanted) {
             return Err(format!(
                 "it makes visual tokens of {made} features, and the language model has {wanted}: give the mmproj file \
@@ -256,7 +295,8 @@ impl<'a> Tower<'a> {
         if self.kind == Kind::Qwen2_5 {
             let pattern = keys.needed("clip.vision.n_wa_pattern")?;
             let whole: Vec<usize> = (1..=blocks)
-                .filter(|block| pattern > 0 && block.is_multiple_of(pattern))
+                // As llama.cpp has it, no pattern is no window.
+                .filter(|block| pattern == 0 || block.is_multiple_of(pattern))
                 .map(|block| block - 1)
                 .collect();
             vision["fullatt_block_indexes"] = json!(whole);
@@ -408,7 +448,7 @@ impl<'a> Tower<'a> {
                 called = format!("v.deepstack.{at}.{rest}");
             }
             let path = tables.iter().find_map(|table| table.module_path(&called));
-            renamed.insert(path.unwrap_or(name), info);
+            renamed.insert(path.unwrap_or_else(|| unknown(&name)), info);
         }
         Ok(renamed)
     }

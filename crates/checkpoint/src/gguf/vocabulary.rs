@@ -8,7 +8,7 @@ use std::collections::HashSet;
 use serde_json::{Map, Value, json};
 
 use super::Refused;
-use super::keys::Keys;
+use super::keys::{Keys, Kind};
 
 /// What llama.cpp calls kinds of tokens (`llama_token_type`).
 const NORMAL: i64 = 1;
@@ -17,15 +17,35 @@ const CONTROL: i64 = 3;
 const USER_DEFINED: i64 = 4;
 const UNUSED: i64 = 5;
 
-/// Tokens that end a turn or a text whatever the file says, as llama.cpp has them (`special_eog_ids`).
-const ENDS: [&str; 6] = [
+/// Tokens that end a turn or a text whatever the file says of them, as llama.cpp has them (`special_eog_ids`).
+const ENDS: [&str; 24] = [
     "<|eot_id|>",
-    "<|eom_id|>",
     "<|im_end|>",
     "<|end|>",
-    "<|endoftext|>",
+    "<|return|>",
+    "<|call|>",
+    "<|flush|>",
+    "<|calls|>",
     "<end_of_turn>",
+    "<|endoftext|>",
+    "</s>",
+    "<|eom_id|>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "[EOS]",
+    "<|end_of_text|>",
+    "<end_of_utterance>",
+    "<eos>",
+    "<turn|>",
+    "<|tool_response>",
+    "<｜end▁of▁sentence｜>",
+    "<|fim_pad|>",
+    "<|repo_name|>",
+    "<|file_sep|>",
 ];
+/// What llama.cpp takes these tokens for in a vocabulary of pieces that does not say it.
+const PIECES: [(&str, usize); 3] = [("bos", 1), ("eos", 2), ("unknown", 0)];
 
 /// Tokens that become `<image>` before others where a vocabulary has none: they stand for nothing that a text
 /// holds.
@@ -35,8 +55,19 @@ const SPARE: [&str; 4] = [
     "<repo_name>",
     "<unk>",
 ];
-/// Numbers that a file names tokens by.
-const NAMED: [&str; 6] = ["bos", "eos", "eot", "eom", "padding", "unknown"];
+/// Numbers that a file names tokens by that a text or an answer needs.
+const NAMED: [&str; 4] = ["bos", "eos", "eot", "eom"];
+
+/// What keys have to be that have a default.
+const KINDS: [(&str, Kind); 7] = [
+    ("tokenizer.ggml.pre", Kind::Text),
+    ("tokenizer.ggml.token_type", Kind::Integers),
+    ("tokenizer.ggml.scores", Kind::Numbers),
+    ("tokenizer.ggml.merges", Kind::Texts),
+    ("tokenizer.ggml.add_bos_token", Kind::Flag),
+    ("tokenizer.ggml.add_eos_token", Kind::Flag),
+    ("tokenizer.ggml.add_space_prefix", Kind::Flag),
+];
 
 /// A file's vocabulary.
 pub(super) struct Vocabulary<'a> {
@@ -64,6 +95,11 @@ impl<'a> Vocabulary<'a> {
         let tokens = keys.texts("tokenizer.ggml.tokens");
         let tokens = tokens.ok_or("it has no tokenizer.ggml.tokens")?;
         let tokens: Vec<&str> = tokens.iter().map(String::as_str).collect();
+        for key in ["bos", "eos", "eot", "eom", "padding", "unknown"] {
+            let key = format!("tokenizer.ggml.{key}_token_id");
+            keys.check(&[(key.as_str(), Kind::Count)])?;
+        }
+        keys.check(&KINDS)?;
         let kinds = keys.integers("tokenizer.ggml.token_type").unwrap_or(&[]);
         if !kinds.is_empty() && kinds.len() != tokens.len() {
             return Err("its tokenizer.ggml.token_type is not as long as its tokens".into());
@@ -98,7 +134,8 @@ impl<'a> Vocabulary<'a> {
             named.contains(id) || ENDS.contains(&text) || template.contains(text)
         };
         let free = || (0..self.tokens.len()).filter(|id| !is_needed(id));
-        let known = SPARE.iter().find_map(|text| self.id(text));
+        let known = SPARE.iter().filter_map(|text| self.id(text));
+        let known = { known }.find(|id| !is_needed(id));
         let spare = || {
             [CONTROL, UNUSED]
                 .into_iter()
@@ -122,8 +159,11 @@ impl<'a> Vocabulary<'a> {
 
     /// A token that the file names by its number.
     fn named(&self, key: &str) -> Option<(usize, &'a str)> {
-        let id = self.keys.count(&format!("tokenizer.ggml.{key}_token_id"));
-        let id = id.ok()??;
+        let said = self.keys.count(&format!("tokenizer.ggml.{key}_token_id"));
+        let usual = PIECES
+            .iter()
+            .find(|(usual, _)| self.is_pieces && *usual == key);
+        let id = said.ok()?.or(usual.map(|(_, id)| *id))?;
         // That of a picture is no longer what it was.
         Some((id, *self.tokens.get(id)?)).filter(|_| self.renamed != Some(id))
     }
@@ -135,7 +175,7 @@ impl<'a> Vocabulary<'a> {
             .filter_map(|key| self.named(key));
         let mut ends: Vec<usize> = named.map(|(id, _)| id).collect();
         for id in ENDS.iter().filter_map(|text| self.id(text)) {
-            if self.kind(id) == CONTROL && !ends.contains(&id) {
+            if matches!(self.kind(id), CONTROL | USER_DEFINED) && !ends.contains(&id) {
                 ends.push(id);
             }
         }

@@ -193,12 +193,19 @@ impl<'a> Source<'a> {
             let next = self.found.range(prefix.clone()..).next();
             next.is_some_and(|(name, _)| name.starts_with(&prefix))
         };
+        let layers = (0..MAX_LAYERS).take_while(is_there).count();
+        if let Some(lost) = (layers..MAX_LAYERS).find(is_there) {
+            return self.refuse(format!("it has layer {lost} and not layer {layers}"));
+        }
+        if layers == 0 {
+            return self.refuse("it has no layers".into());
+        }
         Ok(Sizes {
             hidden,
             inner: gated.or(rows("mlp.fc1.weight")).unwrap_or(0),
             patch,
             positions,
-            layers: (0..MAX_LAYERS).take_while(is_there).count(),
+            layers,
             is_swiglu: gated.is_some(),
             has_bias: rows("attention.attention.query.bias")
                 .or(rows("attention.qkv.bias"))
@@ -325,7 +332,10 @@ impl<'a> Source<'a> {
             "image_size": grid * sizes.patch,
             "patch_size": sizes.patch,
             "layer_norm_eps": said("layer_norm_eps").unwrap_or(self.naming.layer_norm_eps.into()),
-            "hidden_act": said("hidden_act").unwrap_or(self.activation().into()),
+            "hidden_act": match said("hidden_act") {
+                Some(said) => said,
+                None => self.activation()?.into(),
+            },
         });
         if self.naming.model_type != "dinov2" {
             config["intermediate_size"] = sizes.inner.into();
@@ -356,18 +366,27 @@ impl<'a> Source<'a> {
         Ok(config)
     }
 
-    /// The activation of the MLPs: what nodes there do.
-    fn activation(&self) -> &'static str {
+    /// The activation of the MLPs: what nodes there do. A folder that does not say it means the usual one.
+    fn activation(&self) -> Result<&'static str, ConvertError> {
         let does = |op: &str| {
             let mut nodes = self.nodes.iter();
             nodes.any(|node| node.op == op && node.scope.contains("mlp"))
         };
-        match () {
+        let is_gated = self
+            .found
+            .keys()
+            .any(|name| name.ends_with("mlp.weights_in.weight"));
+        Ok(match () {
             () if does("Tanh") => "gelu_pytorch_tanh",
             () if does("Erf") || does("Gelu") => "gelu",
             () if does("Sigmoid") && self.naming.model_type != "dinov2" => "quick_gelu",
-            () => self.naming.hidden_act,
-        }
+            () if self.nodes.is_empty() || does("Sigmoid") && is_gated => self.naming.hidden_act,
+            () => {
+                return self.refuse(
+                    "the activation of its MLPs is none of GELU, its approximation by tanh or by a sigmoid".into(),
+                );
+            }
+        })
     }
 
     /// How many heads attention has. Nodes there have the number or the width of heads to reshape by, and one of
@@ -398,6 +417,11 @@ impl<'a> Source<'a> {
             .collect();
         match widths.as_slice() {
             [width] => Ok(hidden / width),
+            _ if self.nodes.iter().any(|node| node.op.contains("Attention")) => self.refuse(
+                "its attention is one node, whose heads are not read; give the folder of the checkpoint that it was \
+                 exported from"
+                    .into(),
+            ),
             _ if hidden.is_multiple_of(64) => Ok(hidden / 64),
             _ => self.refuse(format!(
                 "nothing says how many heads its attention of width {hidden} has; give the folder of the \

@@ -9,9 +9,12 @@ use jiff::tz::TimeZone;
 use jiff::{Timestamp, ZonedDateTime};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Rest, ValueKind};
-use minijinja::{Environment, Error, ErrorKind, State, Value, filters};
+use minijinja::{Environment, Error, ErrorKind, State, Value, escape_formatter, filters};
 
 use super::{FUEL, MAX_OUTPUT, json};
+
+/// Lists in lists that are written; each takes some of the stack.
+const MAX_DEPTH: usize = 128;
 
 /// An environment without templates.
 pub(super) fn environment() -> Result<Environment<'static>, Error> {
@@ -28,6 +31,10 @@ pub(super) fn environment() -> Result<Environment<'static>, Error> {
     // Python's takes its items one by one.
     environment.add_function("cycler", |items: Rest<Value>| {
         minijinja_contrib::globals::cycler(items.0)
+    });
+    environment.set_formatter(|out, state, value| {
+        bounded(value)?;
+        escape_formatter(out, state, value)
     });
     environment.add_filter("string", string);
     environment.add_filter("join", join);
@@ -85,27 +92,30 @@ fn sum(
 
 /// Whether a value is no longer than a prompt may be when it is written, without writing it.
 fn bounded(value: &Value) -> Result<(), Error> {
-    fn take(value: &Value, left: &mut usize) -> Option<()> {
+    fn take(value: &Value, left: &mut usize, depth: usize) -> Option<()> {
+        let depth = depth.checked_sub(1)?;
         let length = value.as_str().map_or(1, |text| text.len().max(1));
         *left = left.checked_sub(length)?;
         if value.kind() == ValueKind::Map {
             for key in value.try_iter().into_iter().flatten() {
-                take(&key, left)?;
-                take(&value.get_item(&key).unwrap_or_default(), left)?;
+                take(&key, left, depth)?;
+                take(&value.get_item(&key).unwrap_or_default(), left, depth)?;
             }
         } else if value.as_str().is_none() {
             for item in value.try_iter().into_iter().flatten() {
-                take(&item, left)?;
+                take(&item, left, depth)?;
             }
         }
         Some(())
     }
     let mut left = MAX_OUTPUT;
-    match take(value, &mut left) {
+    match take(value, &mut left, MAX_DEPTH) {
         Some(()) => Ok(()),
         None => Err(Error::new(
             ErrorKind::InvalidOperation,
-            format!("a text is longer than {MAX_OUTPUT} bytes"),
+            format!(
+                "a text is longer than {MAX_OUTPUT} bytes, or lists lie in lists {MAX_DEPTH} deep"
+            ),
         )),
     }
 }
@@ -151,6 +161,18 @@ fn unknown(error: jiff::Error) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Found by a template that a file of half a megabyte had: written, they took the whole stack.
+    #[test]
+    fn lists_too_deep_are_refused_and_not_written() {
+        let environment = environment().expect("it is set up");
+        let nest = "{% set n = namespace(s=[1]) %}{% for i in range(9000) %}{% set n.s = [n.s] %}{% endfor %}";
+        for end in ["{{ n.s }}", "{{ n.s|string }}", "{{ n.s|join }}"] {
+            let rendered = environment.render_str(&format!("{nest}{end}"), ());
+            let error = rendered.expect_err(end).to_string();
+            assert!(error.contains("lists lie in lists"), "{error}");
+        }
+    }
 
     #[test]
     fn bounded_filters_are_the_engine_s() {

@@ -10,6 +10,8 @@ const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{
 
 /// Names that llama.cpp has for rules (`tokenizer.ggml.pre`).
 const AS_LLAMA3: [&str; 4] = ["llama-bpe", "llama3", "llama-v3", "smaug-bpe"];
+/// The only one of these that is not Llama's own.
+const SMAUG: &str = "smaug-bpe";
 const AS_QWEN2: [&str; 2] = ["qwen2", "deepseek-r1-qwen"];
 const AS_GPT2: [&str; 2] = ["gpt-2", "phi-2"];
 const AS_SMOLLM: [&str; 4] = ["smollm", "refact", "command-r", "starcoder"];
@@ -24,8 +26,9 @@ impl Vocabulary<'_> {
         self.keys.text("tokenizer.ggml.pre").unwrap_or(missing)
     }
 
+    /// Texts begin with a token then, and words that are tokens are not taken apart.
     pub(super) fn is_llama3(&self) -> bool {
-        !self.is_pieces && AS_LLAMA3.contains(&self.rule())
+        !self.is_pieces && AS_LLAMA3.contains(&self.rule()) && self.rule() != SMAUG
     }
 
     /// As transformers writes byte-level tokenizers.

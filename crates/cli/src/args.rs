@@ -386,7 +386,7 @@ pub struct ConvertArgs {
     /// Side of the images of an assembled model, in pixels, if its tower takes any: 16 patches.
     #[arg(long, value_name = "N", requires = "assemble", value_parser = one_or_more)]
     pub image_size: Option<usize>,
-    /// Special token of the decoder without a use of its own, which becomes <image>.
+    /// Special token of the decoder without a use of its own, which becomes `<image>`.
     #[arg(long, value_name = "TOKEN", requires = "assemble")]
     pub image_token: Option<String>,
     /// What the projector is drawn by.

@@ -94,8 +94,9 @@ impl<'a> Tower<'a> {
             width: keys.needed("clip.vision.embedding_length")?,
         };
         if tower.is_llava() {
-            if has("v.image_newline") || keys.integers("clip.vision.image_grid_pinpoints").is_some()
-            {
+            let unpads = keys.text("clip.vision.mm_patch_merge_type") == Some("spatial_unpad");
+            let has_tiles = keys.integers("clip.vision.image_grid_pinpoints").is_some();
+            if unpads || has_tiles || has("v.image_newline") {
                 return Err(
                     "it is of LLaVA-NeXT (1.6), whose pictures are cut into tiles, which is not \
                             supported; nearest is LLaVA-1.5"
@@ -144,25 +145,25 @@ impl<'a> Tower<'a> {
             Architecture::Qwen2Vl => matches!(self.kind, Kind::Qwen2 | Kind::Qwen2_5),
             Architecture::Qwen3Vl => self.kind == Kind::Qwen3,
         };
+        if !fits {
+            return Err(format!(
+                "its projector is of another model than the language model, which is of {}: give the mmproj \
+                 file that was published with it",
+                language.keys.architecture
+            ));
+        }
         let made = self.shape("mm.2.weight")?.first().copied();
         let wanted = language.keys.needed(".embedding_length")?;
-        let deepstack = language.keys.count(".n_deepstack_layers")?;
-        if deepstack.is_some_and(|layers| layers != self.indices("v.deepstack.").len()) {
-            return Err("it has not as many deepstack layers as the language model takes".into());
-        }
-        if let Some(made) = made.filter(|made| fits && *made != wanted) {
+        if let Some(made) = made.filter(|made| *made != wanted) {
             return Err(format!(
                 "it makes visual tokens of {made} features, and the language model has {wanted}: give the mmproj file \
                  that was published with it"
             ));
         }
-        match fits {
-            true => Ok(()),
-            false => Err(format!(
-                "its projector is of another model than the language model, which is of {}: give the mmproj \
-                 file that was published with it",
-                language.keys.architecture
-            )),
+        let deepstack = language.keys.count(".n_deepstack_layers")?;
+        match deepstack.is_some_and(|layers| layers != self.indices("v.deepstack.").len()) {
+            true => Err("it has not as many deepstack layers as the language model takes".into()),
+            false => Ok(()),
         }
     }
 

@@ -4,8 +4,9 @@
 
 mod targets;
 
+use std::io::Write;
 use std::sync::LazyLock;
-use std::{env, process};
+use std::{env, io, process};
 
 use libfuzzer_sys::{Corpus, fuzz_target};
 use peak_alloc::PeakAlloc;
@@ -26,7 +27,7 @@ static TARGET: LazyLock<Target> = LazyLock::new(|| {
     found.map_or_else(
         || {
             let names = TARGETS.map(|(name, _)| name).join(", ");
-            eprintln!("REROUTE_FUZZ is {name:?}, not one of {names}");
+            let _ = writeln!(io::stderr(), "REROUTE_FUZZ is {name:?}, not one of {names}");
             process::exit(2)
         },
         |(_, target)| target,

@@ -421,6 +421,17 @@ fn files_beside_count_for_more() {
     assert!(error.to_string().contains("<image>"), "{error}");
 }
 
+/// What is taken from a model, what is added to it or to its tower, and what is said of that.
+type Refusal<'a> = (
+    &'a str,
+    &'a [&'a str],
+    &'a [(&'a str, Stored)],
+    bool,
+    &'a str,
+);
+/// Kind of a value, and the value.
+type Stored = (u32, Vec<u8>);
+
 /// A file with further keys, and old ones that nobody knows any more.
 fn with_keys(path: &str, lost: &[&str], keys: &[(&str, u32, Vec<u8>)]) -> Vec<u8> {
     /// Behind magic, version and number of tensors: the number of keys, then the keys.
@@ -465,7 +476,7 @@ fn what_a_file_says_is_heard_or_refused() {
         let length = (text.len() as u64).to_le_bytes();
         (8_u32, [&length[..], text.as_bytes()].concat())
     };
-    let pair = |name: &str, lost: &[&str], keys: &[(&str, (u32, Vec<u8>))], of_tower: bool| {
+    let pair = |name: &str, lost: &[&str], keys: &[(&str, Stored)], of_tower: bool| {
         let [language, tower] = files(name);
         let keys: Vec<_> = { keys.iter() }
             .map(|(key, (kind, value))| (*key, *kind, value.clone()))
@@ -497,7 +508,7 @@ fn what_a_file_says_is_heard_or_refused() {
     let base = "llama.rope.freq_base";
     let epsilon = "llama.attention.layer_norm_rms_epsilon";
     let scaled = ("qwen2vl.rope.scaling.factor", float(4.0));
-    let refusals: [(&str, &[&str], &[(&str, (u32, Vec<u8>))], bool, &str); 11] = [
+    let refusals: [Refusal; 11] = [
         (
             "llava",
             &[],

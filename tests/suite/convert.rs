@@ -17,7 +17,7 @@ use reroute_convert::{ConvertError, Form, Job, Plan, Report};
 use reroute_zoo::FamilyModel;
 use reroute_zoo::ModelConfig;
 use safetensors::SafeTensors;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::golden::fixture;
 use crate::program::{Scratch, f32s, i64s, refuses, report, safetensors};
@@ -504,4 +504,32 @@ fn damaged_burnpack_files_are_refused_with_advice() {
     refuses(&flags, &["model.bpk", "not a Burnpack file", "convert"]);
     to.remove("model.bpk");
     refuses(&flags, &["none of model.bpk"]);
+}
+
+/// Nothing could open what they would become.
+#[test]
+fn what_nothing_opens_is_not_converted() {
+    for (file, pointer, value, expected) in [
+        (
+            "config.json",
+            "/model_type",
+            json!("llava_next"),
+            "llava_next",
+        ),
+        (
+            "config.json",
+            "/quantization_config",
+            json!({"quant_method": "bitsandbytes"}),
+            "bitsandbytes",
+        ),
+    ] {
+        let folder = Scratch::checkpoint();
+        folder.set(file, pointer, value);
+        let to = folder.at("to");
+        refuses(
+            &["convert", "--from", &folder.path(), "--to", &to],
+            &[expected],
+        );
+        assert!(!std::path::Path::new(&to).exists());
+    }
 }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use reroute_checkpoint::Dtype;
 use reroute_convert::{Assembly, Form, Job, Phase, Plan, Progress, Report};
+use reroute_zoo::{ModelConfig, ZooError};
 
 use crate::args::{self, Assemble, ConvertArgs, ConvertForm};
 use crate::hub;
@@ -50,6 +51,9 @@ pub fn run(args: &ConvertArgs, out: &mut dyn Write) -> Result<()> {
         clamp: args.clamp,
         max_shard_bytes: args.max_shard_bytes,
     })?;
+    if let Some(from) = &args.from {
+        check_family(args, from)?;
+    }
     let mut text = String::new();
     let _ = match args.dry_run {
         true => list(&mut text, &plan),
@@ -64,6 +68,20 @@ pub fn run(args: &ConvertArgs, out: &mut dyn Write) -> Result<()> {
         let _ = writeln!(text, "left out, for it is too large: {}", path.display());
     }
     Ok(out.write_all(text.as_bytes())?)
+}
+
+/// Refuses what nothing could open afterwards: a model of a family that is not known, by its name. A language model
+/// alone becomes a part of one, and LLaVA as its authors published it another.
+fn check_family(args: &ConvertArgs, from: &Path) -> Result<()> {
+    if args.vision_tower.is_some() || args.allow_pickle {
+        return Ok(());
+    }
+    let folder = hub::folder(from, args.mmproj.as_deref())?;
+    match ModelConfig::open(&folder) {
+        Err(ZooError::UnknownFamily { found, .. }) if found.is_empty() => Ok(()),
+        Err(error @ ZooError::UnknownFamily { .. }) => Err(error.into()),
+        _ => Ok(()),
+    }
 }
 
 /// What would be written.

@@ -9,6 +9,19 @@ use reroute_checkpoint::{CheckpointError, Dtype, LayoutError};
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConvertError {
+    /// The weights are quantised in a way that is not read.
+    #[error(
+        "{} is quantised by {how}, whose weights are not read, so that nothing could open what it became; convert the \
+         checkpoint that it was made from",
+        path.display()
+    )]
+    Quantised {
+        /// The folder.
+        path: PathBuf,
+        /// What config.json calls it.
+        how: String,
+    },
+
     /// The source is no checkpoint that can be read.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),

@@ -146,6 +146,14 @@ impl Plan {
             None => open(job, &folder)?,
         };
         let dtype = job.dtype.or(dtype);
+        if let Some(how) = config["quantization_config"]["quant_method"].as_str()
+            && !tensors.iter().any(|source| source.is_widened)
+        {
+            return Err(ConvertError::Quantised {
+                path: job.from.clone(),
+                how: how.to_owned(),
+            });
+        }
         // What a weight of fewer bits is, where nobody asks for another type.
         let said = dtype_of(&config);
         let mut companions = Companions::default();

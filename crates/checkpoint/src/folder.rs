@@ -130,7 +130,7 @@ impl Folder {
         self.find(is_weights_file).is_some()
     }
 
-    /// The same, but that a GGUF file in it is a file like others.
+    /// Opens a folder on disk as [`open`](Self::open) does, but for GGUF: such a file is one like others.
     pub fn on_disk(path: &Path) -> Result<Self, CheckpointError> {
         let mut given = path.to_path_buf();
         let mut root = canonical(&given)?;

@@ -10,6 +10,9 @@
 //!    then streams tensor after tensor into the module.
 //! 5. [`read_adapter`], [`write_adapter`]: low-rank adapters in folders of their own, as PEFT keeps them.
 //!
+//! Files of others become what these know: [`Gguf`] pairs are shown as the [`Folder`] that they would be on Hugging
+//! Face, [`Onnx`] says which tensors of a graph are where.
+//!
 //! Weights lie in safetensors files, or in one Burnpack file. safetensors are read: a file that
 //! changes underneath is an error, and while loading, memory holds the parameters loaded so far plus
 //! one block of file bytes. A Burnpack file is mapped by `burn-store`: parameters that it has in the

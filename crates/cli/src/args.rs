@@ -340,6 +340,10 @@ pub struct PresetsArgs {
     /// The vision tower that goes with a language model in GGUF, where it is not the only one beside it.
     #[arg(long, value_name = "FILE.gguf", requires = "model")]
     pub mmproj: Option<PathBuf>,
+    /// Folder of a low-rank adapter; may be given several times. What routing costs is counted without, as
+    /// published; one that does not fit the model is refused.
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Vec<PathBuf>,
     /// Visual tokens of the prompt; those of one image otherwise.
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub visual_tokens: Option<u32>,

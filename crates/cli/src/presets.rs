@@ -1,25 +1,44 @@
 //! `reroute presets`: what every preset keeps and costs.
 
 use std::io::Write;
+use std::path::PathBuf;
 
 use anyhow::ensure;
 use reducers::presets::{self, Preset};
 use reducers::{Cost, Plan, ReducerError, Schedule, Support};
-use reroute_zoo::ModelConfig;
+use reroute_zoo::{Checkup, Folder, ModelConfig, OpenOptions, Part};
 use serde_json::{Value, json};
 
 use crate::args::PresetsArgs;
-use crate::{open, output};
+use crate::backend::{self, Backend};
+use crate::{hub, open, output};
+
+/// Whether adapters fit the model.
+fn check_adapters(adapters: &[PathBuf], folder: &Folder) -> anyhow::Result<()> {
+    if adapters.is_empty() {
+        return Ok(());
+    }
+    let adapters = adapters.iter().map(|path| hub::folder(path, None));
+    let options = OpenOptions {
+        adapters: adapters.collect::<Result<_, _>>()?,
+        ..OpenOptions::default()
+    };
+    let checkup = Checkup::of::<Backend>(folder, &options, &backend::device()?);
+    let mut problems = checkup.problems.into_iter();
+    match problems.find(|problem| problem.part == Part::Adapter) {
+        Some(problem) => Err(problem.error.into()),
+        None => Ok(()),
+    }
+}
 
 /// Runs the command.
 pub fn run(args: &PresetsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     if args.support {
         return Ok(write!(out, "{}", support_table())?);
     }
-    let config = ModelConfig::open(&open::folder(
-        args.model.as_deref(),
-        args.mmproj.as_deref(),
-    )?)?;
+    let folder = open::folder(args.model.as_deref(), args.mmproj.as_deref())?;
+    let config = ModelConfig::open(&folder)?;
+    check_adapters(&args.adapter, &folder)?;
     let shape = config.decoder().shape();
     let typical = config.typical_visual_tokens();
     let visual = args.visual_tokens.map_or(typical, |n| n as usize);

@@ -29,6 +29,14 @@ fn commands_answer_with_adapters() {
         "{plain} {one} {two}"
     );
     assert_eq!(answers(&[&both[..], &["--merge-adapter"]].concat()), two);
+    // Costs are counted without.
+    let presets = ["presets", "--json", "--model", &model];
+    assert_eq!(report(&[&presets[..], &both].concat()), report(&presets));
+    let other = path("adapters/qwen25vl");
+    refuses(
+        &[&presets[..], &["--adapter", &other]].concat(),
+        &["adapter"],
+    );
 
     let adapters = [first.as_str(), &second].map(|path| Folder::open(path).expect("a folder"));
     let options = OpenOptions {

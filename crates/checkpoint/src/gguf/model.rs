@@ -84,32 +84,28 @@ impl Folder {
         mmproj: Option<&Path>,
     ) -> Result<Self, CheckpointError> {
         let model = model.as_ref();
-        let (folder, name) = match model.is_dir() {
-            true => {
-                let folder = Self::on_disk(model)?;
-                let name = language_of(&folder)?;
-                (folder, name)
-            }
-            false => locate(model)?,
-        };
+        if model.is_dir() {
+            let folder = Self::on_disk(model)?;
+            let (language, towers) = sorted(&folder)?;
+            return match mmproj {
+                Some(mmproj) => with_tower(&language, mmproj),
+                None => present(&language, only(&folder, TOWERS, &towers)?),
+            };
+        }
+        let (folder, name) = locate(model)?;
         let language = open(&folder, name)?;
         if language.is_tower() {
             let reason =
                 "it is a vision tower: give the language model, and this as its mmproj file";
             return Err(language.file.refuse(reason.into()));
         }
-        match mmproj {
-            Some(mmproj) => {
-                let (other, name) = locate(mmproj)?;
-                let tower = open(&other, name)?;
-                present(&language, Some(&tower))
-            }
-            None => {
-                let mut towers = all(&folder)?;
-                towers.retain(Place::is_tower);
-                present(&language, only(&folder, TOWERS, &towers)?)
-            }
+        if let Some(mmproj) = mmproj {
+            return with_tower(&language, mmproj);
         }
+        // Other files beside it may be of kinds that are not read; nobody has asked for them.
+        let mut towers: Vec<_> = all(&folder).filter_map(Result::ok).collect();
+        towers.retain(Place::is_tower);
+        present(&language, only(&folder, TOWERS, &towers)?)
     }
 
     /// A language model alone, whatever tower lies beside it, as the folder that it would be on Hugging Face; a
@@ -143,27 +139,33 @@ impl Folder {
         if self.has_weights() || self.find(|name| name.ends_with(EXTENSION)).is_none() {
             return Ok(self);
         }
-        let language = open(&self, language_of(&self)?)?;
-        let mut towers = all(&self)?;
-        towers.retain(Place::is_tower);
+        let (language, towers) = sorted(&self)?;
         present(&language, only(&self, TOWERS, &towers)?)
     }
 }
 
-/// The only language model of a folder.
-fn language_of(folder: &Folder) -> Result<String, CheckpointError> {
-    let mut languages = all(folder)?;
-    if languages.is_empty() {
+/// The only language model of a folder, and its towers.
+fn sorted(folder: &Folder) -> Result<(Place<'_>, Vec<Place<'_>>), CheckpointError> {
+    let found = all(folder).collect::<Result<Vec<_>, _>>()?;
+    if found.is_empty() {
         return Err(CheckpointError::NoGguf {
             folder: folder.describe(),
         });
     }
-    languages.retain(|place| !place.is_tower());
-    let missing = || CheckpointError::NoLanguageModel {
-        folder: folder.describe(),
-    };
-    let language = only(folder, LANGUAGES, &languages)?.ok_or_else(missing)?;
-    Ok(language.name.clone())
+    let (towers, mut languages): (Vec<_>, Vec<_>) = found.into_iter().partition(Place::is_tower);
+    only(folder, LANGUAGES, &languages)?;
+    let language = languages
+        .pop()
+        .ok_or_else(|| CheckpointError::NoLanguageModel {
+            folder: folder.describe(),
+        })?;
+    Ok((language, towers))
+}
+
+/// A language model with the tower in a file.
+fn with_tower(language: &Place<'_>, mmproj: &Path) -> Result<Folder, CheckpointError> {
+    let (folder, name) = locate(mmproj)?;
+    present(language, Some(&open(&folder, name)?))
 }
 
 /// The folder that a file lies in, and its name there.
@@ -188,7 +190,7 @@ fn open(folder: &Folder, name: String) -> Result<Place<'_>, CheckpointError> {
 }
 
 /// Every GGUF file of a folder; split ones by their first part.
-fn all(folder: &Folder) -> Result<Vec<Place<'_>>, CheckpointError> {
+fn all(folder: &Folder) -> impl Iterator<Item = Result<Place<'_>, CheckpointError>> {
     let is_later_part = |name: &str| {
         let stem = name.trim_end_matches(EXTENSION);
         let part = stem
@@ -200,7 +202,7 @@ fn all(folder: &Folder) -> Result<Vec<Place<'_>>, CheckpointError> {
     names.retain(|name| name.ends_with(EXTENSION) && !is_later_part(name));
     names.sort();
     names.truncate(MAX_FILES);
-    names.into_iter().map(|name| open(folder, name)).collect()
+    names.into_iter().map(|name| open(folder, name))
 }
 
 /// The one that there is, if any.

@@ -217,6 +217,40 @@ fn nodes_say_what_a_tensor_is() {
     );
 }
 
+/// Numbers of attributes, however Protocol Buffers keep them; of others nothing is known.
+#[test]
+fn nodes_say_how_they_compute() {
+    let float =
+        |field: u64, number: f32| [varint(field << 3 | 5), number.to_le_bytes().to_vec()].concat();
+    let attribute = |name: &str, value: Vec<u8>| bytes(5, [bytes(1, name), value].concat());
+    let mut gemm = node("/a/Gemm", "Gemm", &["x", "w"], "y");
+    let attributes = [
+        attribute("alpha", float(2, 0.5)),
+        attribute("transB", number(3, 1)),
+        attribute("strides", bytes(8, [14, 200, 1])),
+        attribute("pads", [number(8, 3), number(8, 4)].concat()),
+        attribute("group", number(3, 7)),
+    ];
+    // One node: its fields, and these behind them.
+    let inner = [gemm.split_off(2), attributes.concat()].concat();
+    let weight = tensor("w", 1, &[1, 2], bytes(9, floats(&[1.0, 2.0])));
+    let file = open(model(&[bytes(1, inner), weight])).expect("a good file");
+    let [node] = file.nodes.as_slice() else {
+        panic!("{:?}", file.nodes);
+    };
+    let attributes: Vec<(&str, &[f64])> = { node.attributes.iter() }
+        .map(|(name, numbers)| (name.as_str(), numbers.as_slice()))
+        .collect();
+    let expected: [(&str, &[f64]); 4] = [
+        ("alpha", &[0.5]),
+        ("pads", &[3.0, 4.0]),
+        ("strides", &[14.0, 200.0]),
+        ("transB", &[1.0]),
+    ];
+    assert_eq!(attributes, expected);
+    assert!(!node.inputs[0].is_transposed);
+}
+
 #[test]
 fn broken_files_are_refused_with_a_reason() {
     let good = fs::read(fixture("onnx/facebook.onnx")).expect("the fixture is complete");

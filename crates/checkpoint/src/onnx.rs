@@ -34,6 +34,9 @@ pub struct OnnxNode {
     pub op: String,
     /// Which of its inputs are tensors of the file.
     pub inputs: Vec<OnnxInput>,
+    /// What its attributes say of numbers: `alpha`, `beta`, `dilations`, `epsilon`, `pads`, `strides`, `transA`,
+    /// `transB`.
+    pub attributes: BTreeMap<String, Vec<f64>>,
 }
 
 /// A tensor that a node uses.
@@ -204,6 +207,8 @@ impl Found<'_> {
             None => self.tensors.info(name).map(|_| name.clone()),
         };
         let scope = scope(&node);
+        let turned = node.attributes.get("transB");
+        let turned = turned.is_some_and(|turned| turned.first() == Some(&1.0));
         let mut op = node.op;
         let inputs = node.inputs.iter().enumerate().filter_map(|(at, name)| {
             let tensor = tensor(name)?;
@@ -211,7 +216,7 @@ impl Found<'_> {
             let is_right = at == 1 && axes == 2;
             Some(OnnxInput {
                 at,
-                is_transposed: is_right && (op == "MatMul" || op == "Gemm" && !node.is_transposed),
+                is_transposed: is_right && (op == "MatMul" || op == "Gemm" && !turned),
                 numbers: self.numbers.get(&tensor).cloned().unwrap_or_default(),
                 tensor,
             })
@@ -227,7 +232,12 @@ impl Found<'_> {
         }
         let is_known = ACTIVATIONS.contains(&op.as_str()) || op.contains("Attention");
         let matters = !inputs.is_empty() || is_known;
-        matters.then_some(OnnxNode { scope, op, inputs })
+        matters.then_some(OnnxNode {
+            scope,
+            op,
+            inputs,
+            attributes: node.attributes,
+        })
     }
 }
 

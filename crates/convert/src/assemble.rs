@@ -4,6 +4,7 @@
 //! holds a LLaMA, Mistral or Qwen2. Projectors are random, of a seed.
 
 mod names;
+mod nodes;
 mod text;
 mod tower;
 

@@ -2,6 +2,7 @@
 //! encode them (<https://protobuf.dev/programming-guides/encoding/>), passed one by one: the file may claim
 //! anything, and nothing of a tensor is read but where its numbers lie.
 
+use std::collections::BTreeMap;
 use std::io::{self, BufReader, Read};
 
 use safetensors::Dtype;
@@ -14,6 +15,18 @@ const MAX_NAME: u64 = 4096;
 const MAX_NODES: usize = 1 << 20;
 const MAX_INPUTS: usize = 4096;
 const MAX_AXES: usize = 8;
+/// Attributes that change what a node with weights computes.
+const ATTRIBUTES: [&str; 8] = [
+    "alpha",
+    "beta",
+    "dilations",
+    "epsilon",
+    "pads",
+    "strides",
+    "transA",
+    "transB",
+];
+const MAX_NUMBERS: usize = 16;
 /// Longest tensor whose numbers are read with the graph, in bytes.
 const MAX_SMALL: u64 = 64;
 
@@ -26,8 +39,8 @@ pub(super) struct Node {
     pub(super) outputs: Vec<String>,
     /// The modules that it lies in, outermost first, where the exporter says it beside the name.
     pub(super) scopes: Option<String>,
-    /// `transB` of a `Gemm`.
-    pub(super) is_transposed: bool,
+    /// Attributes that are a few numbers, of those that matter.
+    pub(super) attributes: BTreeMap<String, Vec<f64>>,
     /// `approximate` of a `Gelu`.
     pub(super) approximate: String,
     /// `value` of a `Constant`.
@@ -50,6 +63,18 @@ pub(super) struct Tensor {
     pub(super) location: String,
     pub(super) offset: u64,
     pub(super) length: Option<u64>,
+}
+
+impl Node {
+    /// A number of an attribute, if that matters.
+    fn attribute(&mut self, name: &str, number: f64) {
+        if ATTRIBUTES.contains(&name) {
+            let numbers = self.attributes.entry(name.to_owned()).or_default();
+            if numbers.len() < MAX_NUMBERS {
+                numbers.push(number);
+            }
+        }
+    }
 }
 
 impl Tensor {
@@ -135,7 +160,9 @@ enum Value {
     Number(u64),
     /// So many bytes follow.
     Bytes(u64),
-    /// A number of a fixed length, which no field has that is looked at.
+    /// Of four bytes.
+    Float(f32),
+    /// A number of eight bytes, which no field has that is looked at.
     Passed,
 }
 
@@ -224,7 +251,15 @@ impl Reader {
         while let Some((field, value)) = self.field(end)? {
             match (field, value) {
                 (1, Value::Bytes(bytes)) => name = self.text(bytes)?,
-                (3, Value::Number(number)) if name == "transB" => node.is_transposed = number != 0,
+                (2, Value::Float(number)) => node.attribute(&name, number.into()),
+                (3 | 8, Value::Number(number)) => node.attribute(&name, number as f64),
+                (8, Value::Bytes(bytes)) => {
+                    let end = self.at + bytes;
+                    while self.at < end {
+                        let number = self.number(end)?;
+                        node.attribute(&name, number as f64);
+                    }
+                }
                 (4, Value::Bytes(bytes)) if name == "approximate" => {
                     node.approximate = self.text(bytes)?;
                 }
@@ -305,11 +340,17 @@ impl Reader {
         let key = self.number(end)?;
         let value = match key & 7 {
             0 => Value::Number(self.number(end)?),
-            kind @ (1 | 5) => {
-                let bytes = if kind == 1 { 8 } else { 4 };
-                self.fits(bytes, end)?;
-                self.pass(Value::Bytes(bytes))?;
+            1 => {
+                self.fits(8, end)?;
+                self.pass(Value::Bytes(8))?;
                 Value::Passed
+            }
+            5 => {
+                self.fits(4, end)?;
+                let mut bytes = [0; 4];
+                self.reader.read_exact(&mut bytes)?;
+                self.at += 4;
+                Value::Float(f32::from_le_bytes(bytes))
             }
             2 => {
                 let bytes = self.number(end)?;

@@ -9,6 +9,7 @@ use reroute_checkpoint::{
 use serde_json::{Value, json};
 
 use super::names::{Naming, SUPPORTED, Sizes, default_of, part_of, recognise};
+use super::nodes::{self, is_normalisation};
 use super::{PREPROCESSOR, refuse};
 use crate::ConvertError;
 use crate::source::{Made, SourceTensor, Weights};
@@ -32,6 +33,9 @@ impl Tower {
     pub(super) fn open(path: &Path, allow_pickle: bool) -> Result<Self, ConvertError> {
         let mut source = Source::open(path, allow_pickle)?;
         let sizes = source.sizes()?;
+        let tensors = source.found.values().map(|stored| stored.name.as_str());
+        nodes::check(&source.nodes, &tensors.collect(), sizes.patch)
+            .or_else(|problem| source.refuse(problem))?;
         let class = usize::from(source.naming.class_token);
         let grid = sizes.positions.saturating_sub(class).isqrt();
         if grid == 0 || grid * grid + class != sizes.positions {
@@ -125,6 +129,13 @@ impl<'a> Source<'a> {
                 let problem = format!("{} has no {name:?}; {SUPPORTED}", naming.title);
                 return Err(refuse(path, problem));
             }
+        }
+        if let Some(node) = nodes.iter().find(|node| is_normalisation(node)) {
+            let problem = format!(
+                "it normalises pixels in the graph ({} of three numbers in {:?}), which would be done twice",
+                node.op, node.scope
+            );
+            return Err(refuse(path, problem));
         }
         let is_of_it = |node: &OnnxNode| format!("{}.", node.scope).starts_with(prefix);
         Ok(Self {
@@ -331,7 +342,13 @@ impl<'a> Source<'a> {
             "num_channels": 3,
             "image_size": grid * sizes.patch,
             "patch_size": sizes.patch,
-            "layer_norm_eps": said("layer_norm_eps").unwrap_or(self.naming.layer_norm_eps.into()),
+            "layer_norm_eps": match said("layer_norm_eps") {
+                Some(said) => said,
+                None => nodes::epsilon(&self.nodes)
+                    .or_else(|problem| self.refuse(problem))?
+                    .unwrap_or(self.naming.layer_norm_eps)
+                    .into(),
+            },
             "hidden_act": match said("hidden_act") {
                 Some(said) => said,
                 None => self.activation()?.into(),

@@ -30,7 +30,7 @@ fn commands_answer_with_adapters() {
     );
     assert_eq!(answers(&[&both[..], &["--merge-adapter"]].concat()), two);
     // Costs are counted without.
-    let presets = ["presets", "--json", "--model", &model];
+    let presets = ["presets", "--model", &model];
     assert_eq!(report(&[&presets[..], &both].concat()), report(&presets));
     let other = path("adapters/qwen25vl");
     refuses(

@@ -6,8 +6,10 @@
 
 mod activation;
 mod attention;
+mod blocks;
 mod columns;
 mod exp;
+mod isa;
 mod norm;
 mod precision;
 mod product;
@@ -16,8 +18,9 @@ mod split;
 
 pub use activation::{gelu_tanh, swish, swish_product};
 pub use attention::{AttentionSizes, Cache, Cached, attention, attention_of_few};
+pub use blocks::{Blocks, Format};
 pub use columns::write_columns;
 pub use norm::{layer_norm, rms_norm};
-pub use precision::{narrow, widen};
-pub use product::{Weight, matrix_vector};
+pub use precision::{Number, narrow, widen};
+pub use product::{Inputs, Weight, matrix_vector};
 pub use rotary::rotate;

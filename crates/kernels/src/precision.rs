@@ -51,6 +51,84 @@ pub(crate) trait Widen: Copy + Default + Sync {
     }
 }
 
+/// Numbers that products take and give.
+pub trait Number: Copy + Default + Send + Sync + sealed::Sealed {
+    /// The nearest bf16.
+    fn to_bf16(self) -> bf16;
+
+    /// The same in f32.
+    fn to_f32(self) -> f32;
+
+    /// The nearest of these.
+    fn of(x: f32) -> Self;
+}
+
+impl Number for f32 {
+    #[inline(always)]
+    fn to_bf16(self) -> bf16 {
+        let bits = self.to_bits();
+        // To the nearest, and to the even one of two; a NaN keeps a digit.
+        let rounded = (bits.wrapping_add(0x7fff + (bits >> 16 & 1))) >> 16;
+        let rounded = if self.is_nan() {
+            bits >> 16 | 0x40
+        } else {
+            rounded
+        };
+        bf16::from_bits(rounded as u16)
+    }
+
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        self
+    }
+
+    #[inline(always)]
+    fn of(x: f32) -> Self {
+        x
+    }
+}
+
+impl Number for bf16 {
+    #[inline(always)]
+    fn to_bf16(self) -> bf16 {
+        self
+    }
+
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+
+    #[inline(always)]
+    fn of(x: f32) -> Self {
+        x.to_bf16()
+    }
+}
+
+impl Number for f16 {
+    #[inline(always)]
+    fn to_bf16(self) -> bf16 {
+        Number::to_f32(self).to_bf16()
+    }
+
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        single_of_half(self.to_bits())
+    }
+
+    #[inline(always)]
+    fn of(x: f32) -> Self {
+        f16::from_f32(x)
+    }
+}
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for f32 {}
+    impl Sealed for half::f16 {}
+    impl Sealed for half::bf16 {}
+}
+
 /// Those of the widest registers.
 const MOST_LANES: usize = 16;
 
@@ -58,6 +136,34 @@ impl Widen for f32 {
     #[inline(always)]
     fn load<S: Simd>(_: S, numbers: &[Self]) -> S::f32s {
         bytemuck::pod_read_unaligned(bytemuck::cast_slice(numbers))
+    }
+}
+
+impl Widen for i8 {
+    #[inline(always)]
+    fn load<S: Simd>(simd: S, numbers: &[Self]) -> S::f32s {
+        #[cfg(target_arch = "x86_64")]
+        {
+            let bytes: &[u8] = bytemuck::cast_slice(numbers);
+            if let Some(v4) = instructions::<V4>(&simd) {
+                let words = v4
+                    .avx512f
+                    ._mm512_cvtepi8_epi32(bytemuck::pod_read_unaligned(bytes));
+                return bytemuck::cast(v4.avx512f._mm512_cvtepi32_ps(words));
+            }
+            if let Some(v3) = instructions::<V3>(&simd) {
+                let mut padded = [0; 16];
+                padded[..8].copy_from_slice(bytes);
+                let words = v3.avx2._mm256_cvtepi8_epi32(bytemuck::cast(padded));
+                return bytemuck::cast(v3.avx._mm256_cvtepi32_ps(words));
+            }
+        }
+        let mut register = simd.splat_f32s(0.0);
+        let singles: &mut [f32] = bytemuck::cast_slice_mut(slice::from_mut(&mut register));
+        for (single, &number) in singles.iter_mut().zip(numbers) {
+            *single = f32::from(number);
+        }
+        register
     }
 }
 
@@ -82,6 +188,29 @@ impl Widen for f16 {
         }
         widen_f16(simd, load_words(simd, numbers.reinterpret_cast()))
     }
+}
+
+/// The bits of an f16 as f32, without a branch.
+#[inline(always)]
+pub(crate) fn single_of_half(half: u16) -> f32 {
+    const BIAS: u32 = (127 - 15) << 23;
+    /// As below.
+    const ONE: u32 = BIAS + (0x0400 << 13);
+    let magnitude = u32::from(half & 0x7fff) << 13;
+    let normal = magnitude + BIAS;
+    let infinite = normal + BIAS;
+    let small = f32::from_bits(magnitude + ONE) - f32::from_bits(ONE);
+    let wide = if magnitude < 0x7c00 << 13 {
+        normal
+    } else {
+        infinite
+    };
+    let wide = if magnitude < 0x0400 << 13 {
+        small.to_bits()
+    } else {
+        wide
+    };
+    f32::from_bits(wide | u32::from(half & 0x8000) << 16)
 }
 
 /// The bits of f16 as f32, in steps that all processors have.

@@ -1,10 +1,28 @@
-use std::array::from_fn;
+//! Products of a weight, as it is stored, with one row of inputs or many.
+
+pub(crate) mod inputs;
+mod kernels;
+pub(crate) mod layout;
+mod many_rows;
+pub(crate) mod one_row;
+#[cfg(test)]
+mod tests;
+
+use std::cell::OnceCell;
+use std::marker::PhantomData;
 
 use half::{bf16, f16};
-use pulp::{Arch, Simd};
+pub use one_row::matrix_vector;
+pub(crate) use one_row::{STREAMS, dots};
 
-use crate::precision::Widen;
-use crate::split::{Work, pieces_on, reading};
+use crate::blocks::{Blocks, Coding, with_coding};
+use crate::isa::{self, Isa, avx512};
+use crate::precision::{Number, widen};
+use crate::split::pieces;
+use inputs::{Pairs, Quads};
+use kernels::{Coded, Plain, Vnni};
+use layout::TOKENS;
+use many_rows::Kernel;
 
 /// A matrix, row by row.
 #[derive(Debug, Clone, Copy)]
@@ -14,148 +32,179 @@ pub enum Weight<'a> {
     F32(&'a [f32]),
     /// Half precision; widened on the way into the product.
     F16(&'a [f16]),
-    /// The upper half of single precision, widened likewise.
+    /// The upper half of single precision.
     BF16(&'a [bf16]),
+    /// Codes of fewer bits.
+    Blocks(Blocks<'a>),
 }
 
-/// Rows in a piece: with 4096 columns of f32, 1.1 MiB. Between 36 and 144, which differed by 1 to 3 %,
-/// and few enough for many threads. Streams that are a power of two apart were slower: 32 rows of
-/// 11008 f16 gave 30 GB/s, 36 gave 32.
-const ROWS: usize = 72;
+/// Inputs of products, at least one row: what they are packed to is packed once for all weights that they
+/// meet.
+pub struct Inputs<'a, T> {
+    x: &'a [T],
+    features: usize,
+    isa: Isa,
+    pairs: OnceCell<Pairs>,
+    /// By the size of their groups.
+    quads: [OnceCell<Quads>; 4],
+    singles: OnceCell<Vec<f32>>,
+}
 
-/// Parts of a piece that are read at the same time, each from its first row to its last: a single
-/// stream does not saturate memory, and one that jumps at the end of a row waits there.
-pub(crate) const STREAMS: usize = 4;
-
-/// Registers of independent sums for each stream. With those of the streams no more than the
-/// processor has, or they live in memory: 27 instead of 36 GB/s.
-const REGISTERS: usize = 2;
-
-/// `W · x`, which reads `W` once at the speed of memory.
-///
-/// # Shapes
-/// - `weight`: `[output, x.len()]`
-/// - returns `[output]`
-pub fn matrix_vector(weight: Weight, x: &[f32], output: usize) -> Vec<f32> {
-    let mut y = vec![0.0; output];
-    match weight {
-        Weight::F32(weight) => pieces_on(reading(), &mut y, ROWS, &Product { weight, x }),
-        Weight::F16(weight) => pieces_on(Arch::new(), &mut y, ROWS, &Product { weight, x }),
-        Weight::BF16(weight) => pieces_on(Arch::new(), &mut y, ROWS, &Product { weight, x }),
+impl<'a, T: Number> Inputs<'a, T> {
+    /// `None` if there are no numbers, or no whole rows of them.
+    ///
+    /// # Shapes
+    /// - `x`: `[features, rows]`
+    pub fn new(x: &'a [T], features: usize) -> Option<Self> {
+        Self::on(Isa::of_this_processor(), x, features)
     }
-    y
-}
 
-struct Product<'a, T> {
-    weight: &'a [T],
-    x: &'a [f32],
-}
+    /// With certain instructions.
+    fn on(isa: Isa, x: &'a [T], features: usize) -> Option<Self> {
+        let whole = !x.is_empty() && features > 0 && x.len().is_multiple_of(features);
+        whole.then(|| Self {
+            x,
+            features,
+            isa,
+            pairs: OnceCell::new(),
+            quads: [const { OnceCell::new() }; 4],
+            singles: OnceCell::new(),
+        })
+    }
 
-impl<T: Widen> Work<f32> for Product<'_, T> {
-    #[inline(always)]
-    fn run<S: Simd>(&self, simd: S, index: usize, y: &mut [f32]) {
-        let Self { weight, x } = *self;
-        let rows = &weight[index * ROWS * x.len()..][..y.len() * x.len()];
-        let row = |row: usize| &rows[row * x.len()..][..x.len()];
-        let part = y.len() / STREAMS;
-        for at in 0..part {
-            let sums = dots(simd, from_fn::<_, STREAMS, _>(|i| row(i * part + at)), x);
-            for (stream, sum) in sums.into_iter().enumerate() {
-                y[stream * part + at] = sum;
+    /// `W · x`
+    ///
+    /// bf16 weights meet inputs that are rounded to bf16; codes meet the same where the processor
+    /// multiplies tiles of them (AMX), and inputs that are rounded to 8 bits, with a scale for as many
+    /// columns as share one of the weight, where it multiplies bytes (AVX512-VNNI). Anything else is
+    /// computed in f32.
+    ///
+    /// # Shapes
+    /// - `weight`: `[output, features]`
+    /// - returns `[output, rows]`
+    ///
+    /// # Panics
+    /// If the weight has rows of another length.
+    pub fn product<Y: Number>(&self, weight: Weight<'_>) -> Vec<Y> {
+        let numbers = match weight {
+            Weight::F32(weight) => weight.len(),
+            Weight::F16(weight) => weight.len(),
+            Weight::BF16(weight) => weight.len(),
+            Weight::Blocks(blocks) => {
+                assert_eq!(blocks.columns(), self.features, "columns of the weight");
+                blocks.rows() * self.features
+            }
+        };
+        assert!(
+            numbers.is_multiple_of(self.features),
+            "columns of the weight"
+        );
+        let mut y = vec![Y::default(); numbers / self.features * self.rows()];
+        if y.is_empty() {
+            return y;
+        }
+        match weight {
+            Weight::F32(weight) => self.in_singles(weight.len(), &mut y, |from, to| {
+                to.copy_from_slice(&weight[from..from + to.len()]);
+            }),
+            Weight::F16(weight) => self.in_singles(weight.len(), &mut y, |from, to| {
+                widen(&weight[from..from + to.len()], to);
+            }),
+            Weight::BF16(weight) => self.of_pairs(weight, &mut y),
+            Weight::Blocks(blocks) => {
+                with_coding!(blocks.format(), C => self.of_codes::<C, Y>(blocks, &mut y));
             }
         }
-        for (at, y) in y.iter_mut().enumerate().skip(part * STREAMS) {
-            [*y] = dots(simd, [row(at)], x);
-        }
+        y
     }
-}
 
-/// The products of rows with `x`. The sum of a row does not depend on how many are read at a time.
-///
-/// Without closures: they are compiled for the oldest processor where they are not inlined.
-#[inline(always)]
-pub(crate) fn dots<S: Simd, T: Widen, const N: usize>(
-    simd: S,
-    rows: [&[T]; N],
-    x: &[f32],
-) -> [f32; N] {
-    let lanes = S::F32_LANES;
-    let mut sums = [[simd.splat_f32s(0.0); REGISTERS]; N];
-    let chunk = REGISTERS * lanes;
-    let whole = x.len() - x.len() % chunk;
-    for start in (0..whole).step_by(chunk) {
-        let x = &x[start..][..chunk];
-        for (sums, row) in sums.iter_mut().zip(rows) {
-            let row = &row[start..][..chunk];
-            for (register, sum) in sums.iter_mut().enumerate() {
-                let start = register * lanes;
-                let w = T::load(simd, &row[start..][..lanes]);
-                let x = f32::load(simd, &x[start..][..lanes]);
-                *sum = simd.mul_add_e_f32s(w, x, *sum);
+    fn rows(&self) -> usize {
+        self.x.len() / self.features
+    }
+
+    fn panels(&self) -> usize {
+        self.rows().div_ceil(TOKENS)
+    }
+
+    fn pairs<const ROWS: usize, K: Kernel<ROWS>>(&self, _: K) -> &Pairs {
+        let block = K::blocks(self.panels()).depth;
+        self.pairs
+            .get_or_init(|| Pairs::pack(self.x, self.features, block))
+    }
+
+    fn of_pairs<Y: Number>(&self, weight: &[bf16], y: &mut [Y]) {
+        let plain = Plain {
+            weight,
+            columns: self.features,
+        };
+        match self.isa.pairs {
+            Some(isa::Pairs::Amx(amx)) => {
+                many_rows::product(amx, &plain, self.pairs(amx), y);
             }
-        }
-    }
-    // Behind them at most one whole register, as there are two, and then the last lanes of one that
-    // ends with the row.
-    let rest = x.len() % lanes;
-    let x_last = f32::load_last(simd, x);
-    let is_rest = simd
-        .mask_between_m32s((lanes - rest.max(1)) as u32, lanes as u32)
-        .mask();
-    let mut totals = [0.0; N];
-    for ((total, [mut sum, other]), row) in totals.iter_mut().zip(sums).zip(rows) {
-        sum = simd.add_f32s(sum, other);
-        if whole + lanes <= x.len() {
-            let w = T::load(simd, &row[whole..][..lanes]);
-            sum = simd.mul_add_e_f32s(w, f32::load(simd, &x[whole..][..lanes]), sum);
-        }
-        if rest > 0 {
-            let with_rest = simd.mul_add_e_f32s(T::load_last(simd, row), x_last, sum);
-            sum = simd.select_f32s(is_rest, with_rest, sum);
-        }
-        *total = simd.reduce_sum_f32s(sum);
-    }
-    totals
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_row_does_not_depend_on_those_beside_it() {
-        let x: Vec<f32> = (0..777).map(|i| (i as f32 * 0.3).sin()).collect();
-        let weight: Vec<f32> = (0..101 * 777).map(|i| (i as f32 * 0.7).cos()).collect();
-        let together = matrix_vector(Weight::F32(&weight), &x, 101);
-        for (row, together) in weight.chunks(777).zip(together) {
-            assert_eq!(matrix_vector(Weight::F32(row), &x, 1), [together]);
-        }
-    }
-
-    #[test]
-    fn is_the_formula_in_every_precision() {
-        for [output, columns] in [[0, 5], [3, 0], [1, 1], [33, 70], [64, 2100], [7, 1024]] {
-            let value = |i: usize| (i as f32 * 0.61).sin() / 32.0;
-            let weight: Vec<f32> = (0..output * columns).map(value).collect();
-            let half: Vec<f16> = weight.iter().map(|&x| f16::from_f32(x)).collect();
-            let upper: Vec<bf16> = weight.iter().map(|&x| bf16::from_f32(x)).collect();
-            let x: Vec<f32> = (0..columns).map(|i| value(i + 17)).collect();
-            let exact = |weight: &dyn Fn(usize) -> f64, row: usize| -> f64 {
-                let product = |column| weight(row * columns + column) * f64::from(x[column]);
-                (0..columns).map(product).sum()
-            };
-            let single = matrix_vector(Weight::F32(&weight), &x, output);
-            let halved = matrix_vector(Weight::F16(&half), &x, output);
-            let shortened = matrix_vector(Weight::BF16(&upper), &x, output);
-            assert_eq!((single.len(), halved.len()), (output, output));
-            for row in 0..output {
-                let expected = exact(&|at| f64::from(weight[at]), row);
-                assert!((f64::from(single[row]) - expected).abs() < 1e-6);
-                let expected = exact(&|at| f64::from(half[at].to_f32()), row);
-                assert!((f64::from(halved[row]) - expected).abs() < 1e-6);
-                let expected = exact(&|at| f64::from(upper[at].to_f32()), row);
-                assert!((f64::from(shortened[row]) - expected).abs() < 1e-6);
+            Some(isa::Pairs::Avx512(avx512)) => {
+                many_rows::product(avx512, &plain, self.pairs(avx512), y);
             }
+            None => self.in_singles(weight.len(), y, |from, to| {
+                widen(&weight[from..from + to.len()], to);
+            }),
+        }
+    }
+
+    fn of_codes<C: Coding, Y: Number>(&self, blocks: Blocks<'_>, y: &mut [Y]) {
+        let coded = Coded::<C> {
+            blocks,
+            widen: self.isa.widen,
+            coding: PhantomData,
+        };
+        match self.isa.quads {
+            Some(isa::Quads::Amx(amx)) => {
+                many_rows::product(amx, &coded, self.pairs(amx), y);
+            }
+            Some(isa::Quads::Avx512(vnni)) => {
+                let kernel = Vnni::<C>(vnni, PhantomData);
+                let block = <Vnni<C> as Kernel<{ avx512::ROWS }>>::blocks(self.panels()).depth;
+                let quads = self.quads[C::GROUP.ilog2() as usize - 4]
+                    .get_or_init(|| Quads::pack(self.x, self.features, C::GROUP, block));
+                many_rows::product(kernel, &coded, quads, y);
+            }
+            None => self.in_singles(blocks.rows() * self.features, y, |from, to| {
+                let first = from / self.features;
+                pieces(to, self.features, |row, to| blocks.widen(first + row, to));
+            }),
+        }
+    }
+
+    /// With what `widened` writes of a weight, from one of its numbers on, whole rows at a time.
+    fn in_singles<Y: Number>(
+        &self,
+        numbers: usize,
+        y: &mut [Y],
+        widened: impl Fn(usize, &mut [f32]),
+    ) {
+        /// Numbers that are widened at a time (16 MiB).
+        const WIDENED: usize = 4 << 20;
+        let rows = self.rows();
+        let x = self.singles.get_or_init(|| {
+            let mut singles = vec![0.0; self.x.len()];
+            pieces(&mut singles, crate::split::PIECE, |index, to| {
+                let from = &self.x[index * crate::split::PIECE..];
+                to.iter_mut().zip(from).for_each(|(to, x)| *to = x.to_f32());
+            });
+            singles
+        });
+        let height = (WIDENED / self.features).max(1);
+        let mut weight = vec![0.0; numbers.min(height * self.features)];
+        let mut sums = vec![0.0; y.len().min(height * rows)];
+        for (block, y) in y.chunks_mut(height * rows).enumerate() {
+            let count = y.len() / rows;
+            let weight = &mut weight[..count * self.features];
+            widened(block * height * self.features, weight);
+            let sums = &mut sums[..y.len()];
+            isa::single::multiply(weight, x, self.features, sums);
+            pieces(y, crate::split::PIECE, |index, y| {
+                let sums = &sums[index * crate::split::PIECE..];
+                y.iter_mut().zip(sums).for_each(|(y, sum)| *y = Y::of(*sum));
+            });
         }
     }
 }

@@ -43,6 +43,42 @@ pub(crate) fn pieces_on<T: Send>(arch: Arch, values: &mut [T], size: usize, work
     }
 }
 
+/// The same with memory to work in, which is made a few times for many pieces.
+pub(crate) fn pieces_with<T: Send, M>(
+    values: &mut [T],
+    size: usize,
+    memory: impl Fn() -> M + Sync + Send,
+    work: impl Fn(&mut M, usize, &mut [T]) + Sync,
+) {
+    let arch = Arch::new();
+    let pieces = values.par_chunks_mut(size.max(1)).enumerate();
+    pieces.for_each_init(memory, |memory, (index, piece)| {
+        arch.dispatch(With {
+            work: &work,
+            memory,
+            index,
+            piece,
+        });
+    });
+}
+
+/// A call of `work` with memory.
+struct With<'a, T, M, W> {
+    work: &'a W,
+    memory: &'a mut M,
+    index: usize,
+    piece: &'a mut [T],
+}
+
+impl<T, M, W: Fn(&mut M, usize, &mut [T])> WithSimd for With<'_, T, M, W> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        (self.work)(self.memory, self.index, self.piece);
+    }
+}
+
 /// The instructions to read memory with as fast as it goes: registers of 256 bits at most. With loads
 /// of 512, a whole cache line, the same loop read 28 instead of 34 GB/s on a Xeon.
 pub(crate) fn reading() -> Arch {

@@ -1,0 +1,186 @@
+//! Rows of a weight in fewer bits: groups of codes with a scale, and what is added to them.
+//!
+//! A number is `scale · code + least`; where the codes of a format are signed, they are shifted to begin
+//! at zero.
+
+pub(crate) mod coding;
+mod quantise;
+
+pub(crate) use coding::{Coding, with_coding};
+
+use crate::precision::single_of_half;
+
+/// How a row is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Format {
+    /// A scale in f32, then a signed byte for each number; filled up with zeros to whole words.
+    Int8,
+    /// Groups of 64: scale and least number in f16, then codes of 4 bits, the lower halves of 32 bytes
+    /// first. The last group is filled up with codes 0.
+    Int4,
+    /// ggml's: 32 signed bytes with a scale in f16.
+    Q8_0,
+    /// ggml's: 32 codes of 4 bits less 8, with a scale in f16.
+    Q4_0,
+    /// ggml's: 32 codes of 4 bits, with a scale and a least number in f16.
+    Q4_1,
+    /// ggml's: 256 codes of 4 bits in groups of 32, whose scales and least numbers are 6 bits of others.
+    Q4K,
+    /// ggml's: 256 codes of 6 bits less 32 in groups of 16, whose scales are a byte of another.
+    Q6K,
+}
+
+/// Columns that are read at a time: two halves, which may differ in scale.
+pub(crate) const CHUNK: usize = 32;
+
+/// What makes numbers of codes: `scale · code + least`, for either half of a chunk.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Factors {
+    pub(crate) scale: [f32; 2],
+    pub(crate) least: [f32; 2],
+}
+
+impl Factors {
+    #[inline(always)]
+    fn of_both(scale: f32, least: f32) -> Self {
+        Self {
+            scale: [scale; 2],
+            least: [least; 2],
+        }
+    }
+}
+
+impl Format {
+    /// All of them.
+    pub const ALL: [Self; 7] = [
+        Self::Int8,
+        Self::Int4,
+        Self::Q8_0,
+        Self::Q4_0,
+        Self::Q4_1,
+        Self::Q4K,
+        Self::Q6K,
+    ];
+
+    /// What people call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Int8 => "int8",
+            Self::Int4 => "int4",
+            Self::Q8_0 => "Q8_0",
+            Self::Q4_0 => "Q4_0",
+            Self::Q4_1 => "Q4_1",
+            Self::Q4K => "Q4_K",
+            Self::Q6K => "Q6_K",
+        }
+    }
+
+    /// Numbers and bytes of a block; a row of `Int8` is one.
+    fn block(self) -> (usize, usize) {
+        match self {
+            Self::Int8 => (1, 1),
+            Self::Int4 => (64, 4 + 32),
+            Self::Q8_0 => (32, 2 + 32),
+            Self::Q4_0 => (32, 2 + 16),
+            Self::Q4_1 => (32, 4 + 16),
+            Self::Q4K => (256, 4 + 12 + 128),
+            Self::Q6K => (256, 128 + 64 + 16 + 2),
+        }
+    }
+
+    /// Bytes of a row of so many columns; `None` if they are no whole blocks of this format.
+    pub fn row_bytes(self, columns: usize) -> Option<usize> {
+        let (numbers, bytes) = self.block();
+        match self {
+            Self::Int8 => Some(4 + columns.next_multiple_of(4)),
+            Self::Int4 => Some(columns.div_ceil(numbers) * bytes),
+            _ => (columns.is_multiple_of(numbers)).then(|| columns / numbers * bytes),
+        }
+    }
+}
+
+/// A matrix of rows in this format.
+#[derive(Debug, Clone, Copy)]
+pub struct Blocks<'a> {
+    format: Format,
+    columns: usize,
+    /// From one row to the next.
+    stride: usize,
+    bytes: &'a [u8],
+}
+
+impl<'a> Blocks<'a> {
+    /// Rows that are `stride` bytes apart; `None` if a row is longer than that, or does not exist.
+    pub fn new(format: Format, columns: usize, stride: usize, bytes: &'a [u8]) -> Option<Self> {
+        let fits =
+            format.row_bytes(columns)? <= stride && bytes.len().is_multiple_of(stride.max(1));
+        fits.then_some(Self {
+            format,
+            columns,
+            stride,
+            bytes,
+        })
+    }
+
+    /// The format.
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// Numbers of a row.
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// Rows.
+    pub fn rows(&self) -> usize {
+        self.bytes.len() / self.stride.max(1)
+    }
+
+    #[inline(always)]
+    pub(crate) fn row(&self, row: usize) -> &'a [u8] {
+        &self.bytes[row * self.stride..][..self.stride]
+    }
+
+    /// All bytes, and where those of a row begin.
+    #[inline(always)]
+    pub(crate) fn bytes_and_start(&self, row: usize) -> (&'a [u8], usize) {
+        (self.bytes, row * self.stride)
+    }
+
+    /// What all numbers of a row are multiplied with besides.
+    #[inline(always)]
+    pub(crate) fn row_scale(&self, row: usize) -> f32 {
+        match (self.format, self.row(row).first_chunk()) {
+            (Format::Int8, Some(scale)) => f32::from_le_bytes(*scale),
+            _ => 1.0,
+        }
+    }
+
+    /// The numbers of a row.
+    ///
+    /// # Panics
+    /// If there is no such row.
+    pub fn widen(&self, row: usize, numbers: &mut [f32]) {
+        with_coding!(self.format, C => self.widen_as::<C>(row, numbers))
+    }
+
+    fn widen_as<C: Coding>(&self, row: usize, numbers: &mut [f32]) {
+        let (scale, row) = (self.row_scale(row), self.row(row));
+        let mut codes = [0; CHUNK];
+        for (chunk, numbers) in numbers.chunks_mut(CHUNK).enumerate() {
+            let factors = C::chunk(row, self.columns, chunk, &mut codes);
+            for (at, (number, &code)) in numbers.iter_mut().zip(&codes).enumerate() {
+                let half = at / (CHUNK / 2);
+                *number = scale * (factors.scale[half] * f32::from(code) + factors.least[half]);
+            }
+        }
+    }
+}
+
+/// A float of 16 bits.
+#[inline(always)]
+fn float(block: &[u8], at: usize) -> f32 {
+    single_of_half(u16::from_le_bytes([block[at], block[at + 1]]))
+}

@@ -1,0 +1,112 @@
+//! Instructions that no library reaches: which of them this processor has, and what is made of them.
+//!
+//! All `unsafe` of the project is here, behind functions that cannot be misused: a value of a type such
+//! as [`amx::Amx`] exists only where the processor has the instructions, and slices are checked before
+//! pointers are made of them.
+#![allow(unsafe_code)]
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
+#[cfg(not(target_arch = "x86_64"))]
+mod elsewhere;
+pub(crate) mod single;
+
+use std::sync::OnceLock;
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avx2::Bytes;
+#[cfg(not(target_arch = "x86_64"))]
+pub(crate) use elsewhere::{Bytes, amx, avx512};
+
+/// What multiplies bf16.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Pairs {
+    Amx(amx::Amx),
+    Avx512(avx512::Bf16),
+}
+
+/// What multiplies codes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Quads {
+    Amx(amx::Amx),
+    Avx512(avx512::Vnni),
+}
+
+/// The instructions that products use; without any of them, f32 and plain loops.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Isa {
+    /// For many rows and bf16.
+    pub(crate) pairs: Option<Pairs>,
+    /// For many rows and codes.
+    pub(crate) quads: Option<Quads>,
+    /// For one row and codes.
+    pub(crate) bytes: Option<Bytes>,
+    /// For what becomes bf16.
+    pub(crate) widen: Option<avx512::Widen>,
+}
+
+impl Isa {
+    /// The names that [`Isa::named`] knows, each with more than the one before.
+    const NAMES: [&str; 4] = ["portable", "avx2", "avx512", "amx"];
+
+    /// What there is of a level.
+    fn named(name: &str) -> Option<Self> {
+        let level = Self::NAMES.iter().position(|known| *known == name)?;
+        let (avx2, avx512, amx) = (level > 0, level > 1, level > 2);
+        let mut isa = Self::default();
+        if avx2 {
+            isa.bytes = Bytes::avx_vnni().or_else(Bytes::without_vnni);
+        }
+        if avx512 {
+            isa.bytes = Bytes::avx512_vnni().or(isa.bytes);
+            isa.pairs = avx512::Bf16::detect().map(Pairs::Avx512);
+            isa.quads = avx512::Vnni::detect().map(Quads::Avx512);
+            isa.widen = avx512::Widen::detect();
+        }
+        if let (true, Some(amx)) = (amx, amx::Amx::detect()) {
+            isa.pairs = Some(Pairs::Amx(amx));
+            isa.quads = Some(Quads::Amx(amx));
+        }
+        Some(isa)
+    }
+
+    /// All that this processor has; less if the variable `REROUTE_ISA` says so, which is for tests of what
+    /// others have: `portable`, `avx2` or `avx512`.
+    pub(crate) fn of_this_processor() -> Self {
+        static FOUND: OnceLock<Isa> = OnceLock::new();
+        *FOUND.get_or_init(|| {
+            let wanted = std::env::var("REROUTE_ISA").ok();
+            let wanted = wanted.as_deref().and_then(Self::named);
+            wanted.or_else(|| Self::named("amx")).unwrap_or_default()
+        })
+    }
+
+    /// Every way that this processor has.
+    #[cfg(test)]
+    pub(crate) fn all() -> Vec<Self> {
+        let mut all: Vec<Self> = Self::NAMES.into_iter().filter_map(Self::named).collect();
+        let bytes = Bytes::without_vnni();
+        all.push(Self {
+            bytes,
+            ..Self::default()
+        });
+        all
+    }
+}
+
+/// Fetches the cache line of a number into the second cache, if there is such a number.
+#[inline(always)]
+pub(crate) fn prefetch<T>(numbers: &[T], index: usize) {
+    #[cfg(target_arch = "x86_64")]
+    if index < numbers.len() {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: fetching changes nothing, whatever the address, and this one is inside the slice.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(numbers.as_ptr().add(index).cast()) }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (numbers, index);
+}

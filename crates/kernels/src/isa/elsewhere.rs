@@ -1,0 +1,116 @@
+//! Stands in on processors of other kinds, which have none of these instructions: nothing here has a value.
+
+use crate::blocks::{Blocks, CHUNK, Coding, Factors};
+use crate::product::layout::{InputChunk, Sums, TOKENS, WeightChunk};
+use crate::product::one_row::Codes;
+
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Bytes {}
+
+impl Bytes {
+    pub(crate) fn without_vnni() -> Option<Self> {
+        None
+    }
+
+    pub(crate) fn avx_vnni() -> Option<Self> {
+        None
+    }
+
+    pub(crate) fn avx512_vnni() -> Option<Self> {
+        None
+    }
+
+    pub(crate) fn dot<C: Coding>(self, _: Blocks<'_>, _: usize, _: &Codes) -> f32 {
+        match self {}
+    }
+}
+
+pub(crate) mod amx {
+    use super::{InputChunk, Sums, WeightChunk};
+
+    #[derive(Debug, Clone, Copy)]
+    pub(crate) enum Amx {}
+
+    pub(crate) enum Tiles {}
+
+    pub(crate) const ROWS: usize = 32;
+
+    impl Amx {
+        pub(crate) fn detect() -> Option<Self> {
+            None
+        }
+
+        pub(crate) fn tiles(self) -> Tiles {
+            match self {}
+        }
+    }
+
+    impl Tiles {
+        pub(crate) fn multiply(
+            &self,
+            _: &[WeightChunk<ROWS>],
+            _: &[InputChunk],
+            _: &mut Sums<ROWS>,
+            _: bool,
+        ) {
+            match *self {}
+        }
+    }
+}
+
+pub(crate) mod avx512 {
+    use super::{CHUNK, Factors, InputChunk, Sums, TOKENS, WeightChunk};
+
+    pub(crate) const ROWS: usize = 12;
+
+    #[derive(Debug, Clone, Copy)]
+    pub(crate) enum Bf16 {}
+
+    #[derive(Debug, Clone, Copy)]
+    pub(crate) enum Vnni {}
+
+    #[derive(Debug, Clone, Copy)]
+    pub(crate) enum Widen {}
+
+    impl Bf16 {
+        pub(crate) fn detect() -> Option<Self> {
+            None
+        }
+
+        pub(crate) fn multiply(
+            self,
+            _: &[WeightChunk<ROWS>],
+            _: &[InputChunk],
+            _: &mut Sums<ROWS>,
+            _: bool,
+        ) {
+            match self {}
+        }
+    }
+
+    impl Vnni {
+        pub(crate) fn detect() -> Option<Self> {
+            None
+        }
+
+        pub(crate) fn multiply<const GROUP: usize>(
+            self,
+            _: (&[WeightChunk<ROWS>], &[[[f32; ROWS]; 2]]),
+            _: (&[InputChunk], &[[[f32; TOKENS]; 2]]),
+            _: &mut Sums<ROWS>,
+            _: bool,
+        ) {
+            match self {}
+        }
+    }
+
+    impl Widen {
+        pub(crate) fn detect() -> Option<Self> {
+            None
+        }
+
+        pub(crate) fn widen(self, _: &[u8; CHUNK], _: &Factors, _: &mut [u16; CHUNK]) {
+            match self {}
+        }
+    }
+}

@@ -22,5 +22,5 @@ pub use blocks::{Blocks, Format};
 pub use columns::write_columns;
 pub use norm::{layer_norm, rms_norm};
 pub use precision::{Number, narrow, widen};
-pub use product::{Inputs, Weight, matrix_vector};
+pub use product::{Inputs, WIDENED, Weight, matrix_vector};
 pub use rotary::rotate;

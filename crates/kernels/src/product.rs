@@ -24,6 +24,9 @@ use kernels::{Coded, Plain, Vnni};
 use layout::TOKENS;
 use many_rows::Kernel;
 
+/// Most numbers of a weight that are widened to f32 at a time (16 MiB).
+pub const WIDENED: usize = 4 << 20;
+
 /// A matrix, row by row.
 #[derive(Debug, Clone, Copy)]
 #[non_exhaustive]
@@ -181,8 +184,6 @@ impl<'a, T: Number> Inputs<'a, T> {
         y: &mut [Y],
         widened: impl Fn(usize, &mut [f32]),
     ) {
-        /// Numbers that are widened at a time (16 MiB).
-        const WIDENED: usize = 4 << 20;
         let rows = self.rows();
         let x = self.singles.get_or_init(|| {
             let mut singles = vec![0.0; self.x.len()];

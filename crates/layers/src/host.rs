@@ -153,11 +153,6 @@ pub(crate) fn tensor<B: Backend, const D: usize>(
     Tensor::from_data(data, (device, dtype))
 }
 
-/// The numbers of a tensor of [`tensor`]: its very memory if nothing else refers to it.
-pub(crate) fn into_numbers<B: Backend>(tensor: Tensor<B, 2>) -> Option<Vec<f32>> {
-    tensor.into_data().into_vec().ok()
-}
-
 /// The same numbers in f32.
 pub(crate) fn widened<E: Number>(halves: &[E]) -> Vec<f32>
 where

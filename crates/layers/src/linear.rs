@@ -1,9 +1,8 @@
 use burn::module::{Initializer, Module, Param};
 use burn::tensor::backend::Backend;
-use burn::tensor::{DType, Tensor, TensorData};
-use half::slice::HalfFloatSliceExt;
+use burn::tensor::{Tensor, TensorData};
 use half::{bf16, f16};
-use reroute_kernels::Weight;
+use reroute_kernels::{Inputs, Weight};
 
 use crate::LowRank;
 use crate::host::{self, HostTensor, Number};
@@ -93,9 +92,6 @@ impl<B: Backend> Linear<B> {
     }
 }
 
-/// Most numbers of a weight that are widened at a time (16 MiB).
-pub const WIDENED: usize = 4 << 20;
-
 /// `W · x`
 ///
 /// # Shapes
@@ -106,46 +102,45 @@ pub(crate) fn product<B: Backend>(weight: Tensor<B, 2>, x: Tensor<B, 2>) -> Tens
     if x.dims()[1] == 1 {
         return matrix_vector(weight, x);
     }
-    widened_product::<B, f16>(&weight, &x)
-        .or_else(|| widened_product::<B, bf16>(&weight, &x))
-        .unwrap_or_else(|| weight.matmul(x))
+    let matrix = HostTensor::of(&weight);
+    let halves = (matrix.slice().map(Weight::F16)).or_else(|| matrix.slice().map(Weight::BF16));
+    let product = halves.and_then(|matrix| host_product(matrix, weight.dims(), &x));
+    product.unwrap_or_else(|| weight.matmul(x))
 }
 
-/// The same in half precision, with f32 for the arithmetic, of which processors do several times as
-/// much a second.
-fn widened_product<B: Backend, E: Number>(
-    weight: &Tensor<B, 2>,
+/// The same by kernels, if the inputs are within their reach and fit.
+fn host_product<B: Backend>(
+    weight: Weight<'_>,
+    [output, input]: [usize; 2],
     x: &Tensor<B, 2>,
-) -> Option<Tensor<B, 2>>
-where
-    [E]: HalfFloatSliceExt,
-{
-    let ([output, input], [columns, rows]) = (weight.dims(), x.dims());
-    let (matrix, x) = (HostTensor::of(weight), HostTensor::of(x).packed());
-    let (matrix, x) = (matrix.slice::<E>()?, x.slice::<E>()?);
-    if matrix.is_empty() || x.is_empty() || input != columns {
+) -> Option<Tensor<B, 2>> {
+    let [features, rows] = x.dims();
+    if features != input {
         return None;
     }
-    let device = weight.device();
-    let single = |numbers: Vec<f32>, shape: [usize; 2]| {
-        Tensor::<B, 2>::from_data(TensorData::new(numbers, shape), (&device, DType::F32))
+    let numbers = HostTensor::of(x).packed();
+    let product = (of_inputs::<f32>(&numbers, weight, input))
+        .or_else(|| of_inputs::<f16>(&numbers, weight, input))
+        .or_else(|| of_inputs::<bf16>(&numbers, weight, input))?;
+    // The shape is the product's own: as many numbers.
+    let data = TensorData {
+        shape: [output, rows].into(),
+        ..product
     };
-    let x = single(host::widened(x), [input, rows]);
-    let mut y = vec![E::zeroed(); output * rows];
-    let block = (WIDENED / input).clamp(1, output);
-    // The same memory for all blocks: fresh memory is zeroed before it is written.
-    let mut wide = vec![0.0; block * input];
-    let blocks = matrix.chunks(block * input).zip(y.chunks_mut(block * rows));
-    for (matrix, y) in blocks {
-        wide.truncate(matrix.len());
-        reroute_kernels::widen(matrix, &mut wide);
-        let weight = single(wide, [matrix.len() / input, input]);
-        let product = weight.clone().matmul(x.clone());
-        reroute_kernels::narrow(HostTensor::of(&product).slice()?, y);
-        wide = host::into_numbers(weight)?;
-    }
-    let y = TensorData::new(y, [output, rows]);
-    Some(Tensor::from_data(y, (&device, E::dtype())))
+    let dtype = data.dtype;
+    Some(Tensor::from_data(data, (&x.device(), dtype)))
+}
+
+/// The product with inputs of this type, in that type, if they are that.
+fn of_inputs<E: Number + reroute_kernels::Number>(
+    x: &HostTensor,
+    weight: Weight<'_>,
+    features: usize,
+) -> Option<TensorData> {
+    let inputs = Inputs::new(x.slice::<E>()?, features)?;
+    let product = inputs.product::<E>(weight);
+    let count = product.len();
+    Some(TensorData::new(product, [count]))
 }
 
 /// The product with a single column.

@@ -213,7 +213,10 @@ fn flags_that_are_out_of_range() {
             "ask --max-new-tokens -1",
             "invalid value '-1' for '--max-new-tokens",
         ),
-        ("ask --dtype f8", "possible values: f32, f16, bf16"),
+        (
+            "ask --dtype f8",
+            "possible values: auto, f32, f16, bf16, int8, q4",
+        ),
         (
             "presets --visual-tokens -1",
             "invalid value '-1' for '--visual-tokens",

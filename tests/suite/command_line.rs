@@ -239,6 +239,8 @@ fn a_batch_padded_on_either_side_equals_the_single_runs() {
             "4",
             "--routing",
             "reroute-pdrop@192",
+            "--dtype",
+            "f32",
         ]);
         read_tensors(&out)
     };

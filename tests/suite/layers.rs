@@ -1,6 +1,5 @@
 //! The shared building blocks against their formulas, in f64.
 
-use burn::module::Param;
 use burn::tensor::{DType, Int, Tensor, TensorData};
 use burn_autodiff::Autodiff;
 use proptest::prelude::*;
@@ -320,7 +319,7 @@ fn a_large_product_in_half_precision_is_that_of_the_same_numbers_in_f32() {
         let (wide, wide_x) = (weight.clone().cast(DType::F32), x.clone().cast(DType::F32));
         let expected = values(wide.matmul(wide_x)).into_iter().map(f64::from);
         let linear = Linear {
-            weight: Param::from_tensor(weight),
+            weight: weight.into(),
             bias: None,
             adapter: None,
         };
@@ -357,7 +356,7 @@ fn every_block<B: burn::tensor::backend::Backend<Device = Device>>(
     layer.weight = layer.weight.map(|_| matrix(24, 1).reshape([24]));
     layer.bias = layer.bias.map(|_| matrix(24, 1).reshape([24]));
     let linear = Linear {
-        weight: Param::from_tensor(matrix(70, 24)),
+        weight: matrix(70, 24).into(),
         bias: None,
         adapter: None,
     };
@@ -368,7 +367,7 @@ fn every_block<B: burn::tensor::backend::Backend<Device = Device>>(
     .init::<B>(&device);
     let weights = vocabulary.weight.into_iter();
     vocabulary.weight = weights
-        .map(|weight| weight.map(|weight| matrix(weight.dims()[0], 24)))
+        .map(|weight| matrix(weight.dims()[0], 24).into())
         .collect();
     let rotary = Rotary::from_angles(matrix(6, rows).cast(DType::F32), dtype);
     let heads = |x: &Tensor<B, 2>| x.clone().reshape([2, 12, rows]);

@@ -8,6 +8,7 @@ mod bad_request;
 mod bad_text;
 mod batches;
 mod chat;
+mod codes;
 mod command_line;
 mod compare;
 mod conversations;

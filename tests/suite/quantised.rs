@@ -111,7 +111,7 @@ fn quantised_models_open_and_are_converted() {
         let said = doctor["form"].as_str().expect("a text");
         let expected = format!("21 tensors of {kind}");
         assert!(
-            said.contains(&expected) && said.contains("widened to f32"),
+            said.contains(&expected) && said.contains("widened to f16"),
             "{said}"
         );
 

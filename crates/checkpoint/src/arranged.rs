@@ -105,6 +105,27 @@ impl Arranged {
         })
     }
 
+    /// The parts, and where each of their rows goes.
+    pub(crate) fn rows(&self) -> Option<Vec<(&TensorInfo, Vec<usize>)>> {
+        let mut start = 0;
+        let parts = self.parts.iter().map(|part| {
+            let rows = *part.shape.first()?;
+            let place = |row: usize| match self.order {
+                Order::Stacked => Some(start + row),
+                Order::EvenThenOdd => {
+                    let (group, within) = (row / self.group, row % self.group);
+                    let half = within % 2 * (self.group / 2);
+                    Some(group * self.group + half + within / 2)
+                }
+                Order::Alternating => None,
+            };
+            let places = (0..rows).map(place).collect::<Option<Vec<_>>>()?;
+            start += rows;
+            Some((part, places))
+        });
+        parts.collect()
+    }
+
     /// Delivers the bytes of `info`, which may be a part of the whole.
     pub(crate) fn open<'a>(
         &self,

@@ -49,6 +49,16 @@ pub enum TensorError {
         reason: String,
     },
 
+    /// Numbers that codes cannot stand for.
+    #[error(
+        "it holds numbers that are not finite, or too large for the scales of {format}: \
+         open it with --dtype bf16 or f32"
+    )]
+    NotQuantised {
+        /// What was asked for.
+        format: &'static str,
+    },
+
     /// Neither f32, f16 nor bf16 was asked for.
     #[error("weights can be loaded as F32, F16 or BF16, not as {dtype:?}")]
     Target {

@@ -27,6 +27,7 @@
 mod adapter;
 mod arranged;
 mod burnpack;
+mod codes;
 mod companions;
 mod convert;
 mod error;
@@ -54,6 +55,7 @@ pub use adapter::{
     AdapterConfig, AdapterError, AdapterMismatch, LinearMap, NewAdapter, StoredAdapter,
     StoredChange, Targets, read_adapter, write_adapter,
 };
+pub use codes::StoredCodes;
 pub use companions::{CONFIG, Companions, dtype_of, forget_quantization, json_bytes, set_dtype};
 pub use convert::{Layout, TensorError};
 pub use error::CheckpointError;
@@ -62,7 +64,7 @@ pub use folder::{
 };
 pub use gguf::{Gguf, GgufValue, template_with_images};
 pub use hub::{cached_path, is_repository};
-pub use load::{LoadOptions, LoadProgress, check_fit, load_into};
+pub use load::{LoadOptions, LoadProgress, Loading, check_fit, load_into};
 pub use mismatch::{Disagreement, Duplicate, IndexMismatch, Misshapen, ModuleMismatch, Unreadable};
 pub use names::{NameTable, Rule};
 pub use narrow::{Narrow, is_weight};

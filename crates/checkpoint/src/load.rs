@@ -6,7 +6,9 @@ use std::ops::ControlFlow;
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
+use reroute_kernels::Format;
 
+use crate::codes::StoredCodes;
 use crate::inventory::{Path, inventory};
 use crate::mismatch::ModuleMismatch;
 use crate::plan::{Assignment, plan};
@@ -60,8 +62,7 @@ pub fn load_into<B: Backend, M: Module<B>>(
     options: &LoadOptions,
     progress: &mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
 ) -> Result<M, CheckpointError> {
-    let plan = assign(&module, shards, table, options)?;
-    put(module, shards, plan, options.dtype, progress)
+    Loading::begin(&module, shards, table, options, progress)?.fill(module)
 }
 
 /// Which tensor goes to which parameter, by path.
@@ -75,20 +76,107 @@ pub(crate) fn put<B: Backend, M: Module<B>>(
     dtype: DType,
     progress: &mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
 ) -> Result<M, CheckpointError> {
-    let mut loader = Loader {
-        shards,
-        dtype,
-        loaded_bytes: 0,
-        total_bytes: plan.values().map(|tensor| tensor.bytes).sum(),
-        plan,
-        progress,
-        path: Path::default(),
-        failure: None,
-    };
-    let module = module.map(&mut loader);
-    match loader.failure {
-        None => Ok(module),
-        Some(error) => Err(error),
+    Loading::new(shards, plan, dtype, progress).fill(module)
+}
+
+/// [`load_into`] in steps, for modules of which some weights stay in fewer bits.
+pub struct Loading<'a> {
+    shards: &'a Shards,
+    dtype: DType,
+    /// Keys are module paths.
+    plan: Parts,
+    loaded_bytes: u64,
+    total_bytes: u64,
+    progress: &'a mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
+}
+
+impl<'a> Loading<'a> {
+    /// Compares names, shapes and dtypes; no weight is read.
+    pub fn begin<B: Backend, M: Module<B>>(
+        module: &M,
+        shards: &'a Shards,
+        table: &NameTable,
+        options: &LoadOptions,
+        progress: &'a mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
+    ) -> Result<Self, CheckpointError> {
+        let plan = assign(module, shards, table, options)?;
+        Ok(Self::new(shards, plan, options.dtype, progress))
+    }
+
+    fn new(
+        shards: &'a Shards,
+        plan: Parts,
+        dtype: DType,
+        progress: &'a mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
+    ) -> Self {
+        Self {
+            shards,
+            dtype,
+            loaded_bytes: 0,
+            total_bytes: plan.values().map(|tensor| tensor.bytes).sum(),
+            plan,
+            progress,
+        }
+    }
+
+    /// The weight at a path in fewer bits, for as many rows as each of `heights` says, one below the other;
+    /// [`fill`](Self::fill) leaves that parameter alone then. `None`, and it is a float, if the file does not
+    /// have it in a format that can stay and no other is asked for.
+    pub fn codes(
+        &mut self,
+        path: &str,
+        heights: &[usize],
+        format: Option<Format>,
+    ) -> Result<Option<Vec<StoredCodes>>, CheckpointError> {
+        let Some(tensor) = self.plan.get(path) else {
+            return Ok(None);
+        };
+        if tensor.layout != Layout::AsStored {
+            return Ok(None);
+        }
+        let (mut codes, mut end) = (Vec::new(), 0);
+        for height in heights {
+            let rows = end..end + height;
+            end = rows.end;
+            let block = match format {
+                Some(format) => self.shards.codes_as(&tensor.name, rows, format)?,
+                None => self.shards.stored_codes(&tensor.name, rows)?,
+            };
+            match block {
+                Some(block) => codes.push(block),
+                None => return Ok(None),
+            }
+        }
+        let bytes = tensor.bytes;
+        self.plan.remove(path);
+        self.advance(bytes)?;
+        Ok(Some(codes))
+    }
+
+    /// Loads everything else.
+    pub fn fill<B: Backend, M: Module<B>>(self, module: M) -> Result<M, CheckpointError> {
+        let mut loader = Loader {
+            loading: self,
+            path: Path::default(),
+            failure: None,
+        };
+        let module = module.map(&mut loader);
+        match loader.failure {
+            None => Ok(module),
+            Some(error) => Err(error),
+        }
+    }
+
+    fn advance(&mut self, bytes: u64) -> Result<(), CheckpointError> {
+        self.loaded_bytes += bytes;
+        let progress = LoadProgress {
+            loaded_bytes: self.loaded_bytes,
+            total_bytes: self.total_bytes,
+        };
+        match (self.progress)(progress).is_break() {
+            true => Err(CheckpointError::Stopped),
+            false => Ok(()),
+        }
     }
 }
 
@@ -159,13 +247,7 @@ fn assign<B: Backend, M: Module<B>>(
 
 /// Puts the planned tensors in the place of the parameters. After a failure it does nothing.
 struct Loader<'a> {
-    shards: &'a Shards,
-    dtype: DType,
-    /// Keys are module paths.
-    plan: Parts,
-    loaded_bytes: u64,
-    total_bytes: u64,
-    progress: &'a mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
+    loading: Loading<'a>,
     path: Path,
     failure: Option<CheckpointError>,
 }
@@ -181,7 +263,7 @@ impl<B: Backend> ModuleMapper<B> for Loader<'_> {
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
         // What has no tensor stays: whether everything is to have one, the plan has seen to.
-        if self.failure.is_some() || !self.plan.contains_key(&self.path.parameter().0) {
+        if self.failure.is_some() || !self.loading.plan.contains_key(&self.path.parameter().0) {
             return param;
         }
         match self.load(param.lazy_shape()[0], &param.lazy_device()) {
@@ -204,29 +286,24 @@ impl Loader<'_> {
         rows: usize,
         device: &B::Device,
     ) -> Result<Tensor<B, D>, CheckpointError> {
-        if !B::supports_dtype(device, self.dtype) {
-            return Err(CheckpointError::Backend { dtype: self.dtype });
+        let (dtype, shards) = (self.loading.dtype, self.loading.shards);
+        if !B::supports_dtype(device, dtype) {
+            return Err(CheckpointError::Backend { dtype });
         }
         let (path, is_block) = self.path.parameter();
-        let Some(tensor) = self.plan.get_mut(&path) else {
+        let Some(tensor) = self.loading.plan.get_mut(&path) else {
             return Err(CheckpointError::NoSuchTensor { name: path });
         };
         let data = if is_block {
             let rows = tensor.rows_taken..tensor.rows_taken + rows;
             tensor.rows_taken = rows.end;
-            self.shards.read_rows(&tensor.name, rows, self.dtype)?
+            shards.read_rows(&tensor.name, rows, dtype)?
         } else {
-            self.shards.read(&tensor.name, self.dtype, tensor.layout)?
+            shards.read(&tensor.name, dtype, tensor.layout)?
         };
-        self.loaded_bytes += data.num_elements() as u64 * tensor.element_bytes;
-        let progress = LoadProgress {
-            loaded_bytes: self.loaded_bytes,
-            total_bytes: self.total_bytes,
-        };
-        if (self.progress)(progress).is_break() {
-            return Err(CheckpointError::Stopped);
-        }
+        let bytes = data.num_elements() as u64 * tensor.element_bytes;
+        self.loading.advance(bytes)?;
         // The dtype must be said again, or the data is converted to the device's default.
-        Ok(Tensor::from_data(data, (device, self.dtype)))
+        Ok(Tensor::from_data(data, (device, dtype)))
     }
 }

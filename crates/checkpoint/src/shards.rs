@@ -365,6 +365,18 @@ impl Shards {
         Ok(Box::new(shard.reader(info)?))
     }
 
+    pub(crate) fn tensor(&self, name: &str) -> Result<&TensorInfo, CheckpointError> {
+        self.find(name).map(|(info, _)| info)
+    }
+
+    /// What went wrong with a tensor.
+    pub(crate) fn failure(&self, name: &str, source: TensorError) -> CheckpointError {
+        match self.find(name) {
+            Ok((_, shard)) => shard.error(name, source),
+            Err(error) => error,
+        }
+    }
+
     fn find(&self, name: &str) -> Result<(&TensorInfo, &Shard), CheckpointError> {
         let info = self.tensors.get(name);
         let found = info.and_then(|info| Some((info, self.shards.get(info.shard)?)));

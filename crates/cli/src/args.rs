@@ -4,9 +4,10 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
-use reroute_zoo::{Folder, ImageOptions, OpenOptions};
+use reroute_zoo::burn::tensor::DType;
+use reroute_zoo::{CodeFormat, Folder, ImageOptions, OpenOptions, Weights};
 
-use crate::backend::version;
+use crate::backend::{self, version};
 use crate::{hub, open};
 
 /// Ask vision-language models about images, with FastV, PyramidDrop or Reroute deciding which
@@ -58,8 +59,8 @@ pub struct ModelArgs {
     #[arg(long, value_name = "FILE.gguf", requires = "model")]
     pub mmproj: Option<PathBuf>,
     /// Type of the weights in memory.
-    #[arg(long, value_enum, default_value = "f32")]
-    pub dtype: Dtype,
+    #[arg(long, value_enum, default_value = "auto")]
+    pub dtype: WeightType,
     /// Pad images to a square instead of cropping them, as the original LLaVA code does, for models
     /// whose images are all of one size.
     #[arg(long)]
@@ -85,10 +86,12 @@ impl ModelArgs {
     }
 
     /// How the checkpoint is opened.
-    pub fn options(&self) -> anyhow::Result<OpenOptions> {
+    pub fn options(&self, folder: &Folder) -> anyhow::Result<OpenOptions> {
+        let (dtype, weights) = self.dtype.types(folder);
         let adapters = self.adapter.iter().map(|path| hub::folder(path, None));
         Ok(OpenOptions {
-            dtype: self.dtype.burn(),
+            dtype,
+            weights,
             images: ImageOptions {
                 pad_to_square: self.pad_to_square.then_some(true),
                 max_pixels: self.max_pixels,
@@ -129,6 +132,52 @@ pub enum Dtype {
     F16,
     /// The same, with the range of f32 and a third of the digits of f16.
     Bf16,
+}
+
+/// Types that the weights of a model can have in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum WeightType {
+    /// As the file has them: f32, f16, bf16, and blocks of GGUF (Q8_0, Q4_0, Q4_1, Q4_K, Q6_K) as they are. What
+    /// is quantised otherwise becomes what its file has beside.
+    Auto,
+    /// 32-bit floats.
+    F32,
+    /// 16-bit floats: half the memory, faster decoding.
+    F16,
+    /// The same, with the range of f32 and a third of the digits of f16.
+    Bf16,
+    /// Bytes with a scale for each row in the decoder; what is left is bf16.
+    Int8,
+    /// 4 bits with a scale for each group of 64 in the decoder; what is left is bf16.
+    Q4,
+}
+
+impl WeightType {
+    /// The type of floats and activations, if it does not depend on the checkpoint.
+    pub fn floats(self) -> Option<DType> {
+        Some(match self {
+            Self::Auto => return None,
+            Self::F32 => DType::F32,
+            Self::F16 => DType::F16,
+            Self::Bf16 => DType::BF16,
+            Self::Int8 | Self::Q4 => backend::or_f32(DType::BF16),
+        })
+    }
+
+    /// The type of floats and activations for a checkpoint, and which weights stay in fewer bits.
+    pub fn types(self, folder: &Folder) -> (DType, Weights) {
+        match (self, self.floats()) {
+            (Self::Int8, Some(floats)) => (floats, Weights::Decoder(CodeFormat::Int8)),
+            (Self::Q4, Some(floats)) => (floats, Weights::Decoder(CodeFormat::Int4)),
+            (_, Some(floats)) => (floats, Weights::Floats),
+            (_, None) => {
+                // What is wrong with it is told when it is opened.
+                let stored = Weights::stored(folder);
+                let (floats, weights) = stored.unwrap_or((DType::F32, Weights::Floats));
+                (backend::or_f32(floats), weights)
+            }
+        }
+    }
 }
 
 /// Which visual tokens the layers work on.

@@ -270,6 +270,12 @@ pub fn numbers(dtype: DType) -> reroute_zoo::Arithmetic {
     }
 }
 
+/// A type, if the backend computes in it, or f32.
+pub fn or_f32(dtype: DType) -> DType {
+    let supported = device().is_ok_and(|device| dtypes(&device).contains(&dtype));
+    if supported { dtype } else { DType::F32 }
+}
+
 /// The types that models can be loaded in and computed with.
 pub fn dtypes(device: &Device) -> Vec<DType> {
     let all = [DType::F32, DType::F16, DType::BF16];

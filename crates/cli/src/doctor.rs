@@ -83,7 +83,7 @@ fn examine(args: &DoctorArgs) -> Report {
     let mut report = Report {
         adapter: backend::adapter(),
         dtypes: Vec::new(),
-        dtype: args.model.dtype.burn(),
+        dtype: args.model.dtype.floats().unwrap_or(DType::F32),
         program: 0,
         parameters: None,
         picture: None,
@@ -106,15 +106,17 @@ fn examine(args: &DoctorArgs) -> Report {
             backend::Device::default()
         }
     };
-    report.check_dtype();
     let folder = match args.model.folder() {
         Ok(folder) => folder,
         Err(error) => {
+            report.check_dtype();
             report.problem(error.to_string(), remedy::of_folder(&error, HOLDS_CONFIG));
             return report;
         }
     };
-    let options = args.model.options().unwrap_or_else(|error| {
+    report.dtype = args.model.dtype.types(&folder).0;
+    report.check_dtype();
+    let options = args.model.options(&folder).unwrap_or_else(|error| {
         let holds = "give the folder that holds adapter_config.json to --adapter";
         report.problem(error.to_string(), remedy::of_folder(&error, holds));
         OpenOptions::default()

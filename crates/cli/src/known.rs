@@ -17,7 +17,7 @@ impl Known {
     /// Reads the settings of the model that the flags name.
     pub(crate) fn of(args: &ModelArgs) -> anyhow::Result<Self> {
         let folder = args.folder()?;
-        Ok(Self(Outline::open(&folder, &args.options()?)?))
+        Ok(Self(Outline::open(&folder, &args.options(&folder)?)?))
     }
 
     /// What can be known of the model.

@@ -58,7 +58,7 @@ pub(crate) fn folder(path: Option<&Path>, mmproj: Option<&Path>) -> anyhow::Resu
 pub(crate) fn model(args: &ModelArgs) -> anyhow::Result<Vlm<Backend>> {
     let device = backend::device()?;
     let folder = args.folder()?;
-    let options = args.options()?;
+    let options = args.options(&folder)?;
     let show = stderr().is_terminal();
     let vlm = Vlm::open_with_progress(&folder, &options, &device, &mut |progress| {
         if show && progress.total_bytes > SHOW_PROGRESS_BYTES {

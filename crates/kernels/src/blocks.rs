@@ -8,7 +8,7 @@ mod quantise;
 
 pub(crate) use coding::{Coding, with_coding};
 
-use crate::precision::single_of_half;
+use crate::split::pieces;
 
 /// How a row is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -166,6 +166,13 @@ impl<'a> Blocks<'a> {
         with_coding!(self.format, C => self.widen_as::<C>(row, numbers))
     }
 
+    /// The numbers of all rows, on all threads.
+    pub fn widen_all(&self, numbers: &mut [f32]) {
+        pieces(numbers, self.columns, |row, numbers| {
+            self.widen(row, numbers)
+        });
+    }
+
     fn widen_as<C: Coding>(&self, row: usize, numbers: &mut [f32]) {
         let (scale, row) = (self.row_scale(row), self.row(row));
         let mut codes = [0; CHUNK];
@@ -177,10 +184,4 @@ impl<'a> Blocks<'a> {
             }
         }
     }
-}
-
-/// A float of 16 bits.
-#[inline(always)]
-fn float(block: &[u8], at: usize) -> f32 {
-    single_of_half(u16::from_le_bytes([block[at], block[at + 1]]))
 }

@@ -13,6 +13,8 @@ mod avx2;
 pub(crate) mod avx512;
 #[cfg(not(target_arch = "x86_64"))]
 mod elsewhere;
+#[cfg(target_arch = "x86_64")]
+mod limit;
 pub(crate) mod single;
 
 use std::sync::OnceLock;
@@ -20,7 +22,11 @@ use std::sync::OnceLock;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx2::Bytes;
 #[cfg(not(target_arch = "x86_64"))]
-pub(crate) use elsewhere::{Bytes, amx, avx512};
+pub(crate) use elsewhere::{Bytes, Loop, amx, avx512};
+#[cfg(target_arch = "x86_64")]
+pub(crate) use limit::Loop;
+
+use crate::limit::Multiplied;
 
 /// What multiplies bf16.
 #[derive(Debug, Clone, Copy)]
@@ -95,6 +101,15 @@ impl Isa {
             ..Self::default()
         });
         all
+    }
+}
+
+/// The loop that multiplies as fast as this processor can.
+pub(crate) fn multiply_loop(of: Multiplied) -> Option<Loop> {
+    match of {
+        Multiplied::F32 => Loop::f32(),
+        Multiplied::BF16 => Loop::bf16(),
+        Multiplied::Bytes => Loop::bytes(),
     }
 }
 

@@ -8,7 +8,7 @@ use std::any::Any;
 use std::borrow::Cow;
 
 use burn::tensor::backend::Backend;
-use burn::tensor::{DType, Element, Tensor, TensorData, TensorPrimitive};
+use burn::tensor::{DType, Element, Int, Tensor, TensorData, TensorPrimitive};
 #[cfg(feature = "flex")]
 use burn_flex::FlexTensor;
 use half::slice::HalfFloatSliceExt;
@@ -25,13 +25,18 @@ impl HostTensor {
         }
     }
 
+    pub(crate) fn of_ints<B: Backend, const D: usize>(tensor: &Tensor<B, D, Int>) -> Self {
+        let tensor = tensor.clone().into_primitive();
+        Self((&tensor as &dyn Any).downcast_ref().cloned())
+    }
+
     /// With the numbers side by side: copied if they are strewn over a larger tensor.
     pub(crate) fn packed(self) -> Self {
         Self(self.0.map(|tensor| tensor.to_contiguous()))
     }
 
     /// The numbers in row-major order, if they are within reach, packed and of this type.
-    pub(crate) fn slice<E: Number>(&self) -> Option<&[E]> {
+    pub(crate) fn slice<E: Element + bytemuck::Pod>(&self) -> Option<&[E]> {
         self.0.as_ref()?.as_slice()
     }
 

@@ -29,6 +29,7 @@ mod rotary;
 mod rows;
 mod vocabulary;
 mod walk;
+mod weight;
 
 pub use activation::{gelu_tanh, quick_gelu, silu, silu_product};
 pub use attention::{CausalMask, QUERY_BLOCK, attention, queries_at_a_time};
@@ -38,10 +39,11 @@ pub use linear::{Linear, LinearConfig};
 pub use low_rank::{LowRank, Scaling};
 pub use norm::{LayerNorm, LayerNormConfig, RmsNorm, RmsNormConfig};
 pub use received::received_attention;
-pub use reroute_kernels::WIDENED;
+pub use reroute_kernels::{Format as CodeFormat, WIDENED};
 pub use rotary::Rotary;
 pub use rows::{indices, write_rows};
 pub use vocabulary::{Vocabulary, VocabularyConfig};
 pub use walk::Linears;
 #[doc(hidden)]
 pub use walk::below;
+pub use weight::{Coded, Weight};

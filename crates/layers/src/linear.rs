@@ -2,16 +2,16 @@ use burn::module::{Initializer, Module, Param};
 use burn::tensor::backend::Backend;
 use burn::tensor::{Tensor, TensorData};
 use half::{bf16, f16};
-use reroute_kernels::{Inputs, Weight};
+use reroute_kernels::{Inputs, Weight as Matrix};
 
-use crate::LowRank;
 use crate::host::{self, HostTensor, Number};
+use crate::{LowRank, Weight};
 
 /// An affine map with the weight laid out as checkpoints store it.
 #[derive(Module, Debug)]
 pub struct Linear<B: Backend> {
     /// `[out, in]`
-    pub weight: Param<Tensor<B, 2>>,
+    pub weight: Weight<B>,
     /// `[out]`
     pub bias: Option<Param<Tensor<B, 1>>>,
     /// A change of the weight that is kept beside it.
@@ -52,7 +52,7 @@ impl LinearConfig {
         };
         let (fan_in, fan_out) = (Some(self.input), Some(self.output));
         Linear {
-            weight: init.init_with([self.output, self.input], fan_in, fan_out, device),
+            weight: Weight::init(&init, [self.output, self.input], device),
             bias: self
                 .bias
                 .then(|| init.init_with([self.output], fan_in, fan_out, device)),
@@ -69,8 +69,8 @@ impl<B: Backend> Linear<B> {
     /// - returns `[out, rows]`
     pub fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
         let y = match &self.adapter {
-            Some(adapter) => adapter.changed(product(self.weight.val(), x.clone()), x),
-            None => product(self.weight.val(), x),
+            Some(adapter) => adapter.changed(self.weight.product(x.clone()), x),
+            None => self.weight.product(x),
         };
         match &self.bias {
             Some(bias) => y + bias.val().unsqueeze_dim(1),
@@ -79,16 +79,17 @@ impl<B: Backend> Linear<B> {
     }
 
     /// Adds the adapter to the weight: in f32, rounded once to the weight's type. No gradient reaches the
-    /// adapter through it.
+    /// adapter through it. Codes of fewer bits cannot take it up: there it stays beside them.
     pub fn merge(&mut self) {
-        let Some(adapter) = self.adapter.take() else {
+        let (Weight::Float(weight), Some(adapter)) = (&self.weight, &self.adapter) else {
             return;
         };
-        self.weight = self.weight.clone().map(|weight| {
+        self.weight = Weight::Float(weight.clone().map(|weight| {
             let (dtype, is_trained) = (weight.dtype(), weight.is_require_grad());
             let merged = adapter.weight(weight);
             merged.cast(dtype).set_require_grad(is_trained)
-        });
+        }));
+        self.adapter = None;
     }
 }
 
@@ -98,19 +99,22 @@ impl<B: Backend> Linear<B> {
 /// - `weight`: `[out, in]`
 /// - `x`: `[in, rows]`
 /// - returns `[out, rows]`
-pub(crate) fn product<B: Backend>(weight: Tensor<B, 2>, x: Tensor<B, 2>) -> Tensor<B, 2> {
-    if x.dims()[1] == 1 {
-        return matrix_vector(weight, x);
-    }
+pub(crate) fn dense_product<B: Backend>(weight: Tensor<B, 2>, x: Tensor<B, 2>) -> Tensor<B, 2> {
+    let is_column = x.dims()[1] == 1;
     let matrix = HostTensor::of(&weight);
-    let halves = (matrix.slice().map(Weight::F16)).or_else(|| matrix.slice().map(Weight::BF16));
-    let product = halves.and_then(|matrix| host_product(matrix, weight.dims(), &x));
-    product.unwrap_or_else(|| weight.matmul(x))
+    let known = (matrix.slice().map(Matrix::F16)).or_else(|| matrix.slice().map(Matrix::BF16));
+    // Of many columns a backend's own product is as fast in f32.
+    let known = known.or_else(|| matrix.slice().filter(|_| is_column).map(Matrix::F32));
+    let product = known.and_then(|matrix| host_product(matrix, weight.dims(), &x));
+    product.unwrap_or_else(|| match is_column {
+        true => matrix_vector(weight, x),
+        false => weight.matmul(x),
+    })
 }
 
 /// The same by kernels, if the inputs are within their reach and fit.
-fn host_product<B: Backend>(
-    weight: Weight<'_>,
+pub(crate) fn host_product<B: Backend>(
+    weight: Matrix<'_>,
     [output, input]: [usize; 2],
     x: &Tensor<B, 2>,
 ) -> Option<Tensor<B, 2>> {
@@ -119,6 +123,10 @@ fn host_product<B: Backend>(
         return None;
     }
     let numbers = HostTensor::of(x).packed();
+    if rows == 1 {
+        let y = reroute_kernels::matrix_vector(weight, &numbers.singles()?, output);
+        return Some(host::tensor(y, [output, 1], x.dtype(), &x.device()));
+    }
     let product = (of_inputs::<f32>(&numbers, weight, input))
         .or_else(|| of_inputs::<f16>(&numbers, weight, input))
         .or_else(|| of_inputs::<bf16>(&numbers, weight, input))?;
@@ -134,7 +142,7 @@ fn host_product<B: Backend>(
 /// The product with inputs of this type, in that type, if they are that.
 fn of_inputs<E: Number + reroute_kernels::Number>(
     x: &HostTensor,
-    weight: Weight<'_>,
+    weight: Matrix<'_>,
     features: usize,
 ) -> Option<TensorData> {
     let inputs = Inputs::new(x.slice::<E>()?, features)?;
@@ -143,23 +151,15 @@ fn of_inputs<E: Number + reroute_kernels::Number>(
     Some(TensorData::new(product, [count]))
 }
 
-/// The product with a single column.
+/// The product with a single column, of which a backend's own reads a weight at half the speed.
 ///
 /// # Shapes
 /// - `weight`: `[out, in]`
 /// - `x`: `[in, 1]`
 /// - returns `[out, 1]`
 fn matrix_vector<B: Backend>(weight: Tensor<B, 2>, x: Tensor<B, 2>) -> Tensor<B, 2> {
-    let [output, input] = weight.dims();
-    let (matrix, column) = (HostTensor::of(&weight), HostTensor::of(&x).packed());
-    let known = (matrix.slice().map(Weight::F32))
-        .or_else(|| matrix.slice().map(Weight::F16))
-        .or_else(|| matrix.slice().map(Weight::BF16));
-    if let (Some(matrix), Some(column)) = (known, column.singles()) {
-        let y = reroute_kernels::matrix_vector(matrix, &column, output);
-        return host::tensor(y, [output, 1], x.dtype(), &x.device());
-    }
     // A product of a row with Wᵀ streams the weight once; W · column does not.
+    let [output, input] = weight.dims();
     let row = x.reshape([1, input]).matmul(weight.transpose());
     row.reshape([output, 1])
 }

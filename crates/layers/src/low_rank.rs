@@ -2,7 +2,7 @@ use burn::module::{Module, Param};
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
 
-use crate::linear::product;
+use crate::linear::dense_product as product;
 
 /// A low-rank change of a weight (LoRA, arXiv 2106.09685): `W` becomes `W + factor · up · down`, and with a gain
 /// every row of that is multiplied by its number.

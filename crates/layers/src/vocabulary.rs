@@ -1,9 +1,8 @@
-use burn::module::{Initializer, Module, Param};
+use burn::module::{Initializer, Module};
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
 
-use crate::linear::product;
-use crate::{LayerError, indices};
+use crate::{LayerError, Weight, indices};
 
 /// Bytes that every WebGPU device can bind as one buffer
 /// (`maxStorageBufferBindingSize`, <https://www.w3.org/TR/webgpu/#limits>).
@@ -17,7 +16,7 @@ const MAX_BLOCK_BYTES: usize = 128 << 20;
 #[derive(Module, Debug)]
 pub struct Vocabulary<B: Backend> {
     /// Blocks `[tokens, features]`, one below the other; only the last may be lower than the first.
-    pub weight: Vec<Param<Tensor<B, 2>>>,
+    pub weight: Vec<Weight<B>>,
 }
 
 /// Sizes of a [`Vocabulary`].
@@ -52,7 +51,7 @@ impl VocabularyConfig {
         let starts = (0..self.entries).step_by(self.block.max(1));
         let block = |start| {
             let tokens = self.block.min(self.entries - start);
-            init.init([tokens, self.features], device)
+            Weight::init(&init, [tokens, self.features], device)
         };
         Vocabulary {
             weight: starts.map(block).collect(),
@@ -64,12 +63,12 @@ impl<B: Backend> Vocabulary<B> {
     /// The device that the table lies on.
     pub fn device(&self) -> B::Device {
         let first = self.weight.first();
-        first.map(|block| block.val().device()).unwrap_or_default()
+        first.map(Weight::device).unwrap_or_default()
     }
 
     /// Number of tokens.
     pub fn entries(&self) -> usize {
-        self.weight.iter().map(|block| block.lazy_shape()[0]).sum()
+        self.weight.iter().map(|block| block.dims()[0]).sum()
     }
 
     /// Looks tokens up, at least one.
@@ -87,15 +86,14 @@ impl<B: Backend> Vocabulary<B> {
         let (Some(first), false) = (self.weight.first(), ids.is_empty()) else {
             return Err(LayerError::NoIds);
         };
-        let (device, height) = (self.device(), first.lazy_shape()[0]);
+        let (device, height) = (self.device(), first.dims()[0]);
         let block = |at: usize| ids[at] as usize / height;
         // Ids sorted by block, so that each block is asked once.
         let mut order: Vec<usize> = (0..ids.len()).collect();
         order.sort_by_key(|&at| block(at));
         let found = order.chunk_by(|&a, &b| block(a) == block(b)).map(|run| {
             let rows: Vec<usize> = run.iter().map(|&at| ids[at] as usize % height).collect();
-            let table = self.weight[block(run[0])].val();
-            table.select(0, indices(&rows, &device))
+            self.weight[block(run[0])].rows(indices(&rows, &device))
         });
         let found = Tensor::cat(found.collect(), 0);
         if order.is_sorted() {
@@ -112,7 +110,7 @@ impl<B: Backend> Vocabulary<B> {
     /// - `hidden_states`: `[features, rows]`
     /// - returns `[rows, entries]`
     pub fn logits(&self, hidden_states: Tensor<B, 2>) -> Tensor<B, 2> {
-        let block = |weight: &Param<Tensor<B, 2>>| product(weight.val(), hidden_states.clone());
+        let block = |weight: &Weight<B>| weight.product(hidden_states.clone());
         Tensor::cat(self.weight.iter().map(block).collect(), 0).transpose()
     }
 }

@@ -92,7 +92,7 @@ impl<B: Backend> DecoderLayer<B> {
             ("up_proj", &mlp.up_proj, [inner, hidden]),
             ("down_proj", &mlp.down_proj, [hidden, inner]),
         ];
-        let given = |linear: &Linear<B>| linear.weight.lazy_shape().dims::<2>();
+        let given = |linear: &Linear<B>| linear.weight.dims();
         let misfit = |(name, linear, expected): (_, &Linear<B>, _)| {
             (given(linear) != expected).then(|| (name, given(linear), expected))
         };

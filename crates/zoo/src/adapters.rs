@@ -49,7 +49,7 @@ impl<B: Backend> Model<B> {
         let mut random = StdRng::seed_from_u64(config.seed);
         self.with_adapters(|path, linear| {
             let &(rank, alpha) = chosen.get(path)?;
-            let ([output, input], device) = (shape(linear), linear.weight.lazy_device());
+            let ([output, input], device) = (shape(linear), linear.weight.device());
             let bound = 1.0 / (input as f32).sqrt();
             let down = (0..rank * input).map(|_| random.random_range(-bound..=bound));
             let down = TensorData::new(down.collect::<Vec<f32>>(), [rank, input]);
@@ -245,7 +245,7 @@ impl<B: Backend> Model<B> {
 
 /// A change that was read, beside the weight.
 fn low_rank<B: Backend>(stored: &StoredChange, linear: &Linear<B>) -> LowRank<B> {
-    let device = linear.weight.lazy_device();
+    let device = linear.weight.device();
     let tensor = |data: &TensorData| Tensor::from_data(data.clone(), (&device, DType::F32));
     let scaling = Scaling {
         alpha: stored.alpha,
@@ -269,7 +269,7 @@ fn linears<B: Backend>(model: &mut Model<B>) -> Vec<(String, &mut Linear<B>)> {
 
 /// `[out, in]`
 fn shape<B: Backend>(linear: &Linear<B>) -> [usize; 2] {
-    linear.weight.lazy_shape().dims()
+    linear.weight.dims()
 }
 
 /// Paths of modules whose weight takes no adapter.

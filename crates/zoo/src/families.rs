@@ -10,7 +10,7 @@ use burn::tensor::{DType, Tensor};
 use reroute::{Decoder, KeptRows, Prompt};
 use reroute_checkpoint::{
     AdapterError, CONFIG_MAX_BYTES, CheckpointError, Folder, Layout, LoadOptions, LoadProgress,
-    NameTable, Save, Saved, Shards, StoredAdapter, check_fit, load_into,
+    Loading, NameTable, Save, Saved, Shards, StoredAdapter, check_fit,
 };
 use reroute_family::{
     EncoderStep, FamilyConfig, FamilyModel, ModelType, PixelTensors, Sample, VisualTokens,
@@ -19,7 +19,7 @@ use reroute_family::{
 use reroute_layers::{Linear, Linears};
 use serde::Deserialize;
 
-use crate::ZooError;
+use crate::{Weights, ZooError};
 
 /// Writes everything that has a case for each family, from a list of families: what the zoo calls one,
 /// its crate, and there its configuration and its model.
@@ -96,12 +96,14 @@ macro_rules! families {
                 self,
                 shards: &Shards,
                 names: &NameTable,
-                options: &LoadOptions,
+                (options, weights): (&LoadOptions, Weights),
                 progress: &mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
             ) -> Result<Self, CheckpointError> {
                 Ok(match self {
-                    $(Self::$family(model) => {
-                        Self::$family(load_into(model, shards, names, options, progress)?)
+                    $(Self::$family(mut model) => {
+                        let mut loading = Loading::begin(&model, shards, names, options, progress)?;
+                        weights.put(&mut model, &mut loading, options.dtype)?;
+                        Self::$family(loading.fill(model)?)
                     })+
                 })
             }
@@ -254,7 +256,7 @@ impl ModelConfig {
 }
 
 impl<B: Backend> Model<B> {
-    /// Builds the model that the configuration describes and streams its weights in.
+    /// Builds the model that the configuration describes and streams its weights in, as floats.
     pub fn open(
         config: &ModelConfig,
         folder: &Folder,
@@ -262,10 +264,22 @@ impl<B: Backend> Model<B> {
         device: &B::Device,
         progress: &mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
     ) -> Result<Self, ZooError> {
+        Self::open_with(config, folder, (dtype, Weights::Floats), device, progress)
+    }
+
+    /// The same with weights of linear maps in fewer bits; everything else is of the type given.
+    pub fn open_with(
+        config: &ModelConfig,
+        folder: &Folder,
+        (dtype, weights): (DType, Weights),
+        device: &B::Device,
+        progress: &mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
+    ) -> Result<Self, ZooError> {
         let shards = Shards::open(folder)?;
-        let _span = tracing::info_span!("loading", dtype = ?dtype).entered();
+        let _span = tracing::info_span!("loading", dtype = ?dtype, weights = ?weights).entered();
         let (names, options) = (config.names(), config.load_options(dtype));
-        Ok(Self::new(config, device)?.load(&shards, names, &options, progress)?)
+        let model = Self::new(config, device)?;
+        Ok(model.load(&shards, names, (&options, weights), progress)?)
     }
 
     /// Whether every parameter has its tensor.

@@ -86,6 +86,7 @@ mod tensors;
 mod tokenizer;
 mod training;
 mod vlm;
+mod weights;
 
 pub use answer::{Answer, Question, Timings};
 pub use checkup::{Checkup, Outline, Parameters, Part, Problem};
@@ -101,6 +102,7 @@ pub use reroute_family::{
     KeptTokens, KeptVisuals, Memory, Modality, ModelType, Picture, Pictures, PixelTensors,
     Prepared, Preprocessor, Sample, Video, VideoTime, View, Visual, VisualTokens,
 };
+pub use reroute_layers::CodeFormat;
 pub use routing::Routing;
 pub use save::SaveOptions;
 pub use template::ChatTemplate;
@@ -108,6 +110,7 @@ pub use tensors::{TensorInputs, TensorOutputs};
 pub use tokenizer::{TextStream, Tokenizer};
 pub use vision_encoder::{DecodeLimits, RgbImage, decode};
 pub use vlm::{OpenOptions, Vlm};
+pub use weights::Weights;
 
 pub use burn;
 pub use families::crates::*;

@@ -17,7 +17,8 @@ use crate::grounding::GroundingFormat;
 use crate::messages::{Message, Placeholders};
 use crate::{
     ChatTemplate, EncoderStep, ImageOptions, Modality, Model, ModelConfig, PixelTensors, Prepared,
-    Preprocessor, Question, Routing, Sample, Tokenizer, View, Visual, VisualTokens, ZooError,
+    Preprocessor, Question, Routing, Sample, Tokenizer, View, Visual, VisualTokens, Weights,
+    ZooError,
 };
 
 /// Rows of a prompt before a reduction that no model takes: 64 MiB of token ids.
@@ -50,8 +51,10 @@ pub(crate) fn identity() -> u64 {
 /// How to open a checkpoint.
 #[derive(Debug, Clone)]
 pub struct OpenOptions {
-    /// Type that weights are converted to: f32, f16 or bf16.
+    /// Type that weights are converted to, and activations have: f32, f16 or bf16.
     pub dtype: DType,
+    /// Which weights stay in fewer bits.
+    pub weights: Weights,
     /// What preprocessing does beyond what the checkpoint says.
     pub images: ImageOptions,
     /// Folders of low-rank adapters, as PEFT and [`Model::save_adapter`] write them; their changes add up.
@@ -65,6 +68,7 @@ impl Default for OpenOptions {
     fn default() -> Self {
         Self {
             dtype: DType::F32,
+            weights: Weights::Floats,
             images: ImageOptions::default(),
             adapters: Vec::new(),
             merge_adapters: false,
@@ -138,7 +142,8 @@ impl<B: Backend> Vlm<B> {
         device: &B::Device,
         progress: &mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
     ) -> Result<Model<B>, ZooError> {
-        let open = |progress| Model::open(config, folder, options.dtype, device, progress);
+        let types = (options.dtype, options.weights);
+        let open = |progress| Model::open_with(config, folder, types, device, progress);
         if options.adapters.is_empty() {
             return open(progress);
         }

@@ -3,6 +3,7 @@
 use std::io::{self, Read};
 
 use half::f16;
+use reroute_kernels::Format;
 use safetensors::Dtype;
 
 use super::rows::Decoder;
@@ -221,6 +222,18 @@ impl Blocks {
             BlockKind::Q4K => "Q4_K",
             BlockKind::Q5K => "Q5_K",
             BlockKind::Q6K => "Q6_K",
+        }
+    }
+
+    /// The format in which products take such rows as they are, if they do.
+    pub(crate) fn format(&self) -> Option<Format> {
+        match self.kind {
+            BlockKind::Q4_0 => Some(Format::Q4_0),
+            BlockKind::Q4_1 => Some(Format::Q4_1),
+            BlockKind::Q8_0 => Some(Format::Q8_0),
+            BlockKind::Q4K => Some(Format::Q4K),
+            BlockKind::Q6K => Some(Format::Q6K),
+            BlockKind::Q5_0 | BlockKind::Q5_1 | BlockKind::Q5K => None,
         }
     }
 

@@ -1,6 +1,7 @@
 //! Where the codes of a format are in a row.
 
-use super::{CHUNK, Factors, float};
+use super::{CHUNK, Factors};
+use crate::precision::single_of_half;
 
 /// A format, known when a loop is compiled.
 pub(crate) trait Coding: Sync {
@@ -14,7 +15,20 @@ pub(crate) trait Coding: Sync {
 
     /// Codes `32 · chunk ..` of a row. Beyond the last column, codes and factors may be anything finite:
     /// they meet inputs that are zero.
-    fn chunk(row: &[u8], columns: usize, chunk: usize, codes: &mut [u8; CHUNK]) -> Factors;
+    fn codes(row: &[u8], columns: usize, chunk: usize, codes: &mut [u8; CHUNK]);
+
+    /// The two halves from which the factors of a chunk are made.
+    fn halves(row: &[u8], chunk: usize) -> [u16; 2];
+
+    /// The factors of a chunk, of its halves in f32.
+    fn factors(row: &[u8], chunk: usize, halves: [f32; 2]) -> Factors;
+
+    /// Codes and factors of a chunk.
+    #[inline(always)]
+    fn chunk(row: &[u8], columns: usize, chunk: usize, codes: &mut [u8; CHUNK]) -> Factors {
+        Self::codes(row, columns, chunk, codes);
+        Self::factors(row, chunk, Self::halves(row, chunk).map(single_of_half))
+    }
 }
 
 /// Compiles an expression for each format, `$coding` being its type.
@@ -69,13 +83,6 @@ fn block<const BYTES: usize>(row: &[u8], chunk: usize, chunks: usize) -> Option<
     row.get(chunk / chunks * BYTES..)?.first_chunk()
 }
 
-/// Beyond the last column.
-#[inline(always)]
-fn nothing(codes: &mut [u8; CHUNK]) -> Factors {
-    codes.fill(0);
-    Factors::of_both(0.0, 0.0)
-}
-
 /// Codes of 4 bits: the lower halves of 16 bytes, then the upper ones.
 #[inline(always)]
 fn nibbles(bytes: &[u8], codes: &mut [u8; CHUNK]) {
@@ -90,7 +97,7 @@ fn nibbles(bytes: &[u8], codes: &mut [u8; CHUNK]) {
 
 /// One half of 32 bytes.
 #[inline(always)]
-fn halves(bytes: &[u8], upper: bool, codes: &mut [u8; CHUNK]) {
+fn upper_or_lower(bytes: &[u8], upper: bool, codes: &mut [u8; CHUNK]) {
     let Some(bytes) = bytes.first_chunk::<CHUNK>() else {
         return;
     };
@@ -109,6 +116,39 @@ fn bytes(bytes: &[u8; CHUNK], codes: &mut [u8; CHUNK]) {
     }
 }
 
+/// The same of a slice.
+#[inline(always)]
+fn signed(from: &[u8], codes: &mut [u8; CHUNK]) {
+    if let Some(from) = from.first_chunk() {
+        bytes(from, codes);
+    }
+}
+
+/// Q6_K: of each half of 128, 4 bits of two numbers in a byte and 2 of four.
+#[inline(always)]
+fn six_bits(block: &[u8; 210], chunk: usize, codes: &mut [u8; CHUNK]) {
+    let (half, quarter) = (chunk % 8 / 4, chunk % 4);
+    upper_or_lower(&block[half * 64 + quarter % 2 * 32..], quarter > 1, codes);
+    let Some(high) = block[128 + half * 32..].first_chunk::<CHUNK>() else {
+        return;
+    };
+    match quarter {
+        0 => (0..CHUNK).for_each(|at| codes[at] |= high[at] << 4 & 48),
+        1 => (0..CHUNK).for_each(|at| codes[at] |= high[at] << 2 & 48),
+        2 => (0..CHUNK).for_each(|at| codes[at] |= high[at] & 48),
+        _ => (0..CHUNK).for_each(|at| codes[at] |= high[at] >> 2 & 48),
+    }
+}
+
+/// The two halves of 16 bits in a block of a row.
+#[inline(always)]
+fn two<const BYTES: usize>(row: &[u8], chunk: usize, chunks: usize, at: [usize; 2]) -> [u16; 2] {
+    match block::<BYTES>(row, chunk, chunks) {
+        Some(block) => at.map(|at| u16::from_le_bytes([block[at], block[at + 1]])),
+        None => [0; 2],
+    }
+}
+
 impl Coding for Int8 {
     const GROUP: usize = 128;
     const LARGEST: u8 = 255;
@@ -118,9 +158,8 @@ impl Coding for Int8 {
         chunk * CHUNK
     }
 
-    /// Without the scale of the row.
     #[inline(always)]
-    fn chunk(row: &[u8], columns: usize, chunk: usize, codes: &mut [u8; CHUNK]) -> Factors {
+    fn codes(row: &[u8], columns: usize, chunk: usize, codes: &mut [u8; CHUNK]) {
         let from = row.get(4..4 + columns).unwrap_or_default();
         let from = from.get(chunk * CHUNK..).unwrap_or_default();
         match from.first_chunk::<CHUNK>() {
@@ -131,6 +170,16 @@ impl Coding for Int8 {
                 bytes(&padded, codes);
             }
         }
+    }
+
+    #[inline(always)]
+    fn halves(_: &[u8], _: usize) -> [u16; 2] {
+        [0; 2]
+    }
+
+    /// Without the scale of the row.
+    #[inline(always)]
+    fn factors(_: &[u8], _: usize, _: [f32; 2]) -> Factors {
         Factors::of_both(1.0, -128.0)
     }
 }
@@ -145,12 +194,21 @@ impl Coding for Int4 {
     }
 
     #[inline(always)]
-    fn chunk(row: &[u8], _: usize, chunk: usize, codes: &mut [u8; CHUNK]) -> Factors {
-        let Some(block) = block::<36>(row, chunk, 2) else {
-            return nothing(codes);
-        };
-        halves(&block[4..], chunk % 2 == 1, codes);
-        Factors::of_both(float(block, 0), float(block, 2))
+    fn codes(row: &[u8], _: usize, chunk: usize, codes: &mut [u8; CHUNK]) {
+        match block::<36>(row, chunk, 2) {
+            Some(block) => upper_or_lower(&block[4..], chunk % 2 == 1, codes),
+            None => codes.fill(0),
+        }
+    }
+
+    #[inline(always)]
+    fn halves(row: &[u8], chunk: usize) -> [u16; 2] {
+        two::<36>(row, chunk, 2, [0, 2])
+    }
+
+    #[inline(always)]
+    fn factors(_: &[u8], _: usize, [scale, least]: [f32; 2]) -> Factors {
+        Factors::of_both(scale, least)
     }
 }
 
@@ -164,14 +222,20 @@ impl Coding for Q8_0 {
     }
 
     #[inline(always)]
-    fn chunk(row: &[u8], _: usize, chunk: usize, codes: &mut [u8; CHUNK]) -> Factors {
-        let Some(block) = block::<34>(row, chunk, 1) else {
-            return nothing(codes);
-        };
-        if let Some(signed) = block[2..].first_chunk() {
-            bytes(signed, codes);
+    fn codes(row: &[u8], _: usize, chunk: usize, codes: &mut [u8; CHUNK]) {
+        match block::<34>(row, chunk, 1) {
+            Some(block) => signed(&block[2..], codes),
+            None => codes.fill(0),
         }
-        let scale = float(block, 0);
+    }
+
+    #[inline(always)]
+    fn halves(row: &[u8], chunk: usize) -> [u16; 2] {
+        two::<34>(row, chunk, 1, [0, 0])
+    }
+
+    #[inline(always)]
+    fn factors(_: &[u8], _: usize, [scale, _]: [f32; 2]) -> Factors {
         Factors::of_both(scale, -128.0 * scale)
     }
 }
@@ -186,12 +250,20 @@ impl Coding for Q4_0 {
     }
 
     #[inline(always)]
-    fn chunk(row: &[u8], _: usize, chunk: usize, codes: &mut [u8; CHUNK]) -> Factors {
-        let Some(block) = block::<18>(row, chunk, 1) else {
-            return nothing(codes);
-        };
-        nibbles(&block[2..], codes);
-        let scale = float(block, 0);
+    fn codes(row: &[u8], _: usize, chunk: usize, codes: &mut [u8; CHUNK]) {
+        match block::<18>(row, chunk, 1) {
+            Some(block) => nibbles(&block[2..], codes),
+            None => codes.fill(0),
+        }
+    }
+
+    #[inline(always)]
+    fn halves(row: &[u8], chunk: usize) -> [u16; 2] {
+        two::<18>(row, chunk, 1, [0, 0])
+    }
+
+    #[inline(always)]
+    fn factors(_: &[u8], _: usize, [scale, _]: [f32; 2]) -> Factors {
         Factors::of_both(scale, -8.0 * scale)
     }
 }
@@ -206,12 +278,21 @@ impl Coding for Q4_1 {
     }
 
     #[inline(always)]
-    fn chunk(row: &[u8], _: usize, chunk: usize, codes: &mut [u8; CHUNK]) -> Factors {
-        let Some(block) = block::<20>(row, chunk, 1) else {
-            return nothing(codes);
-        };
-        nibbles(&block[4..], codes);
-        Factors::of_both(float(block, 0), float(block, 2))
+    fn codes(row: &[u8], _: usize, chunk: usize, codes: &mut [u8; CHUNK]) {
+        match block::<20>(row, chunk, 1) {
+            Some(block) => nibbles(&block[4..], codes),
+            None => codes.fill(0),
+        }
+    }
+
+    #[inline(always)]
+    fn halves(row: &[u8], chunk: usize) -> [u16; 2] {
+        two::<20>(row, chunk, 1, [0, 2])
+    }
+
+    #[inline(always)]
+    fn factors(_: &[u8], _: usize, [scale, least]: [f32; 2]) -> Factors {
+        Factors::of_both(scale, least)
     }
 }
 
@@ -225,22 +306,33 @@ impl Coding for Q4K {
     }
 
     #[inline(always)]
-    fn chunk(row: &[u8], _: usize, chunk: usize, codes: &mut [u8; CHUNK]) -> Factors {
-        let Some(block) = block::<144>(row, chunk, 8) else {
-            return nothing(codes);
-        };
+    fn codes(row: &[u8], _: usize, chunk: usize, codes: &mut [u8; CHUNK]) {
+        match block::<144>(row, chunk, 8) {
+            Some(block) => {
+                // Two groups share their bytes.
+                let (pair, upper) = (chunk % 8 / 2, chunk % 2 == 1);
+                upper_or_lower(&block[16 + pair * 32..], upper, codes);
+            }
+            None => codes.fill(0),
+        }
+    }
+
+    #[inline(always)]
+    fn halves(row: &[u8], chunk: usize) -> [u16; 2] {
+        two::<144>(row, chunk, 8, [0, 2])
+    }
+
+    #[inline(always)]
+    fn factors(row: &[u8], chunk: usize, [scale, least]: [f32; 2]) -> Factors {
         let group = chunk % 8;
-        let packed = &block[4..16];
-        let (unit, low) = match group {
-            0..4 => (packed[group] & 63, packed[group + 4] & 63),
-            _ => (
-                packed[group + 4] & 15 | packed[group - 4] >> 6 << 4,
-                packed[group + 4] >> 4 | packed[group] >> 6 << 4,
+        let (unit, low) = match (block::<144>(row, chunk, 8), group) {
+            (None, _) => (0, 0),
+            (Some(block), 0..4) => (block[4 + group] & 63, block[8 + group] & 63),
+            (Some(block), _) => (
+                block[8 + group] & 15 | block[group] >> 6 << 4,
+                block[8 + group] >> 4 | block[4 + group] >> 6 << 4,
             ),
         };
-        // Two groups share their bytes.
-        halves(&block[16 + group / 2 * 32..][..32], group % 2 == 1, codes);
-        let (scale, least) = (float(block, 0), float(block, 2));
         Factors::of_both(scale * f32::from(unit), -(least * f32::from(low)))
     }
 }
@@ -255,22 +347,27 @@ impl Coding for Q6K {
     }
 
     #[inline(always)]
-    fn chunk(row: &[u8], _: usize, chunk: usize, codes: &mut [u8; CHUNK]) -> Factors {
-        let Some(block) = block::<210>(row, chunk, 8) else {
-            return nothing(codes);
-        };
-        let (half, quarter) = (chunk % 8 / 4, chunk % 4);
-        halves(&block[half * 64 + quarter % 2 * 32..], quarter > 1, codes);
-        if let Some(high) = block[128 + half * 32..].first_chunk::<CHUNK>() {
-            match quarter {
-                0 => (0..CHUNK).for_each(|at| codes[at] |= high[at] << 4 & 48),
-                1 => (0..CHUNK).for_each(|at| codes[at] |= high[at] << 2 & 48),
-                2 => (0..CHUNK).for_each(|at| codes[at] |= high[at] & 48),
-                _ => (0..CHUNK).for_each(|at| codes[at] |= high[at] >> 2 & 48),
-            }
+    fn codes(row: &[u8], _: usize, chunk: usize, codes: &mut [u8; CHUNK]) {
+        match block::<210>(row, chunk, 8) {
+            Some(block) => six_bits(block, chunk, codes),
+            None => codes.fill(0),
         }
-        let (unit, at) = (float(block, 208), 192 + chunk % 8 * 2);
-        let scale = [at, at + 1].map(|at| unit * f32::from(block[at] as i8));
+    }
+
+    #[inline(always)]
+    fn halves(row: &[u8], chunk: usize) -> [u16; 2] {
+        two::<210>(row, chunk, 8, [208, 208])
+    }
+
+    #[inline(always)]
+    fn factors(row: &[u8], chunk: usize, [unit, _]: [f32; 2]) -> Factors {
+        let scale = match block::<210>(row, chunk, 8) {
+            Some(block) => {
+                let at = 192 + chunk % 8 * 2;
+                [at, at + 1].map(|at| unit * f32::from(block[at] as i8))
+            }
+            None => [0.0; 2],
+        };
         Factors {
             scale,
             least: scale.map(|scale| -32.0 * scale),

@@ -1,6 +1,7 @@
 //! Our own formats, made of f32.
 
 use half::f16;
+use rayon::prelude::*;
 
 use super::Format;
 
@@ -26,6 +27,15 @@ impl Format {
             _ => return None,
         }
         Some(row)
+    }
+}
+
+impl Format {
+    /// Rows of so many numbers, on all threads; `None` as for one of them.
+    pub fn quantise_rows(self, numbers: &[f32], columns: usize) -> Option<Vec<u8>> {
+        let rows = numbers.par_chunks(columns.max(1));
+        let rows: Option<Vec<_>> = rows.map(|row| self.quantise(row)).collect();
+        Some(rows?.concat())
     }
 }
 

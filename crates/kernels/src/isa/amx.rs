@@ -131,6 +131,12 @@ impl Drop for Tiles {
     }
 }
 
+/// Whether there are products of bytes (AMX-INT8), too.
+pub(crate) fn has_bytes() -> bool {
+    use std::arch::x86_64::__cpuid_count;
+    Amx::detect().is_some() && __cpuid_count(7, 0).edx & 1 << 25 != 0
+}
+
 /// Whether processor and system have tiles, and this program may use them.
 #[cfg(target_os = "linux")]
 fn is_there() -> bool {

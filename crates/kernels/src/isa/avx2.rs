@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use crate::blocks::{Blocks, CHUNK, Coding};
 use crate::isa::prefetch;
-use crate::product::one_row::Codes;
+use crate::product::one_row::{Codes, Eight};
 
 /// Which instruction multiplies bytes. A value exists only where the processor has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,7 +23,9 @@ enum Kind {
 impl Bytes {
     /// AVX2 alone.
     pub(crate) fn without_vnni() -> Option<Self> {
-        let found = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+        let found = is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c");
         found.then_some(Self(Kind::Avx2))
     }
 
@@ -54,7 +56,7 @@ impl Bytes {
     }
 }
 
-#[target_feature(enable = "avx2,fma")]
+#[target_feature(enable = "avx2,fma,f16c")]
 fn dot_avx2<C: Coding>(blocks: Blocks<'_>, row: usize, x: &Codes) -> f32 {
     dot::<C>(blocks, row, x, |codes, x| {
         let ones = _mm256_set1_epi16(1);
@@ -71,14 +73,14 @@ fn dot_avx2<C: Coding>(blocks: Blocks<'_>, row: usize, x: &Codes) -> f32 {
     })
 }
 
-#[target_feature(enable = "avx2,fma,avxvnni")]
+#[target_feature(enable = "avx2,fma,f16c,avxvnni")]
 fn dot_avx_vnni<C: Coding>(blocks: Blocks<'_>, row: usize, x: &Codes) -> f32 {
     dot::<C>(blocks, row, x, |codes, x| {
         _mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), codes, x)
     })
 }
 
-#[target_feature(enable = "avx2,fma,avx512vnni,avx512vl")]
+#[target_feature(enable = "avx2,fma,f16c,avx512vnni,avx512vl")]
 fn dot_avx512_vnni<C: Coding>(blocks: Blocks<'_>, row: usize, x: &Codes) -> f32 {
     dot::<C>(blocks, row, x, |codes, x| {
         _mm256_dpbusd_epi32(_mm256_setzero_si256(), codes, x)
@@ -88,8 +90,9 @@ fn dot_avx512_vnni<C: Coding>(blocks: Blocks<'_>, row: usize, x: &Codes) -> f32 
 /// Bytes that are fetched ahead.
 const AHEAD: usize = 4096;
 
+#[expect(clippy::needless_range_loop, reason = "several arrays by one index")]
 #[inline]
-#[target_feature(enable = "avx2,fma")]
+#[target_feature(enable = "avx2,fma,f16c")]
 fn dot<C: Coding>(
     blocks: Blocks<'_>,
     row: usize,
@@ -99,41 +102,73 @@ fn dot<C: Coding>(
     let (bytes, start) = blocks.bytes_and_start(row);
     let row = blocks.row(row);
     let mut total = _mm256_setzero_ps();
-    let mut least = 0.0;
+    let mut least = _mm256_setzero_ps();
     let mut codes = [0; CHUNK];
-    let bytes_of_chunk = CHUNK * (1 + usize::from(C::LARGEST > 15)) / 2;
-    for (chunk, (inputs, sides)) in x.codes.iter().zip(&x.factors).enumerate() {
-        if chunk % 2 == 0 {
-            prefetch(bytes, start + chunk * bytes_of_chunk + AHEAD);
+    for (eight, (inputs, sides)) in x.codes.chunks(8).zip(&x.factors).enumerate() {
+        let first = eight * 8;
+        // The scales of eight chunks at a time.
+        let mut halves = [[0; 8]; 2];
+        for chunk in 0..8 {
+            let [scale, low] = C::halves(row, first + chunk);
+            (halves[0][chunk], halves[1][chunk]) = (scale, low);
         }
-        let factors = C::chunk(row, blocks.columns(), chunk, &mut codes);
-        // SAFETY: both are 32 bytes.
-        let (codes, inputs) = unsafe {
-            (
-                _mm256_loadu_si256(codes.as_ptr().cast()),
-                _mm256_loadu_si256(inputs.as_ptr().cast()),
-            )
-        };
-        let sums = _mm256_cvtepi32_ps(multiply(codes, inputs));
-        let scale = if C::GROUP < CHUNK {
-            _mm256_set_m128(
-                _mm_set1_ps(factors.scale[1] * sides.scale[1]),
-                _mm_set1_ps(factors.scale[0] * sides.scale[0]),
-            )
-        } else {
-            _mm256_set1_ps(factors.scale[0] * sides.scale[0])
-        };
-        total = _mm256_fmadd_ps(sums, scale, total);
-        least += factors.least[0] * sides.least[0];
-        if C::GROUP < CHUNK {
-            least += factors.least[1] * sides.least[1];
+        let [scales, lows] = halves.map(|halves| singles(&halves));
+        let mut factors = Eight::default();
+        for chunk in 0..8 {
+            let halves = [scales[chunk], lows[chunk]];
+            factors.put(chunk, C::factors(row, first + chunk, halves));
+        }
+        let parts = if C::GROUP < CHUNK { 2 } else { 1 };
+        let mut scale = [_mm256_setzero_ps(); 2];
+        for part in 0..parts {
+            scale[part] =
+                _mm256_mul_ps(eight_of(&factors.scale[part]), eight_of(&sides.scale[part]));
+            let (low, sum) = (eight_of(&factors.least[part]), eight_of(&sides.least[part]));
+            least = _mm256_fmadd_ps(low, sum, least);
+        }
+        for (chunk, inputs) in inputs.iter().enumerate() {
+            prefetch(bytes, start + C::start(first + chunk) + AHEAD);
+            C::codes(row, blocks.columns(), first + chunk, &mut codes);
+            // SAFETY: both are 32 bytes.
+            let (codes, inputs) = unsafe {
+                (
+                    _mm256_loadu_si256(codes.as_ptr().cast()),
+                    _mm256_loadu_si256(inputs.as_ptr().cast()),
+                )
+            };
+            let sums = _mm256_cvtepi32_ps(multiply(codes, inputs));
+            let at = _mm256_set1_epi32(chunk as i32);
+            let mut factor = _mm256_permutevar8x32_ps(scale[0], at);
+            if parts > 1 {
+                let upper = _mm256_permutevar8x32_ps(scale[1], at);
+                factor = _mm256_blend_ps::<0b1111_0000>(factor, upper);
+            }
+            total = _mm256_fmadd_ps(sums, factor, total);
         }
     }
+    let total = _mm256_add_ps(total, least);
     let half = _mm_add_ps(
         _mm256_castps256_ps128(total),
         _mm256_extractf128_ps::<1>(total),
     );
     let half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     let half = _mm_add_ss(half, _mm_shuffle_ps::<1>(half, half));
-    _mm_cvtss_f32(half) + least
+    _mm_cvtss_f32(half)
+}
+
+#[target_feature(enable = "avx2,f16c")]
+fn singles(halves: &[u16; 8]) -> [f32; 8] {
+    let mut singles = [0.0; 8];
+    // SAFETY: eight halves are 16 bytes, eight singles 32.
+    unsafe {
+        let halves = _mm_loadu_si128(halves.as_ptr().cast());
+        _mm256_storeu_ps(singles.as_mut_ptr(), _mm256_cvtph_ps(halves));
+    }
+    singles
+}
+
+#[target_feature(enable = "avx2")]
+fn eight_of(numbers: &[f32; 8]) -> __m256 {
+    // SAFETY: eight numbers are a register.
+    unsafe { _mm256_loadu_ps(numbers.as_ptr()) }
 }

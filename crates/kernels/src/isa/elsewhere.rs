@@ -25,6 +25,30 @@ impl Bytes {
     }
 }
 
+pub(crate) struct Loop {
+    pub(crate) instruction: &'static str,
+    pub(crate) operations: f64,
+    never: Bytes,
+}
+
+impl Loop {
+    pub(crate) fn run(&self, _: usize) {
+        match self.never {}
+    }
+
+    pub(crate) fn f32() -> Option<Self> {
+        None
+    }
+
+    pub(crate) fn bf16() -> Option<Self> {
+        None
+    }
+
+    pub(crate) fn bytes() -> Option<Self> {
+        None
+    }
+}
+
 pub(crate) mod amx {
     use super::{InputChunk, Sums, WeightChunk};
 

@@ -97,8 +97,26 @@ impl Work<f32> for Bytes<'_> {
 /// Inputs as signed bytes, in chunks; zeros beyond the last.
 pub(crate) struct Codes {
     pub(crate) codes: Vec<[i8; CHUNK]>,
-    /// The scale of either half of a chunk, and its sum; of the whole chunk in both where they share a scale.
-    pub(crate) factors: Vec<Factors>,
+    /// Of eight chunks each: the scales of either half, and their sums; of a whole chunk the first, where its
+    /// halves share a scale.
+    pub(crate) factors: Vec<Eight>,
+}
+
+/// What makes numbers of codes, for eight chunks.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Eight {
+    pub(crate) scale: [[f32; 8]; 2],
+    pub(crate) least: [[f32; 8]; 2],
+}
+
+impl Eight {
+    #[inline(always)]
+    pub(crate) fn put(&mut self, at: usize, factors: Factors) {
+        for half in 0..2 {
+            self.scale[half][at] = factors.scale[half];
+            self.least[half][at] = factors.least[half];
+        }
+    }
 }
 
 impl Codes {
@@ -117,7 +135,8 @@ impl Codes {
             }
         }
         let part = CHUNK.min(group);
-        let factors = (0..chunks).map(|chunk| {
+        let mut factors = vec![Eight::default(); chunks.div_ceil(8)];
+        for chunk in 0..chunks {
             let of_half = |half: usize| {
                 let start = if part < CHUNK { half * part } else { 0 };
                 let scale = scales[(chunk * CHUNK + start) / group];
@@ -126,15 +145,13 @@ impl Codes {
                 (scale, scale * sum as f32)
             };
             let [(low, low_sum), (high, high_sum)] = [0, 1].map(of_half);
-            Factors {
+            let of_chunk = Factors {
                 scale: [low, high],
                 least: [low_sum, high_sum],
-            }
-        });
-        Self {
-            factors: factors.collect(),
-            codes,
+            };
+            factors[chunk / 8].put(chunk % 8, of_chunk);
         }
+        Self { codes, factors }
     }
 }
 
@@ -157,16 +174,17 @@ pub(crate) fn plain_dot<C: Coding>(blocks: Blocks<'_>, row: usize, x: &Codes) ->
     let row = blocks.row(row);
     let mut codes = [0; CHUNK];
     let mut total = 0.0;
-    for (chunk, (inputs, sides)) in x.codes.iter().zip(&x.factors).enumerate() {
+    for (chunk, inputs) in x.codes.iter().enumerate() {
         let factors = C::chunk(row, blocks.columns(), chunk, &mut codes);
+        let (sides, at) = (&x.factors[chunk / 8], chunk % 8);
         let part = CHUNK.min(C::GROUP);
         let parts = codes.chunks(part).zip(inputs.chunks(part));
         for (half, (codes, inputs)) in parts.enumerate() {
             let products = codes.iter().zip(inputs);
             let products = products.map(|(&code, &x)| i32::from(code) * i32::from(x));
             let sum: i32 = products.sum();
-            total += factors.scale[half] * sides.scale[half] * sum as f32
-                + factors.least[half] * sides.least[half];
+            total += factors.scale[half] * sides.scale[half][at] * sum as f32
+                + factors.least[half] * sides.least[half][at];
         }
     }
     total

@@ -1,0 +1,189 @@
+//! Weights that stay in fewer bits in memory: as a file has them, or made while they are read.
+
+use std::io::{self, Read};
+use std::ops::Range;
+
+use burn::tensor::DType;
+use reroute_kernels::Format;
+
+use crate::quantised::{Blocks, Coded};
+use crate::{CheckpointError, Shards, TensorError, TensorInfo};
+
+/// Rows of a weight in a format of fewer bits.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredCodes {
+    /// The format.
+    pub format: Format,
+    /// Numbers of a row.
+    pub columns: usize,
+    /// Rows, each filled up to whole words of 32 bits.
+    pub words: Vec<i32>,
+}
+
+/// Bytes of a word.
+const WORD: usize = size_of::<i32>();
+
+/// Most numbers that are read at a time to be quantised (16 MiB), or a row.
+const READ: usize = 4 << 20;
+
+impl Shards {
+    /// Whether a tensor is in a format which products take as it is.
+    pub fn has_codes(&self, name: &str) -> bool {
+        self.tensor(name)
+            .is_ok_and(|info| format_of(info).is_some())
+    }
+
+    /// Some rows of a tensor in the format in which the file has them; `None` if that is none which products
+    /// take as it is.
+    pub fn stored_codes(
+        &self,
+        name: &str,
+        rows: Range<usize>,
+    ) -> Result<Option<StoredCodes>, CheckpointError> {
+        let info = self.tensor(name)?;
+        let &[_, columns] = &info.shape[..] else {
+            return Ok(None);
+        };
+        let Some(format) = format_of(info) else {
+            return Ok(None);
+        };
+        let Some(row_words) = format.row_bytes(columns).map(|bytes| bytes.div_ceil(WORD)) else {
+            return Ok(None);
+        };
+        let mut words = vec![0; rows.len() * row_words];
+        let read = self.read_codes(info, rows, row_words, &mut words);
+        read.map_err(|source| self.failure(name, source))?;
+        Ok(Some(StoredCodes {
+            format,
+            columns,
+            words,
+        }))
+    }
+
+    /// Some rows of a tensor in another format, made of its numbers block by block.
+    ///
+    /// # Errors
+    /// [`TensorError::NotQuantised`] for numbers that the format has no codes for.
+    pub fn codes_as(
+        &self,
+        name: &str,
+        rows: Range<usize>,
+        format: Format,
+    ) -> Result<Option<StoredCodes>, CheckpointError> {
+        let &[_, columns] = &self.tensor(name)?.shape[..] else {
+            return Ok(None);
+        };
+        let Some(row_words) = format.row_bytes(columns).map(|bytes| bytes.div_ceil(WORD)) else {
+            return Ok(None);
+        };
+        let mut words = Vec::with_capacity(rows.len() * row_words);
+        for start in rows.clone().step_by((READ / columns.max(1)).max(1)) {
+            let end = rows.end.min(start + (READ / columns.max(1)).max(1));
+            let data = self.read_rows(name, start..end, DType::F32)?;
+            let numbers: &[f32] = data.as_slice().unwrap_or_default();
+            let coded = format.quantise_rows(numbers, columns);
+            let coded = coded.ok_or_else(|| {
+                self.failure(
+                    name,
+                    TensorError::NotQuantised {
+                        format: format.name(),
+                    },
+                )
+            })?;
+            for row in coded.chunks(coded.len() / (end - start).max(1)) {
+                let whole = words.len() + row_words;
+                words.extend(row.chunks(WORD).map(word));
+                words.resize(whole, 0);
+            }
+        }
+        Ok(Some(StoredCodes {
+            format,
+            columns,
+            words,
+        }))
+    }
+
+    fn read_codes(
+        &self,
+        info: &TensorInfo,
+        rows: Range<usize>,
+        row_words: usize,
+        words: &mut [i32],
+    ) -> Result<(), TensorError> {
+        match info.coded.as_deref() {
+            Some(Coded::Blocks(blocks)) => {
+                let mut places = words.chunks_exact_mut(row_words.max(1));
+                self.raw_rows(blocks, info.shard, rows, |row| {
+                    if let Some(place) = places.next() {
+                        place
+                            .iter_mut()
+                            .zip(row.chunks(WORD))
+                            .for_each(|(to, bytes)| *to = word(bytes));
+                    }
+                })
+            }
+            Some(Coded::Arranged(arranged)) => {
+                for (part, places) in arranged.rows().unwrap_or_default() {
+                    let Some(Coded::Blocks(blocks)) = part.coded.as_deref() else {
+                        continue;
+                    };
+                    let mut places = places.into_iter();
+                    self.raw_rows(blocks, part.shard, 0..part.shape[0], |row| {
+                        let place = places.next().and_then(|at| at.checked_sub(rows.start));
+                        let place = place.filter(|at| *at < rows.len());
+                        let Some(place) = place else { return };
+                        let to = &mut words[place * row_words..][..row_words];
+                        to.iter_mut()
+                            .zip(row.chunks(WORD))
+                            .for_each(|(to, bytes)| *to = word(bytes));
+                    })?;
+                }
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Hands on the bytes of every row.
+    fn raw_rows(
+        &self,
+        blocks: &Blocks,
+        shard: usize,
+        rows: Range<usize>,
+        mut each: impl FnMut(&[u8]),
+    ) -> Result<(), TensorError> {
+        let mut stored = blocks.stored().rows(rows.clone());
+        stored.shard = shard;
+        let mut reader = io::BufReader::with_capacity(1 << 20, self.stored(&stored)?);
+        let mut row = vec![0; blocks.stored().shape[1]];
+        for _ in rows {
+            reader.read_exact(&mut row)?;
+            each(&row);
+        }
+        Ok(())
+    }
+}
+
+/// The format that all of a tensor is in.
+fn format_of(info: &TensorInfo) -> Option<Format> {
+    match info.coded.as_deref()? {
+        Coded::Blocks(blocks) => blocks.format(),
+        Coded::Arranged(arranged) => {
+            let parts = arranged.rows()?;
+            let mut formats = parts.iter().map(|(part, _)| match part.coded.as_deref() {
+                Some(Coded::Blocks(blocks)) => blocks.format(),
+                _ => None,
+            });
+            let first = formats.next()??;
+            formats.all(|format| format == Some(first)).then_some(first)
+        }
+        _ => None,
+    }
+}
+
+/// Up to four bytes, in memory's own order.
+fn word(bytes: &[u8]) -> i32 {
+    let mut whole = [0; WORD];
+    whole[..bytes.len()].copy_from_slice(bytes);
+    i32::from_ne_bytes(whole)
+}

@@ -1,0 +1,278 @@
+//! Weights that stay in fewer bits: every product is that of the numbers which the codes stand for.
+
+use burn::tensor::{DType, Distribution, Tensor, TensorData};
+use burn_autodiff::Autodiff;
+use reducers::presets;
+use reroute_checkpoint::Gguf;
+use reroute_cli::backend::{self, Backend, Device};
+use reroute_layers::{CodeFormat, Coded, Linear, LinearConfig, Linears, LowRank, Scaling, Weight};
+use reroute_zoo::{
+    Folder, Model, OpenOptions, PixelTensors, TensorInputs, TensorOutputs, Visual, Vlm, Weights,
+};
+use safetensors::SafeTensors;
+
+use crate::golden::{Reference, fixture, picture, values};
+use crate::program::{refuses, reroute};
+
+/// Checkpoints of all families, and what a prompt of them is.
+const MODELS: [&str; 4] = ["llava", "qwen2vl", "qwen25vl", "qwen3vl"];
+
+/// Pairs of GGUF files whose language models have blocks.
+const BLOCKS: [&str; 2] = ["qwen3vl_q8_0", "llava_q4_k"];
+
+fn open(path: &str, dtype: DType, weights: Weights) -> Vlm<Backend> {
+    let folder = Folder::open(fixture(path)).expect("the fixture is complete");
+    let options = OpenOptions {
+        dtype,
+        weights,
+        ..OpenOptions::default()
+    };
+    let device = backend::device().expect("a device");
+    Vlm::open(&folder, &options, &device).unwrap_or_else(|error| panic!("{path}: {error}"))
+}
+
+/// The same model with the numbers that the codes stand for, in f32; and of how many weights.
+fn widened(vlm: Vlm<Backend>) -> (Vlm<Backend>, usize) {
+    let mut count = 0;
+    let vlm = vlm.map_model(|mut model: Model<Backend>| {
+        let mut linears: Vec<(String, &mut Linear<Backend>)> = Vec::new();
+        model.linears("", &mut linears);
+        for (_, linear) in linears {
+            if linear.weight.format().is_some() {
+                linear.weight = linear.weight.val().cast(DType::F32).into();
+                count += 1;
+            }
+        }
+        model
+    });
+    (vlm, count)
+}
+
+/// The share of the largest logit that logits are apart.
+fn apart(found: &TensorOutputs<Backend>, expected: &TensorOutputs<Backend>) -> f32 {
+    let logits = |out: &TensorOutputs<Backend>| out.generations[0].logits.concat();
+    let (found, expected) = (logits(found), logits(expected));
+    assert_eq!(found.len(), expected.len());
+    let most = expected.iter().fold(0f32, |most, x| most.max(x.abs()));
+    let differences = found.iter().zip(&expected).map(|(a, b)| (a - b).abs());
+    differences.fold(0f32, f32::max) / most
+}
+
+fn prefill(vlm: &Vlm<Backend>, reference: &Reference, routing: &str) -> TensorOutputs<Backend> {
+    let depth = vlm.model().decoder().layers().len();
+    let schedule = match routing {
+        "dense" => reducers::Schedule::dense(),
+        preset => presets::find(preset)
+            .and_then(|preset| preset.schedule_at(vec![0, 1], depth))
+            .expect("a schedule"),
+    };
+    let image = Visual::Image(picture("llava/input.png"));
+    let (_, prepared) = vlm.preprocessor().prepare(&image).expect("a good image");
+    let inputs = TensorInputs {
+        samples: reference.samples(),
+        pixels: PixelTensors::of(vec![prepared], vlm.device()).expect("one image"),
+        second_per_grid_ts: Vec::new(),
+    };
+    let out = vlm.run_tensors(inputs, schedule, 1, false);
+    out.expect("it runs")
+}
+
+/// What a file has is what products see, to the last bit where the formula rounds once.
+#[test]
+fn blocks_that_stay_are_those_of_the_reference() {
+    let folder = Folder::on_disk(&fixture("gguf")).expect("the fixture is complete");
+    let gguf = Gguf::open(&folder, "blocks.gguf").expect("a good file");
+    let file =
+        std::fs::read(fixture("gguf/expected.safetensors")).expect("the fixture is complete");
+    let expected = SafeTensors::deserialize(&file).expect("safetensors");
+    let mut formats = Vec::new();
+    for (name, view) in expected.tensors() {
+        let codes = gguf.tensors.stored_codes(&name, 0..3).expect("rows");
+        let Some(codes) = codes else { continue };
+        formats.push(codes.format);
+        let device = backend::device().expect("a device");
+        let coded = Coded::<Backend>::new(
+            codes.format,
+            codes.columns,
+            codes.words,
+            (&device, DType::F32),
+        );
+        let numbers = values(Weight::Coded(coded.expect("whole rows")).val());
+        let words = view.data().as_chunks().0.iter();
+        for (found, &word) in numbers.iter().zip(words) {
+            let expected = f32::from_le_bytes(word);
+            let error = (found - expected).abs();
+            assert!(
+                error <= expected.abs() * 2e-7,
+                "{name}: {found}, {expected}"
+            );
+        }
+        let part = gguf
+            .tensors
+            .stored_codes(&name, 1..2)
+            .expect("rows")
+            .expect("the same");
+        assert_eq!(
+            part.words.len() * 3,
+            numbers.len() / codes.columns * part.words.len()
+        );
+    }
+    formats.sort_by_key(|format| format.name());
+    formats.dedup();
+    assert_eq!(formats.len(), 5, "{formats:?}");
+}
+
+#[test]
+fn models_in_codes_are_those_of_the_numbers_that_they_stand_for() {
+    for name in MODELS {
+        let reference = Reference::open(&format!("{name}/golden"));
+        for (format, bound) in [(CodeFormat::Int8, 0.02), (CodeFormat::Int4, 0.02)] {
+            let coded = open(
+                &format!("{name}/ckpt"),
+                DType::F32,
+                Weights::Decoder(format),
+            );
+            let (wide, decoder) = widened(open(
+                &format!("{name}/ckpt"),
+                DType::F32,
+                Weights::Decoder(format),
+            ));
+            let layers = coded.model().decoder().layers().len();
+            assert_eq!(decoder, 7 * layers, "{name}");
+            let (_, all) = widened(open(
+                &format!("{name}/ckpt"),
+                DType::F32,
+                Weights::All(format),
+            ));
+            assert!(all > decoder, "{name}");
+            let [found, expected] = [&coded, &wide].map(|vlm| prefill(vlm, &reference, "dense"));
+            let share = apart(&found, &expected);
+            assert!(share <= bound, "{name} {format:?}: {share}");
+            // Of random weights many scores are nearly the same.
+            let routed = [&coded, &wide].map(|vlm| prefill(vlm, &reference, "reroute-pdrop@128"));
+            let selected = |out: &TensorOutputs<Backend>| out.trace.decisions[0].selected.clone();
+            let [found, expected] = [selected(&routed[0]), selected(&routed[1])];
+            let same = expected
+                .iter()
+                .filter(|token| found.contains(token))
+                .count();
+            let overlap = same as f64 / expected.len().max(1) as f64;
+            assert!(overlap >= 0.9, "{name} {format:?}: {overlap}");
+        }
+    }
+}
+
+#[test]
+fn models_in_gguf_keep_their_blocks() {
+    for name in BLOCKS {
+        let path = format!("gguf_models/{name}");
+        let stored = open(&path, DType::F32, Weights::Stored);
+        let (wide, count) = widened(open(&path, DType::F32, Weights::Stored));
+        assert!(count > 0, "{name}");
+        let floats = open(&path, DType::F32, Weights::Floats);
+        // The same numbers, whichever way they were widened.
+        let mut models = [wide, floats].map(|vlm| {
+            let mut weights = Vec::new();
+            vlm.map_model(|mut model: Model<Backend>| {
+                let mut linears: Vec<(String, &mut Linear<Backend>)> = Vec::new();
+                model.linears("", &mut linears);
+                for (_, linear) in linears {
+                    weights.extend(values(linear.weight.val()));
+                }
+                model
+            });
+            weights
+        });
+        let [wide, floats] = &mut models;
+        let error = wide
+            .iter()
+            .zip(floats)
+            .map(|(a, b)| (*a - *b).abs() / b.abs().max(1e-3));
+        assert!(error.fold(0f32, f32::max) < 1e-6, "{name}");
+        assert!(
+            stored.model().decoder().layers()[0]
+                .mlp
+                .up_proj
+                .weight
+                .format()
+                .is_some()
+        );
+    }
+}
+
+/// One row and many, through an adapter and its gradient, on a backend that records operations.
+#[test]
+fn gradients_pass_through_codes() {
+    type Ad = Autodiff<Backend>;
+    let device = Device::default();
+    let (output, input) = (24, 40);
+    let weight = Tensor::<Backend, 2>::random([output, input], Distribution::Default, &device);
+    let rows = CodeFormat::Int8
+        .quantise_rows(&values(weight), input)
+        .expect("finite");
+    let words = rows
+        .as_chunks()
+        .0
+        .iter()
+        .map(|&word| i32::from_ne_bytes(word));
+    let coded = Coded::<Ad>::new(
+        CodeFormat::Int8,
+        input,
+        words.collect(),
+        (&device, DType::F32),
+    );
+    let mut linear = LinearConfig::new(input, output).init::<Ad>(&device);
+    linear.weight = Weight::Coded(coded.expect("whole rows"));
+    let matrix = |rows: usize, columns: usize| {
+        let numbers = (0..rows * columns).map(|i| (i as f32 * 0.37).sin());
+        let data = TensorData::new(numbers.collect::<Vec<_>>(), [rows, columns]);
+        Tensor::<Ad, 2>::from_data(data, &device)
+    };
+    let scaling = Scaling {
+        alpha: 2.0,
+        rank_stabilized: false,
+    };
+    linear.adapter = Some(LowRank::new(matrix(2, input), matrix(output, 2), scaling));
+    let mut wide = linear.clone();
+    wide.weight = linear.weight.val().into();
+    for rows in [1, 5] {
+        let x = matrix(input, rows).require_grad();
+        let gradients = [&linear, &wide].map(|linear| {
+            let gradients = linear.forward(x.clone()).powi_scalar(2).sum().backward();
+            let adapter = linear.adapter.as_ref().expect("one");
+            let up = adapter.up.val().grad(&gradients).expect("a gradient");
+            (values(x.grad(&gradients).expect("a gradient")), values(up))
+        });
+        assert_eq!(gradients[0], gradients[1]);
+    }
+    // It cannot take the adapter up, and keeps it.
+    linear.merge();
+    assert!(linear.adapter.is_some() && linear.weight.format().is_some());
+}
+
+#[test]
+fn the_program_answers_with_weights_of_fewer_bits() {
+    let photo = fixture("scenes/000.webp");
+    let photo = photo.to_str().expect("UTF-8");
+    let wide = reroute(&["ask", "--image", photo, "--prompt", "red circle"]).expect("an answer");
+    for dtype in ["int8", "q4", "auto"] {
+        let line = [
+            "ask",
+            "--image",
+            photo,
+            "--prompt",
+            "red circle",
+            "--dtype",
+            dtype,
+        ];
+        let answer = reroute(&line).unwrap_or_else(|error| panic!("{dtype}: {error}"));
+        assert!(!answer.is_empty(), "{dtype}");
+        if dtype == "int8" {
+            assert_eq!(answer, wide);
+        }
+    }
+    refuses(
+        &["ask", "--prompt", "x", "--dtype", "int3"],
+        &["int3", "int8", "q4"],
+    );
+}

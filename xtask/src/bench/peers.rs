@@ -110,9 +110,8 @@ pub fn compare(args: &Args, root: &Path, record: &mut Record) -> anyhow::Result<
     for dtype in &args.dtype {
         let mut comparison = Comparison::default();
         if let Err(error) = comparison.run(args, root, dtype, record) {
-            let failure = format!("{dtype}: {error:#}");
-            comparison.notes.push(failure.clone());
-            failed.push(failure);
+            comparison.notes.push(format!("{error:#}"));
+            failed.push(format!("{dtype}: {error:#}"));
         }
         let (ours, notes) = (comparison.ours.as_ref(), &comparison.notes);
         let others: Vec<&Answers> = comparison.others.iter().map(|peer| &peer.said).collect();

@@ -215,7 +215,9 @@ pub fn print(found: &Value) {
             number(decode)
         );
     };
-    line("ours", &found["ours_ms"], &found["ours_decode_ms"]);
+    if !found["ours_ms"].is_null() {
+        line("ours", &found["ours_ms"], &found["ours_decode_ms"]);
+    }
     for (name, prefill) in found["peers"].as_object().into_iter().flatten() {
         line(name, prefill, &found["peers_decode_ms"][name]);
     }

@@ -1,7 +1,6 @@
 """Times decoder layers in llama.cpp, by the protocol of README.md."""
 
 import ctypes
-import importlib.metadata
 import pathlib
 import sys
 import tempfile
@@ -97,7 +96,7 @@ class LlamaCpp:
         self.given = shape
         self.kind = protocol.type_of(shape, TYPES, "llama.cpp")
         self.embeddings = embeddings
-        self.folder = tempfile.TemporaryDirectory()
+        self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         self.first = layers // 2
         llama_cpp.llama_log_set(complain, None)
         llama_cpp.llama_backend_init()

@@ -202,7 +202,7 @@ class OpenVino:
         self.given = shape
         self.embeddings = embeddings
         self.core = openvino.Core()
-        self.folder = tempfile.TemporaryDirectory()
+        self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         numbers = dict(numbers)
         self.table = numbers["model.embed_tokens.weight"]
         for depth in (layers // 2, layers):

@@ -12,6 +12,9 @@ with `name`, `shape()` (what it runs), `facts()` (what else a reader should know
 
 - `prefill()`: forgets everything, runs the prompt, returns the logits of its last row,
 - `decode(token)`: runs one more token after it, returns its logits.
+
+An engine that puts its weights into files has `folder`, a temporary one, which goes as soon as all
+runners have opened what they need: whoever is killed later leaves nothing behind.
 """
 
 import json
@@ -77,6 +80,8 @@ def serve(kind) -> None:
     numbers = weights.random(shape, deep)
     engine = kind(shape, deep, numbers, weights.embeddings(shape))
     runners = {layers: engine.runner(layers) for layers in (deep, measured)}
+    if hasattr(engine, "folder"):
+        engine.folder.cleanup()
     first = milliseconds(lambda: measure_once(runners))
     hello = {
         "peer": engine.name,

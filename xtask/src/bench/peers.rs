@@ -8,7 +8,7 @@ use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Write};
 use std::iter;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -26,8 +26,8 @@ const PATIENCE_AT_FIRST: Duration = Duration::from_secs(3600);
 /// How long it may take to measure once.
 const PATIENCE: Duration = Duration::from_secs(600);
 
-/// How long a program that says nothing any more may take to end.
-const PATIENCE_AT_LAST: Duration = Duration::from_secs(2);
+/// How long a program that says nothing any more, or is asked nothing any more, may take to end.
+const PATIENCE_AT_LAST: Duration = Duration::from_secs(5);
 
 /// Between two looks at whether it has.
 const LOOK: Duration = Duration::from_millis(20);
@@ -206,7 +206,8 @@ impl Comparison {
 struct Peer {
     said: Answers,
     process: Child,
-    questions: ChildStdin,
+    /// Until it shall end.
+    questions: Option<ChildStdin>,
     answers: Receiver<io::Result<String>>,
     /// Where its complaints go.
     log: PathBuf,
@@ -238,13 +239,12 @@ impl Peer {
                 rounds: Vec::new(),
             },
             process,
-            questions: questions.context("no input")?,
+            questions,
             answers,
             log: log.into(),
         };
         if let Some(shape) = shape {
-            // Who has already ended says below why.
-            let _ = writeln!(peer.questions, "{shape}");
+            peer.say(&shape.to_string());
         }
         peer.said.hello = peer.line(PATIENCE_AT_FIRST)?;
         let theirs = &peer.said.hello["shape"];
@@ -256,10 +256,15 @@ impl Peer {
         Ok(peer)
     }
 
+    /// Writes it a line. Who has already ended says in its answer why.
+    fn say(&mut self, line: &str) {
+        let questions = self.questions.as_mut();
+        let _ = questions.map(|questions| writeln!(questions, "{line}"));
+    }
+
     /// Lets it measure once more.
     fn ask(&mut self) -> anyhow::Result<()> {
-        // Who has already ended says below why.
-        let _ = writeln!(self.questions);
+        self.say("");
         let times = self.line(PATIENCE)?;
         for quantity in QUANTITIES {
             let time = times[quantity].as_f64();
@@ -283,18 +288,23 @@ impl Peer {
         serde_json::from_str(&line).with_context(|| format!("it said {:?}", line.trim()))
     }
 
-    /// Why it has ended.
-    fn last_words(&mut self) -> String {
+    /// How it has ended, if it does so before long.
+    fn end(&mut self) -> Option<ExitStatus> {
         let started = Instant::now();
         while started.elapsed() < PATIENCE_AT_LAST {
             match self.process.try_wait() {
                 Ok(None) => thread::sleep(LOOK),
-                // No exit code: it was killed, and what it wrote last has nothing to do with it.
-                Ok(Some(status)) if status.code().is_none() => {
-                    return format!("it ended with {status}");
-                }
-                _ => break,
+                ended => return ended.ok().flatten(),
             }
+        }
+        None
+    }
+
+    /// Why it has ended.
+    fn last_words(&mut self) -> String {
+        // No exit code: it was killed, and what it wrote last has nothing to do with it.
+        if let Some(status) = self.end().filter(|status| status.code().is_none()) {
+            return format!("it ended with {status}");
         }
         let complaints = fs::read_to_string(&self.log).unwrap_or_default();
         let mut lines = complaints.lines().filter(|line| !line.trim().is_empty());
@@ -307,9 +317,12 @@ impl Peer {
 
 impl Drop for Peer {
     fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.process.kill();
-        let _ = self.process.wait();
+        // The end of its input is what ends it; it may have files to remove.
+        self.questions = None;
+        if self.end().is_none() {
+            let _ = self.process.kill();
+            let _ = self.process.wait();
+        }
     }
 }
 
@@ -383,6 +396,19 @@ mod tests {
     }
 
     #[test]
+    fn a_peer_may_tidy_up_when_its_input_ends() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tidied");
+        let script = format!(
+            r#"read shape; echo "{{\"peer\": \"shell\", \"shape\": $shape}}"
+            while read _; do :; done; sleep 0.1; echo > {}"#,
+            path.display()
+        );
+        drop(start(&script).unwrap());
+        assert!(path.is_file());
+    }
+
+    #[test]
     fn a_difference_that_is_not_positive_is_no_time() {
         let script = r#"read shape; echo "{\"peer\": \"shell\", \"shape\": $shape}"
             read _; echo '{"prefill_ms": -7, "decode_ms": 1}'; read _"#;
@@ -409,6 +435,7 @@ mod tests {
         assert!(peer.said.rounds.is_empty());
         let error = peer.line(Duration::from_millis(1)).unwrap_err();
         assert_eq!(error.to_string(), "it was silent for 1ms");
+        peer.process.kill().unwrap();
     }
 
     #[test]

@@ -29,7 +29,7 @@ use std::process::ExitCode;
 use anyhow::ensure;
 use clap::ValueEnum;
 use mimalloc::MiMalloc;
-use model::{DISTINCT_LAYERS, Model};
+use model::Model;
 use options::{Options, Section};
 use peak::Peak;
 use peakmem_alloc::PeakMemAlloc;
@@ -75,7 +75,8 @@ fn run() -> anyhow::Result<()> {
         dtype_name(dtype)
     );
     if options.names(Section::Peer) {
-        let setup = Setup::new(&model, DISTINCT_LAYERS, dtype, &device)?;
+        let model = model.with_distinct_layers(peer::LAYERS);
+        let setup = Setup::new(&model, peer::LAYERS, dtype, &device)?;
         return peer::serve(&setup, &adapter, io::stdin().lock(), io::stdout());
     }
     if !options.is_test() {

@@ -60,6 +60,12 @@ impl Model {
         Self::of(&embedded::checkpoint())
     }
 
+    /// With so many layers that have weights of their own.
+    pub fn with_distinct_layers(mut self, layers: usize) -> Self {
+        self.decoder.num_layers = layers;
+        self
+    }
+
     fn of(folder: &Folder) -> anyhow::Result<Self> {
         let config = ModelConfig::open(folder)?;
         let full = config.decoder().clone();

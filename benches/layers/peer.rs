@@ -1,29 +1,39 @@
-//! The same two layers as the programs of `benches/peers` run, by nearly the same protocol: a line of
-//! JSON that says what this is and of which shape, then one line of measurements for every line of
-//! input. Whoever asks several of them in turn gets measurements of the same minutes.
+//! The same layers as the programs of `benches/peers` run, by nearly the same protocol: a line of JSON
+//! that says what this is and of which shape, then one line of measurements for every line of input.
+//! Whoever asks several of them in turn gets measurements of the same minutes. What is measured is the
+//! difference of a decoder and one of half its layers.
 
 use std::io::{BufRead, Write};
 
 use reducers::Schedule;
-use reroute_cli::backend;
-use serde_json::json;
+use reroute::KvCache;
+use reroute_cli::backend::{self, Backend};
+use serde_json::{Value, json};
 
 use crate::decode::next_token;
 use crate::setup::{Setup, dtype_name};
 use crate::timing::{median, seconds};
 
-/// Tokens of a measurement.
-const TOKENS: usize = 4;
+/// Layers of the deeper decoder, each with weights of its own.
+pub const LAYERS: usize = 4;
 
-/// Answers every line.
+/// Tokens of a measurement.
+const TOKENS: usize = 8;
+
+/// How often to measure until a difference is positive. The last one is told as it is.
+const TRIES: usize = 5;
+
+/// Answers every line, by a decoder of an even number of layers and its first half.
 pub fn serve(
-    setup: &Setup,
+    deep: &Setup,
     device: &str,
     input: impl BufRead,
     mut out: impl Write,
 ) -> anyhow::Result<()> {
+    let layers = deep.decoder.layers().len() / 2;
+    let shallow = deep.shallower(layers)?;
     let name = format!("reroute, {}", backend::NAME);
-    let config = setup.decoder.config();
+    let config = deep.decoder.config();
     let hello = json!({
         "peer": name,
         "device": device,
@@ -31,31 +41,75 @@ pub fn serve(
             "vocab_size": config.vocab_size,
             "hidden_size": config.hidden_size,
             "intermediate_size": config.intermediate_size,
-            "num_hidden_layers": setup.decoder.layers().len(),
+            "num_hidden_layers": layers,
             "num_attention_heads": config.num_attention_heads,
             "num_key_value_heads": config.num_key_value_heads,
             "head_dim": config.head_dim,
-            "rows": setup.rows(),
-            "dtype": dtype_name(setup.dtype()),
+            "rows": deep.rows(),
+            "dtype": dtype_name(deep.dtype()),
             "runs_on": if backend::ON_HOST { "cpu" } else { backend::NAME },
         },
-        "first_seconds": setup.first_prefill_seconds,
+        "first_seconds": deep.first_prefill_seconds,
     });
     writeln!(out, "{hello}")?;
     out.flush()?;
     for line in input.lines() {
         line?;
-        // Unmeasured: see `benches/peers/README.md`.
-        let mut cache = setup.prefill(&Schedule::dense())?.cache;
-        let prefill = seconds(|| {
-            cache = setup.prefill(&Schedule::dense())?.cache;
-            Ok(())
-        })?;
-        let tokens: anyhow::Result<Vec<f64>> =
-            (0..TOKENS).map(|_| next_token(setup, &mut cache)).collect();
-        let times = json!({"prefill_ms": prefill * 1e3, "decode_ms": median(tokens?) * 1e3});
+        let times = measure(deep, &shallow)?;
         writeln!(out, "{times}")?;
         out.flush()?;
     }
     Ok(())
+}
+
+/// The first times whose differences are positive.
+fn measure(deep: &Setup, shallow: &Setup) -> anyhow::Result<Value> {
+    let mut tries = 1;
+    loop {
+        let (prefills, tokens) = measure_once(deep, shallow)?;
+        let differences = [prefills, tokens].map(|[deep, shallow]| deep - shallow);
+        if tries < TRIES && differences.iter().any(|difference| *difference <= 0.0) {
+            tries += 1;
+            continue;
+        }
+        let mut times = json!({
+            "prefill_ms": differences[0] * 1e3,
+            "decode_ms": differences[1] * 1e3,
+            "tries": tries,
+        });
+        for (what, seconds) in [("prefill", prefills), ("decode", tokens)] {
+            for (setup, seconds) in [deep, shallow].into_iter().zip(seconds) {
+                let layers = setup.decoder.layers().len();
+                times[format!("{what}_{layers}_ms")] = json!(seconds * 1e3);
+            }
+        }
+        return Ok(times);
+    }
+}
+
+/// Seconds of the prefill and of the median token, of the deeper and of the shallower decoder, in turn.
+fn measure_once(deep: &Setup, shallow: &Setup) -> anyhow::Result<([f64; 2], [f64; 2])> {
+    let (deep_prefill, mut deep_cache) = prefill(deep)?;
+    let (shallow_prefill, mut shallow_cache) = prefill(shallow)?;
+    let mut deep_tokens = Vec::with_capacity(TOKENS);
+    let mut shallow_tokens = Vec::with_capacity(TOKENS);
+    for _ in 0..TOKENS {
+        deep_tokens.push(next_token(deep, &mut deep_cache)?);
+        shallow_tokens.push(next_token(shallow, &mut shallow_cache)?);
+    }
+    Ok((
+        [deep_prefill, shallow_prefill],
+        [median(deep_tokens), median(shallow_tokens)],
+    ))
+}
+
+/// Seconds of a prefill after one that does not count, and its cache.
+fn prefill(setup: &Setup) -> anyhow::Result<(f64, KvCache<Backend>)> {
+    // Unmeasured: see `benches/peers/README.md`.
+    let mut cache = setup.prefill(&Schedule::dense())?.cache;
+    let seconds = seconds(|| {
+        cache = setup.prefill(&Schedule::dense())?.cache;
+        Ok(())
+    })?;
+    Ok((seconds, cache))
 }

@@ -66,6 +66,16 @@ impl Setup {
         })
     }
 
+    /// The same prompt before the first layers alone, whose weights both share.
+    pub fn shallower(&self, layers: usize) -> anyhow::Result<Self> {
+        let first = self.decoder.layers()[..layers].to_vec();
+        Ok(Self {
+            decoder: self.decoder.clone().with_layers(first)?,
+            prompt: self.prompt.clone(),
+            ..*self
+        })
+    }
+
     /// The device.
     pub fn device(&self) -> Device {
         self.prompt.embeddings.device()

@@ -4,9 +4,10 @@
 mod peers;
 mod plot;
 mod record;
+mod types;
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
 use std::thread::sleep;
 use std::time::Duration;
@@ -40,9 +41,11 @@ pub struct Args {
     #[arg(long, default_value_t = 8,
           value_parser = RangedU64ValueParser::<usize>::new().range(MIN_LAYERS..))]
     layers: usize,
-    /// Type of weights and activations; decoding is measured in all that the backend has.
-    #[arg(long, default_value = "f32", value_parser = ["f32", "f16", "bf16"])]
-    dtype: String,
+    /// Type of weights and activations; decoding is measured in all that the backend has. For `peer`
+    /// alone any number of types, one after the other.
+    #[arg(long, value_delimiter = ',', default_value = "f32", value_name = "TYPE,…",
+          value_parser = ["f32", "f16", "bf16", "int8", "q4"])]
+    dtype: Vec<String>,
     /// Rounds that medians are taken of.
     #[arg(long, default_value_t = 5, value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     rounds: usize,
@@ -54,6 +57,9 @@ pub struct Args {
     /// python3.
     #[arg(long, value_name = "PROGRAM")]
     python: Option<String>,
+    /// Where to write what `--compare` finds in each type, as JSON (`benches/peers/README.md`).
+    #[arg(long, value_name = "FILE", value_parser = in_a_folder)]
+    json: Option<PathBuf>,
     /// What a reader must know about this run, such as who else used the machine.
     #[arg(long)]
     note: Option<String>,
@@ -69,6 +75,13 @@ pub struct Args {
     sections: Vec<String>,
 }
 
+impl Args {
+    /// Rounds that medians are taken of.
+    fn rounds(&self) -> usize {
+        if self.smoke { 1 } else { self.rounds }
+    }
+}
+
 pub fn run(args: &Args, root: &Path) -> anyhow::Result<()> {
     let measured: Vec<&str> = args.sections.iter().map(String::as_str).collect();
     let measured: Vec<&str> = measured.into_iter().filter(|it| *it != "peer").collect();
@@ -77,19 +90,28 @@ pub fn run(args: &Args, root: &Path) -> anyhow::Result<()> {
         measured.len() == args.sections.len() || !args.compare.is_empty(),
         "`peer` needs somebody to compare with: add --compare benches/peers"
     );
+    ensure!(
+        only_peers || args.dtype.len() == 1,
+        "several types in one run are for `peer` alone: name no other section, or one --dtype"
+    );
+    ensure!(
+        args.json.is_none() || !args.compare.is_empty(),
+        "--json is what a comparison finds: add --compare benches/peers"
+    );
     let scratch = tempfile::tempdir()?;
     let folder = match args.smoke {
         true => scratch.path().to_path_buf(),
         false => root.join("benches/results"),
     };
+    let dtype = args.dtype.join(" ");
     let what = match measured[..] {
         ["scenes"] => vec!["scenes"],
         ["sessions"] => vec![
             "sessions",
             args.checkpoint.as_deref().map_or("", name),
-            &args.dtype,
+            &dtype,
         ],
-        _ => vec![name(&args.model), &args.dtype],
+        _ => vec![name(&args.model), &dtype],
     };
     let usual = |word: &&str| !["llava", "f32"].contains(word);
     let what: Vec<&str> = what.into_iter().filter(usual).collect();
@@ -104,13 +126,11 @@ pub fn run(args: &Args, root: &Path) -> anyhow::Result<()> {
             failed.push(note);
         }
     }
-    if !args.compare.is_empty() {
-        if let Err(error) = peers::compare(args, root, &mut record) {
-            let note = format!("the comparison ended early: {error:#}");
-            record.notes.push(note.clone());
-            failed.push(note);
-        }
-        peers::print(&record.peers);
+    if !args.compare.is_empty()
+        && let Err(error) = peers::compare(args, root, &mut record)
+    {
+        // Noted there, type by type.
+        failed.push(format!("not everything was compared: {error:#}"));
     }
     for note in &record.notes {
         println!("note: {note}");
@@ -145,6 +165,17 @@ fn model(given: &str) -> Result<String, String> {
     whole.map_err(|_| "the folder's path is not UTF-8: rename it".into())
 }
 
+/// A file that can be written once everything is measured.
+fn in_a_folder(given: &str) -> Result<PathBuf, String> {
+    let path = PathBuf::from(given);
+    let folder = path.parent().filter(|it| !it.as_os_str().is_empty());
+    let there = folder.is_none_or(Path::is_dir) && path.file_name().is_some() && !path.is_dir();
+    match there {
+        true => Ok(path),
+        false => Err("no file in a folder that is there".into()),
+    }
+}
+
 /// What a model is called in results: the last part of a folder's path.
 fn name(model: &str) -> &str {
     let name = Path::new(model).file_name();
@@ -160,7 +191,7 @@ fn measure(
     out: &Path,
     record: &mut Record,
 ) -> anyhow::Result<()> {
-    let mut command = program(args, root, backend);
+    let mut command = program(args, root, backend, &args.dtype[0]);
     command.args(sections).arg("--out").arg(out);
     let mut child = command.spawn().context("cannot start cargo")?;
     let at = record.backends.len();
@@ -197,7 +228,7 @@ fn follow(
 }
 
 /// The bench binary of a backend, with the flags that all its sections share.
-fn program(args: &Args, root: &Path, backend: &str) -> Command {
+fn program(args: &Args, root: &Path, backend: &str, dtype: &str) -> Command {
     let mut command = Command::new(env!("CARGO"));
     command
         .current_dir(root)
@@ -205,7 +236,7 @@ fn program(args: &Args, root: &Path, backend: &str) -> Command {
         .args(["--features", backend, "--", "--model", &args.model])
         .args(["--budgets", &args.budgets.join(",")])
         .args(["--layers", &args.layers.to_string()])
-        .args(["--dtype", &args.dtype])
+        .args(["--dtype", dtype])
         .args(["--rounds", &args.rounds.to_string()])
         .args(args.smoke.then_some("--test"));
     if let Some(checkpoint) = &args.checkpoint {
@@ -243,13 +274,28 @@ mod tests {
             (&["--backend", "gpu"], "webgpu"),
             (&["prefil"], "a similar value exists: 'prefill'"),
             (&["--compare", "no-such-folder"], "neither a folder"),
+            (&["--dtype", "bf16,int4"], "int8, q4"),
+            (
+                &["--json", "/no/such/folder/types.json"],
+                "a folder that is there",
+            ),
         ] {
             let refusal = refusal(line);
             assert!(refusal.contains(words), "{line:?}: {refusal}");
         }
-        let alone = Line::try_parse_from(["bench", "peer"]).unwrap();
-        let error = super::run(&alone.bench, "/no/such/folder".as_ref()).unwrap_err();
-        assert!(error.to_string().contains("add --compare"), "{error}");
+        for (line, words) in [
+            (&["peer"][..], "add --compare"),
+            (&["--json", "types.json"], "add --compare"),
+            (&["decode", "--dtype", "f32,bf16"], "for `peer` alone"),
+            (
+                &["--dtype", "bf16,q4", "--compare", "sh"],
+                "for `peer` alone",
+            ),
+        ] {
+            let line = Line::try_parse_from([&["bench"], line].concat()).unwrap();
+            let error = super::run(&line.bench, "/no/such/folder".as_ref()).unwrap_err();
+            assert!(error.to_string().contains(words), "{error}");
+        }
     }
 
     #[test]

@@ -6,26 +6,31 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Write};
+use std::iter;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use serde_json::{Value, json};
 
 use super::record::Record;
-use super::{Args, program};
-
-/// What a peer measures.
-const QUANTITIES: [&str; 2] = ["prefill_ms", "decode_ms"];
+use super::types::{self, Answers, QUANTITIES};
+use super::{Args, name, program};
 
 /// How long a peer may take to be built, make its weights and run once.
 const PATIENCE_AT_FIRST: Duration = Duration::from_secs(3600);
 
 /// How long it may take to measure once.
 const PATIENCE: Duration = Duration::from_secs(600);
+
+/// How long a program that says nothing any more, or is asked nothing any more, may take to end.
+const PATIENCE_AT_LAST: Duration = Duration::from_secs(5);
+
+/// Between two looks at whether it has.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// Whom to compare with.
 #[derive(Clone)]
@@ -98,63 +103,114 @@ impl Compared {
     }
 }
 
-/// Asks everybody in turn, round by round, and records it after each. The first results are ours, the
-/// others are compared with them. Who is not there, or stops answering, is left out from then on, with
-/// a note.
+/// Compares in one type after the other, and keeps what was found after each.
 pub fn compare(args: &Args, root: &Path, record: &mut Record) -> anyhow::Result<()> {
-    let scratch = tempfile::tempdir()?;
-    let mut program = program(args, root, &args.backend[0]);
-    program.arg("peer");
-    let log = scratch.path().join("ours.log");
-    let mut ours = Peer::start("reroute".into(), program, &log, None).context("our own program")?;
-    let shape = ours.hello["shape"].clone();
-    let mut others = Vec::new();
-    let programs = args.compare.iter().flat_map(|given| given.programs(args));
-    for (name, program) in programs {
-        let log = scratch.path().join(format!("{}.log", others.len()));
-        match Peer::start(name.clone(), program, &log, Some(&shape)) {
-            Ok(peer) => others.push(peer),
-            Err(error) => record
-                .notes
-                .push(format!("peer {name} is left out: {error:#}")),
+    let mut found = Vec::new();
+    let mut failed = Vec::new();
+    for dtype in &args.dtype {
+        let mut comparison = Comparison::default();
+        if let Err(error) = comparison.run(args, root, dtype, record) {
+            comparison.notes.push(format!("{error:#}"));
+            failed.push(format!("{dtype}: {error:#}"));
+        }
+        let (ours, notes) = (comparison.ours.as_ref(), &comparison.notes);
+        let others: Vec<&Answers> = comparison.others.iter().map(|peer| &peer.said).collect();
+        found.push(types::report(
+            dtype,
+            ours.map(|peer| &peer.said),
+            &others,
+            notes,
+        ));
+        found.last().into_iter().for_each(types::print);
+        let noted = comparison.notes.into_iter();
+        record
+            .notes
+            .extend(noted.map(|note| format!("{dtype}: {note}")));
+        if let Some(path) = &args.json {
+            let mut origin = record.origin();
+            origin["backend"] = json!(args.backend[0]);
+            origin["model"] = json!(if args.smoke { "toy" } else { name(&args.model) });
+            origin["rounds"] = json!(args.rounds());
+            types::keep(path, &origin, &found)?;
         }
     }
-    let rounds = if args.smoke { 1 } else { args.rounds };
-    for round in 0..=rounds {
-        ours.ask().context("our own program")?;
-        for peer in others.iter_mut().filter(|peer| peer.rounds.len() == round) {
-            if let Err(error) = peer.ask() {
-                let note = format!("peer {} ended in round {round}: {error:#}", peer.name);
-                record.notes.push(note);
-                // It would go on beside the others.
-                let _ = peer.process.kill();
+    ensure!(failed.is_empty(), "{}", failed.join("; "));
+    Ok(())
+}
+
+/// Everybody who runs in one type; they end with it.
+#[derive(Default)]
+struct Comparison {
+    ours: Option<Peer>,
+    others: Vec<Peer>,
+    notes: Vec<String>,
+}
+
+impl Comparison {
+    /// Starts everybody, asks them in turn, round by round, and records it after each. The first
+    /// results are ours, the others are compared with them. Who is not there, or stops answering, is
+    /// left out from then on, with a note.
+    fn run(
+        &mut self,
+        args: &Args,
+        root: &Path,
+        dtype: &str,
+        record: &mut Record,
+    ) -> anyhow::Result<()> {
+        let scratch = tempfile::tempdir()?;
+        let mut program = program(args, root, &args.backend[0], dtype);
+        program.arg("peer");
+        let log = scratch.path().join("ours.log");
+        let ours = Peer::start("reroute".into(), program, &log, None);
+        let ours = self.ours.insert(ours.context("our own program")?);
+        let shape = ours.said.hello["shape"].clone();
+        let programs = args.compare.iter().flat_map(|given| given.programs(args));
+        for (name, program) in programs {
+            let log = scratch.path().join(format!("{}.log", self.others.len()));
+            match Peer::start(name.clone(), program, &log, Some(&shape)) {
+                Ok(peer) => self.others.push(peer),
+                Err(error) => {
+                    let note = format!("peer {name} is left out: {error:#}");
+                    self.notes.push(note);
+                }
             }
         }
-        // The first round does not count.
-        let everybody = std::iter::once(&ours).chain(&others);
-        let everybody = everybody.filter(|peer| peer.rounds.len() > 1);
-        record.peers = everybody.map(|peer| peer.report(&ours.rounds)).collect();
-        if round > 0 {
-            // Tried again at the end.
-            let _ = record.keep();
+        let earlier = record.peers.clone();
+        for round in 0..=args.rounds() {
+            ours.ask().context("our own program")?;
+            let others = self.others.iter_mut();
+            for peer in others.filter(|peer| peer.said.rounds.len() == round) {
+                if let Err(error) = peer.ask() {
+                    let name = &peer.said.name;
+                    let note = format!("peer {name} ended in round {round}: {error:#}");
+                    self.notes.push(note);
+                    // It would go on beside the others.
+                    let _ = peer.process.kill();
+                }
+            }
+            // The first round does not count.
+            let everybody = iter::once(&*ours).chain(&self.others);
+            let everybody = everybody.map(|peer| &peer.said).filter(|said| said.count());
+            let reports = everybody.map(|said| said.report(&ours.said));
+            record.peers = earlier.iter().cloned().chain(reports).collect();
+            if round > 0 {
+                // Tried again at the end.
+                let _ = record.keep();
+            }
         }
+        Ok(())
     }
-    Ok(())
 }
 
 /// A running peer.
 struct Peer {
-    /// Where it was found.
-    name: String,
-    /// What it said about itself.
-    hello: Value,
+    said: Answers,
     process: Child,
-    questions: ChildStdin,
+    /// Until it shall end.
+    questions: Option<ChildStdin>,
     answers: Receiver<io::Result<String>>,
     /// Where its complaints go.
     log: PathBuf,
-    /// Its measurements. The first warms caches up and does not count.
-    rounds: Vec<Value>,
 }
 
 impl Peer {
@@ -177,20 +233,21 @@ impl Peer {
         // Ends with the program's output, or when nobody listens any more.
         thread::spawn(move || output.lines().try_for_each(|line| said.send(line)));
         let mut peer = Self {
-            name,
-            hello: Value::Null,
+            said: Answers {
+                name,
+                hello: Value::Null,
+                rounds: Vec::new(),
+            },
             process,
-            questions: questions.context("no input")?,
+            questions,
             answers,
             log: log.into(),
-            rounds: Vec::new(),
         };
         if let Some(shape) = shape {
-            // Who has already ended says below why.
-            let _ = writeln!(peer.questions, "{shape}");
+            peer.say(&shape.to_string());
         }
-        peer.hello = peer.line(PATIENCE_AT_FIRST)?;
-        let theirs = &peer.hello["shape"];
+        peer.said.hello = peer.line(PATIENCE_AT_FIRST)?;
+        let theirs = &peer.said.hello["shape"];
         ensure!(
             shape.is_none_or(|shape| shape == theirs),
             "it runs the shape {theirs}, not the one on its first line of input \
@@ -199,98 +256,73 @@ impl Peer {
         Ok(peer)
     }
 
+    /// Writes it a line. Who has already ended says in its answer why.
+    fn say(&mut self, line: &str) {
+        let questions = self.questions.as_mut();
+        let _ = questions.map(|questions| writeln!(questions, "{line}"));
+    }
+
     /// Lets it measure once more.
     fn ask(&mut self) -> anyhow::Result<()> {
-        // Who has already ended says below why.
-        let _ = writeln!(self.questions);
+        self.say("");
         let times = self.line(PATIENCE)?;
-        let measured = |quantity: &str| times[quantity].as_f64().is_some_and(|time| time > 0.0);
-        ensure!(
-            QUANTITIES.into_iter().all(measured),
-            "it said {times}, which has no {}",
-            QUANTITIES.join(" and ")
-        );
-        self.rounds.push(times);
+        for quantity in QUANTITIES {
+            let time = times[quantity].as_f64();
+            let time = time.with_context(|| format!("it said {times}, which has no {quantity}"))?;
+            ensure!(
+                time > 0.0,
+                "twice the layers took no longer: it said {times}, {quantity} being the difference"
+            );
+        }
+        self.said.rounds.push(times);
         Ok(())
     }
 
     /// The next line of JSON.
-    fn line(&self, patience: Duration) -> anyhow::Result<Value> {
+    fn line(&mut self, patience: Duration) -> anyhow::Result<Value> {
         let line = match self.answers.recv_timeout(patience) {
             Ok(line) => line?,
             Err(RecvTimeoutError::Timeout) => bail!("it was silent for {patience:?}"),
-            Err(RecvTimeoutError::Disconnected) => {
-                let complaints = fs::read_to_string(&self.log).unwrap_or_default();
-                let last = complaints.trim().lines().last().map(str::to_string);
-                bail!(last.unwrap_or("it ended without a word".into()))
-            }
+            Err(RecvTimeoutError::Disconnected) => bail!(self.last_words()),
         };
         serde_json::from_str(&line).with_context(|| format!("it said {:?}", line.trim()))
     }
 
-    /// Its times, and how many of them ours took, round by round.
-    fn report(&self, ours: &[Value]) -> Value {
-        let mut report = self.hello.clone();
-        if !report["peer"].is_string() {
-            report["peer"] = json!(self.name);
+    /// How it has ended, if it does so before long.
+    fn end(&mut self) -> Option<ExitStatus> {
+        let started = Instant::now();
+        while started.elapsed() < PATIENCE_AT_LAST {
+            match self.process.try_wait() {
+                Ok(None) => thread::sleep(LOOK),
+                ended => return ended.ok().flatten(),
+            }
         }
-        for quantity in QUANTITIES {
-            let times = |rounds: &[Value]| -> Vec<f64> {
-                let time = |round: &Value| round[quantity].as_f64().unwrap_or(f64::NAN);
-                rounds.iter().skip(1).map(time).collect()
-            };
-            let (theirs, ours) = (times(&self.rounds), times(ours));
-            let ratios = ours.iter().zip(&theirs).map(|(ours, theirs)| ours / theirs);
-            report[format!("ours_over_it_{quantity}")] = spread(ratios.collect());
-            report[quantity] = spread(theirs);
+        None
+    }
+
+    /// Why it has ended.
+    fn last_words(&mut self) -> String {
+        // No exit code: it was killed, and what it wrote last has nothing to do with it.
+        if let Some(status) = self.end().filter(|status| status.code().is_none()) {
+            return format!("it ended with {status}");
         }
-        report
+        let complaints = fs::read_to_string(&self.log).unwrap_or_default();
+        let mut lines = complaints.lines().filter(|line| !line.trim().is_empty());
+        // Cargo and clap say first what is wrong, and then what to do; Python says it last.
+        let first = lines.clone().find(|line| line.starts_with("error"));
+        let words = first.or_else(|| lines.next_back()).map(str::trim);
+        words.unwrap_or("it ended without a word").into()
     }
 }
 
 impl Drop for Peer {
     fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
-
-/// Median, least and most.
-fn spread(mut values: Vec<f64>) -> Value {
-    values.sort_by(f64::total_cmp);
-    let middle = (values.len().saturating_sub(1) / 2, values.len() / 2);
-    let at = |index: usize| values.get(index).copied().unwrap_or(f64::NAN);
-    json!({
-        "median": at(middle.0).midpoint(at(middle.1)),
-        "least": at(0),
-        "most": at(values.len().saturating_sub(1)),
-        "runs": values.len(),
-    })
-}
-
-/// Prints the comparison.
-pub fn print(peers: &[Value]) {
-    if peers.is_empty() {
-        return;
-    }
-    println!(
-        "\nTwo layers, one prompt, one more token, in turn; `ours` as a share of the other's time"
-    );
-    println!(
-        "{:<46} {:>12} {:>8} {:>12} {:>8}",
-        "who", "prefill ms", "ours", "decode ms", "ours"
-    );
-    for peer in peers {
-        let median = |name: &str| peer[name]["median"].as_f64().unwrap_or(f64::NAN);
-        println!(
-            "{:<46} {:>12.1} {:>7.2}x {:>12.1} {:>7.2}x",
-            peer["peer"].as_str().unwrap_or("?"),
-            median("prefill_ms"),
-            median("ours_over_it_prefill_ms"),
-            median("decode_ms"),
-            median("ours_over_it_decode_ms"),
-        );
+        // The end of its input is what ends it; it may have files to remove.
+        self.questions = None;
+        if self.end().is_none() {
+            let _ = self.process.kill();
+            let _ = self.process.wait();
+        }
     }
 }
 
@@ -301,7 +333,7 @@ mod tests {
 
     use serde_json::json;
 
-    use super::{Compared, Peer, find};
+    use super::{Answers, Compared, Peer, find};
 
     /// What a shell script becomes as a peer that is asked for `{"rows": 8}`.
     fn start(script: &str) -> anyhow::Result<Peer> {
@@ -327,10 +359,14 @@ mod tests {
             peer.ask().unwrap();
         }
         assert!(peer.ask().is_err(), "it has ended");
-        let ours: Vec<_> = [90.0, 5.0, 5.0, 20.0]
-            .map(|time| json!({"prefill_ms": time, "decode_ms": 2.0}))
-            .to_vec();
-        let report = peer.report(&ours);
+        let ours = Answers {
+            name: "ours".into(),
+            hello: json!({}),
+            rounds: [90.0, 5.0, 5.0, 20.0]
+                .map(|time| json!({"prefill_ms": time, "decode_ms": 2.0}))
+                .to_vec(),
+        };
+        let report = peer.said.report(&ours);
         assert_eq!(report["peer"], "shell");
         assert_eq!(report["prefill_ms"]["median"], 20.0);
         assert_eq!(report["prefill_ms"]["most"], 40.0);
@@ -342,8 +378,42 @@ mod tests {
 
     #[test]
     fn an_absent_peer_says_why() {
-        let refusal = refusal("echo no torch here >&2; exit 1");
-        assert_eq!(refusal, "no torch here");
+        for (script, words) in [
+            (
+                "echo Traceback >&2; echo no torch here >&2; exit 1",
+                "no torch here",
+            ),
+            (
+                "echo error: no int8 >&2; echo see --help >&2; exit 2",
+                "error: no int8",
+            ),
+            ("exit 1", "it ended without a word"),
+        ] {
+            assert_eq!(refusal(script), words);
+        }
+        let killed = refusal("echo all is well >&2; kill -ILL $$");
+        assert!(killed.contains("signal: 4"), "{killed}");
+    }
+
+    #[test]
+    fn a_peer_may_tidy_up_when_its_input_ends() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tidied");
+        let script = format!(
+            r#"read shape; echo "{{\"peer\": \"shell\", \"shape\": $shape}}"
+            while read _; do :; done; sleep 0.1; echo > {}"#,
+            path.display()
+        );
+        drop(start(&script).unwrap());
+        assert!(path.is_file());
+    }
+
+    #[test]
+    fn a_difference_that_is_not_positive_is_no_time() {
+        let script = r#"read shape; echo "{\"peer\": \"shell\", \"shape\": $shape}"
+            read _; echo '{"prefill_ms": -7, "decode_ms": 1}'; read _"#;
+        let error = start(script).unwrap().ask().unwrap_err().to_string();
+        assert!(error.contains("took no longer"), "{error}");
     }
 
     #[test]
@@ -362,9 +432,10 @@ mod tests {
         let mut peer = start(script).unwrap();
         let error = peer.ask().unwrap_err().to_string();
         assert!(error.contains("decode_ms"), "{error}");
-        assert!(peer.rounds.is_empty());
+        assert!(peer.said.rounds.is_empty());
         let error = peer.line(Duration::from_millis(1)).unwrap_err();
         assert_eq!(error.to_string(), "it was silent for 1ms");
+        peer.process.kill().unwrap();
     }
 
     #[test]

@@ -49,30 +49,31 @@ impl Record {
         self.backends.is_empty() && self.peers.is_empty()
     }
 
+    /// When and of what everything is.
+    pub fn origin(&self) -> Value {
+        json!({
+            "date": self.date,
+            "commit": self.commit,
+            "uncommitted_changes": self.uncommitted_changes,
+            "notes": self.notes,
+        })
+    }
+
     /// Writes everything so far, and a picture of it if there is something to draw. The first time
     /// decides on the file: `DATE-DEVICE.json`, or `DATE-DEVICE-MODEL-TYPE.json` for others than the
     /// default ones; with a number if there is one of that name.
     pub fn keep(&mut self) -> anyhow::Result<PathBuf> {
         let mut measured = self.backends.iter().chain(&self.peers);
         let device = measured.find_map(|it| it["device"].as_str());
-        let report = json!({
-            "date": self.date,
-            "commit": self.commit,
-            "uncommitted_changes": self.uncommitted_changes,
-            "device": device,
-            "notes": self.notes,
-            "backends": self.backends,
-            "peers": self.peers,
-        });
+        let mut report = self.origin();
+        report["device"] = json!(device);
+        report["backends"] = json!(self.backends);
+        report["peers"] = json!(self.peers);
         let path = match &self.path {
             Some(path) => path.clone(),
             None => free(&self.folder, &self.name(device.unwrap_or("unknown"))),
         };
-        let part = path.with_extension("part");
-        let written = fs::write(&part, format!("{report:#}\n"));
-        written
-            .and_then(|()| fs::rename(&part, &path))
-            .with_context(|| format!("cannot write {}", path.display()))?;
+        write(&path, &report)?;
         self.path = Some(path.clone());
         plot::draw(&report, &path.with_extension("svg"))?;
         Ok(path)
@@ -85,6 +86,15 @@ impl Record {
         let words: Vec<&str> = words.into_iter().filter(|word| !word.is_empty()).collect();
         words.join("-")
     }
+}
+
+/// Writes a file that is there as a whole or not at all.
+pub fn write(path: &Path, report: &Value) -> anyhow::Result<()> {
+    let part = path.with_extension("part");
+    let written = fs::write(&part, format!("{report:#}\n"));
+    written
+        .and_then(|()| fs::rename(&part, path))
+        .with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// The first of `NAME.json`, `NAME-2.json`, … that is not there.

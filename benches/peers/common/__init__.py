@@ -1,0 +1,1 @@
+"""What the peers in Python share: the protocol of ../README.md, random weights, a check."""

@@ -51,7 +51,12 @@ pub fn run(setup: &Setup, model: &Model, options: &Options) -> anyhow::Result<Ve
             setup.schedule(METHOD, budget)?,
         ),
     ];
-    let casts = backend::dtypes(&setup.device()).into_iter().map(|dtype| {
+    // Codes are one type more; floats are measured in all types without them.
+    let dtypes = match setup.kind.codes() {
+        Some(_) => vec![setup.dtype()],
+        None => backend::dtypes(&setup.device()),
+    };
+    let casts = dtypes.into_iter().map(|dtype| {
         let cast = (dtype != setup.dtype())
             .then(|| setup.cast(model, dtype))
             .transpose()?;
@@ -144,7 +149,10 @@ impl<'a> Decoding<'a> {
             .map(|(time, read)| bytes as f64 / time / read);
         let speedups = rounds.zip(f32).map(|(time, f32)| f32 / time);
         Row {
-            dtype: dtype_name(self.dtype),
+            dtype: match self.setup.kind.codes() {
+                Some(_) => self.setup.kind.name().into(),
+                None => dtype_name(self.dtype),
+            },
             cache: self.cache_name.to_string(),
             prefill_ms: Spread::milliseconds(&self.prefill),
             ms,
@@ -167,7 +175,8 @@ pub fn next_token(setup: &Setup, cache: &mut KvCache<Backend>) -> anyhow::Result
 fn weight_bytes(setup: &Setup, dtype: DType) -> u64 {
     let config = setup.decoder.config();
     let layers: usize = setup.decoder.layers().iter().map(Module::num_params).sum();
-    ((layers + config.vocab_size * config.hidden_size) * dtype.size()) as u64
+    let floats = (layers + config.vocab_size * config.hidden_size) * dtype.size();
+    (floats + setup.code_bytes()) as u64
 }
 
 impl Row {

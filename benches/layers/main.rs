@@ -30,15 +30,14 @@ use anyhow::ensure;
 use clap::ValueEnum;
 use mimalloc::MiMalloc;
 use model::Model;
-use options::{Options, Section};
+use options::{Options, Section, Type};
 use peak::Peak;
 use peakmem_alloc::PeakMemAlloc;
 use report::Report;
-use reroute_cli::args::Dtype;
 use reroute_cli::backend::{self, Device};
 use reroute_cli::heap;
 use serde_json::{Value, json};
-use setup::{Setup, dtype_name};
+use setup::Setup;
 
 #[global_allocator]
 static HEAP: PeakMemAlloc<MiMalloc> = PeakMemAlloc::new(MiMalloc);
@@ -66,24 +65,24 @@ fn run() -> anyhow::Result<()> {
         true => Model::toy()?,
         false => Model::open(&options.model)?,
     };
-    let dtype = options.dtype.burn();
+    let dtype = options.dtype.floats();
     let supported = backend::dtypes(&device);
     ensure!(
         supported.contains(&dtype),
         "{} has no {} on {adapter}: choose another --dtype",
         backend::NAME,
-        dtype_name(dtype)
+        options.dtype.name()
     );
     if options.names(Section::Peer) {
         let model = model.with_distinct_layers(peer::LAYERS);
-        let setup = Setup::new(&model, peer::LAYERS, dtype, &device)?;
+        let setup = Setup::new(&model, peer::LAYERS, options.dtype, &device)?;
         return peer::serve(&setup, &adapter, io::stdin().lock(), io::stdout());
     }
     if !options.is_test() {
         return measure(&model, &adapter, &device, &options);
     }
-    for dtype in Dtype::value_variants() {
-        if supported.contains(&dtype.burn()) {
+    for dtype in Type::value_variants() {
+        if supported.contains(&dtype.floats()) {
             options.dtype = *dtype;
             measure(&model, &adapter, &device, &options)?;
         }
@@ -103,7 +102,7 @@ fn measure(model: &Model, adapter: &str, device: &Device, options: &Options) -> 
         "device": adapter,
         "threads": std::thread::available_parallelism().map_or(1, usize::from),
         "model": options.model,
-        "dtype": dtype_name(options.dtype.burn()),
+        "dtype": options.dtype.name(),
         "peak": peak,
         "peak_memory": timing::PEAK_MEMORY,
     });
@@ -136,12 +135,7 @@ fn measure_section(
     }
     let setup = match setup {
         Some(setup) => setup,
-        None => setup.insert(Setup::new(
-            model,
-            options.layers,
-            options.dtype.burn(),
-            device,
-        )?),
+        None => setup.insert(Setup::new(model, options.layers, options.dtype, device)?),
     };
     Ok(match section {
         Section::Prefill => json!(prefill::run(setup, model, peak, options)?),

@@ -3,9 +3,11 @@
 use std::path::PathBuf;
 
 use anyhow::bail;
+use burn::tensor::DType;
 use clap::builder::RangedU64ValueParser;
 use clap::{Parser, ValueEnum};
-use reroute_cli::args::Dtype;
+use reroute_cli::backend;
+use reroute_layers::CodeFormat;
 
 /// Those that every method has a preset for.
 const BUDGETS: [usize; 3] = [192, 128, 64];
@@ -36,7 +38,7 @@ pub struct Options {
     pub layers: usize,
     /// Type of weights and activations, where a section does not measure all of them.
     #[arg(long, value_enum, default_value = "f32")]
-    pub dtype: Dtype,
+    pub dtype: Type,
     /// Rounds that medians are taken of.
     #[arg(long, default_value_t = 5, value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     pub rounds: usize,
@@ -49,6 +51,53 @@ pub struct Options {
     /// What `cargo bench` says.
     #[arg(long, hide = true)]
     bench: bool,
+}
+
+/// A type of the decoder's weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Type {
+    /// Floats, and activations of the same type.
+    F32,
+    /// The same.
+    F16,
+    /// The same.
+    Bf16,
+    /// Bytes with a scale for each row; activations in bf16.
+    Int8,
+    /// 4 bits with a scale for each group; activations in bf16.
+    Q4,
+}
+
+impl Type {
+    /// The type of activations, and of what is not in codes.
+    pub fn floats(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::F16 => DType::F16,
+            Self::Bf16 => DType::BF16,
+            Self::Int8 | Self::Q4 => backend::or_f32(DType::BF16),
+        }
+    }
+
+    /// The format of weights in codes.
+    pub fn codes(self) -> Option<CodeFormat> {
+        match self {
+            Self::F32 | Self::F16 | Self::Bf16 => None,
+            Self::Int8 => Some(CodeFormat::Int8),
+            Self::Q4 => Some(CodeFormat::Int4),
+        }
+    }
+
+    /// What it is called in results.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+            Self::Int8 => "int8",
+            Self::Q4 => "q4",
+        }
+    }
 }
 
 /// Something to measure, in this order.

@@ -42,7 +42,7 @@ impl Peak {
         println!(
             "Peak of this device: {:.0} GFLOP/s in a {side}×{side} {} product; {:.1} GB/s read, {:.1} GB/s copied",
             peak.flops_per_second / 1e9,
-            dtype_name(options.dtype.burn()),
+            dtype_name(options.dtype.floats()),
             read / 1e9,
             copied / 1e9,
         );
@@ -58,7 +58,7 @@ fn fastest(work: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<f64> {
 fn product(side: usize, options: &Options, device: &Device) -> anyhow::Result<f64> {
     let random = || {
         let numbers = Tensor::<Backend, 2>::random([side; 2], Distribution::Default, device);
-        numbers.cast(options.dtype.burn())
+        numbers.cast(options.dtype.floats())
     };
     let (a, b) = (random(), random());
     let time = fastest(|| wait_for_one(a.clone().matmul(b.clone())))?;

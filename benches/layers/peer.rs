@@ -10,8 +10,11 @@ use reroute::KvCache;
 use reroute_cli::backend::{self, Backend};
 use serde_json::{Value, json};
 
+use reroute_kernels::{Multiplied, limit};
+
 use crate::decode::next_token;
-use crate::setup::{Setup, dtype_name};
+use crate::options::Type;
+use crate::setup::Setup;
 use crate::timing::{median, seconds};
 
 /// Layers of the deeper decoder, each with weights of its own.
@@ -46,10 +49,11 @@ pub fn serve(
             "num_key_value_heads": config.num_key_value_heads,
             "head_dim": config.head_dim,
             "rows": deep.rows(),
-            "dtype": dtype_name(deep.dtype()),
+            "dtype": deep.kind.name(),
             "runs_on": if backend::ON_HOST { "cpu" } else { backend::NAME },
         },
         "first_seconds": deep.first_prefill_seconds,
+        "limits": limits(deep.kind),
     });
     writeln!(out, "{hello}")?;
     out.flush()?;
@@ -60,6 +64,23 @@ pub fn serve(
         out.flush()?;
     }
     Ok(())
+}
+
+/// What the processor does at most with numbers of a type, measured now.
+fn limits(kind: Type) -> Value {
+    let multiplied = match kind {
+        Type::F32 | Type::F16 => Multiplied::F32,
+        Type::Bf16 => Multiplied::BF16,
+        Type::Int8 | Type::Q4 => Multiplied::Bytes,
+    };
+    match limit(multiplied).filter(|_| backend::ON_HOST) {
+        Some(limit) => json!({
+            "flops_per_second": limit.operations_per_second,
+            "instruction": limit.instruction,
+            "threads": limit.threads,
+        }),
+        None => Value::Null,
+    }
 }
 
 /// The first times whose differences are positive.

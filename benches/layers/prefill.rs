@@ -12,7 +12,7 @@ use crate::model::{Model, TEXT};
 use crate::options::Options;
 use crate::peak::Peak;
 use crate::reference::{self, OurLayers, PortedLayers};
-use crate::setup::{Setup, dtype_name, settle};
+use crate::setup::{Setup, settle};
 use crate::timing::{Spread, kv_mebibytes, mebibytes, seconds, seconds_and_peak, wait_for_one};
 
 const METHODS: [&str; 6] = [
@@ -166,7 +166,7 @@ pub fn run(setup: &Setup, model: &Model, peak: &Peak, options: &Options) -> anyh
         visual_tokens: setup.visual,
         text_tokens: TEXT,
         layers: shape.num_layers.into(),
-        dtype: dtype_name(setup.dtype()),
+        dtype: setup.kind.name().into(),
         full_depth: model.full_depth,
         rounds: options.rounds(),
         head_rows: setup.decoder.config().vocab_size,

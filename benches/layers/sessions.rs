@@ -81,7 +81,7 @@ pub fn run(device: &Device, options: &Options) -> anyhow::Result<Report> {
         None => embedded::checkpoint(),
     };
     let opened = OpenOptions {
-        dtype: options.dtype.burn(),
+        dtype: options.dtype.floats(),
         ..Default::default()
     };
     let vlm = Vlm::<Backend>::open(&folder, &opened, device)?;

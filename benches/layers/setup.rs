@@ -1,14 +1,16 @@
 //! A decoder and prompts of the measured shapes.
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, anyhow, ensure};
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::backend::Backend as _;
 use burn::tensor::{DType, Distribution, Int, Tensor, TensorData};
 use reducers::{ReducerError, Schedule, presets};
 use reroute::{Decoder, KvCache, Prefill, Prompt, Routed, Router, SampleLayout};
 use reroute_cli::backend::{Backend, Device};
+use reroute_layers::{CodeFormat, Coded, Linear, Linears, Weight};
 
 use crate::model::{DISTINCT_LAYERS, Model, TEXT};
+use crate::options::Type;
 use crate::timing::{seconds, wait, wait_for_one};
 
 /// Text tokens before the image.
@@ -20,6 +22,8 @@ pub struct Setup {
     pub decoder: Decoder<Backend>,
     /// One image and a question.
     pub prompt: Prompt<Backend>,
+    /// The type of the decoder's weights.
+    pub kind: Type,
     /// Visual tokens of the prompt.
     pub visual: usize,
     /// What making the weights took.
@@ -30,12 +34,8 @@ pub struct Setup {
 
 impl Setup {
     /// Builds the decoder with random weights of a fixed seed and runs it once.
-    pub fn new(
-        model: &Model,
-        layers: usize,
-        dtype: DType,
-        device: &Device,
-    ) -> anyhow::Result<Self> {
+    pub fn new(model: &Model, layers: usize, kind: Type, device: &Device) -> anyhow::Result<Self> {
+        let dtype = kind.floats();
         Backend::seed(device, 0);
         let decoder = model.decoder.init::<Backend>(device)?;
         // Parameters are made on first use; clones share them only from then on.
@@ -43,8 +43,13 @@ impl Setup {
             decoder.visit(&mut MakeParameters);
             Ok(())
         })?;
+        let mut decoder = decoder.map(&mut Cast(dtype));
+        if let Some(format) = kind.codes() {
+            encode(&mut decoder, format, dtype)?;
+        }
         let mut setup = Self {
-            decoder: deepen(decoder.map(&mut Cast(dtype)), layers)?,
+            decoder: deepen(decoder, layers)?,
+            kind,
             prompt: prompt(model, model.visual, dtype, device),
             visual: model.visual,
             weights_seconds,
@@ -76,12 +81,24 @@ impl Setup {
         })
     }
 
+    /// Bytes of the weights in codes.
+    pub fn code_bytes(&self) -> usize {
+        let mut decoder = self.decoder.clone();
+        let mut linears: Vec<(String, &mut Linear<Backend>)> = Vec::new();
+        decoder.linears("", &mut linears);
+        let bytes = linears.iter().filter_map(|(_, linear)| {
+            let [rows, columns] = linear.weight.dims();
+            Some(rows * linear.weight.format()?.row_bytes(columns)?)
+        });
+        bytes.sum()
+    }
+
     /// The device.
     pub fn device(&self) -> Device {
         self.prompt.embeddings.device()
     }
 
-    /// The type of the weights and of the prompt.
+    /// The type of the prompt and of all that is not in codes.
     pub fn dtype(&self) -> DType {
         self.prompt.embeddings.dtype()
     }
@@ -199,6 +216,24 @@ fn deepen(decoder: Decoder<Backend>, layers: usize) -> anyhow::Result<Decoder<Ba
     let all = (0..layers).map(|at| distinct[at % distinct.len()].clone());
     let all = all.collect();
     Ok(decoder.with_layers(all)?)
+}
+
+/// Puts codes in the place of the weights of linear maps.
+fn encode(decoder: &mut Decoder<Backend>, format: CodeFormat, dtype: DType) -> anyhow::Result<()> {
+    let mut linears: Vec<(String, &mut Linear<Backend>)> = Vec::new();
+    decoder.linears("", &mut linears);
+    for (path, linear) in linears {
+        let ([_, columns], device) = (linear.weight.dims(), linear.weight.device());
+        let numbers = linear.weight.val().cast(DType::F32).into_data();
+        let numbers = numbers.as_slice().map_err(|error| anyhow!("{error:?}"))?;
+        let rows = format.quantise_rows(numbers, columns);
+        let rows = rows.with_context(|| format!("{path} has no codes"))?;
+        let words = rows.as_chunks().0.iter();
+        let words = words.map(|&bytes| i32::from_ne_bytes(bytes)).collect();
+        let coded = Coded::new(format, columns, words, (&device, dtype));
+        linear.weight = Weight::Coded(coded.context("rows of whole words")?);
+    }
+    Ok(())
 }
 
 struct MakeParameters;

@@ -53,7 +53,7 @@ fn vit(
         num_layers: VIT_LAYERS,
         ..config.clone()
     };
-    let dtype = options.dtype.burn();
+    let dtype = options.dtype.floats();
     let tower = config.init::<Backend>(device).map(&mut Cast(dtype));
     let side = config.image_size;
     let pixels: Tensor<Backend, 4> =
@@ -134,7 +134,7 @@ fn qwen(
     };
     println!(
         "\nQwen tower, {}: a windowed and a full-attention layer against the picture's size",
-        dtype_name(options.dtype.burn())
+        dtype_name(options.dtype.floats())
     );
     println!(
         "{:>7} {:>8}  {:>24} {:>8}  {:>24} {:>8}  {:>24}  {:>10}",
@@ -199,7 +199,7 @@ fn measure(
     ];
     let patches = side * side;
     let shape = [config.patch_features(), patches];
-    let dtype = options.dtype.burn();
+    let dtype = options.dtype.floats();
     let input: Tensor<Backend, 2> = Tensor::random(shape, Distribution::Default, device);
     let input = input.cast(dtype);
     let grid = Grid {

@@ -126,7 +126,8 @@ fn blocks_that_stay_are_those_of_the_reference() {
 fn models_in_codes_are_those_of_the_numbers_that_they_stand_for() {
     for name in MODELS {
         let reference = Reference::open(&format!("{name}/golden"));
-        for (format, bound) in [(CodeFormat::Int8, 0.02), (CodeFormat::Int4, 0.02)] {
+        // Codes of 4 bits are rounded once more where they are multiplied in bf16.
+        for (format, bound) in [(CodeFormat::Int8, 0.02), (CodeFormat::Int4, 0.05)] {
             let coded = open(
                 &format!("{name}/ckpt"),
                 DType::F32,

@@ -103,6 +103,18 @@ impl Shards {
         }))
     }
 
+    fn tensor(&self, name: &str) -> Result<&TensorInfo, CheckpointError> {
+        self.find(name).map(|(info, _)| info)
+    }
+
+    /// What went wrong with a tensor.
+    fn failure(&self, name: &str, source: TensorError) -> CheckpointError {
+        match self.find(name) {
+            Ok((_, shard)) => shard.error(name, source),
+            Err(error) => error,
+        }
+    }
+
     fn read_codes(
         &self,
         info: &TensorInfo,

@@ -43,7 +43,7 @@ pub struct Shards {
 
 /// One file of weights.
 #[derive(Debug, Clone)]
-struct Shard {
+pub(crate) struct Shard {
     /// For messages.
     file: String,
     /// What kind of file it is.
@@ -365,19 +365,7 @@ impl Shards {
         Ok(Box::new(shard.reader(info)?))
     }
 
-    pub(crate) fn tensor(&self, name: &str) -> Result<&TensorInfo, CheckpointError> {
-        self.find(name).map(|(info, _)| info)
-    }
-
-    /// What went wrong with a tensor.
-    pub(crate) fn failure(&self, name: &str, source: TensorError) -> CheckpointError {
-        match self.find(name) {
-            Ok((_, shard)) => shard.error(name, source),
-            Err(error) => error,
-        }
-    }
-
-    fn find(&self, name: &str) -> Result<(&TensorInfo, &Shard), CheckpointError> {
+    pub(crate) fn find(&self, name: &str) -> Result<(&TensorInfo, &Shard), CheckpointError> {
         let info = self.tensors.get(name);
         let found = info.and_then(|info| Some((info, self.shards.get(info.shard)?)));
         found.ok_or_else(|| CheckpointError::NoSuchTensor {
@@ -552,7 +540,7 @@ impl Shard {
         Ok(reader.take(info.bytes))
     }
 
-    fn error(&self, name: &str, source: TensorError) -> CheckpointError {
+    pub(crate) fn error(&self, name: &str, source: TensorError) -> CheckpointError {
         CheckpointError::Tensor {
             name: name.to_owned(),
             file: self.file.clone(),

@@ -55,46 +55,47 @@ pub(crate) struct Isa {
     pub(crate) widen: Option<avx512::Widen>,
 }
 
-impl Isa {
-    /// The names that [`Isa::named`] knows, each with more than the one before.
-    const NAMES: [&str; 4] = ["portable", "avx2", "avx512", "amx"];
+/// How far instructions go, each with all before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Level {
+    #[cfg(test)]
+    Portable,
+    Avx2,
+    Avx512,
+    Amx,
+}
 
+impl Isa {
     /// What there is of a level.
-    fn named(name: &str) -> Option<Self> {
-        let level = Self::NAMES.iter().position(|known| *known == name)?;
-        let (avx2, avx512, amx) = (level > 0, level > 1, level > 2);
+    fn of(level: Level) -> Self {
         let mut isa = Self::default();
-        if avx2 {
+        if level >= Level::Avx2 {
             isa.bytes = Bytes::avx_vnni().or_else(Bytes::without_vnni);
         }
-        if avx512 {
+        if level >= Level::Avx512 {
             isa.bytes = Bytes::avx512_vnni().or(isa.bytes);
             isa.pairs = avx512::Bf16::detect().map(Pairs::Avx512);
             isa.quads = avx512::Vnni::detect().map(Quads::Avx512);
             isa.widen = avx512::Widen::detect();
         }
-        if let (true, Some(amx)) = (amx, amx::Amx::detect()) {
+        if let (Level::Amx, Some(amx)) = (level, amx::Amx::detect()) {
             isa.pairs = Some(Pairs::Amx(amx));
             isa.quads = Some(Quads::Amx(amx));
         }
-        Some(isa)
+        isa
     }
 
-    /// All that this processor has; less if the variable `REROUTE_ISA` says so, which is for tests of what
-    /// others have: `portable`, `avx2` or `avx512`.
+    /// All that this processor has.
     pub(crate) fn of_this_processor() -> Self {
         static FOUND: OnceLock<Isa> = OnceLock::new();
-        *FOUND.get_or_init(|| {
-            let wanted = std::env::var("REROUTE_ISA").ok();
-            let wanted = wanted.as_deref().and_then(Self::named);
-            wanted.or_else(|| Self::named("amx")).unwrap_or_default()
-        })
+        *FOUND.get_or_init(|| Self::of(Level::Amx))
     }
 
     /// Every way that this processor has.
     #[cfg(test)]
     pub(crate) fn all() -> Vec<Self> {
-        let mut all: Vec<Self> = Self::NAMES.into_iter().filter_map(Self::named).collect();
+        let levels = [Level::Portable, Level::Avx2, Level::Avx512, Level::Amx];
+        let mut all: Vec<Self> = levels.into_iter().map(Self::of).collect();
         let bytes = Bytes::without_vnni();
         all.push(Self {
             bytes,

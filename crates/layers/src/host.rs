@@ -58,6 +58,11 @@ impl HostTensor {
     }
 }
 
+/// Whole numbers, copied from their device.
+pub(crate) fn ints<B: Backend>(tensor: Tensor<B, 2, Int>) -> Vec<i32> {
+    tensor.into_data().into_vec().unwrap_or_default()
+}
+
 /// What numbers of a tensor may be.
 pub(crate) trait Number: Element + bytemuck::Pod {}
 

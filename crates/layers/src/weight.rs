@@ -173,9 +173,7 @@ impl<B: Backend> Coded<B> {
     fn widened(&self, words: Tensor<B, 2, Int>, dtype: DType) -> Tensor<B, 2> {
         let (rows, device) = (words.dims()[0], words.device());
         let mut numbers = vec![0.0; rows * self.columns];
-        let data = words.into_data();
-        let words: &[i32] = data.as_slice().unwrap_or_default();
-        if let Some(blocks) = self.blocks(words) {
+        if let Some(blocks) = self.blocks(&host::ints(words)) {
             blocks.widen_all(&mut numbers);
         }
         host::tensor(numbers, [rows, self.columns], dtype, &device)

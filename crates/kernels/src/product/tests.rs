@@ -22,12 +22,12 @@ fn numbers(count: usize, seed: u64) -> Vec<f32> {
 
 /// Rows of a format whose codes are random and whose scales are small.
 fn rows(format: Format, output: usize, columns: usize, seed: u64) -> Vec<u8> {
-    let stride = format.row_bytes(columns).unwrap();
+    let stride = format.row_bytes(columns).expect("as the test made it");
     if matches!(format, Format::Int8 | Format::Int4) {
         let numbers = numbers(output * columns, seed);
         let rows = numbers
             .chunks(columns)
-            .map(|row| format.quantise(row).unwrap());
+            .map(|row| format.quantise(row).expect("as the test made it"));
         return rows.flatten().collect();
     }
     let mut bytes: Vec<u8> = numbers(output * stride, seed)
@@ -105,11 +105,11 @@ proptest! {
         let of_single = exact(&weight, &x, features);
         for isa in Isa::all() {
             let what = format!("{isa:?} {output} {features} {rows}");
-            let inputs = Inputs::on(isa, &x_upper, features).unwrap();
+            let inputs = Inputs::on(isa, &x_upper, features).expect("as the test made it");
             assert_close(&inputs.product(Weight::BF16(&upper)), &of_upper, 1e-6, &what);
             let rounded: Vec<bf16> = inputs.product(Weight::BF16(&upper));
             assert_close(&single(&rounded), &of_upper, 5e-3, &what);
-            let inputs = Inputs::on(isa, &x, features).unwrap();
+            let inputs = Inputs::on(isa, &x, features).expect("as the test made it");
             assert_close(&inputs.product(Weight::F16(&half)), &of_half, 1e-6, &what);
             assert_close(&inputs.product(Weight::F32(&weight)), &of_single, 1e-6, &what);
             // Other inputs are rounded to bf16 first, unless f32 is faster.
@@ -129,8 +129,8 @@ proptest! {
             _ => features.next_multiple_of(32),
         };
         let bytes = self::rows(format, output, features, seed);
-        let stride = format.row_bytes(features).unwrap();
-        let blocks = Blocks::new(format, features, stride, &bytes).unwrap();
+        let stride = format.row_bytes(features).expect("as the test made it");
+        let blocks = Blocks::new(format, features, stride, &bytes).expect("as the test made it");
         let mut weight = vec![0.0; output * features];
         for (row, numbers) in weight.chunks_mut(features).enumerate() {
             blocks.widen(row, numbers);
@@ -141,7 +141,7 @@ proptest! {
         let exact_column = exact(&weight, &column, features);
         for isa in Isa::all() {
             let what = format!("{format:?} {isa:?} {output} {features} {rows}");
-            let inputs = Inputs::on(isa, &x, features).unwrap();
+            let inputs = Inputs::on(isa, &x, features).expect("as the test made it");
             // Inputs of 8 bits: half a step of 127, of the largest of a group.
             let share = 1.2e-2;
             assert_close(&inputs.product(Weight::Blocks(blocks)), &exact_products, share, &what);
@@ -150,9 +150,9 @@ proptest! {
         }
         // However many rows there are beside it, and whatever they are: the same to the last bit.
         for isa in Isa::all() {
-            let one = Inputs::on(isa, &column, features).unwrap();
+            let one = Inputs::on(isa, &column, features).expect("as the test made it");
             let one: Vec<f32> = one.product(Weight::Blocks(blocks));
-            let all = Inputs::on(isa, &x, features).unwrap();
+            let all = Inputs::on(isa, &x, features).expect("as the test made it");
             let all: Vec<f32> = all.product(Weight::Blocks(blocks));
             if isa.quads.is_some() {
                 prop_assert!(one.iter().eq(all.iter().step_by(rows)), "{format:?} {isa:?}");
@@ -173,8 +173,8 @@ proptest! {
             _ => features.next_multiple_of(32),
         };
         let bytes = rows(format, 5, features, seed);
-        let stride = format.row_bytes(features).unwrap();
-        let blocks = Blocks::new(format, features, stride, &bytes).unwrap();
+        let stride = format.row_bytes(features).expect("as the test made it");
+        let blocks = Blocks::new(format, features, stride, &bytes).expect("as the test made it");
         let x = numbers(features, seed + 1);
         let plain = matrix_vector_on(Isa::default(), Weight::Blocks(blocks), &x, 5);
         for isa in Isa::all() {
@@ -195,14 +195,18 @@ fn what_is_undefined_is_not_lost() {
         .map(|x| bf16::from_f32(*x))
         .collect();
     let coded: Vec<u8> = self::rows(Format::Int8, output, features, 2);
-    let stride = Format::Int8.row_bytes(features).unwrap();
-    let blocks = Blocks::new(Format::Int8, features, stride, &coded).unwrap();
+    let stride = Format::Int8
+        .row_bytes(features)
+        .expect("as the test made it");
+    let blocks = Blocks::new(Format::Int8, features, stride, &coded).expect("as the test made it");
     for strange in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         let mut x = numbers(features * rows, 3);
         x[7 * rows + 33] = strange;
         for isa in Isa::all() {
             for weight in [Weight::BF16(&weight), Weight::Blocks(blocks)] {
-                let y: Vec<f32> = Inputs::on(isa, &x, features).unwrap().product(weight);
+                let y: Vec<f32> = Inputs::on(isa, &x, features)
+                    .expect("as the test made it")
+                    .product(weight);
                 for (at, y) in y.iter().enumerate() {
                     assert_eq!(y.is_finite(), at % rows != 33, "{isa:?} {at}: {y}");
                 }
@@ -232,13 +236,18 @@ fn extremes_are_kept_or_rounded_to_zero() {
         let most = exact.iter().fold(0f64, |most, (_, size)| most.max(*size));
         let coded: Vec<u8> = single
             .chunks(features)
-            .flat_map(|row| Format::Int8.quantise(row).unwrap())
+            .flat_map(|row| Format::Int8.quantise(row).expect("as the test made it"))
             .collect();
-        let stride = Format::Int8.row_bytes(features).unwrap();
-        let blocks = Blocks::new(Format::Int8, features, stride, &coded).unwrap();
+        let stride = Format::Int8
+            .row_bytes(features)
+            .expect("as the test made it");
+        let blocks =
+            Blocks::new(Format::Int8, features, stride, &coded).expect("as the test made it");
         for isa in Isa::all() {
             for weight in [Weight::BF16(&weight), Weight::Blocks(blocks)] {
-                let y: Vec<f32> = Inputs::on(isa, &x, features).unwrap().product(weight);
+                let y: Vec<f32> = Inputs::on(isa, &x, features)
+                    .expect("as the test made it")
+                    .product(weight);
                 for (y, (exact, _)) in y.iter().zip(&exact) {
                     let error = (f64::from(*y) - exact).abs();
                     assert!(
@@ -257,7 +266,7 @@ fn nothing_is_computed_of_nothing() {
     assert!(Inputs::new(&[1.0], 0).is_none());
     assert!(Inputs::new(&[1.0; 5], 2).is_none());
     let x = [1.0; 4];
-    let inputs = Inputs::new(&x, 2).unwrap();
+    let inputs = Inputs::new(&x, 2).expect("as the test made it");
     assert!(inputs.product::<f32>(Weight::BF16(&[])).is_empty());
     assert!(Blocks::new(Format::Q4_0, 31, 18, &[]).is_none());
     assert!(Blocks::new(Format::Q4_0, 32, 17, &[0; 17]).is_none());

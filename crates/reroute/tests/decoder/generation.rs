@@ -161,12 +161,12 @@ fn an_overflow_is_found_in_its_layer() {
     for layer in 0..LAYERS {
         let output = overflowing(layer, |layer| {
             let weight = &mut layer.mlp.down_proj.weight;
-            *weight = weight.clone().map(|values| values * 4e4);
+            *weight = (weight.val() * 4e4).into();
         });
         assert_eq!(place(&output), Place::Layer(layer));
         let keys = overflowing(layer, |layer| {
             let weight = &mut layer.self_attn.v_proj.weight;
-            *weight = weight.clone().map(|values| values * 6e4);
+            *weight = (weight.val() * 6e4).into();
         });
         assert_eq!(place(&keys), Place::Layer(layer));
     }

@@ -7,7 +7,7 @@ use std::io::Write;
 
 use anyhow::bail;
 use burn::tensor::DType;
-use reroute_zoo::{Checkup, OpenOptions, Parameters, Picture, ZooError};
+use reroute_zoo::{Checkup, OpenOptions, Parameters, Picture, Weights, ZooError};
 use serde_json::{Value, json};
 use vision_encoder::DecodeLimits;
 
@@ -124,9 +124,12 @@ fn examine(args: &DoctorArgs) -> Report {
     let checkup = Checkup::of::<Backend>(&folder, &options, &device);
     let contents = folder.root().map_or_else(Contents::default, Contents::of);
     let dtype = name(report.dtype);
-    let widened = match checkup.is_widened {
-        true => format!("; what is quantised is widened to {dtype} while it is read"),
-        false => String::new(),
+    let widened = match (checkup.is_widened, options.weights) {
+        (true, Weights::Stored) => {
+            format!("; blocks of linear maps stay as they are, others become {dtype}")
+        }
+        (true, _) => format!("; what is quantised is widened to {dtype} while it is read"),
+        (false, _) => String::new(),
     };
     report.form = checkup.form.as_ref().map(|form| form.clone() + &widened);
     if folder.has("adapter_config.json") {

@@ -248,7 +248,7 @@ impl Arithmetic {
             // The same in f32, as many rows of the weight at a time as are widened at a time.
             (Some(_), true) => {
                 let block = output.min(Saturating(WIDENED / input.0.max(1)));
-                given + SINGLE * input + Saturating(2) * SINGLE * block
+                given + SINGLE * input + SINGLE * block
             }
         }
     }

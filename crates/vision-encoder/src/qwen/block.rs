@@ -3,7 +3,7 @@ use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor};
 use reroute_layers::{
     Linear, LinearConfig, Rotary, attention, gelu_tanh, linears, quick_gelu, received_attention,
-    silu,
+    silu, silu_product,
 };
 
 use super::arrangement::Run;
@@ -169,6 +169,9 @@ impl<B: Backend> Mlp<B> {
             Activation::GeluTanh => gelu_tanh,
         };
         let inner = match &self.gate {
+            Some(gate) if self.activation == Activation::Silu => {
+                silu_product(gate.forward(x.clone()), self.fc1.forward(x))
+            }
             Some(gate) => activate(gate.forward(x.clone())) * self.fc1.forward(x),
             None => activate(self.fc1.forward(x)),
         };

@@ -119,38 +119,31 @@ impl<'a> Loading<'a> {
         }
     }
 
-    /// The weight at a path in fewer bits, for as many rows as each of `heights` says, one below the other;
-    /// [`fill`](Self::fill) leaves that parameter alone then. `None`, and it is a float, if the file does not
+    /// What `make` makes of the weight of so many rows at a path, in fewer bits; [`fill`](Self::fill) leaves
+    /// that parameter alone then. `None`, and it is loaded as floats, if it makes nothing, or the file does not
     /// have it in a format that can stay and no other is asked for.
-    pub fn codes(
+    pub fn codes<T>(
         &mut self,
         path: &str,
-        heights: &[usize],
+        rows: usize,
         format: Option<Format>,
-    ) -> Result<Option<Vec<StoredCodes>>, CheckpointError> {
-        let Some(tensor) = self.plan.get(path) else {
+        make: impl FnOnce(StoredCodes) -> Option<T>,
+    ) -> Result<Option<T>, CheckpointError> {
+        let tensor = self.plan.get(path);
+        let Some(tensor) = tensor.filter(|tensor| tensor.layout == Layout::AsStored) else {
             return Ok(None);
         };
-        if tensor.layout != Layout::AsStored {
+        let codes = match format {
+            Some(format) => self.shards.codes_as(&tensor.name, 0..rows, format)?,
+            None => self.shards.stored_codes(&tensor.name, 0..rows)?,
+        };
+        let Some(made) = codes.and_then(make) else {
             return Ok(None);
-        }
-        let (mut codes, mut end) = (Vec::new(), 0);
-        for height in heights {
-            let rows = end..end + height;
-            end = rows.end;
-            let block = match format {
-                Some(format) => self.shards.codes_as(&tensor.name, rows, format)?,
-                None => self.shards.stored_codes(&tensor.name, rows)?,
-            };
-            match block {
-                Some(block) => codes.push(block),
-                None => return Ok(None),
-            }
-        }
+        };
         let bytes = tensor.bytes;
         self.plan.remove(path);
         self.advance(bytes)?;
-        Ok(Some(codes))
+        Ok(Some(made))
     }
 
     /// Loads everything else.

@@ -1,6 +1,6 @@
 //! Instructions that no library reaches: which of them this processor has, and what is made of them.
 //!
-//! All `unsafe` of the project is here, behind functions that cannot be misused: a value of a type such
+//! All `unsafe` of the libraries is here, behind functions that cannot be misused: a value of a type such
 //! as [`amx::Amx`] exists only where the processor has the instructions, and slices are checked before
 //! pointers are made of them.
 #![allow(unsafe_code)]

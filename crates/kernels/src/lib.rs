@@ -1,5 +1,6 @@
-//! The loops that a CPU backend runs one number at a time, written over plain slices: compiled once
-//! per instruction set, chosen at run time, spread over threads.
+//! Loops over plain slices, compiled once per instruction set, chosen at run time, spread over threads:
+//! products of weights as they are stored, in half precision or codes of fewer bits, and what a CPU
+//! backend runs one number at a time.
 //!
 //! Every result depends on its own inputs alone, never on how the work was cut into threads or on
 //! what else is in the slice: a batch equals its samples, bit for bit. Nothing here knows of tensors.

@@ -80,11 +80,9 @@ impl Weights {
                 continue;
             }
             let ([output, _], device) = (linear.weight.dims(), linear.weight.device());
-            let codes = loading.codes(&format!("{path}.weight"), &[output], format)?;
-            let codes = codes.and_then(|mut blocks| blocks.pop());
-            let coded = codes.and_then(|codes| {
+            let coded = loading.codes(&format!("{path}.weight"), output, format, |codes| {
                 Coded::new(codes.format, codes.columns, codes.words, (&device, dtype))
-            });
+            })?;
             if let Some(coded) = coded {
                 linear.weight = Weight::Coded(coded);
             }

@@ -125,10 +125,14 @@ fn widen(codes: &[u8; CHUNK], factors: &Factors, to: &mut [u16; CHUNK]) {
             let codes = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(codes));
             let scale = _mm512_set1_ps(factors.scale[half]);
             let least = _mm512_set1_ps(factors.least[half]);
-            let bits = _mm512_castps_si512(_mm512_fmadd_ps(codes, scale, least));
+            let numbers = _mm512_fmadd_ps(codes, scale, least);
+            let bits = _mm512_castps_si512(numbers);
             let even = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
             let up = _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff));
             let rounded = _mm512_srli_epi32::<16>(_mm512_add_epi32(bits, up));
+            // Rounding would carry the digits of some NaN into the sign.
+            let is_nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(numbers, numbers);
+            let rounded = _mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc0));
             let to = to.as_mut_ptr().add(16 * half).cast();
             _mm256_storeu_si256(to, _mm512_cvtepi32_epi16(rounded));
         }

@@ -7,6 +7,7 @@ use super::layout::{Sums, WORDS, WeightChunk};
 use super::many_rows::{self, Kernel, Rows};
 use crate::blocks::{Blocks, CHUNK, Coding};
 use crate::isa::{amx, avx512, prefetch};
+use crate::precision::Number;
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
 
@@ -228,7 +229,8 @@ impl<const ROWS: usize, C: Coding> Rows<PairTile<ROWS>> for Coded<'_, C> {
         for half in 0..2 {
             let (scale, least) = (factors.scale[half], factors.least[half]);
             for at in half * CHUNK / 2..(half + 1) * CHUNK / 2 {
-                to[at] = rounded(f32::from(codes[at]) * scale + least);
+                let number = f32::from(codes[at]) * scale + least;
+                to[at] = number.to_bf16().to_bits();
             }
         }
     }
@@ -242,13 +244,6 @@ impl<const ROWS: usize, C: Coding> Rows<PairTile<ROWS>> for Coded<'_, C> {
     fn scale(&self, row: usize) -> f32 {
         self.blocks.row_scale(row)
     }
-}
-
-/// The bits of the nearest bf16 of a number that is not NaN.
-#[inline(always)]
-fn rounded(x: f32) -> u16 {
-    let bits = x.to_bits();
-    (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16
 }
 
 /// As they are.

@@ -1,4 +1,5 @@
 use std::array::from_fn;
+use std::marker::PhantomData;
 
 use pulp::{Arch, Simd};
 
@@ -30,21 +31,36 @@ const REGISTERS: usize = 2;
 /// # Shapes
 /// - `weight`: `[output, x.len()]`
 /// - returns `[output]`
+///
+/// # Panics
+/// If the weight has fewer rows, or rows of another length.
 pub fn matrix_vector(weight: Weight, x: &[f32], output: usize) -> Vec<f32> {
     matrix_vector_on(Isa::of_this_processor(), weight, x, output)
 }
 
 /// The same with certain instructions.
 pub(super) fn matrix_vector_on(isa: Isa, weight: Weight, x: &[f32], output: usize) -> Vec<f32> {
+    let columns = x.len();
     let mut y = vec![0.0; output];
     match weight {
-        Weight::F32(weight) => pieces_on(reading(), &mut y, ROWS, &Product { weight, x }),
-        Weight::F16(weight) => pieces_on(Arch::new(), &mut y, ROWS, &Product { weight, x }),
-        Weight::BF16(weight) => pieces_on(Arch::new(), &mut y, ROWS, &Product { weight, x }),
+        Weight::F32(weight) => {
+            let numbers = Numbers { weight, columns };
+            pieces_on(reading(), &mut y, ROWS, &Product::new(numbers, x));
+        }
+        Weight::F16(weight) => {
+            let numbers = Numbers { weight, columns };
+            pieces_on(Arch::new(), &mut y, ROWS, &Product::new(numbers, x));
+        }
+        Weight::BF16(weight) => {
+            let numbers = Numbers { weight, columns };
+            pieces_on(Arch::new(), &mut y, ROWS, &Product::new(numbers, x));
+        }
         Weight::Blocks(blocks) if blocks.format() == Format::Int8 => {
-            pieces_on(Arch::new(), &mut y, ROWS, &Bytes { blocks, x });
+            assert_eq!(blocks.columns(), columns, "columns of the weight");
+            pieces_on(Arch::new(), &mut y, ROWS, &Product::<i8, _>::new(blocks, x));
         }
         Weight::Blocks(blocks) => with_coding!(blocks.format(), C => {
+            assert_eq!(blocks.columns(), columns, "columns of the weight");
             let x = Codes::new(x, C::GROUP);
             let bytes = isa.bytes;
             pieces(
@@ -60,38 +76,6 @@ pub(super) fn matrix_vector_on(isa: Isa, weight: Weight, x: &[f32], output: usiz
         }),
     }
     y
-}
-
-/// Rows of bytes behind a scale.
-struct Bytes<'a> {
-    blocks: Blocks<'a>,
-    x: &'a [f32],
-}
-
-impl Work<f32> for Bytes<'_> {
-    #[inline(always)]
-    fn run<S: Simd>(&self, simd: S, index: usize, y: &mut [f32]) {
-        let first = index * ROWS;
-        let row = |row: usize| -> &[i8] {
-            bytemuck::cast_slice(&self.blocks.row(first + row)[4..][..self.x.len()])
-        };
-        let part = y.len() / STREAMS;
-        for at in 0..part {
-            let sums = dots(
-                simd,
-                from_fn::<_, STREAMS, _>(|i| row(i * part + at)),
-                self.x,
-            );
-            for (stream, sum) in sums.into_iter().enumerate() {
-                let at = stream * part + at;
-                y[at] = sum * self.blocks.row_scale(first + at);
-            }
-        }
-        for (at, y) in y.iter_mut().enumerate().skip(part * STREAMS) {
-            let [sum] = dots(simd, [row(at)], self.x);
-            *y = sum * self.blocks.row_scale(first + at);
-        }
-    }
 }
 
 /// Inputs as signed bytes, in chunks; zeros beyond the last.
@@ -190,26 +174,74 @@ pub(crate) fn plain_dot<C: Coding>(blocks: Blocks<'_>, row: usize, x: &Codes) ->
     total
 }
 
-struct Product<'a, T> {
-    weight: &'a [T],
-    x: &'a [f32],
+/// Rows of numbers, each behind a scale.
+trait Scaled<T>: Sync {
+    fn row(&self, row: usize) -> &[T];
+
+    fn scale(&self, row: usize) -> f32;
 }
 
-impl<T: Widen> Work<f32> for Product<'_, T> {
+/// Without scales.
+struct Numbers<'a, T> {
+    weight: &'a [T],
+    columns: usize,
+}
+
+impl<T: Sync> Scaled<T> for Numbers<'_, T> {
+    #[inline(always)]
+    fn row(&self, row: usize) -> &[T] {
+        &self.weight[row * self.columns..][..self.columns]
+    }
+
+    #[inline(always)]
+    fn scale(&self, _: usize) -> f32 {
+        1.0
+    }
+}
+
+/// [`Format::Int8`].
+impl Scaled<i8> for Blocks<'_> {
+    #[inline(always)]
+    fn row(&self, row: usize) -> &[i8] {
+        bytemuck::cast_slice(&Blocks::row(self, row)[4..][..self.columns()])
+    }
+
+    #[inline(always)]
+    fn scale(&self, row: usize) -> f32 {
+        self.row_scale(row)
+    }
+}
+
+struct Product<'a, T, W> {
+    weight: W,
+    x: &'a [f32],
+    of: PhantomData<fn() -> T>,
+}
+
+impl<'a, T, W> Product<'a, T, W> {
+    fn new(weight: W, x: &'a [f32]) -> Self {
+        let of = PhantomData;
+        Self { weight, x, of }
+    }
+}
+
+impl<T: Widen, W: Scaled<T>> Work<f32> for Product<'_, T, W> {
     #[inline(always)]
     fn run<S: Simd>(&self, simd: S, index: usize, y: &mut [f32]) {
-        let Self { weight, x } = *self;
-        let rows = &weight[index * ROWS * x.len()..][..y.len() * x.len()];
-        let row = |row: usize| &rows[row * x.len()..][..x.len()];
+        let Self { weight, x, .. } = self;
+        let first = index * ROWS;
         let part = y.len() / STREAMS;
         for at in 0..part {
-            let sums = dots(simd, from_fn::<_, STREAMS, _>(|i| row(i * part + at)), x);
+            let rows = from_fn::<_, STREAMS, _>(|i| weight.row(first + i * part + at));
+            let sums = dots(simd, rows, x);
             for (stream, sum) in sums.into_iter().enumerate() {
-                y[stream * part + at] = sum;
+                let at = stream * part + at;
+                y[at] = sum * weight.scale(first + at);
             }
         }
         for (at, y) in y.iter_mut().enumerate().skip(part * STREAMS) {
-            [*y] = dots(simd, [row(at)], x);
+            let [sum] = dots(simd, [weight.row(first + at)], x);
+            *y = sum * weight.scale(first + at);
         }
     }
 }

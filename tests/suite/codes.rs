@@ -1,5 +1,7 @@
 //! Weights that stay in fewer bits: every product is that of the numbers which the codes stand for.
 
+use std::fs;
+
 use burn::tensor::{DType, Distribution, Tensor, TensorData};
 use burn_autodiff::Autodiff;
 use reducers::presets;
@@ -10,6 +12,7 @@ use reroute_zoo::{
     Folder, Model, OpenOptions, PixelTensors, TensorInputs, TensorOutputs, Visual, Vlm, Weights,
 };
 use safetensors::SafeTensors;
+use serde_json::Value;
 
 use crate::golden::{Reference, fixture, picture, values};
 use crate::program::{refuses, reroute};
@@ -86,8 +89,7 @@ fn prefill(vlm: &Vlm<Backend>, reference: &Reference, routing: &str) -> TensorOu
 fn blocks_that_stay_are_those_of_the_reference() {
     let folder = Folder::on_disk(&fixture("gguf")).expect("the fixture is complete");
     let gguf = Gguf::open(&folder, "blocks.gguf").expect("a good file");
-    let file =
-        std::fs::read(fixture("gguf/expected.safetensors")).expect("the fixture is complete");
+    let file = fs::read(fixture("gguf/expected.safetensors")).expect("the fixture is complete");
     let expected = SafeTensors::deserialize(&file).expect("safetensors");
     let mut formats = Vec::new();
     for (name, view) in expected.tensors() {
@@ -111,15 +113,13 @@ fn blocks_that_stay_are_those_of_the_reference() {
                 "{name}: {found}, {expected}"
             );
         }
-        let part = gguf
-            .tensors
-            .stored_codes(&name, 1..2)
-            .expect("rows")
-            .expect("the same");
-        assert_eq!(
-            part.words.len() * 3,
-            numbers.len() / codes.columns * part.words.len()
-        );
+        // A row by itself.
+        let part = gguf.tensors.stored_codes(&name, 1..2).expect("rows");
+        let part = part.expect("the same format");
+        let row =
+            Coded::<Backend>::new(part.format, part.columns, part.words, (&device, DType::F32));
+        let row = values(Weight::Coded(row.expect("a whole row")).val());
+        assert_eq!(row, numbers[part.columns..2 * part.columns], "{name}");
     }
     formats.sort_by_key(|format| format.name());
     formats.dedup();
@@ -173,6 +173,25 @@ fn models_in_gguf_keep_their_blocks() {
         let stored = open(&path, DType::F32, Weights::Stored);
         let (wide, count) = widened(open(&path, DType::F32, Weights::Stored));
         assert!(count > 0, "{name}");
+        let expected = fs::read(fixture(&format!("{path}/expected.json"))).expect("a fixture");
+        let expected: Value = serde_json::from_slice(&expected).expect("JSON");
+        let ids = serde_json::from_value(expected["text"]["ids"].clone()).expect("tokens");
+        // Four more tokens, which are products of one row each.
+        let [found, exact] = [&stored, &wide].map(|vlm| {
+            let inputs = TensorInputs {
+                samples: vec![Vec::clone(&ids)],
+                pixels: Default::default(),
+                second_per_grid_ts: Vec::new(),
+            };
+            let out = vlm.run_tensors(inputs, reducers::Schedule::dense(), 4, false);
+            out.expect("it runs")
+        });
+        assert_eq!(
+            found.generations[0].tokens, exact.generations[0].tokens,
+            "{name}"
+        );
+        let share = apart(&found, &exact);
+        assert!(share <= APART, "{name}: {share}");
         let floats = open(&path, DType::F32, Weights::Floats);
         // The same numbers, whichever way they were widened.
         let mut models = [wide, floats].map(|vlm| {

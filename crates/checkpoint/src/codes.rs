@@ -41,13 +41,10 @@ impl Shards {
         rows: Range<usize>,
     ) -> Result<Option<StoredCodes>, CheckpointError> {
         let info = self.tensor(name)?;
-        let &[_, columns] = &info.shape[..] else {
-            return Ok(None);
-        };
         let Some(format) = format_of(info) else {
             return Ok(None);
         };
-        let Some(row_words) = format.row_bytes(columns).map(|bytes| bytes.div_ceil(WORD)) else {
+        let Some((columns, row_words)) = row_of(info, format) else {
             return Ok(None);
         };
         let mut words = vec![0; rows.len() * row_words];
@@ -70,15 +67,14 @@ impl Shards {
         rows: Range<usize>,
         format: Format,
     ) -> Result<Option<StoredCodes>, CheckpointError> {
-        let &[_, columns] = &self.tensor(name)?.shape[..] else {
+        let Some((columns, row_words)) = row_of(self.tensor(name)?, format) else {
             return Ok(None);
         };
-        let Some(row_words) = format.row_bytes(columns).map(|bytes| bytes.div_ceil(WORD)) else {
-            return Ok(None);
-        };
-        let mut words = Vec::with_capacity(rows.len() * row_words);
-        for start in rows.clone().step_by((READ / columns.max(1)).max(1)) {
-            let end = rows.end.min(start + (READ / columns.max(1)).max(1));
+        let mut words = vec![0; rows.len() * row_words];
+        let mut places = words.chunks_exact_mut(row_words);
+        let height = (READ / columns).max(1);
+        for start in rows.clone().step_by(height) {
+            let end = rows.end.min(start + height);
             let data = self.read_rows(name, start..end, DType::F32)?;
             let numbers: &[f32] = data.as_slice().unwrap_or_default();
             let coded = format.quantise_rows(numbers, columns);
@@ -90,10 +86,8 @@ impl Shards {
                     },
                 )
             })?;
-            for row in coded.chunks(coded.len() / (end - start).max(1)) {
-                let whole = words.len() + row_words;
-                words.extend(row.chunks(WORD).map(word));
-                words.resize(whole, 0);
+            for (row, place) in coded.chunks(coded.len() / (end - start)).zip(&mut places) {
+                put(row, place);
             }
         }
         Ok(Some(StoredCodes {
@@ -124,13 +118,10 @@ impl Shards {
     ) -> Result<(), TensorError> {
         match info.coded.as_deref() {
             Some(Coded::Blocks(blocks)) => {
-                let mut places = words.chunks_exact_mut(row_words.max(1));
+                let mut places = words.chunks_exact_mut(row_words);
                 self.raw_rows(blocks, info.shard, rows, |row| {
                     if let Some(place) = places.next() {
-                        place
-                            .iter_mut()
-                            .zip(row.chunks(WORD))
-                            .for_each(|(to, bytes)| *to = word(bytes));
+                        put(row, place);
                     }
                 })
             }
@@ -144,10 +135,7 @@ impl Shards {
                         let place = places.next().and_then(|at| at.checked_sub(rows.start));
                         let place = place.filter(|at| *at < rows.len());
                         let Some(place) = place else { return };
-                        let to = &mut words[place * row_words..][..row_words];
-                        to.iter_mut()
-                            .zip(row.chunks(WORD))
-                            .for_each(|(to, bytes)| *to = word(bytes));
+                        put(row, &mut words[place * row_words..][..row_words]);
                     })?;
                 }
                 Ok(())
@@ -193,9 +181,20 @@ fn format_of(info: &TensorInfo) -> Option<Format> {
     }
 }
 
-/// Up to four bytes, in memory's own order.
-fn word(bytes: &[u8]) -> i32 {
-    let mut whole = [0; WORD];
-    whole[..bytes.len()].copy_from_slice(bytes);
-    i32::from_ne_bytes(whole)
+/// Columns of a matrix, and words of a row of it in a format; `None` if it has no such rows.
+fn row_of(info: &TensorInfo, format: Format) -> Option<(usize, usize)> {
+    let &[_, columns] = &info.shape[..] else {
+        return None;
+    };
+    let bytes = format.row_bytes(columns).filter(|_| columns > 0)?;
+    Some((columns, bytes.div_ceil(WORD)))
+}
+
+/// Bytes as words, in memory's own order; what is left of the words stays.
+fn put(bytes: &[u8], words: &mut [i32]) {
+    for (word, bytes) in words.iter_mut().zip(bytes.chunks(WORD)) {
+        let mut whole = [0; WORD];
+        whole[..bytes.len()].copy_from_slice(bytes);
+        *word = i32::from_ne_bytes(whole);
+    }
 }

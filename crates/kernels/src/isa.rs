@@ -30,14 +30,14 @@ use crate::limit::Multiplied;
 
 /// What multiplies bf16.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum Pairs {
+pub(crate) enum PairKernel {
     Amx(amx::Amx),
     Avx512(avx512::Bf16),
 }
 
 /// What multiplies codes.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum Quads {
+pub(crate) enum QuadKernel {
     Amx(amx::Amx),
     Avx512(avx512::Vnni),
 }
@@ -46,9 +46,9 @@ pub(crate) enum Quads {
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Isa {
     /// For many rows and bf16.
-    pub(crate) pairs: Option<Pairs>,
+    pub(crate) pairs: Option<PairKernel>,
     /// For many rows and codes.
-    pub(crate) quads: Option<Quads>,
+    pub(crate) quads: Option<QuadKernel>,
     /// For one row and codes.
     pub(crate) bytes: Option<Bytes>,
     /// For what becomes bf16.
@@ -74,13 +74,13 @@ impl Isa {
         }
         if level >= Level::Avx512 {
             isa.bytes = Bytes::avx512_vnni().or(isa.bytes);
-            isa.pairs = avx512::Bf16::detect().map(Pairs::Avx512);
-            isa.quads = avx512::Vnni::detect().map(Quads::Avx512);
+            isa.pairs = avx512::Bf16::detect().map(PairKernel::Avx512);
+            isa.quads = avx512::Vnni::detect().map(QuadKernel::Avx512);
             isa.widen = avx512::Widen::detect();
         }
         if let (Level::Amx, Some(amx)) = (level, amx::Amx::detect()) {
-            isa.pairs = Some(Pairs::Amx(amx));
-            isa.quads = Some(Quads::Amx(amx));
+            isa.pairs = Some(PairKernel::Amx(amx));
+            isa.quads = Some(QuadKernel::Amx(amx));
         }
         isa
     }

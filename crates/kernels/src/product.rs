@@ -20,7 +20,7 @@ use crate::isa::{self, Isa, avx512};
 use crate::precision::{Number, widen};
 use crate::split::pieces;
 use inputs::{Pairs, Quads};
-use kernels::{Coded, Plain, Vnni};
+use kernels::{CodedRows, PlainRows, Vnni};
 use layout::TOKENS;
 use many_rows::Kernel;
 
@@ -136,15 +136,15 @@ impl<'a, T: Number> Inputs<'a, T> {
     }
 
     fn of_pairs<Y: Number>(&self, weight: &[bf16], y: &mut [Y]) {
-        let plain = Plain {
+        let plain = PlainRows {
             weight,
             columns: self.features,
         };
         match self.isa.pairs {
-            Some(isa::Pairs::Amx(amx)) => {
+            Some(isa::PairKernel::Amx(amx)) => {
                 many_rows::product(amx, &plain, self.pairs(amx), y);
             }
-            Some(isa::Pairs::Avx512(avx512)) => {
+            Some(isa::PairKernel::Avx512(avx512)) => {
                 many_rows::product(avx512, &plain, self.pairs(avx512), y);
             }
             None => self.in_singles(weight.len(), y, |from, to| {
@@ -154,16 +154,16 @@ impl<'a, T: Number> Inputs<'a, T> {
     }
 
     fn of_codes<C: Coding, Y: Number>(&self, blocks: Blocks<'_>, y: &mut [Y]) {
-        let coded = Coded::<C> {
+        let coded = CodedRows::<C> {
             blocks,
             widen: self.isa.widen,
             coding: PhantomData,
         };
         match self.isa.quads {
-            Some(isa::Quads::Amx(amx)) => {
+            Some(isa::QuadKernel::Amx(amx)) => {
                 many_rows::product(amx, &coded, self.pairs(amx), y);
             }
-            Some(isa::Quads::Avx512(vnni)) => {
+            Some(isa::QuadKernel::Avx512(vnni)) => {
                 let kernel = Vnni::<C>(vnni, PhantomData);
                 let block = <Vnni<C> as Kernel<{ avx512::ROWS }>>::blocks(self.panels()).depth;
                 let quads = self.quads[C::GROUP.ilog2() as usize - 4]

@@ -3,7 +3,6 @@
 use std::ops::Range;
 
 use super::layout::{InputChunk, TOKENS, WORDS};
-use super::many_rows::Panels;
 use crate::precision::Number;
 use crate::split::pieces;
 
@@ -16,8 +15,10 @@ pub(crate) struct Packed {
     /// `[blocks, panels, block]`; the last block may be shorter.
     chunks: Vec<InputChunk>,
     block: usize,
-    depth: usize,
-    tokens: usize,
+    /// Chunks of a panel.
+    pub(crate) depth: usize,
+    /// Tokens, without those that fill the last panel.
+    pub(crate) tokens: usize,
 }
 
 impl Packed {
@@ -229,22 +230,14 @@ pub(crate) fn code(x: f32, inverse: f32) -> i8 {
     (x * inverse + ROUND).to_bits() as u8 as i8
 }
 
-impl Panels for Pairs {
-    fn tokens(&self) -> usize {
-        self.0.tokens
-    }
-
-    fn depth(&self) -> usize {
-        self.0.depth
+impl AsRef<Packed> for Pairs {
+    fn as_ref(&self) -> &Packed {
+        &self.0
     }
 }
 
-impl Panels for Quads {
-    fn tokens(&self) -> usize {
-        self.packed.tokens
-    }
-
-    fn depth(&self) -> usize {
-        self.packed.depth
+impl AsRef<Packed> for Quads {
+    fn as_ref(&self) -> &Packed {
+        &self.packed
     }
 }

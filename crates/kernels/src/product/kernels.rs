@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 
 use super::inputs::{Pairs, Quads};
 use super::layout::{Sums, WORDS, WeightChunk};
-use super::many_rows::{self, Kernel, Rows};
+use super::many_rows::{BlockSizes, Kernel, Rows};
 use crate::blocks::{Blocks, CHUNK, Coding};
 use crate::isa::{amx, avx512, prefetch};
 use crate::precision::Number;
@@ -28,11 +28,11 @@ impl Kernel<{ amx::ROWS }> for amx::Amx {
     type Ready = amx::Tiles;
 
     /// In 2 MiB: the inputs of a block take a quarter, or less where there are few.
-    fn blocks(panels: usize) -> many_rows::Blocks {
+    fn blocks(panels: usize) -> BlockSizes {
         let panels = panels.min(24);
         let depth = (256 / panels).clamp(8, 128);
         let tiles = (128 / depth).clamp(1, 8);
-        many_rows::Blocks {
+        BlockSizes {
             tiles,
             depth,
             panels,
@@ -68,8 +68,8 @@ impl Kernel<{ avx512::ROWS }> for avx512::Bf16 {
     type Ready = Self;
 
     /// 48 rows of 2048 columns: 192 KiB.
-    fn blocks(panels: usize) -> many_rows::Blocks {
-        many_rows::Blocks {
+    fn blocks(panels: usize) -> BlockSizes {
+        BlockSizes {
             tiles: 4,
             depth: 64,
             panels: panels.min(24),
@@ -119,8 +119,8 @@ impl<C: Coding> Kernel<{ avx512::ROWS }> for Vnni<C> {
     type Ready = Self;
 
     /// 48 rows of 2048 columns: 96 KiB.
-    fn blocks(panels: usize) -> many_rows::Blocks {
-        many_rows::Blocks {
+    fn blocks(panels: usize) -> BlockSizes {
+        BlockSizes {
             tiles: 4,
             depth: QUAD_DEPTH,
             panels: panels.min(24),
@@ -164,12 +164,12 @@ impl<C: Coding> Kernel<{ avx512::ROWS }> for Vnni<C> {
 }
 
 /// A weight in bf16.
-pub(crate) struct Plain<'a> {
+pub(crate) struct PlainRows<'a> {
     pub(crate) weight: &'a [bf16],
     pub(crate) columns: usize,
 }
 
-impl<const ROWS: usize> Rows<PairTile<ROWS>> for Plain<'_> {
+impl<const ROWS: usize> Rows<PairTile<ROWS>> for PlainRows<'_> {
     #[inline(always)]
     fn read(&self, row: usize, chunk: usize, tile: &mut PairTile<ROWS>, [to, at]: [usize; 2]) {
         let row = &self.weight[row * self.columns..][..self.columns];
@@ -196,13 +196,13 @@ impl<const ROWS: usize> Rows<PairTile<ROWS>> for Plain<'_> {
 }
 
 /// A weight in codes of a format.
-pub(crate) struct Coded<'a, C> {
+pub(crate) struct CodedRows<'a, C> {
     pub(crate) blocks: Blocks<'a>,
     pub(crate) widen: Option<avx512::Widen>,
     pub(crate) coding: PhantomData<C>,
 }
 
-impl<C: Coding> Coded<'_, C> {
+impl<C: Coding> CodedRows<'_, C> {
     /// Fetches what a chunk begins with.
     #[inline(always)]
     fn fetch(&self, row: usize, chunk: usize) {
@@ -212,7 +212,7 @@ impl<C: Coding> Coded<'_, C> {
 }
 
 /// Widened to bf16, of which there are two in a word.
-impl<const ROWS: usize, C: Coding> Rows<PairTile<ROWS>> for Coded<'_, C> {
+impl<const ROWS: usize, C: Coding> Rows<PairTile<ROWS>> for CodedRows<'_, C> {
     #[inline(always)]
     fn read(&self, row: usize, chunk: usize, tile: &mut PairTile<ROWS>, [to, at]: [usize; 2]) {
         let mut codes = [0; CHUNK];
@@ -247,7 +247,7 @@ impl<const ROWS: usize, C: Coding> Rows<PairTile<ROWS>> for Coded<'_, C> {
 }
 
 /// As they are.
-impl<const ROWS: usize, C: Coding> Rows<QuadTile<ROWS, C>> for Coded<'_, C> {
+impl<const ROWS: usize, C: Coding> Rows<QuadTile<ROWS, C>> for CodedRows<'_, C> {
     #[inline(always)]
     fn read(&self, row: usize, chunk: usize, tile: &mut QuadTile<ROWS, C>, [to, at]: [usize; 2]) {
         let bytes = self.blocks.row(row);

@@ -4,6 +4,7 @@
 use std::mem::swap;
 use std::ops::Range;
 
+use super::inputs::Packed;
 use super::layout::{Sums, TOKENS};
 use crate::precision::Number;
 use crate::split::pieces_with;
@@ -16,12 +17,12 @@ pub(crate) trait Kernel<const ROWS: usize>: Copy + Sync {
     /// `ROWS` rows of a block, packed.
     type Tile;
     /// The inputs, packed.
-    type Inputs: Panels;
+    type Inputs: AsRef<Packed> + Sync;
     /// What this thread must hold while it multiplies.
     type Ready;
 
     /// The blocks to work in.
-    fn blocks(panels: usize) -> Blocks;
+    fn blocks(panels: usize) -> BlockSizes;
 
     /// Room for `depth` chunks.
     fn tile(depth: usize) -> Self::Tile;
@@ -40,15 +41,6 @@ pub(crate) trait Kernel<const ROWS: usize>: Copy + Sync {
     );
 }
 
-/// Packed inputs.
-pub(crate) trait Panels: Sync {
-    /// Tokens, without those that fill the last panel.
-    fn tokens(&self) -> usize;
-
-    /// Chunks of a panel.
-    fn depth(&self) -> usize;
-}
-
 /// A matrix whose rows can be packed into tiles.
 pub(crate) trait Rows<Tile>: Sync {
     /// Packs a chunk of a row as the row and the chunk of a tile that `slot` says.
@@ -64,7 +56,7 @@ pub(crate) trait Rows<Tile>: Sync {
 /// Sizes of blocks, which the second cache holds together: of the weight twice (the next one is packed
 /// meanwhile), of the inputs, and the sums.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Blocks {
+pub(crate) struct BlockSizes {
     /// Tiles of rows.
     pub(crate) tiles: usize,
     /// Chunks.
@@ -85,7 +77,7 @@ pub(crate) fn product<const ROWS: usize, K: Kernel<ROWS>, Y: Number>(
     inputs: &K::Inputs,
     y: &mut [Y],
 ) {
-    let tokens = inputs.tokens();
+    let tokens = inputs.as_ref().tokens;
     let panels = tokens.div_ceil(TOKENS);
     let blocks = K::blocks(panels);
     // At least two blocks of rows for every thread, or the last one is waited for.
@@ -160,7 +152,7 @@ struct Block<'a, W, I> {
     depth: usize,
 }
 
-impl<W, I: Panels> Block<'_, W, I> {
+impl<W, I: AsRef<Packed>> Block<'_, W, I> {
     #[inline(always)]
     fn run<const ROWS: usize, K: Kernel<ROWS, Inputs = I>>(
         &self,
@@ -173,7 +165,7 @@ impl<W, I: Panels> Block<'_, W, I> {
         let tiles = self.rows.div_ceil(ROWS);
         let Scratch { now, next, sums } = scratch;
         self.pack::<ROWS, _>(0, 0..usize::MAX, now);
-        for first in (0..self.inputs.depth()).step_by(self.depth) {
+        for first in (0..self.inputs.as_ref().depth).step_by(self.depth) {
             let after = first + self.depth;
             let pieces = self.rows * self.depth_at(after);
             let each = pieces.div_ceil(panels.len() * tiles);
@@ -194,7 +186,8 @@ impl<W, I: Panels> Block<'_, W, I> {
     /// Chunks of the block that begins with `first`.
     #[inline(always)]
     fn depth_at(&self, first: usize) -> usize {
-        self.depth.min(self.inputs.depth().saturating_sub(first))
+        self.depth
+            .min(self.inputs.as_ref().depth.saturating_sub(first))
     }
 
     /// Packs some pieces, each a chunk of a row, of the block that begins with chunk `first`.
@@ -233,7 +226,7 @@ impl<W, I: Panels> Block<'_, W, I> {
         W: Rows<Tile>,
     {
         let tiles = self.rows.div_ceil(ROWS);
-        for (row, y) in y.chunks_exact_mut(self.inputs.tokens()).enumerate() {
+        for (row, y) in y.chunks_exact_mut(self.inputs.as_ref().tokens).enumerate() {
             let scale = self.weight.scale(self.first + row);
             let y = y[panels.start * TOKENS..].chunks_mut(TOKENS);
             for (panel, y) in y.take(panels.len()).enumerate() {

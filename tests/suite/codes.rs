@@ -1,6 +1,7 @@
 //! Weights that stay in fewer bits: every product is that of the numbers which the codes stand for.
 
 use std::fs;
+use std::path::Path;
 
 use burn::tensor::{DType, Distribution, Tensor, TensorData};
 use burn_autodiff::Autodiff;
@@ -9,13 +10,15 @@ use reroute_checkpoint::Gguf;
 use reroute_cli::backend::{self, Backend, Device};
 use reroute_layers::{CodeFormat, Coded, Linear, LinearConfig, Linears, LowRank, Scaling, Weight};
 use reroute_zoo::{
-    Folder, Model, OpenOptions, PixelTensors, TensorInputs, TensorOutputs, Visual, Vlm, Weights,
+    Folder, Model, OpenOptions, PixelTensors, SaveOptions, TensorInputs, TensorOutputs, Visual,
+    Vlm, Weights,
 };
 use safetensors::SafeTensors;
 use serde_json::Value;
 
+use crate::doctor::doctor;
 use crate::golden::{Reference, fixture, picture, values};
-use crate::program::{refuses, reroute};
+use crate::program::{Scratch, refuses, reroute};
 
 /// Checkpoints of all families, and what a prompt of them is.
 const MODELS: [&str; 4] = ["llava", "qwen2vl", "qwen25vl", "qwen3vl"];
@@ -298,4 +301,58 @@ fn the_program_answers_with_weights_of_fewer_bits() {
         &["ask", "--prompt", "x", "--dtype", "int3"],
         &["int3", "int8", "q4"],
     );
+}
+
+/// What doctor says of weights is what they take: a byte and a scale, or half a byte and an eighth.
+#[test]
+fn doctor_counts_codes_as_what_they_are() {
+    let folder = fixture("qwen2vl/ckpt");
+    let folder = folder.to_str().expect("UTF-8");
+    let weights = |dtype: &str| {
+        let (report, _) = doctor(&["--model", folder, "--dtype", dtype]);
+        report["needs"][0]["weights_bytes"].as_u64().expect("bytes")
+    };
+    let coded = |format: CodeFormat| {
+        let mut linears = 0;
+        let mut bytes = 0;
+        let vlm = open("qwen2vl/ckpt", DType::BF16, Weights::Decoder(format));
+        vlm.map_model(|mut model: Model<Backend>| {
+            let mut found: Vec<(String, &mut Linear<Backend>)> = Vec::new();
+            model.linears("", &mut found);
+            for (_, linear) in found {
+                if let Weight::Coded(coded) = &linear.weight {
+                    let [rows, columns] = linear.weight.dims();
+                    linears += rows * columns;
+                    bytes += coded.words.val().dims().iter().product::<usize>() * 4;
+                }
+            }
+            model
+        });
+        (linears as u64, bytes as u64)
+    };
+    for (dtype, format) in [("int8", CodeFormat::Int8), ("q4", CodeFormat::Int4)] {
+        let (numbers, bytes) = coded(format);
+        assert_eq!(
+            weights(dtype),
+            weights("bf16") - 2 * numbers + bytes,
+            "{dtype}"
+        );
+        assert!(bytes < 2 * numbers, "{dtype}");
+    }
+}
+
+#[test]
+fn codes_are_not_saved_and_say_so() {
+    let vlm = open(
+        "qwen2vl/ckpt",
+        DType::F32,
+        Weights::Decoder(CodeFormat::Int8),
+    );
+    let like = Folder::open(fixture("qwen2vl/ckpt")).expect("the fixture is complete");
+    let scratch = Scratch::new();
+    let to = scratch.at("saved");
+    let error = vlm.model().save(&to, &like, &SaveOptions::default());
+    let error = error.expect_err("it is refused").to_string();
+    assert!(error.contains("--dtype bf16"), "{error}");
+    assert!(!Path::new(&to).exists());
 }

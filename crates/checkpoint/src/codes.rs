@@ -27,10 +27,9 @@ const WORD: usize = size_of::<i32>();
 const READ: usize = 4 << 20;
 
 impl Shards {
-    /// Whether a tensor is in a format which products take as it is.
-    pub fn has_codes(&self, name: &str) -> bool {
-        self.tensor(name)
-            .is_ok_and(|info| format_of(info).is_some())
+    /// The format in which the file has a tensor, if products take it as it is.
+    pub fn code_format(&self, name: &str) -> Option<Format> {
+        format_of(self.tensor(name).ok()?)
     }
 
     /// Some rows of a tensor in the format in which the file has them; `None` if that is none which products

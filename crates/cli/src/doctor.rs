@@ -216,12 +216,8 @@ impl Report {
     /// Whether the weights fit, where nothing is known of pictures.
     fn check_weights(&mut self, parameters: Parameters) {
         let needed = |dtype| {
-            let Parameters {
-                elements,
-                largest_elements,
-                ..
-            } = parameters;
-            [elements, largest_elements].map(|elements| tensor_bytes(elements, dtype))
+            let largest = tensor_bytes(parameters.largest_elements, dtype);
+            [parameters.bytes(dtype.size()), largest]
         };
         let [bytes, largest] = needed(self.dtype);
         self.check_fit("the weights alone need", bytes, largest, |report| {
@@ -473,7 +469,7 @@ mod tests {
             parameters: Parameters {
                 elements: 1 << 26,
                 largest_elements: 1 << 10,
-                adapter_elements: 0,
+                ..Default::default()
             },
             preprocessor: checkup.preprocessor.as_deref().expect("a good fixture"),
             image_size: [840, 840],
@@ -545,7 +541,7 @@ mod tests {
             report.check_weights(Parameters {
                 elements: 1 << 30,
                 largest_elements: 1 << 20,
-                adapter_elements: 0,
+                ..Default::default()
             });
             assert_remedy(&report, remedy);
         }

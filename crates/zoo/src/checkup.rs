@@ -116,8 +116,21 @@ pub struct Parameters {
     pub elements: u64,
     /// In the largest tensor that is kept in one piece.
     pub largest_elements: u64,
+    /// In weights that stay in codes of fewer bits.
+    pub coded_elements: u64,
+    /// Bytes of those.
+    pub coded_bytes: u64,
     /// In adapters, which are f32 whatever the type of the others.
     pub adapter_elements: u64,
+}
+
+impl Parameters {
+    /// Bytes of all of them but adapters, if numbers that are not in codes have so many bytes.
+    pub fn bytes(&self, float_bytes: usize) -> u64 {
+        let floats = self.elements.saturating_sub(self.coded_elements);
+        let floats = floats.saturating_mul(float_bytes as u64);
+        floats.saturating_add(self.coded_bytes)
+    }
 }
 
 impl Checkup {
@@ -151,11 +164,14 @@ impl Checkup {
                 found.endless = ends.is_ok_and(|ends| ends.is_empty());
             }
             let model = Model::<B>::new(&config, device);
-            if let Some(model) = found.note(Part::Config, model) {
+            if let Some(mut model) = found.note(Part::Config, model) {
                 let mut parameters = Parameters::default();
                 model.visit(&mut parameters);
                 if let Some(shards) = shards {
                     found.note(Part::Weights, model.check_fit(&config, &shards));
+                    let (weights, names) = (options.weights, config.names());
+                    (parameters.coded_elements, parameters.coded_bytes) =
+                        weights.sizes(&mut model, &shards, &names);
                 }
                 let adapters = found.note(Part::Adapter, model.read_adapters(&options.adapters));
                 let changes = adapters

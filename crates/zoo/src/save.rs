@@ -6,6 +6,7 @@ use burn::module::Module;
 use burn::tensor::DType;
 use burn::tensor::backend::Backend;
 use reroute_checkpoint::{Folder, Saved};
+use reroute_layers::Linears;
 
 use crate::{Model, ModelConfig, ZooError};
 
@@ -44,7 +45,7 @@ impl<B: Backend> Model<B> {
     /// replaced, or an empty folder.
     ///
     /// # Errors
-    /// [`ZooError::Save`]; [`ZooError::OtherFamily`] if `like` describes another kind of model, or what
+    /// [`ZooError::Save`]; [`ZooError::Coded`] for weights in fewer bits; [`ZooError::OtherFamily`] if `like` describes another kind of model, or what
     /// [`ModelConfig::open`] says of it.
     pub fn save(
         &self,
@@ -52,6 +53,16 @@ impl<B: Backend> Model<B> {
         like: &Folder,
         options: &SaveOptions,
     ) -> Result<Saved, ZooError> {
+        let mut linears = Vec::new();
+        // Clones share their numbers.
+        let mut clone = self.clone();
+        clone.linears("", &mut linears);
+        if linears
+            .iter()
+            .any(|(_, linear)| linear.weight.format().is_some())
+        {
+            return Err(ZooError::Coded);
+        }
         let device = self.devices().into_iter().next().unwrap_or_default();
         let described = Self::new(&ModelConfig::open(like)?, &device)?;
         let dtype = options.dtype.unwrap_or_else(|| self.decoder().dtype());

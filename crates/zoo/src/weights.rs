@@ -1,8 +1,10 @@
 //! Which weights stay in fewer bits.
 
+use std::collections::BTreeMap;
+
 use burn::tensor::DType;
 use burn::tensor::backend::Backend;
-use reroute_checkpoint::{CheckpointError, Dtype, Folder, Loading, Shards};
+use reroute_checkpoint::{CheckpointError, Dtype, Folder, Loading, NameTable, Shards};
 use reroute_layers::{CodeFormat, Coded, Linear, Linears, Weight};
 
 /// How the weights of linear maps are kept in memory.
@@ -36,7 +38,7 @@ impl Weights {
             let Some(info) = shards.info(name) else {
                 continue;
             };
-            if shards.has_codes(name) {
+            if shards.code_format(name).is_some() {
                 weights = Self::Stored;
                 continue;
             }
@@ -49,15 +51,48 @@ impl Weights {
                 bytes[index].1 += info.bytes;
             }
         }
-        let [single, ..] = bytes;
         // Norms and scales of a quantised model may be in f32: activations need not be.
-        let all_small = shards.is_widened() && bytes[1..].iter().all(|(_, bytes)| *bytes == 0);
+        let halves = bytes[1..].iter().any(|(_, bytes)| *bytes > 0);
         let most = bytes.into_iter().max_by_key(|(_, bytes)| *bytes);
-        let dtype = match all_small {
-            true => DType::BF16,
-            false => most.unwrap_or(single).0,
+        let dtype = match most {
+            Some((dtype, _)) if halves || !shards.is_widened() => dtype,
+            _ => DType::BF16,
         };
         Ok((dtype, weights))
+    }
+
+    /// The format of the linear map at a path, `None` for floats; a file is known by the names of its shards.
+    fn format_at(
+        self,
+        path: &str,
+        stored: &dyn Fn(&str) -> Option<CodeFormat>,
+    ) -> Option<CodeFormat> {
+        match self {
+            Self::Floats => None,
+            Self::Stored => stored(path),
+            Self::Decoder(format) => path.starts_with(DECODER).then_some(format),
+            Self::All(format) => Some(format),
+        }
+    }
+
+    /// Numbers that stay in codes, and their bytes.
+    pub(crate) fn sizes<B: Backend>(
+        self,
+        model: &mut impl Linears<B>,
+        shards: &Shards,
+        names: &NameTable,
+    ) -> (u64, u64) {
+        let of_path = |name: &str| Some((names.module_path(name)?, shards.code_format(name)?));
+        let stored: BTreeMap<_, _> = shards.names().filter_map(of_path).collect();
+        let stored = |path: &str| stored.get(&format!("{path}.weight")).copied();
+        let mut linears: Vec<(String, &mut Linear<B>)> = Vec::new();
+        model.linears("", &mut linears);
+        let sizes = linears.iter().filter_map(|(path, linear)| {
+            let [rows, columns] = linear.weight.dims();
+            let bytes = self.format_at(path, &stored)?.row_bytes(columns)?;
+            Some(((rows * columns) as u64, (rows * bytes) as u64))
+        });
+        sizes.fold((0, 0), |all, one| (all.0 + one.0, all.1 + one.1))
     }
 
     /// Puts codes in the place of weights that are not loaded yet.
@@ -67,16 +102,14 @@ impl Weights {
         loading: &mut Loading<'_>,
         dtype: DType,
     ) -> Result<(), CheckpointError> {
-        let (format, is_decoder_only) = match self {
-            Self::Floats => return Ok(()),
-            Self::Stored => (None, false),
-            Self::Decoder(format) => (Some(format), true),
-            Self::All(format) => (Some(format), false),
-        };
+        if self == Self::Floats {
+            return Ok(());
+        }
         let mut linears: Vec<(String, &mut Linear<B>)> = Vec::new();
         model.linears("", &mut linears);
         for (path, linear) in linears {
-            if is_decoder_only && !path.starts_with(DECODER) {
+            let format = self.format_at(&path, &|_| None);
+            if format.is_none() && self != Self::Stored {
                 continue;
             }
             let ([output, _], device) = (linear.weight.dims(), linear.weight.device());

@@ -79,7 +79,7 @@ impl Answer<'_> {
             let memory = Memory::of(&**self.config, &picture, text, &schedule, numbers);
             let weight = tensor_bytes(self.parameters.largest_elements, self.dtype);
             let adapters = tensor_bytes(self.parameters.adapter_elements, DType::F32);
-            let weights = tensor_bytes(self.parameters.elements, self.dtype);
+            let weights = self.parameters.bytes(self.dtype.size());
             let weights = weights.saturating_add(adapters);
             // What the allocator keeps of the memory that weights were read into and converted in, and
             // a hundredth between them.

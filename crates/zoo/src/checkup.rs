@@ -171,7 +171,7 @@ impl Checkup {
                     found.note(Part::Weights, model.check_fit(&config, &shards));
                     let (weights, names) = (options.weights, config.names());
                     (parameters.coded_elements, parameters.coded_bytes) =
-                        weights.sizes(&mut model, &shards, &names);
+                        weights.sizes(&mut model, &shards, names);
                 }
                 let adapters = found.note(Part::Adapter, model.read_adapters(&options.adapters));
                 let changes = adapters

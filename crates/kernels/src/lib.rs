@@ -3,7 +3,9 @@
 //! backend runs one number at a time.
 //!
 //! Every result depends on its own inputs alone, never on how the work was cut into threads or on
-//! what else is in the slice: a batch equals its samples, bit for bit. Nothing here knows of tensors.
+//! what else is in the slice: a batch equals its samples, bit for bit. (Not where a product is computed in
+//! f32, which the crate `gemm` does; and a single row has loops of its own, [`matrix_vector`].) Nothing here
+//! knows of tensors.
 
 mod activation;
 mod attention;

@@ -21,6 +21,7 @@ mod sessions;
 mod setup;
 mod sizes;
 mod timing;
+mod training;
 mod vision;
 
 use std::io;
@@ -131,6 +132,7 @@ fn measure_section(
         Section::Scenes => return Ok(json!(scenes::run(device, options)?)),
         Section::Sessions => return Ok(json!(sessions::run(device, options)?)),
         Section::Vision => return vision::run(model, peak, device, options),
+        Section::Training => return Ok(json!(training::run(model, device, options)?)),
         _ => (),
     }
     let setup = match setup {

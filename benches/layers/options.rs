@@ -20,7 +20,7 @@ const MIN_LAYERS: u64 = 7;
 #[derive(Debug, Parser)]
 #[command(name = "cargo bench -p benches --")]
 pub struct Options {
-    /// What to measure; all but `scenes`, `sessions`, `ops` and `peer` if nothing is said.
+    /// What to measure; all but `scenes`, `sessions`, `ops`, `training` and `peer` if nothing is said.
     #[arg(value_enum)]
     sections: Vec<Section>,
     /// Layer shapes: `llava` (LLaVA-1.5-7B), `qwen` (Qwen2.5-VL-7B), or a folder with a config.json.
@@ -117,6 +117,8 @@ pub enum Section {
     Sizes,
     /// Every operation of a layer at several row counts.
     Ops,
+    /// A step of training, of everything and of adapters.
+    Training,
     /// One line of measurements for every line of input, beside other implementations.
     Peer,
 }
@@ -160,7 +162,11 @@ impl Options {
                 self.smoke
                     || !matches!(
                         section,
-                        Section::Scenes | Section::Sessions | Section::Ops | Section::Peer
+                        Section::Scenes
+                            | Section::Sessions
+                            | Section::Ops
+                            | Section::Training
+                            | Section::Peer
                     )
             }
             false => self.names(section),

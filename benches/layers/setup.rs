@@ -2,7 +2,7 @@
 
 use anyhow::{Context, anyhow, ensure};
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
-use burn::tensor::backend::Backend as _;
+use burn::tensor::backend::Backend as AnyBackend;
 use burn::tensor::{DType, Distribution, Int, Tensor, TensorData};
 use reducers::{ReducerError, Schedule, presets};
 use reroute::{Decoder, KvCache, Prefill, Prompt, Routed, Router, SampleLayout};
@@ -172,10 +172,15 @@ pub fn settle(routed: &Routed<Backend>) -> anyhow::Result<()> {
 }
 
 /// A question about one image of so many visual tokens, with random embeddings.
-pub fn prompt(model: &Model, visual: usize, dtype: DType, device: &Device) -> Prompt<Backend> {
+pub fn prompt<B: AnyBackend<Device = Device>>(
+    model: &Model,
+    visual: usize,
+    dtype: DType,
+    device: &Device,
+) -> Prompt<B> {
     let rows = visual + TEXT;
     let shape = [model.decoder.hidden_size, rows];
-    let embeddings: Tensor<Backend, 2> =
+    let embeddings: Tensor<B, 2> =
         Tensor::random(shape, Distribution::Normal(0.0, 0.1), device);
     let axes = model.decoder.rope.axes();
     Prompt {
@@ -196,7 +201,12 @@ pub fn prompt(model: &Model, visual: usize, dtype: DType, device: &Device) -> Pr
 ///
 /// # Shapes
 /// - returns `[axes, rows]`
-fn positions(axes: usize, visual: usize, rows: usize, device: &Device) -> Tensor<Backend, 2, Int> {
+fn positions<B: AnyBackend<Device = Device>>(
+    axes: usize,
+    visual: usize,
+    rows: usize,
+    device: &Device,
+) -> Tensor<B, 2, Int> {
     let side = visual.isqrt();
     let position = |axis: usize, row: usize| match row.checked_sub(BEFORE_IMAGE) {
         Some(token) if axes > 1 && token < visual => {
@@ -219,8 +229,12 @@ fn deepen(decoder: Decoder<Backend>, layers: usize) -> anyhow::Result<Decoder<Ba
 }
 
 /// Puts codes in the place of the weights of linear maps.
-fn encode(decoder: &mut Decoder<Backend>, format: CodeFormat, dtype: DType) -> anyhow::Result<()> {
-    let mut linears: Vec<(String, &mut Linear<Backend>)> = Vec::new();
+pub fn encode<B: AnyBackend>(
+    decoder: &mut Decoder<B>,
+    format: CodeFormat,
+    dtype: DType,
+) -> anyhow::Result<()> {
+    let mut linears: Vec<(String, &mut Linear<B>)> = Vec::new();
     decoder.linears("", &mut linears);
     for (path, linear) in linears {
         let ([_, columns], device) = (linear.weight.dims(), linear.weight.device());
@@ -247,11 +261,8 @@ impl ModuleVisitor<Backend> for MakeParameters {
 /// Gives all parameters another type.
 pub struct Cast(pub DType);
 
-impl ModuleMapper<Backend> for Cast {
-    fn map_float<const D: usize>(
-        &mut self,
-        param: Param<Tensor<Backend, D>>,
-    ) -> Param<Tensor<Backend, D>> {
+impl<B: AnyBackend> ModuleMapper<B> for Cast {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
         param.map(|tensor| tensor.cast(self.0))
     }
 }

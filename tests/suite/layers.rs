@@ -282,8 +282,8 @@ fn activations_are_their_formulas() {
     close(values(quick_gelu(input)), expected(1.702));
 }
 
-/// What a backend may run as a loop of its own is what it is as operations, which is how it runs under
-/// autodiff: with few rows and many, in parts of larger tensors, in half precision.
+/// What a backend may run as a loop of its own is what it is as operations, which is how it runs on a backend
+/// that nothing is known of: with few rows and many, in parts of larger tensors, in half precision.
 #[test]
 fn loops_are_the_operations_that_they_stand_for() {
     // In half precision operations round their intermediate results, loops the last one.
@@ -294,7 +294,7 @@ fn loops_are_the_operations_that_they_stand_for() {
     {
         let (loops, operations) = (
             every_block::<Backend>(rows, *dtype),
-            every_block::<Autodiff<Backend>>(rows, *dtype),
+            every_block::<Autodiff<Autodiff<Backend>>>(rows, *dtype),
         );
         for ((name, x), (_, expected)) in loops.into_iter().zip(operations) {
             let expected: Vec<f64> = expected.into_iter().map(f64::from).collect();

@@ -35,6 +35,7 @@ mod quantised;
 mod questions;
 mod qwen_cases;
 mod qwen_program;
+mod recorded;
 mod reference;
 mod releases;
 mod save;

@@ -52,7 +52,7 @@ const INCLUDES: &[&str] = &["include_bytes!(", "include_str!(", "include!("];
 /// Packages that may name a backend and print, and the extension point for one backend's loops.
 const LEAVES: &[&str] = &[
     "crates/cli/",
-    "crates/layers/src/host.rs",
+    "crates/layers/src/host",
     "crates/zoo/src/backend.rs",
     "examples/",
     "xtask/",

@@ -1,4 +1,8 @@
+mod gradient;
+
 use std::f32::consts::PI;
+
+pub use gradient::{gelu_tanh_gradient, swish_gradient, swish_product_gradient};
 
 use crate::exp::exp;
 use crate::split::{PIECE, pieces};
@@ -36,18 +40,23 @@ pub fn swish_product(x: &mut [f32], beta: f32, y: &[f32]) {
 /// GELU with `tanh` for the error function (arXiv 1606.08415, §2):
 /// `x · (1 + tanh u) / 2 = x · σ(2u)`, `u = √(2/π) · (x + 0.044715 x³)`.
 pub fn gelu_tanh(x: &mut [f32]) {
-    let scale = -(8.0 / PI).sqrt();
     pieces(
         x,
         PIECE,
         #[inline(always)]
         |_, x| {
-            for x in x {
-                let exponent = *x * (*x * *x * (0.044715 * scale) + scale);
-                *x = sigmoid_weighted(*x, exponent);
-            }
+            x.iter_mut()
+                .for_each(|x| *x = sigmoid_weighted(*x, gelu_exponent(*x).0))
         },
     );
+}
+
+/// `−2u`, and how much it changes with `x`.
+#[inline(always)]
+fn gelu_exponent(x: f32) -> (f32, f32) {
+    let scale = -(8.0 / PI).sqrt();
+    let bent = x * x * (0.044715 * scale);
+    (x * (bent + scale), 3.0 * bent + scale)
 }
 
 /// `x / (1 + e^exponent)`, which is `x · σ(−exponent)`.

@@ -1,8 +1,10 @@
 //! Attention without a score matrix.
 
 mod few;
+mod gradient;
 
 pub use few::{Cache, Cached, attention_of_few};
+pub use gradient::attention_gradient;
 use pulp::bytemuck::cast_slice_mut;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;

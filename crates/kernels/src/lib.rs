@@ -20,12 +20,16 @@ mod product;
 mod rotary;
 mod split;
 
-pub use activation::{gelu_tanh, swish, swish_product};
-pub use attention::{AttentionSizes, Cache, Cached, attention, attention_of_few};
+pub use activation::{
+    gelu_tanh, gelu_tanh_gradient, swish, swish_gradient, swish_product, swish_product_gradient,
+};
+pub use attention::{
+    AttentionSizes, Cache, Cached, attention, attention_gradient, attention_of_few,
+};
 pub use blocks::{Blocks, Format};
 pub use columns::write_columns;
 pub use limit::{Limit, Multiplied, limit};
-pub use norm::{layer_norm, rms_norm};
+pub use norm::{layer_norm, layer_norm_gradient, rms_norm, rms_norm_gradient};
 pub use precision::{Number, narrow, widen};
-pub use product::{Inputs, WIDENED, Weight, matrix_vector};
-pub use rotary::rotate;
+pub use product::{Inputs, WIDENED, Weight, matrix_vector, product_with_transposed};
+pub use rotary::{rotate, rotate_back};

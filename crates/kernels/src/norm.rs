@@ -1,3 +1,7 @@
+mod gradient;
+
+pub use gradient::{layer_norm_gradient, rms_norm_gradient};
+
 use crate::split::pieces;
 
 /// Features whose columns are summed together before the sums are added: bounds both the length of a
@@ -13,13 +17,7 @@ const FEATURES: usize = 128;
 pub fn rms_norm(x: &[f32], weight: &[f32], epsilon: f32) -> Vec<f32> {
     let features = weight.len();
     let rows = x.len() / features.max(1);
-    let squares = column_sums(
-        x,
-        features,
-        #[inline(always)]
-        |_, x| x * x,
-    );
-    let scale = inverse_roots(squares, features, epsilon);
+    let scale = inverse_rms(x, features, epsilon);
     let mut normed = vec![0.0; features * rows];
     pieces(
         &mut normed,
@@ -48,21 +46,7 @@ pub fn rms_norm(x: &[f32], weight: &[f32], epsilon: f32) -> Vec<f32> {
 pub fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], epsilon: f32) -> Vec<f32> {
     let features = weight.len();
     let rows = x.len() / features.max(1);
-    let mut means = column_sums(
-        x,
-        features,
-        #[inline(always)]
-        |_, x| x,
-    );
-    means.iter_mut().for_each(|mean| *mean /= features as f64);
-    let means: Vec<f32> = means.into_iter().map(|mean| mean as f32).collect();
-    let squares = column_sums(
-        x,
-        features,
-        #[inline(always)]
-        |row, x| (x - means[row]) * (x - means[row]),
-    );
-    let scale = inverse_roots(squares, features, epsilon);
+    let (means, scale) = statistics(x, features, epsilon);
     let mut normed = vec![0.0; features * rows];
     pieces(
         &mut normed,
@@ -84,23 +68,57 @@ pub fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], epsilon: f32) -> Vec<
     normed
 }
 
-/// The sum of `term(row, x)` over the features of every row.
+/// `1 / √(mean(x²) + ε)` of every row.
+fn inverse_rms(x: &[f32], features: usize, epsilon: f32) -> Vec<f32> {
+    let squares = column_sums(
+        [x],
+        features,
+        #[inline(always)]
+        |_, [x]| x * x,
+    );
+    inverse_roots(squares, features, epsilon)
+}
+
+/// The mean and `1 / √(var + ε)` of every row.
+fn statistics(x: &[f32], features: usize, epsilon: f32) -> (Vec<f32>, Vec<f32>) {
+    let sums = column_sums(
+        [x],
+        features,
+        #[inline(always)]
+        |_, [x]| x,
+    );
+    let means = means(sums, features);
+    let squares = column_sums(
+        [x],
+        features,
+        #[inline(always)]
+        |[_, row], [x]| (x - means[row]) * (x - means[row]),
+    );
+    let scale = inverse_roots(squares, features, epsilon);
+    (means, scale)
+}
+
+/// The sum of `term([feature, row], numbers)` over the features of every row, of the numbers that the inputs
+/// have there.
 ///
 /// In f64: whatever a sum is off by, all features of the row are off by.
-fn column_sums(x: &[f32], features: usize, term: impl Fn(usize, f32) -> f32 + Sync) -> Vec<f64> {
-    let rows = x.len() / features.max(1);
+fn column_sums<const N: usize>(
+    inputs: [&[f32]; N],
+    features: usize,
+    term: impl Fn([usize; 2], [f32; N]) -> f32 + Sync,
+) -> Vec<f64> {
+    let rows = inputs[0].len() / features.max(1);
     let mut partial = vec![0.0; features.div_ceil(FEATURES) * rows];
     pieces(
         &mut partial,
         rows,
         #[inline(always)]
         |block, sums| {
-            let block = x[block * FEATURES * rows..]
-                .chunks_exact(rows)
-                .take(FEATURES);
-            for x in block {
-                for (row, (sum, &x)) in sums.iter_mut().zip(x).enumerate() {
-                    *sum += f64::from(term(row, x));
+            let first = block * FEATURES;
+            for feature in first..features.min(first + FEATURES) {
+                let numbers = inputs.map(|x| &x[feature * rows..][..sums.len()]);
+                for (row, sum) in sums.iter_mut().enumerate() {
+                    *sum += f64::from(term([feature, row], numbers.map(|x| x[row])));
                 }
             }
         },
@@ -112,6 +130,12 @@ fn column_sums(x: &[f32], features: usize, term: impl Fn(usize, f32) -> f32 + Sy
         }
     }
     total
+}
+
+/// `sum / features`
+fn means(sums: Vec<f64>, features: usize) -> Vec<f32> {
+    let mean = |sum: f64| (sum / features as f64) as f32;
+    sums.into_iter().map(mean).collect()
 }
 
 /// `1 / √(sum / features + ε)`

@@ -7,6 +7,7 @@ mod many_rows;
 pub(crate) mod one_row;
 #[cfg(test)]
 mod tests;
+mod training;
 
 use std::cell::OnceCell;
 use std::marker::PhantomData;
@@ -14,11 +15,12 @@ use std::marker::PhantomData;
 use half::{bf16, f16};
 pub use one_row::matrix_vector;
 pub(crate) use one_row::{STREAMS, dots};
+pub use training::product_with_transposed;
 
 use crate::blocks::{Blocks, Coding, with_coding};
 use crate::isa::{self, Isa, avx512};
 use crate::precision::{Number, widen};
-use crate::split::pieces;
+use crate::split::{PIECE, pieces};
 use inputs::{Pairs, Quads};
 use kernels::{CodedRows, PlainRows, Vnni};
 use layout::TOKENS;
@@ -177,6 +179,11 @@ impl<'a, T: Number> Inputs<'a, T> {
         }
     }
 
+    /// The inputs in f32.
+    fn singles(&self) -> &[f32] {
+        self.singles.get_or_init(|| singles(self.x))
+    }
+
     /// With what `widened` writes of a weight, from one of its numbers on, whole rows at a time.
     fn in_singles<Y: Number>(
         &self,
@@ -185,14 +192,7 @@ impl<'a, T: Number> Inputs<'a, T> {
         widened: impl Fn(usize, &mut [f32]),
     ) {
         let rows = self.rows();
-        let x = self.singles.get_or_init(|| {
-            let mut singles = vec![0.0; self.x.len()];
-            pieces(&mut singles, crate::split::PIECE, |index, to| {
-                let from = &self.x[index * crate::split::PIECE..];
-                to.iter_mut().zip(from).for_each(|(to, x)| *to = x.to_f32());
-            });
-            singles
-        });
+        let x = self.singles();
         let height = (WIDENED / self.features).max(1);
         let mut weight = vec![0.0; numbers.min(height * self.features)];
         let mut sums = vec![0.0; y.len().min(height * rows)];
@@ -202,10 +202,25 @@ impl<'a, T: Number> Inputs<'a, T> {
             widened(block * height * self.features, weight);
             let sums = &mut sums[..y.len()];
             isa::single::multiply(weight, x, self.features, sums);
-            pieces(y, crate::split::PIECE, |index, y| {
-                let sums = &sums[index * crate::split::PIECE..];
-                y.iter_mut().zip(sums).for_each(|(y, sum)| *y = Y::of(*sum));
-            });
+            rounded(sums, y);
         }
     }
+}
+
+/// The same numbers in f32.
+fn singles<T: Number>(x: &[T]) -> Vec<f32> {
+    let mut singles = vec![0.0; x.len()];
+    pieces(&mut singles, PIECE, |index, to| {
+        let from = &x[index * PIECE..];
+        to.iter_mut().zip(from).for_each(|(to, x)| *to = x.to_f32());
+    });
+    singles
+}
+
+/// The nearest numbers of another type.
+fn rounded<Y: Number>(sums: &[f32], y: &mut [Y]) {
+    pieces(y, PIECE, |index, y| {
+        let sums = &sums[index * PIECE..];
+        y.iter_mut().zip(sums).for_each(|(y, sum)| *y = Y::of(*sum));
+    });
 }

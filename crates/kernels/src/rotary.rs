@@ -7,6 +7,16 @@ use crate::split::pieces;
 /// - `x`: `[heads, head_dim, rows]`
 /// - `cos`, `sin`: `[head_dim, rows]`
 pub fn rotate(x: &mut [f32], cos: &[f32], sin: &[f32]) {
+    turn(x, cos, sin, 1.0);
+}
+
+/// The transpose of [`rotate`]: rotates back, and gives gradients back.
+pub fn rotate_back(x: &mut [f32], cos: &[f32], sin: &[f32]) {
+    turn(x, cos, sin, -1.0);
+}
+
+#[inline(always)]
+fn turn(x: &mut [f32], cos: &[f32], sin: &[f32], direction: f32) {
     let half = cos.len() / 2;
     let (cos, sin) = (cos.split_at(half), sin.split_at(half));
     pieces(
@@ -19,8 +29,8 @@ pub fn rotate(x: &mut [f32], cos: &[f32], sin: &[f32]) {
             let second_table = cos.1.iter().zip(sin.1);
             let table = first_table.zip(second_table);
             for ((a, b), (first, second)) in first.iter_mut().zip(second).zip(table) {
-                let turned = *a * first.0 + *b * first.1;
-                *b = *b * second.0 + *a * second.1;
+                let turned = *a * first.0 + *b * (first.1 * direction);
+                *b = *b * second.0 + *a * (second.1 * direction);
                 *a = turned;
             }
         },
@@ -51,5 +61,30 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// `⟨g, R x⟩ = ⟨Rᵀ g, x⟩`, for a table of angles.
+    #[test]
+    fn back_is_the_transpose_and_the_inverse() {
+        let (heads, head_dim, rows) = (3, 6, 19);
+        let angle = |i: usize| (i % (head_dim / 2 * rows)) as f32 * 0.3;
+        let cos: Vec<f32> = (0..head_dim * rows).map(|i| angle(i).cos()).collect();
+        let mut sin: Vec<f32> = (0..head_dim * rows).map(|i| angle(i).sin()).collect();
+        sin[..head_dim / 2 * rows]
+            .iter_mut()
+            .for_each(|sin| *sin = -*sin);
+        let value = |i: usize| (i as f32 * 0.9).sin();
+        let x: Vec<f32> = (0..heads * head_dim * rows).map(value).collect();
+        let g: Vec<f32> = x.iter().map(|x| x * x - 0.3).collect();
+        let dot = |a: &[f32], b: &[f32]| -> f64 {
+            let products = a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b));
+            products.sum()
+        };
+        let [mut turned, mut back] = [x.clone(), g.clone()];
+        rotate(&mut turned, &cos, &sin);
+        rotate_back(&mut back, &cos, &sin);
+        assert!((dot(&g, &turned) - dot(&back, &x)).abs() < 1e-4);
+        rotate_back(&mut turned, &cos, &sin);
+        assert!(turned.iter().zip(&x).all(|(a, b)| (a - b).abs() < 1e-6));
     }
 }

@@ -1,8 +1,9 @@
 use std::f64::consts::PI;
 
 use burn::tensor::backend::Backend;
-use burn::tensor::{DType, Tensor};
+use burn::tensor::{DType, Tensor, TensorData};
 
+use crate::gradient::{Operation, Unranked, flat, recorded};
 use crate::host::{self, HostTensor};
 
 /// `x · σ(x)` (SiLU, also "swish", arXiv 1702.03118).
@@ -18,6 +19,9 @@ pub fn silu_product<B: Backend, const D: usize>(
     gate: Tensor<B, D>,
     up: Tensor<B, D>,
 ) -> Tensor<B, D> {
+    if let Some(product) = recorded(SiluProduct::<D>, &[gate.clone().into(), up.clone().into()]) {
+        return product;
+    }
     let host = HostTensor::of(&up);
     let product = match host.singles() {
         Some(up) => host::in_singles(gate, |gate| reroute_kernels::swish_product(gate, 1.0, &up)),
@@ -34,7 +38,7 @@ pub fn quick_gelu<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, D> {
 /// GELU with `tanh` for the error function (arXiv 1606.08415, §2):
 /// `x · (1 + tanh u) / 2 = x · σ(2u)`, `u = √(2/π) · (x + 0.044715 x³)`.
 pub fn gelu_tanh<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, D> {
-    by_number(x, reroute_kernels::gelu_tanh, |x| {
+    by_number(x, Curve::GeluTanh, reroute_kernels::gelu_tanh, |x| {
         let scale = -(8.0 / PI).sqrt();
         let square = x.clone() * x.clone();
         sigmoid_weighted(
@@ -48,6 +52,7 @@ pub fn gelu_tanh<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, D> {
 fn swish<B: Backend, const D: usize>(x: Tensor<B, D>, beta: f32) -> Tensor<B, D> {
     by_number(
         x,
+        Curve::Swish(beta),
         |x| reroute_kernels::swish(x, beta),
         |x| sigmoid_weighted(x.clone(), x.mul_scalar(-beta)),
     )
@@ -56,9 +61,13 @@ fn swish<B: Backend, const D: usize>(x: Tensor<B, D>, beta: f32) -> Tensor<B, D>
 /// A function of each number, in f32: the loop if the numbers are within reach, or else operations.
 fn by_number<B: Backend, const D: usize>(
     x: Tensor<B, D>,
+    curve: Curve<D>,
     kernel: impl FnOnce(&mut [f32]),
     operations: impl FnOnce(Tensor<B, D>) -> Tensor<B, D>,
 ) -> Tensor<B, D> {
+    if let Some(y) = recorded(curve, &[x.clone().into()]) {
+        return y;
+    }
     let dtype = x.dtype();
     host::in_singles(x, kernel).unwrap_or_else(|x| operations(x.cast(DType::F32)).cast(dtype))
 }
@@ -74,4 +83,64 @@ fn sigmoid_weighted<B: Backend, const D: usize>(
 ) -> Tensor<B, D> {
     let power = exponent.clamp_max(MAX_EXPONENT).exp();
     x / power.add_scalar(1.0)
+}
+
+/// A function of each number, to be recorded.
+#[derive(Debug, Clone, Copy)]
+enum Curve<const D: usize> {
+    Swish(f32),
+    GeluTanh,
+}
+
+impl<const D: usize> Operation<1> for Curve<D> {
+    fn forward<B: Backend>(&self, [x]: [Unranked<B>; 1]) -> Option<Unranked<B>> {
+        let x = x.ranked::<D>();
+        Some(match *self {
+            Self::Swish(beta) => swish(x, beta).into(),
+            Self::GeluTanh => gelu_tanh(x).into(),
+        })
+    }
+
+    fn needs(&self, wanted: [bool; 1]) -> [bool; 1] {
+        wanted
+    }
+
+    fn backward(
+        &self,
+        [x]: [HostTensor; 1],
+        gradient: &HostTensor,
+        _: [bool; 1],
+    ) -> [Option<TensorData>; 1] {
+        let (x, mut gradient) = (x.numbers(), gradient.numbers().into_owned());
+        match *self {
+            Self::Swish(beta) => reroute_kernels::swish_gradient(&x, beta, &mut gradient),
+            Self::GeluTanh => reroute_kernels::gelu_tanh_gradient(&x, &mut gradient),
+        }
+        [Some(flat(gradient))]
+    }
+}
+
+/// [`silu_product`], to be recorded.
+#[derive(Debug, Clone, Copy)]
+struct SiluProduct<const D: usize>;
+
+impl<const D: usize> Operation<2> for SiluProduct<D> {
+    fn forward<B: Backend>(&self, [gate, up]: [Unranked<B>; 2]) -> Option<Unranked<B>> {
+        Some(silu_product(gate.ranked::<D>(), up.ranked()).into())
+    }
+
+    fn needs(&self, _: [bool; 2]) -> [bool; 2] {
+        [true; 2]
+    }
+
+    fn backward(
+        &self,
+        [gate, up]: [HostTensor; 2],
+        gradient: &HostTensor,
+        _: [bool; 2],
+    ) -> [Option<TensorData>; 2] {
+        let [gate, up, gradient] = [&gate, &up, gradient].map(HostTensor::numbers);
+        reroute_kernels::swish_product_gradient(&gate, 1.0, &up, &gradient)
+            .map(|numbers| Some(flat(numbers)))
+    }
 }

@@ -1,8 +1,9 @@
 use burn::tensor::activation::softmax;
 use burn::tensor::backend::Backend;
-use burn::tensor::{DType, Int, Tensor};
+use burn::tensor::{DType, Int, Tensor, TensorData};
 use reroute_kernels::{AttentionSizes, Cache, Cached};
 
+use crate::gradient::{Operation, Unranked, flat, run};
 use crate::host::{self, HostTensor, Number};
 
 /// Most queries handled at a time: bounds the score matrix to `heads × QUERY_BLOCK × keys` and lets causal
@@ -72,7 +73,22 @@ pub fn attention<B: Backend>(
 ) -> Tensor<B, 2> {
     let [kv_heads, group, head_dim, queries] = query.dims();
     let keys = key.dims()[2];
-    if let Some(context) = on_host(&query, &key, &value, causal.is_some()) {
+    let attend = Attend {
+        sizes: AttentionSizes {
+            heads: kv_heads * group,
+            kv_heads,
+            head_dim,
+            queries,
+            keys,
+        },
+        causal: causal.is_some(),
+    };
+    let inputs = [
+        query.clone().into(),
+        key.clone().into(),
+        value.clone().into(),
+    ];
+    if let Some(context) = run(attend, inputs) {
         return context;
     }
     let dtype = query.dtype();
@@ -104,40 +120,55 @@ pub fn attention<B: Backend>(
 /// Fewer queries leave most registers of the kernel for many empty.
 const MANY: usize = 8;
 
-/// The same by a kernel, if the tensors are within its reach; shapes as [`attention`].
-fn on_host<B: Backend>(
-    query: &Tensor<B, 4>,
-    key: &Tensor<B, 3>,
-    value: &Tensor<B, 3>,
+/// [`attention`] by kernels.
+#[derive(Debug, Clone, Copy)]
+struct Attend {
+    sizes: AttentionSizes,
     causal: bool,
-) -> Option<Tensor<B, 2>> {
-    let [kv_heads, group, head_dim, queries] = query.dims();
-    let sizes = AttentionSizes {
-        heads: kv_heads * group,
-        kv_heads,
-        head_dim,
-        queries,
-        keys: key.dims()[2],
-    };
-    let (dtype, device) = (query.dtype(), query.device());
-    let query = HostTensor::of(query).packed();
-    let query = query.singles()?;
-    let [key, value] = [key, value].map(HostTensor::of);
-    let context = match queries {
-        0..MANY => {
-            let cache = (cached(&key, &value).map(Cache::F32))
-                .or_else(|| cached(&key, &value).map(Cache::F16))
-                .or_else(|| cached(&key, &value).map(Cache::BF16))?;
-            reroute_kernels::attention_of_few(&query, cache, sizes, causal)
-        }
-        _ => {
-            // Parts of a cache that has room for more, or of a tower's segments.
-            let [key, value] = [key, value].map(HostTensor::packed);
-            reroute_kernels::attention(&query, &key.singles()?, &value.singles()?, sizes, causal)
-        }
-    };
-    let shape = [sizes.heads * head_dim, queries];
-    Some(host::tensor(context, shape, dtype, &device))
+}
+
+impl Operation<3> for Attend {
+    fn forward<B: Backend>(&self, [query, key, value]: [Unranked<B>; 3]) -> Option<Unranked<B>> {
+        let Self { sizes, causal } = *self;
+        let query = query.ranked::<4>();
+        let (dtype, device) = (query.dtype(), query.device());
+        let query = HostTensor::of(&query).packed();
+        let query = query.singles()?;
+        let [key, value] = [key, value].map(|x| HostTensor::of(&x.ranked::<3>()));
+        let context = match sizes.queries {
+            0..MANY => {
+                let cache = (cached(&key, &value).map(Cache::F32))
+                    .or_else(|| cached(&key, &value).map(Cache::F16))
+                    .or_else(|| cached(&key, &value).map(Cache::BF16))?;
+                reroute_kernels::attention_of_few(&query, cache, sizes, causal)
+            }
+            _ => {
+                // Parts of a cache that has room for more, or of a tower's segments.
+                let [key, value] = [key, value].map(HostTensor::packed);
+                let (key, value) = (key.singles()?, value.singles()?);
+                reroute_kernels::attention(&query, &key, &value, sizes, causal)
+            }
+        };
+        let shape = [sizes.heads * sizes.head_dim, sizes.queries];
+        Some(host::tensor::<B, 2>(context, shape, dtype, &device).into())
+    }
+
+    fn needs(&self, _: [bool; 3]) -> [bool; 3] {
+        [true; 3]
+    }
+
+    fn backward(
+        &self,
+        [query, key, value]: [HostTensor; 3],
+        gradient: &HostTensor,
+        _: [bool; 3],
+    ) -> [Option<TensorData>; 3] {
+        let [query, key, value, gradient] =
+            [&query, &key, &value, gradient].map(HostTensor::numbers);
+        let Self { sizes, causal } = *self;
+        reroute_kernels::attention_gradient(&query, &key, &value, &gradient, sizes, causal)
+            .map(|numbers| Some(flat(numbers)))
+    }
 }
 
 /// Both where they lie, if they are numbers of this type.

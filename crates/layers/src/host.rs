@@ -2,19 +2,27 @@
 //! memory: the extension point for operations that such a backend runs one number at a time.
 //!
 //! Elsewhere nothing here finds anything, and the caller computes with operations of `B`. That covers
-//! `Autodiff<B>` too, which must record every operation: its tensors are of another type.
+//! `Autodiff<B>` too, whose tensors are of another type: [`recorded`] reaches them and gives them a gradient.
+
+#[cfg(all(feature = "flex", feature = "autodiff"))]
+mod recorded;
 
 use std::any::Any;
 use std::borrow::Cow;
 
 use burn::tensor::backend::Backend;
-use burn::tensor::{DType, Element, Int, Tensor, TensorData, TensorPrimitive};
+use burn::tensor::{DType, Element, Int, Shape, Tensor, TensorData, TensorPrimitive};
 #[cfg(feature = "flex")]
 use burn_flex::FlexTensor;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
+#[cfg(all(feature = "flex", feature = "autodiff"))]
+pub(crate) use recorded::{recorded, untracked};
+#[cfg(not(all(feature = "flex", feature = "autodiff")))]
+pub(crate) use unrecorded::{recorded, untracked};
 
 /// A share in a tensor that is in this program's memory, if it is.
+#[derive(Debug, Clone)]
 pub(crate) struct HostTensor(Option<FlexTensor>);
 
 impl HostTensor {
@@ -47,6 +55,11 @@ impl HostTensor {
     /// - `self`: `[matrices, rows, columns]`
     pub(crate) fn rows<E: Number>(&self) -> Option<(&[E], usize)> {
         strided_rows(self.0.as_ref()?)
+    }
+
+    /// The same of a tensor that is known to be so; nothing of another.
+    pub(crate) fn numbers(&self) -> Cow<'_, [f32]> {
+        self.singles().unwrap_or_default()
     }
 
     /// The numbers in row-major order as f32, if they are within reach, packed and f32, f16 or bf16.
@@ -92,7 +105,7 @@ fn strided_rows<E>(tensor: &FlexTensor) -> Option<(&[E], usize)> {
 /// Stands in where the one backend that computes in this program's memory is not compiled in: no
 /// tensor is of this type.
 #[cfg(not(feature = "flex"))]
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 enum FlexTensor {}
 
 #[cfg(not(feature = "flex"))]
@@ -155,12 +168,16 @@ pub(crate) fn tensor<B: Backend, const D: usize>(
     dtype: DType,
     device: &B::Device,
 ) -> Tensor<B, D> {
-    let data = match dtype {
-        DType::F16 => narrowed::<f16, D>(&values, shape),
-        DType::BF16 => narrowed::<bf16, D>(&values, shape),
+    Tensor::from_data(data(values, shape.into(), dtype), (device, dtype))
+}
+
+/// The same as data; in f32 if `dtype` is none that is known here.
+fn data(values: Vec<f32>, shape: Shape, dtype: DType) -> TensorData {
+    match dtype {
+        DType::F16 => narrowed::<f16>(&values, shape),
+        DType::BF16 => narrowed::<bf16>(&values, shape),
         _ => TensorData::new(values, shape),
-    };
-    Tensor::from_data(data, (device, dtype))
+    }
 }
 
 /// The same numbers in f32.
@@ -173,11 +190,32 @@ where
     wide
 }
 
-fn narrowed<E: Number, const D: usize>(values: &[f32], shape: [usize; D]) -> TensorData
+fn narrowed<E: Number>(values: &[f32], shape: Shape) -> TensorData
 where
     [E]: HalfFloatSliceExt,
 {
     let mut halves = vec![E::zeroed(); values.len()];
     reroute_kernels::narrow(values, &mut halves);
     TensorData::new(halves, shape)
+}
+
+/// Stands in where no autodiff backend over that one is compiled in.
+#[cfg(not(all(feature = "flex", feature = "autodiff")))]
+mod unrecorded {
+    use burn::tensor::Tensor;
+    use burn::tensor::backend::Backend;
+
+    use super::HostTensor;
+    use crate::gradient::{Operation, Unranked};
+
+    pub(crate) fn recorded<B: Backend, O: Operation<N>, const N: usize, const D: usize>(
+        _: O,
+        _: &[Unranked<B>; N],
+    ) -> Option<Tensor<B, D>> {
+        None
+    }
+
+    pub(crate) fn untracked<B: Backend, const D: usize>(tensor: &Tensor<B, D>) -> HostTensor {
+        HostTensor::of(tensor)
+    }
 }

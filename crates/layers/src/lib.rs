@@ -20,6 +20,7 @@ mod activation;
 mod attention;
 mod embedding;
 mod error;
+mod gradient;
 mod host;
 mod linear;
 mod low_rank;

@@ -4,6 +4,7 @@ use burn::tensor::{Tensor, TensorData};
 use half::{bf16, f16};
 use reroute_kernels::{Inputs, Weight as Matrix};
 
+use crate::gradient::{Operation, Unranked, flat, recorded};
 use crate::host::{self, HostTensor, Number};
 use crate::{LowRank, Weight};
 
@@ -101,15 +102,26 @@ impl<B: Backend> Linear<B> {
 /// - returns `[out, rows]`
 pub(crate) fn dense_product<B: Backend>(weight: Tensor<B, 2>, x: Tensor<B, 2>) -> Tensor<B, 2> {
     let is_column = x.dims()[1] == 1;
+    let output = weight.dims()[0];
+    let inputs = [weight.clone().into(), x.clone().into()];
+    if let Some(product) = recorded(DenseProduct { output }, &inputs) {
+        return product;
+    }
     let matrix = HostTensor::of(&weight);
-    let known = (matrix.slice().map(Matrix::F16)).or_else(|| matrix.slice().map(Matrix::BF16));
+    let known = known(&matrix);
     // Of many columns a backend's own product is as fast in f32.
-    let known = known.or_else(|| matrix.slice().filter(|_| is_column).map(Matrix::F32));
+    let known = known.filter(|matrix| is_column || !matches!(matrix, Matrix::F32(_)));
     let product = known.and_then(|matrix| host_product(matrix, weight.dims(), &x));
     product.unwrap_or_else(|| match is_column {
         true => matrix_vector(weight, x),
         false => weight.matmul(x),
     })
+}
+
+/// The numbers of a weight, if they are within reach.
+fn known(weight: &HostTensor) -> Option<Matrix<'_>> {
+    let half = (weight.slice().map(Matrix::F16)).or_else(|| weight.slice().map(Matrix::BF16));
+    half.or_else(|| weight.slice().map(Matrix::F32))
 }
 
 /// The same by kernels, if the inputs are within their reach and fit.
@@ -162,4 +174,68 @@ fn matrix_vector<B: Backend>(weight: Tensor<B, 2>, x: Tensor<B, 2>) -> Tensor<B,
     let [output, input] = weight.dims();
     let row = x.reshape([1, input]).matmul(weight.transpose());
     row.reshape([output, 1])
+}
+
+/// [`dense_product`], to be recorded.
+#[derive(Debug, Clone, Copy)]
+struct DenseProduct {
+    output: usize,
+}
+
+impl Operation<2> for DenseProduct {
+    fn forward<B: Backend>(&self, [weight, x]: [Unranked<B>; 2]) -> Option<Unranked<B>> {
+        let x = x.ranked::<2>();
+        let is_empty = self.output == 0 || x.dims().contains(&0);
+        (!is_empty).then(|| dense_product(weight.ranked(), x).into())
+    }
+
+    /// Each is made of the other.
+    fn needs(&self, [of_weight, of_x]: [bool; 2]) -> [bool; 2] {
+        [of_x, of_weight]
+    }
+
+    fn backward(
+        &self,
+        [weight, x]: [HostTensor; 2],
+        gradient: &HostTensor,
+        _: [bool; 2],
+    ) -> [Option<TensorData>; 2] {
+        let of_weight = (to_weight::<f32>(gradient, &x, self.output))
+            .or_else(|| to_weight::<f16>(gradient, &x, self.output))
+            .or_else(|| to_weight::<bf16>(gradient, &x, self.output));
+        let of_x = known(&weight).and_then(|weight| to_inputs(weight, gradient, self.output));
+        [of_weight, of_x]
+    }
+}
+
+/// What a product gives back to its inputs, in the type of its gradient.
+pub(crate) fn to_inputs(
+    weight: Matrix<'_>,
+    gradient: &HostTensor,
+    output: usize,
+) -> Option<TensorData> {
+    fn of<E: Number + reroute_kernels::Number>(
+        weight: Matrix<'_>,
+        gradient: &HostTensor,
+        output: usize,
+    ) -> Option<TensorData> {
+        let gradient = Inputs::new(gradient.slice::<E>()?, output)?;
+        Some(flat(gradient.product_of_transposed::<E>(weight)))
+    }
+    of::<f32>(weight, gradient, output)
+        .or_else(|| of::<f16>(weight, gradient, output))
+        .or_else(|| of::<bf16>(weight, gradient, output))
+}
+
+/// What it gives back to its weight, if the numbers are of this type.
+fn to_weight<E: Number + reroute_kernels::Number>(
+    gradient: &HostTensor,
+    x: &HostTensor,
+    output: usize,
+) -> Option<TensorData> {
+    let (gradient, x) = (gradient.slice::<E>()?, x.slice::<E>()?);
+    let rows = gradient.len() / output;
+    Some(flat(reroute_kernels::product_with_transposed(
+        gradient, x, rows,
+    )))
 }

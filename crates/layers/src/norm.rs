@@ -1,7 +1,8 @@
 use burn::module::{Initializer, Module, Param};
 use burn::tensor::backend::Backend;
-use burn::tensor::{DType, Tensor};
+use burn::tensor::{DType, Tensor, TensorData};
 
+use crate::gradient::{Operation, Unranked, flat, run};
 use crate::host::{self, HostTensor};
 
 /// Root-mean-square normalisation (arXiv 1910.07467): `x / √(mean(x²) + ε) · weight`.
@@ -39,12 +40,13 @@ impl<B: Backend> RmsNorm<B> {
     /// - `x`: `[.., features, rows]`; the second-to-last axis is normalised
     /// - returns the shape of `x`
     pub fn forward<const D: usize>(&self, x: Tensor<B, D>) -> Tensor<B, D> {
-        if D == 2 {
-            let (input, weight) = (HostTensor::of(&x), HostTensor::of(&self.weight.val()));
-            if let (Some(input), Some(weight)) = (input.singles(), weight.singles()) {
-                let normed = reroute_kernels::rms_norm(&input, &weight, self.epsilon as f32);
-                return host::tensor(normed, x.dims(), x.dtype(), &x.device());
-            }
+        let rms = Rms {
+            epsilon: self.epsilon as f32,
+        };
+        if D == 2
+            && let Some(normed) = run(rms, [x.clone().into(), self.weight.val().into()])
+        {
+            return normed;
         }
         let dtype = x.dtype();
         let x = x.cast(DType::F32);
@@ -92,13 +94,13 @@ impl<B: Backend> LayerNorm<B> {
     /// - `x`: `[features, rows]`
     /// - returns `[features, rows]`
     pub fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        let (input, weight) = (HostTensor::of(&x), HostTensor::of(&self.weight.val()));
-        let bias = HostTensor::of(&self.bias.val());
-        if let (Some(input), Some(weight), Some(bias)) =
-            (input.singles(), weight.singles(), bias.singles())
-        {
-            let normed = reroute_kernels::layer_norm(&input, &weight, &bias, self.epsilon as f32);
-            return host::tensor(normed, x.dims(), x.dtype(), &x.device());
+        let centred = Centred {
+            epsilon: self.epsilon as f32,
+        };
+        let parameters = [&self.weight, &self.bias].map(|parameter| parameter.val().into());
+        let [weight, bias] = parameters;
+        if let Some(normed) = run(centred, [x.clone().into(), weight, bias]) {
+            return normed;
         }
         let dtype = x.dtype();
         let x = x.cast(DType::F32);
@@ -114,4 +116,70 @@ fn per_feature<B: Backend, const D: usize>(vector: Tensor<B, 1>) -> Tensor<B, D>
     let mut shape = [1; D];
     shape[D - 2] = vector.dims()[0];
     vector.reshape(shape)
+}
+
+/// [`RmsNorm`] by a kernel.
+#[derive(Debug, Clone, Copy)]
+struct Rms {
+    epsilon: f32,
+}
+
+impl Operation<2> for Rms {
+    fn forward<B: Backend>(&self, [x, weight]: [Unranked<B>; 2]) -> Option<Unranked<B>> {
+        let (x, weight) = (x.ranked::<2>(), weight.ranked::<1>());
+        let (input, weight) = (HostTensor::of(&x), HostTensor::of(&weight));
+        let normed = reroute_kernels::rms_norm(&input.singles()?, &weight.singles()?, self.epsilon);
+        Some(host::tensor::<B, 2>(normed, x.dims(), x.dtype(), &x.device()).into())
+    }
+
+    fn needs(&self, _: [bool; 2]) -> [bool; 2] {
+        [true; 2]
+    }
+
+    fn backward(
+        &self,
+        [x, weight]: [HostTensor; 2],
+        gradient: &HostTensor,
+        _: [bool; 2],
+    ) -> [Option<TensorData>; 2] {
+        let [x, weight, gradient] = [&x, &weight, gradient].map(HostTensor::numbers);
+        reroute_kernels::rms_norm_gradient(&x, &weight, self.epsilon, &gradient)
+            .map(|numbers| Some(flat(numbers)))
+    }
+}
+
+/// [`LayerNorm`] by a kernel.
+#[derive(Debug, Clone, Copy)]
+struct Centred {
+    epsilon: f32,
+}
+
+impl Operation<3> for Centred {
+    fn forward<B: Backend>(&self, [x, weight, bias]: [Unranked<B>; 3]) -> Option<Unranked<B>> {
+        let (x, weight, bias) = (x.ranked::<2>(), weight.ranked::<1>(), bias.ranked::<1>());
+        let input = HostTensor::of(&x);
+        let [weight, bias] = [weight, bias].map(|x| HostTensor::of(&x));
+        let normed = reroute_kernels::layer_norm(
+            &input.singles()?,
+            &weight.singles()?,
+            &bias.singles()?,
+            self.epsilon,
+        );
+        Some(host::tensor::<B, 2>(normed, x.dims(), x.dtype(), &x.device()).into())
+    }
+
+    fn needs(&self, _: [bool; 3]) -> [bool; 3] {
+        [true, true, false]
+    }
+
+    fn backward(
+        &self,
+        [x, weight, _]: [HostTensor; 3],
+        gradient: &HostTensor,
+        _: [bool; 3],
+    ) -> [Option<TensorData>; 3] {
+        let [x, weight, gradient] = [&x, &weight, gradient].map(HostTensor::numbers);
+        reroute_kernels::layer_norm_gradient(&x, &weight, self.epsilon, &gradient)
+            .map(|numbers| Some(flat(numbers)))
+    }
 }

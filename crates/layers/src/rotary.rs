@@ -1,6 +1,7 @@
 use burn::tensor::backend::Backend;
-use burn::tensor::{DType, Int, Tensor};
+use burn::tensor::{DType, Int, Tensor, TensorData};
 
+use crate::gradient::{Operation, Unranked, flat, recorded, untracked};
 use crate::host::{self, HostTensor};
 
 /// Rotary position table (RoFormer, arXiv 2104.09864), in the "rotate half" convention of Hugging
@@ -47,13 +48,14 @@ impl<B: Backend> Rotary<B> {
     /// - `x`: `[heads · head_dim, rows]`
     /// - returns `[heads · head_dim, rows]`
     pub fn apply(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        let (cos, sin) = (HostTensor::of(&self.cos), HostTensor::of(&self.sin));
-        let rotated = match (cos.singles(), sin.singles()) {
-            (Some(cos), Some(sin)) => {
-                host::in_singles(x, |x| reroute_kernels::rotate(x, &cos, &sin))
-            }
-            _ => Err(x),
+        let rotate = Rotate {
+            cos: untracked(&self.cos),
+            sin: untracked(&self.sin),
         };
+        let rotated = rotate.on_host(x).or_else(|x| {
+            let recorded = recorded(rotate, &[x.clone().into()]);
+            recorded.ok_or(x)
+        });
         rotated.unwrap_or_else(|x| self.turn(x, false))
     }
 
@@ -78,5 +80,46 @@ impl<B: Backend> Rotary<B> {
             false => sin,
         };
         (x.reshape(flat) * cos + turned * sin).reshape([features, rows])
+    }
+}
+
+/// [`Rotary::apply`] by a kernel.
+#[derive(Debug, Clone)]
+struct Rotate {
+    cos: HostTensor,
+    sin: HostTensor,
+}
+
+impl Rotate {
+    /// The result, if the numbers are within reach; or else they are given back.
+    fn on_host<B: Backend>(&self, x: Tensor<B, 2>) -> Result<Tensor<B, 2>, Tensor<B, 2>> {
+        match (self.cos.singles(), self.sin.singles()) {
+            (Some(cos), Some(sin)) => {
+                host::in_singles(x, |x| reroute_kernels::rotate(x, &cos, &sin))
+            }
+            _ => Err(x),
+        }
+    }
+}
+
+impl Operation<1> for Rotate {
+    fn forward<B: Backend>(&self, [x]: [Unranked<B>; 1]) -> Option<Unranked<B>> {
+        self.on_host(x.ranked()).ok().map(Unranked::from)
+    }
+
+    fn needs(&self, _: [bool; 1]) -> [bool; 1] {
+        [false]
+    }
+
+    fn backward(
+        &self,
+        _: [HostTensor; 1],
+        gradient: &HostTensor,
+        _: [bool; 1],
+    ) -> [Option<TensorData>; 1] {
+        let mut gradient = gradient.numbers().into_owned();
+        let (cos, sin) = (self.cos.numbers(), self.sin.numbers());
+        reroute_kernels::rotate_back(&mut gradient, &cos, &sin);
+        [Some(flat(gradient))]
     }
 }

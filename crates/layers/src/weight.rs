@@ -6,8 +6,9 @@ use burn::tensor::backend::{AutodiffBackend, Backend};
 use burn::tensor::{DType, Int, Tensor, TensorData};
 use reroute_kernels::{Blocks, Format};
 
+use crate::gradient::{Operation, Unranked, run};
 use crate::host::{self, HostTensor};
-use crate::linear::{dense_product, host_product};
+use crate::linear::{dense_product, host_product, to_inputs};
 
 /// A matrix that is multiplied with columns: floats, or codes of fewer bits. To visitors and in paths it is the one
 /// parameter that it has; a record has codes as the numbers that they stand for.
@@ -145,26 +146,18 @@ impl<B: Backend> Coded<B> {
     }
 
     fn product(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        let host = HostTensor::of_ints(&self.words.val());
-        let product = host.slice::<i32>().and_then(|words| {
-            let weight = reroute_kernels::Weight::Blocks(self.blocks(words)?);
-            host_product(weight, [self.words.val().dims()[0], self.columns], &x)
-        });
+        let words = self.words.val();
+        let product = CodedProduct {
+            words: HostTensor::of_ints(&words),
+            format: self.format,
+            shape: [words.dims()[0], self.columns],
+        };
+        let product = run(product, [x.clone().into()]);
         product.unwrap_or_else(|| {
             // Not for longer than this product, unless gradients need it.
             let weight = self.widened(self.words.val(), x.dtype());
             dense_product(weight, x)
         })
-    }
-
-    fn blocks<'a>(&self, words: &'a [i32]) -> Option<Blocks<'a>> {
-        let stride = self.format.row_bytes(self.columns)?.next_multiple_of(WORD);
-        Blocks::new(
-            self.format,
-            self.columns,
-            stride,
-            bytemuck::cast_slice(words),
-        )
     }
 
     /// # Shapes
@@ -173,7 +166,7 @@ impl<B: Backend> Coded<B> {
     fn widened(&self, words: Tensor<B, 2, Int>, dtype: DType) -> Tensor<B, 2> {
         let (rows, device) = (words.dims()[0], words.device());
         let mut numbers = vec![0.0; rows * self.columns];
-        if let Some(blocks) = self.blocks(&host::ints(words)) {
+        if let Some(blocks) = blocks(self.format, self.columns, &host::ints(words)) {
             blocks.widen_all(&mut numbers);
         }
         host::tensor(numbers, [rows, self.columns], dtype, &device)
@@ -182,6 +175,47 @@ impl<B: Backend> Coded<B> {
 
 /// Bytes of a word.
 const WORD: usize = size_of::<i32>();
+
+fn blocks(format: Format, columns: usize, words: &[i32]) -> Option<Blocks<'_>> {
+    let stride = format.row_bytes(columns)?.next_multiple_of(WORD);
+    Blocks::new(format, columns, stride, bytemuck::cast_slice(words))
+}
+
+/// The product of codes with inputs, which alone get gradients.
+#[derive(Debug, Clone)]
+struct CodedProduct {
+    words: HostTensor,
+    format: Format,
+    /// `[out, in]`
+    shape: [usize; 2],
+}
+
+impl CodedProduct {
+    fn weight(&self) -> Option<reroute_kernels::Weight<'_>> {
+        let blocks = blocks(self.format, self.shape[1], self.words.slice()?)?;
+        Some(reroute_kernels::Weight::Blocks(blocks))
+    }
+}
+
+impl Operation<1> for CodedProduct {
+    fn forward<B: Backend>(&self, [x]: [Unranked<B>; 1]) -> Option<Unranked<B>> {
+        host_product(self.weight()?, self.shape, &x.ranked::<2>()).map(Unranked::from)
+    }
+
+    fn needs(&self, _: [bool; 1]) -> [bool; 1] {
+        [false]
+    }
+
+    fn backward(
+        &self,
+        _: [HostTensor; 1],
+        gradient: &HostTensor,
+        _: [bool; 1],
+    ) -> [Option<TensorData>; 1] {
+        let weight = self.weight();
+        [weight.and_then(|weight| to_inputs(weight, gradient, self.shape[0]))]
+    }
+}
 
 impl<B: Backend> Module<B> for Weight<B> {
     type Record = Param<Tensor<B, 2>>;

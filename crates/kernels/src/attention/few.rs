@@ -281,7 +281,7 @@ const LANES: usize = 64;
 
 /// Replaces scores by their exponentials over the largest, and returns the sum of these.
 #[inline(always)]
-fn exponentials(scores: &mut [f32]) -> f32 {
+pub(super) fn exponentials(scores: &mut [f32]) -> f32 {
     let larger = |a: f32, b: f32| if b > a { b } else { a };
     let mut lanes = [f32::NEG_INFINITY; LANES];
     for scores in scores.chunks(LANES) {

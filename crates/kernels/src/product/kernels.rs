@@ -12,7 +12,7 @@ use half::bf16;
 use half::slice::HalfFloatSliceExt;
 
 /// Rows of bf16, packed.
-pub(crate) struct PairTile<const ROWS: usize>(Vec<WeightChunk<ROWS>>);
+pub(crate) struct PairTile<const ROWS: usize>(pub(super) Vec<WeightChunk<ROWS>>);
 
 /// Rows of codes, packed, with their factors.
 pub(crate) struct QuadTile<const ROWS: usize, C> {

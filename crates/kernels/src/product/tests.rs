@@ -9,7 +9,7 @@ use crate::blocks::{Blocks, Format};
 use crate::isa::Isa;
 
 /// Numbers that look random, between -1 and 1.
-fn numbers(count: usize, seed: u64) -> Vec<f32> {
+pub(super) fn numbers(count: usize, seed: u64) -> Vec<f32> {
     let mut state = seed.wrapping_mul(2).wrapping_add(1);
     let mut next = || {
         state = state
@@ -21,7 +21,7 @@ fn numbers(count: usize, seed: u64) -> Vec<f32> {
 }
 
 /// Rows of a format whose codes are random and whose scales are small.
-fn rows(format: Format, output: usize, columns: usize, seed: u64) -> Vec<u8> {
+pub(super) fn rows(format: Format, output: usize, columns: usize, seed: u64) -> Vec<u8> {
     let stride = format.row_bytes(columns).expect("whole rows");
     if matches!(format, Format::Int8 | Format::Int4) {
         let numbers = numbers(output * columns, seed);
@@ -51,7 +51,7 @@ fn rows(format: Format, output: usize, columns: usize, seed: u64) -> Vec<u8> {
 }
 
 /// The next number of columns that a row of the format may have.
-fn whole_blocks(format: Format, features: usize) -> usize {
+pub(super) fn whole_blocks(format: Format, features: usize) -> usize {
     match format {
         Format::Int8 | Format::Int4 => features,
         Format::Q4K | Format::Q6K => features.next_multiple_of(256),
@@ -60,7 +60,7 @@ fn whole_blocks(format: Format, features: usize) -> usize {
 }
 
 /// `W · X` in f64, and for every sum the sum of its terms' magnitudes.
-fn exact(weight: &[f32], x: &[f32], features: usize) -> Vec<(f64, f64)> {
+pub(super) fn exact(weight: &[f32], x: &[f32], features: usize) -> Vec<(f64, f64)> {
     let rows = x.len() / features;
     let at = |output: &[f32], row: usize| {
         let terms = (output.iter().enumerate())
@@ -76,7 +76,7 @@ fn exact(weight: &[f32], x: &[f32], features: usize) -> Vec<(f64, f64)> {
 }
 
 #[track_caller]
-fn assert_close(actual: &[f32], exact: &[(f64, f64)], share: f64, what: &str) {
+pub(super) fn assert_close(actual: &[f32], exact: &[(f64, f64)], share: f64, what: &str) {
     assert_eq!(actual.len(), exact.len(), "{what}");
     for (at, (actual, (exact, size))) in actual.iter().zip(exact).enumerate() {
         let error = (f64::from(*actual) - exact).abs();
@@ -88,7 +88,7 @@ fn assert_close(actual: &[f32], exact: &[(f64, f64)], share: f64, what: &str) {
 }
 
 /// Sizes around those of tiles, panels, chunks and blocks.
-fn sizes() -> impl Strategy<Value = [usize; 3]> {
+pub(super) fn sizes() -> impl Strategy<Value = [usize; 3]> {
     let output = prop_oneof![4 => 1..70usize, 1 => Just(300)];
     let features = prop_oneof![4 => 1..140usize, 1 => Just(512), 1 => Just(1030), 1 => Just(2050)];
     let rows = prop_oneof![8 => 1..70usize, 1 => Just(128), 1 => Just(800)];

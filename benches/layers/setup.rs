@@ -180,8 +180,7 @@ pub fn prompt<B: AnyBackend<Device = Device>>(
 ) -> Prompt<B> {
     let rows = visual + TEXT;
     let shape = [model.decoder.hidden_size, rows];
-    let embeddings: Tensor<B, 2> =
-        Tensor::random(shape, Distribution::Normal(0.0, 0.1), device);
+    let embeddings: Tensor<B, 2> = Tensor::random(shape, Distribution::Normal(0.0, 0.1), device);
     let axes = model.decoder.rope.axes();
     Prompt {
         embeddings: embeddings.cast(dtype),

@@ -206,13 +206,18 @@ fn weights(count: usize) -> Vec<f32> {
     Random::new(77).vector(count)
 }
 
-/// The same in f32, without gradients, summed in f64.
-fn loss(block: Block, inputs: &[Vec<f32>]) -> f64 {
+/// The same result in f32, without gradients.
+fn without_gradients(block: Block, inputs: &[Vec<f32>]) -> Vec<f32> {
     let inputs: Vec<Tensor<Backend, 1>> = inputs
         .iter()
         .map(|x| tensor(x, DType::F32).mul_scalar(2.0))
         .collect();
-    let result = values(block.run(&inputs).mul_scalar(0.5));
+    values(block.run(&inputs).mul_scalar(0.5))
+}
+
+/// `weights · result`, summed in f64.
+fn loss(block: Block, inputs: &[Vec<f32>]) -> f64 {
+    let result = without_gradients(block, inputs);
     let products = result.iter().zip(weights(result.len()));
     products.map(|(x, w)| f64::from(*x) * f64::from(w)).sum()
 }
@@ -229,6 +234,8 @@ fn check(block: Block) {
     let (result, found) = gradients::<Ad>(block, &inputs, &all, DType::F32);
     let (_, saving) = gradients::<Saving>(block, &inputs, &all, DType::F32);
     assert_eq!(found, saving, "{block:?}");
+    // The loop itself ran, which the operations are not to the bit.
+    assert_eq!(result, without_gradients(block, &inputs), "{block:?}");
     let (expected, by_operations) = gradients::<Operations>(block, &inputs, &all, DType::F32);
     assert!(gap(&result, &expected) < TOLERANCE, "{block:?}");
     let found: Vec<Vec<f32>> = found.into_iter().map(|x| x.expect("tracked")).collect();

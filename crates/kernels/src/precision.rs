@@ -61,9 +61,34 @@ pub trait Number: Copy + Default + Send + Sync + sealed::Sealed {
 
     /// The nearest of these.
     fn of(x: f32) -> Self;
+
+    /// The numbers as they are, if they are f32.
+    fn as_singles(_: &[Self]) -> Option<&[f32]> {
+        None
+    }
+
+    /// The nearest of these to many, which are moved if they are f32.
+    fn of_singles(singles: Vec<f32>) -> Vec<Self> {
+        let mut numbers = vec![Self::default(); singles.len()];
+        pieces(&mut numbers, PIECE, |index, numbers| {
+            let singles = &singles[index * PIECE..];
+            for (number, single) in numbers.iter_mut().zip(singles) {
+                *number = Self::of(*single);
+            }
+        });
+        numbers
+    }
 }
 
 impl Number for f32 {
+    fn as_singles(numbers: &[f32]) -> Option<&[f32]> {
+        Some(numbers)
+    }
+
+    fn of_singles(singles: Vec<f32>) -> Vec<f32> {
+        singles
+    }
+
     #[inline(always)]
     fn to_bf16(self) -> bf16 {
         let bits = self.to_bits();

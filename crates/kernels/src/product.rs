@@ -181,7 +181,7 @@ impl<'a, T: Number> Inputs<'a, T> {
 
     /// The inputs in f32.
     fn singles(&self) -> &[f32] {
-        self.singles.get_or_init(|| singles(self.x))
+        T::as_singles(self.x).unwrap_or_else(|| self.singles.get_or_init(|| singles(self.x)))
     }
 
     /// With what `widened` writes of a weight, from one of its numbers on, whole rows at a time.
@@ -202,7 +202,10 @@ impl<'a, T: Number> Inputs<'a, T> {
             widened(block * height * self.features, weight);
             let sums = &mut sums[..y.len()];
             isa::single::multiply(weight, x, self.features, sums);
-            rounded(sums, y);
+            pieces(y, PIECE, |index, y| {
+                let sums = &sums[index * PIECE..];
+                y.iter_mut().zip(sums).for_each(|(y, sum)| *y = Y::of(*sum));
+            });
         }
     }
 }
@@ -215,12 +218,4 @@ fn singles<T: Number>(x: &[T]) -> Vec<f32> {
         to.iter_mut().zip(from).for_each(|(to, x)| *to = x.to_f32());
     });
     singles
-}
-
-/// The nearest numbers of another type.
-fn rounded<Y: Number>(sums: &[f32], y: &mut [Y]) {
-    pieces(y, PIECE, |index, y| {
-        let sums = &sums[index * PIECE..];
-        y.iter_mut().zip(sums).for_each(|(y, sum)| *y = Y::of(*sum));
-    });
 }

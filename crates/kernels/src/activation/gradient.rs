@@ -1,6 +1,6 @@
 //! What activations give back to their inputs.
 
-use super::{gelu_exponent, swish_product};
+use super::{gelu_exponent, sigmoid_weighted};
 use crate::exp::exp;
 use crate::split::{PIECE, pieces};
 
@@ -16,17 +16,34 @@ pub fn swish_gradient(x: &[f32], beta: f32, gradient: &mut [f32]) {
 
 /// What `x · σ(βx) · y` gives back to `x` and to `y`; all are as long.
 pub fn swish_product_gradient(x: &[f32], beta: f32, y: &[f32], gradient: &[f32]) -> [Vec<f32>; 2] {
-    let mut of_x = gradient.to_vec();
-    multiply(
-        y,
-        &mut of_x,
+    let of_x = combined(
+        [x, y, gradient],
         #[inline(always)]
-        |y| y,
+        |[x, y, gradient]| gradient * y * slope(x, -beta * x, -beta),
     );
-    swish_gradient(x, beta, &mut of_x);
-    let mut of_y = x.to_vec();
-    swish_product(&mut of_y, beta, gradient);
+    let of_y = combined(
+        [x, gradient],
+        #[inline(always)]
+        |[x, gradient]| gradient * sigmoid_weighted(x, -beta * x),
+    );
     [of_x, of_y]
+}
+
+/// A function of the numbers that stand in the same places.
+fn combined<const N: usize>(inputs: [&[f32]; N], of: impl Fn([f32; N]) -> f32 + Sync) -> Vec<f32> {
+    let mut found = vec![0.0; inputs[0].len()];
+    pieces(
+        &mut found,
+        PIECE,
+        #[inline(always)]
+        |index, found| {
+            let inputs = inputs.map(|x| &x[index * PIECE..][..found.len()]);
+            for (at, found) in found.iter_mut().enumerate() {
+                *found = of(inputs.map(|x| x[at]));
+            }
+        },
+    );
+    found
 }
 
 /// `gradient ← gradient · d gelu_tanh(x)/dx`, of as many numbers as the shorter of both has.

@@ -2,6 +2,7 @@
 //! weight.
 
 use std::any::TypeId;
+use std::borrow::Cow;
 use std::marker::PhantomData;
 
 use gemm::Parallelism;
@@ -11,7 +12,7 @@ use super::inputs::Pairs;
 use super::kernels::{CodedRows, PairTile, PlainRows};
 use super::layout::{WORDS, WeightChunk};
 use super::many_rows::Rows;
-use super::{Inputs, WIDENED, Weight, rounded, singles};
+use super::{Inputs, WIDENED, Weight, singles};
 use crate::blocks::with_coding;
 use crate::isa::Isa;
 use crate::isa::single::{Operand, multiply_into};
@@ -44,20 +45,19 @@ impl<T: Number> Inputs<'_, T> {
             Weight::BF16(weight) => weight.len() / features,
             Weight::Blocks(blocks) => blocks.columns(),
         };
-        let mut y = vec![Y::default(); columns * self.rows()];
         match weight {
             Weight::F32(weight) => {
-                let mut sums = vec![0.0; y.len()];
+                let mut sums = vec![0.0; columns * self.rows()];
                 self.add_transposed(weight, 0, &mut sums);
-                rounded(&sums, &mut y);
+                Y::of_singles(sums)
             }
-            Weight::F16(weight) => self.transposed_in_blocks(columns, &mut y, |row, to| {
+            Weight::F16(weight) => self.transposed_in_blocks(columns, |row, to| {
                 widen(&weight[row * columns..][..to.len()], to);
             }),
             Weight::BF16(weight) if self.isa.pairs.is_some() => {
-                self.transposed_in_pairs(&PlainRows { weight, columns }, columns, &mut y);
+                self.transposed_in_pairs(&PlainRows { weight, columns }, columns)
             }
-            Weight::BF16(weight) => self.transposed_in_blocks(columns, &mut y, |row, to| {
+            Weight::BF16(weight) => self.transposed_in_blocks(columns, |row, to| {
                 widen(&weight[row * columns..][..to.len()], to);
             }),
             Weight::Blocks(blocks) => {
@@ -69,15 +69,14 @@ impl<T: Number> Inputs<'_, T> {
                             widen: self.isa.widen,
                             coding: PhantomData,
                         };
-                        self.transposed_in_pairs(&coded, columns, &mut y);
+                        self.transposed_in_pairs(&coded, columns)
                     }),
-                    None => self.transposed_in_blocks(columns, &mut y, |first, to| {
+                    None => self.transposed_in_blocks(columns, |first, to| {
                         pieces(to, columns, |row, to| blocks.widen(first + row, to));
                     }),
                 }
             }
         }
-        y
     }
 
     /// With columns of the weight turned into rows of bf16, a block at a time.
@@ -85,35 +84,35 @@ impl<T: Number> Inputs<'_, T> {
         &self,
         weight: &impl Rows<PairTile<SQUARE>>,
         columns: usize,
-        y: &mut [Y],
-    ) {
+    ) -> Vec<Y> {
         let squares = (WIDENED / SQUARE / self.features).max(1);
         let width = columns.min(squares * SQUARE);
         let mut turned = vec![bf16::ZERO; width * self.features];
-        for (block, y) in y.chunks_mut(width * self.rows()).enumerate() {
+        let mut y = vec![Y::default(); columns * self.rows()];
+        for (block, y) in y.chunks_mut((width * self.rows()).max(1)).enumerate() {
             let turned = &mut turned[..y.len() / self.rows() * self.features];
             turn(weight, self.features, block * squares, turned);
             self.of_pairs(turned, y);
         }
+        y
     }
 
     /// With what `widened` writes of the weight, from a row on, whole rows at a time.
     fn transposed_in_blocks<Y: Number>(
         &self,
         columns: usize,
-        y: &mut [Y],
         widened: impl Fn(usize, &mut [f32]),
-    ) {
+    ) -> Vec<Y> {
         let height = (WIDENED / columns.max(1)).clamp(1, self.features);
         let mut block = vec![0.0; height * columns];
-        let mut sums = vec![0.0; y.len()];
+        let mut sums = vec![0.0; columns * self.rows()];
         for first in (0..self.features).step_by(height) {
             let count = height.min(self.features - first);
             let block = &mut block[..count * columns];
             widened(first, block);
             self.add_transposed(block, first, &mut sums);
         }
-        rounded(&sums, y);
+        Y::of_singles(sums)
     }
 
     /// Adds the products of rows of a weight from `first` on.
@@ -155,30 +154,43 @@ fn product_with_transposed_on<T: Number + 'static>(
 ) -> Vec<T> {
     let (output, input) = (gradient.len() / rows, x.len() / rows);
     assert_eq!((output * rows, input * rows), (gradient.len(), x.len()));
-    let mut y = vec![T::default(); output * input];
     if isa.pairs.is_some() && TypeId::of::<T>() == TypeId::of::<bf16>() {
         let upper = |x: &[T]| x.iter().map(|x| x.to_bf16()).collect::<Vec<_>>();
         let (gradient, weight) = (upper(gradient), &upper(x));
         let mut turned = vec![bf16::ZERO; x.len()];
         let columns = rows;
         turn(&PlainRows { weight, columns }, input, 0, &mut turned);
+        let mut y = vec![T::default(); output * input];
         if let Some(inputs) = Inputs::on(isa, &turned, rows) {
             inputs.of_pairs(&gradient, &mut y);
         }
         return y;
     }
-    let (gradient, x) = (singles(gradient), singles(x));
+    let height = match T::as_singles(gradient) {
+        Some(_) => output,
+        None => WIDENED / input.max(1),
+    };
+    let block = height.max(1) * rows;
+    let [gradient, x] = [gradient, x].map(|numbers| match T::as_singles(numbers) {
+        Some(numbers) => Cow::Borrowed(numbers),
+        None => Cow::Owned(singles(numbers)),
+    });
     let x = Operand::new(&x, [input, rows], rows).transposed();
-    let height = (WIDENED / input.max(1)).max(1);
-    let mut sums = vec![0.0; y.len().min(height * input)];
-    for (block, y) in y.chunks_mut((height * input).max(1)).enumerate() {
-        let count = y.len() / input;
-        let gradient = Operand::new(&gradient[block * height * rows..], [count, rows], rows);
-        let sums = &mut sums[..y.len()];
-        multiply_into([gradient, x], (sums, input), false, Parallelism::Rayon(0));
-        rounded(sums, y);
-    }
-    y
+    let products = gradient.chunks(block).map(|gradient| {
+        let count = gradient.len() / rows;
+        let gradient = Operand::new(gradient, [count, rows], rows);
+        let mut sums = vec![0.0; count * input];
+        let to = (&mut sums[..], input);
+        multiply_into([gradient, x], to, false, Parallelism::Rayon(0));
+        T::of_singles(sums)
+    });
+    // As it is, if it is one.
+    products
+        .reduce(|mut all, block| {
+            all.extend(block);
+            all
+        })
+        .unwrap_or_default()
 }
 
 /// Columns of a matrix as rows, from square `first` of every row on.

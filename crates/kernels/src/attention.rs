@@ -1,8 +1,10 @@
 //! Attention without a score matrix.
 
 mod few;
+mod pairs;
 
 pub use few::{Cache, Cached, attention_of_few};
+pub use pairs::attention_of_pairs;
 use pulp::bytemuck::cast_slice_mut;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;

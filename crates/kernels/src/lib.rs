@@ -21,7 +21,9 @@ mod rotary;
 mod split;
 
 pub use activation::{gelu_tanh, swish, swish_product};
-pub use attention::{AttentionSizes, Cache, Cached, attention, attention_of_few};
+pub use attention::{
+    AttentionSizes, Cache, Cached, attention, attention_of_few, attention_of_pairs,
+};
 pub use blocks::{Blocks, Format};
 pub use columns::write_columns;
 pub use limit::{Limit, Multiplied, limit};

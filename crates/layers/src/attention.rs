@@ -1,6 +1,7 @@
 use burn::tensor::activation::softmax;
 use burn::tensor::backend::Backend;
-use burn::tensor::{DType, Int, Tensor};
+use burn::tensor::{DType, Int, Tensor, TensorData};
+use half::bf16;
 use reroute_kernels::{AttentionSizes, Cache, Cached};
 
 use crate::host::{self, HostTensor, Number};
@@ -120,24 +121,34 @@ fn on_host<B: Backend>(
         keys: key.dims()[2],
     };
     let (dtype, device) = (query.dtype(), query.device());
+    let shape = [sizes.heads * head_dim, queries];
     let query = HostTensor::of(query).packed();
-    let query = query.singles()?;
     let [key, value] = [key, value].map(HostTensor::of);
     let context = match queries {
         0..MANY => {
             let cache = (cached(&key, &value).map(Cache::F32))
                 .or_else(|| cached(&key, &value).map(Cache::F16))
                 .or_else(|| cached(&key, &value).map(Cache::BF16))?;
-            reroute_kernels::attention_of_few(&query, cache, sizes, causal)
+            reroute_kernels::attention_of_few(&query.singles()?, cache, sizes, causal)
         }
         _ => {
             // Parts of a cache that has room for more, or of a tower's segments.
-            let [key, value] = [key, value].map(HostTensor::packed);
-            reroute_kernels::attention(&query, &key.singles()?, &value.singles()?, sizes, causal)
+            let x = [query, key.packed(), value.packed()];
+            if let Some(context) = of_pairs(&x, sizes, causal) {
+                let context = TensorData::new(context, shape);
+                return Some(Tensor::from_data(context, (&device, dtype)));
+            }
+            let [query, key, value] = x.each_ref().map(HostTensor::singles);
+            reroute_kernels::attention(&query?, &key?, &value?, sizes, causal)
         }
     };
-    let shape = [sizes.heads * head_dim, queries];
     Some(host::tensor(context, shape, dtype, &device))
+}
+
+/// The same of bf16, where the processor multiplies that.
+fn of_pairs(x: &[HostTensor; 3], sizes: AttentionSizes, causal: bool) -> Option<Vec<bf16>> {
+    let [query, key, value] = x.each_ref().map(HostTensor::slice);
+    reroute_kernels::attention_of_pairs(query?, key?, value?, sizes, causal)
 }
 
 /// Both where they lie, if they are numbers of this type.

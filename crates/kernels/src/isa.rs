@@ -22,9 +22,9 @@ use std::sync::OnceLock;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx2::Bytes;
 #[cfg(not(target_arch = "x86_64"))]
-pub(crate) use elsewhere::{Bytes, Loop, amx, avx512};
+pub(crate) use elsewhere::{Bytes, Loop, amx, avx512, clock};
 #[cfg(target_arch = "x86_64")]
-pub(crate) use limit::Loop;
+pub(crate) use limit::{Loop, clock};
 
 use crate::limit::Multiplied;
 use crate::product::layout::Sums;

@@ -26,7 +26,7 @@ pub use attention::{
 };
 pub use blocks::{Blocks, Format};
 pub use columns::write_columns;
-pub use limit::{Limit, Multiplied, limit};
+pub use limit::{Limit, Multiplied, Reading, limit};
 pub use norm::{layer_norm, rms_norm};
 pub use precision::{Number, narrow, widen};
 pub use product::{Inputs, WIDENED, Weight, matrix_vector};

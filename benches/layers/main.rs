@@ -3,6 +3,7 @@
 //!
 //! - `cargo bench -p benches`: prefill, decode, vision, sizes; about half an hour on two cores.
 //! - `cargo bench -p benches -- scenes`: accuracy, drift and times of every method on the built-in model.
+//! - `cargo bench -p benches -- precision`: what types of fewer bits cost in accuracy there.
 //! - `cargo bench -p benches -- sessions`: requests at once, on the built-in model or any checkpoint.
 //! - `cargo bench -p benches -- decode --rounds 3`: some of it; `--help` lists the rest.
 //! - `cargo test -p benches`: everything once in every type of the backend, at toy shapes, in seconds.
@@ -13,6 +14,7 @@ mod ops;
 mod options;
 mod peak;
 mod peer;
+mod precision;
 mod prefill;
 mod reference;
 mod report;
@@ -130,6 +132,7 @@ fn measure_section(
 ) -> anyhow::Result<Value> {
     match section {
         Section::Scenes => return Ok(json!(scenes::run(device, options)?)),
+        Section::Precision => return Ok(json!(precision::run(device, options)?)),
         Section::Sessions => return Ok(json!(sessions::run(device, options)?)),
         Section::Vision => return vision::run(model, peak, device, options),
         Section::Training => return Ok(json!(training::run(model, device, options)?)),

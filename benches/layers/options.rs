@@ -20,7 +20,7 @@ const MIN_LAYERS: u64 = 7;
 #[derive(Debug, Parser)]
 #[command(name = "cargo bench -p benches --")]
 pub struct Options {
-    /// What to measure; all but `scenes`, `sessions`, `ops`, `training` and `peer` if nothing is said.
+    /// What to measure; all but `scenes`, `precision`, `sessions`, `ops`, `training` and `peer` if nothing is said.
     #[arg(value_enum)]
     sections: Vec<Section>,
     /// Layer shapes: `llava` (LLaVA-1.5-7B), `qwen` (Qwen2.5-VL-7B), or a folder with a config.json.
@@ -105,6 +105,8 @@ impl Type {
 pub enum Section {
     /// Accuracy, drift and times of every method on the scenes of the built-in model.
     Scenes,
+    /// What types of fewer bits cost in accuracy there.
+    Precision,
     /// Requests at once, on the built-in model or a checkpoint.
     Sessions,
     /// The vision tower.
@@ -163,6 +165,7 @@ impl Options {
                     || !matches!(
                         section,
                         Section::Scenes
+                            | Section::Precision
                             | Section::Sessions
                             | Section::Ops
                             | Section::Training

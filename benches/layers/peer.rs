@@ -10,7 +10,9 @@ use reroute::KvCache;
 use reroute_cli::backend::{self, Backend};
 use serde_json::{Value, json};
 
-use reroute_kernels::{Multiplied, limit};
+use reroute::DecoderLayer;
+use reroute_kernels::{Multiplied, Reading, limit};
+use reroute_layers::{Linears, Weight};
 
 use crate::decode::next_token;
 use crate::options::Type;
@@ -53,34 +55,52 @@ pub fn serve(
             "runs_on": if backend::ON_HOST { "cpu" } else { backend::NAME },
         },
         "first_seconds": deep.first_prefill_seconds,
-        "limits": limits(deep.kind),
+        "weight_bytes": weight_bytes(&deep.decoder.layers()[..layers]),
     });
+    let memory = backend::ON_HOST.then(|| Reading::new(Reading::BYTES));
     writeln!(out, "{hello}")?;
     out.flush()?;
     for line in input.lines() {
         line?;
-        let times = measure(deep, &shallow)?;
+        let mut times = measure(deep, &shallow)?;
+        if let Some(memory) = &memory {
+            times["limits"] = limits(deep.kind, memory);
+        }
         writeln!(out, "{times}")?;
         out.flush()?;
     }
     Ok(())
 }
 
-/// What the processor does at most with numbers of a type, measured now.
-fn limits(kind: Type) -> Value {
+/// Bytes of the linear maps of layers: what a token reads.
+fn weight_bytes(layers: &[DecoderLayer<Backend>]) -> usize {
+    let mut layers = layers.to_vec();
+    let mut found = Vec::new();
+    layers.linears("", &mut found);
+    let bytes = |weight: &Weight<Backend>| match weight {
+        Weight::Float(weight) => weight.lazy_shape().num_elements() * weight.val().dtype().size(),
+        Weight::Coded(coded) => coded.words.lazy_shape().num_elements() * size_of::<u32>(),
+    };
+    found.iter().map(|(_, linear)| bytes(&linear.weight)).sum()
+}
+
+/// What the processor does at most with numbers of a type, and how fast it reads memory, measured now.
+fn limits(kind: Type, memory: &Reading) -> Value {
     let multiplied = match kind {
         Type::F32 | Type::F16 => Multiplied::F32,
         Type::Bf16 => Multiplied::BF16,
         Type::Int8 | Type::Q4 => Multiplied::Bytes,
     };
-    match limit(multiplied).filter(|_| backend::ON_HOST) {
-        Some(limit) => json!({
-            "flops_per_second": limit.operations_per_second,
-            "instruction": limit.instruction,
-            "threads": limit.threads,
-        }),
-        None => Value::Null,
+    let mut limits = json!({"bytes_per_second": memory.bytes_per_second()});
+    if let Some(limit) = limit(multiplied) {
+        let of_cycle = limit.operations_per_second / limit.threads as f64 / limit.clock;
+        limits["flops_per_second"] = json!(limit.operations_per_second);
+        limits["instruction"] = json!(limit.instruction);
+        limits["threads"] = json!(limit.threads);
+        limits["clock"] = json!(limit.clock);
+        limits["flops_per_cycle"] = json!(of_cycle);
     }
+    limits
 }
 
 /// The first times whose differences are positive.

@@ -12,6 +12,7 @@ use rand::{RngExt, SeedableRng};
 use reducers::encoder::{Seen, Tap, Tower, Weights, reduce};
 use reducers::presets::{self, Preset};
 use reducers::{Plan, Schedule};
+use reroute::Decision;
 use reroute_cli::backend::{Backend, Device};
 use reroute_zoo::embedded;
 use reroute_zoo::grounding::iou;
@@ -42,7 +43,8 @@ struct SceneFile {
     r#box: [f64; 4],
 }
 
-struct Scene {
+/// A picture with a question, and where what it asks for is.
+pub struct Scene {
     question: Question,
     /// In shares of the picture.
     truth: [f64; 4],
@@ -98,7 +100,8 @@ pub fn run(device: &Device, options: &Options) -> anyhow::Result<Vec<Row>> {
     Ok(rows)
 }
 
-fn scenes(vlm: &Vlm<Backend>) -> anyhow::Result<Vec<Scene>> {
+/// The scenes of the built-in model.
+pub fn scenes(vlm: &Vlm<Backend>) -> anyhow::Result<Vec<Scene>> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/scenes");
     let lines =
         fs::read_to_string(folder.join("scenes.jsonl")).context("the scenes are missing")?;
@@ -117,19 +120,44 @@ fn scenes(vlm: &Vlm<Backend>) -> anyhow::Result<Vec<Scene>> {
 
 /// What answers to scenes come to.
 #[derive(Default)]
-struct Answers {
+pub struct Answers {
     ious: Vec<f64>,
     vision_seconds: f64,
     prefill_seconds: f64,
+    /// Of every answer.
+    pub tokens: Vec<Vec<u32>>,
+    /// Of all answers.
+    pub decisions: Vec<Decision>,
 }
 
-fn answers(vlm: &Vlm<Backend>, scenes: &[Scene], plan: &Plan) -> anyhow::Result<Answers> {
+impl Answers {
+    /// Whether each scene's box was found.
+    pub fn hits(&self) -> Vec<bool> {
+        self.ious.iter().map(|iou| *iou >= FOUND).collect()
+    }
+
+    pub fn mean_iou(&self) -> f64 {
+        self.ious.iter().sum::<f64>() / self.ious.len() as f64
+    }
+}
+
+/// How many of these hold.
+pub fn share(hits: &[bool]) -> f64 {
+    hits.iter().filter(|hit| **hit).count() as f64 / hits.len() as f64
+}
+
+/// Asks about every scene, a batch at a time.
+pub fn answers(vlm: &Vlm<Backend>, scenes: &[Scene], plan: &Plan) -> anyhow::Result<Answers> {
     let mut all = Answers::default();
     let options = vlm.generation_defaults();
     for batch in scenes.chunks(BATCH) {
         let questions: Vec<Question> = batch.iter().map(|scene| scene.question.clone()).collect();
         let go_on = &mut |_, _| ControlFlow::Continue(());
         let answers = vlm.ask_batch(&questions, plan, &options, go_on)?;
+        all.tokens
+            .extend(answers.iter().map(|it| it.tokens.clone()));
+        let decisions = answers.iter().flat_map(|it| &it.trace.decisions);
+        all.decisions.extend(decisions.cloned());
         all.vision_seconds += answers[0].timings.vision.as_secs_f64();
         all.prefill_seconds += answers[0].timings.prefill.as_secs_f64();
         for (scene, answer) in batch.iter().zip(&answers) {
@@ -193,11 +221,11 @@ fn measure(
     row.kv_bytes_of_dense = cost.total_kv_bytes() as f64 / dense.total_kv_bytes() as f64;
 
     let answers = answers(vlm, scenes, &plan)?;
-    let hits: Vec<bool> = answers.ious.iter().map(|iou| *iou >= FOUND).collect();
+    let hits = answers.hits();
     let count = hits.len() as f64;
-    row.accuracy = hits.iter().filter(|hit| **hit).count() as f64 / count;
+    row.accuracy = share(&hits);
     row.interval = bootstrap(&hits);
-    row.mean_iou = answers.ious.iter().sum::<f64>() / count;
+    row.mean_iou = answers.mean_iou();
     row.vision_ms = answers.vision_seconds * 1e3 / count;
     row.prefill_ms = answers.prefill_seconds * 1e3 / count;
     if let Some(encoder) = &plan.encoder {
@@ -208,7 +236,7 @@ fn measure(
 }
 
 /// The 95 % interval of the share of hits, by resampling scenes.
-fn bootstrap(hits: &[bool]) -> [f64; 2] {
+pub fn bootstrap(hits: &[bool]) -> [f64; 2] {
     let mut random = StdRng::seed_from_u64(SEED);
     let mut shares: Vec<f64> = (0..RESAMPLES)
         .map(|_| {

@@ -1,6 +1,7 @@
 //! A batch is its samples, side by side: none sees another.
 
 use proptest::prelude::*;
+use reroute::PrefillOptions;
 
 use crate::support::{
     Backend, Sample, VOCAB, any_action, are_clear, batch, cases, decode, gap, layout, pack,
@@ -55,6 +56,34 @@ proptest! {
                 let difference = gap(&together[of_sample.clone()], alone);
                 assert!(difference < TOLERANCE, "sample {index}, decoding: {difference}");
             }
+        }
+    }
+
+    /// Rows that nobody asks for go no further than keys and values in the last layer, which changes
+    /// nothing but the order of sums.
+    #[test]
+    fn the_last_layer_takes_only_asked_rows_all_the_way(
+        case in batch(any_action(), samples()),
+        tokens in prop::collection::vec(0..VOCAB as u32, 0..4),
+    ) {
+        let (decoder, samples) = (case.decoder::<Backend>(), case.samples());
+        let mut all = prefill(&decoder, &samples, &case.schedule);
+        assert_eq!(all.trace.queries, all.trace.rows);
+        let options = PrefillOptions::default();
+        let mut asked = decoder.prefill(&pack(&samples), &case.schedule, options).unwrap();
+        assert_eq!(asked.trace.rows, all.trace.rows);
+        assert_eq!(asked.trace.decisions, all.trace.decisions);
+        let (last, others) = asked.trace.queries.split_last().unwrap();
+        assert_eq!(others, &asked.trace.rows[..others.len()]);
+        assert_eq!(last, &vec![1; samples.len()]);
+        for sample in 0..samples.len() {
+            assert_eq!(asked.cache.lengths(sample), all.cache.lengths(sample));
+        }
+        assert!(gap(&values(asked.logits.clone()), &values(all.logits.clone())) < TOLERANCE);
+        let decoded = decode(&decoder, &mut asked, &tokens);
+        let expected = decode(&decoder, &mut all, &tokens);
+        for (decoded, expected) in decoded.iter().zip(&expected) {
+            assert!(gap(decoded, expected) < TOLERANCE);
         }
     }
 

@@ -7,7 +7,7 @@ use reroute::{Decoder, Prefill, PrefillOptions};
 use crate::reference::Reference;
 use crate::support::{
     Backend, Case, Sample, VOCAB, any_action, are_clear, batch, case, cases, decode, distance, gap,
-    layout, pack, prefill, prefill_one, selections, values,
+    layout, pack, prefill, selections, values,
 };
 
 /// Logits of a continued and of a fresh prefill may differ by the order of a sum.
@@ -267,7 +267,7 @@ fn a_cache_that_does_not_fit_is_refused() {
         // An empty one is a fresh start.
         let cache = reroute::KvCache::new(case.config.num_layers, 1).unwrap();
         let fresh = decoder.resume(cache, &prompt, &case.schedule, options).unwrap();
-        let expected = prefill_one(&decoder, &sample, &case.schedule);
+        let expected = decoder.prefill(&prompt, &case.schedule, options).unwrap();
         assert_eq!(values(fresh.logits), values(expected.logits));
     });
 }

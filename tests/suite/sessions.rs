@@ -306,11 +306,12 @@ fn side_by_side_only_rounding_depends_on_the_others() {
                 off = off.max(most / largest);
             }
         }
-        // Found on flex: 4.3e-7, 0, 0. In half precision a sum that is rounded otherwise is a last place off.
+        // A single row is summed in another order than one of several. In half precision a sum that is rounded
+        // otherwise is a last place off, and in bf16, with three digits fewer, what is made of it a second one.
         let bound = match dtype {
             DType::F32 => 2e-6,
             DType::F16 => 2.0_f32.powi(-10),
-            _ => 2.0_f32.powi(-7),
+            _ => 2.0_f32.powi(-6),
         };
         assert!(off <= bound, "{dtype:?}: {off:e}");
     }

@@ -69,9 +69,11 @@ pub struct Args {
     /// Weights that `sessions` runs on, instead of the built-in model's.
     #[arg(long, value_name = "DIR", value_parser = model)]
     checkpoint: Option<String>,
-    /// What to measure: prefill, decode, vision, sizes (together the default), scenes, sessions, ops, training;
-    /// `peer` for `--compare` alone.
-    #[arg(value_parser = ["prefill", "decode", "vision", "sizes", "scenes", "sessions", "ops", "training", "peer"])]
+    /// What to measure: prefill, decode, vision, sizes (together the default), scenes, precision, sessions, ops,
+    /// training; `peer` for `--compare` alone.
+    #[arg(value_parser = [
+        "prefill", "decode", "vision", "sizes", "scenes", "precision", "sessions", "ops", "training", "peer",
+    ])]
     sections: Vec<String>,
 }
 
@@ -105,7 +107,7 @@ pub fn run(args: &Args, root: &Path) -> anyhow::Result<()> {
     };
     let dtype = args.dtype.join(" ");
     let what = match measured[..] {
-        ["scenes"] => vec!["scenes"],
+        [built_in @ ("scenes" | "precision")] => vec![built_in],
         ["sessions"] => vec![
             "sessions",
             args.checkpoint.as_deref().map_or("", name),

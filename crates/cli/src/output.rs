@@ -137,9 +137,10 @@ pub(crate) fn turn_summary(vlm: &Vlm<Backend>, plan: &Plan, answer: &Answer) -> 
 /// Floating-point operations of the rows that the layers computed in this turn.
 fn turn_flops(vlm: &Vlm<Backend>, answer: &Answer) -> f64 {
     let shape = vlm.config().decoder().shape();
-    let layers = answer.trace.rows.iter().zip(&answer.kv_rows);
+    let trace = &answer.trace;
+    let layers = trace.rows.iter().zip(&trace.queries).zip(&answer.kv_rows);
     layers
-        .map(|(rows, &keys)| shape.continued_layer_flops(rows[0], keys))
+        .map(|((rows, queries), &keys)| shape.partial_layer_flops(rows[0], queries[0], keys))
         .sum()
 }
 
@@ -195,6 +196,8 @@ pub(crate) fn answer_json(vlm: &Vlm<Backend>, plan: &Plan, answer: &Answer) -> V
         "decisions": decisions.collect::<Vec<_>>(),
         "flops": cost.total_flops(),
         "dense_flops": dense.total_flops(),
+        "published_flops": cost.published_flops(),
+        "dense_published_flops": dense.published_flops(),
         "kv_bytes": answer.kv_bytes.iter().sum::<u64>(),
         "dense_kv_bytes": dense.total_kv_bytes(),
         "seconds": {

@@ -127,6 +127,7 @@ impl Planned {
             "keep_counts": self.keep_counts,
             "average_visual_tokens": self.cost.average_tokens(),
             "flops": self.cost.total_flops(),
+            "published_flops": self.cost.published_flops(),
             "scorer_flops": self.cost.total_scorer_flops(),
             "kv_bytes": self.cost.total_kv_bytes(),
             "speedup_ceiling": self.cost.speedup_ceiling(dense),

@@ -2,9 +2,11 @@
 
 mod few;
 mod gradient;
+mod pairs;
 
 pub use few::{Cache, Cached, attention_of_few};
 pub use gradient::attention_gradient;
+pub use pairs::attention_of_pairs;
 use pulp::bytemuck::cast_slice_mut;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;

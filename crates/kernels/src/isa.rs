@@ -22,11 +22,12 @@ use std::sync::OnceLock;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx2::Bytes;
 #[cfg(not(target_arch = "x86_64"))]
-pub(crate) use elsewhere::{Bytes, Loop, amx, avx512};
+pub(crate) use elsewhere::{Bytes, Loop, amx, avx512, clock};
 #[cfg(target_arch = "x86_64")]
-pub(crate) use limit::Loop;
+pub(crate) use limit::{Loop, clock};
 
 use crate::limit::Multiplied;
+use crate::product::layout::Sums;
 
 /// What multiplies bf16.
 #[derive(Debug, Clone, Copy)]
@@ -125,4 +126,11 @@ pub(crate) fn prefetch<T>(numbers: &[T], index: usize) {
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = (numbers, index);
+}
+
+/// The numbers of tiles, row by row.
+pub(crate) fn numbers<const ROWS: usize>(tiles: &mut [Sums<ROWS>]) -> &mut [f32] {
+    let count = size_of_val(tiles) / size_of::<f32>();
+    // SAFETY: tiles are rows of numbers and nothing else: a row is as long as their alignment, or twice.
+    unsafe { std::slice::from_raw_parts_mut(tiles.as_mut_ptr().cast(), count) }
 }

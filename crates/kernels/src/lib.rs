@@ -25,10 +25,11 @@ pub use activation::{
 };
 pub use attention::{
     AttentionSizes, Cache, Cached, attention, attention_gradient, attention_of_few,
+    attention_of_pairs,
 };
 pub use blocks::{Blocks, Format};
 pub use columns::write_columns;
-pub use limit::{Limit, Multiplied, limit};
+pub use limit::{Limit, Multiplied, Reading, limit};
 pub use norm::{layer_norm, layer_norm_gradient, rms_norm, rms_norm_gradient};
 pub use precision::{Number, narrow, widen};
 pub use product::{Inputs, WIDENED, Weight, matrix_vector, product_with_transposed};

@@ -2,7 +2,10 @@
 
 use std::time::{Duration, Instant};
 
+use rayon::prelude::*;
+
 use crate::isa;
+use crate::split::reading;
 
 /// What numbers are multiplied as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,6 +27,9 @@ pub struct Limit {
     pub operations_per_second: f64,
     /// Threads that did it.
     pub threads: usize,
+    /// Cycles a second of a thread meanwhile, measured by additions of which each waits for the one before:
+    /// with `operations_per_second` it says how many operations a cycle does.
+    pub clock: f64,
 }
 
 /// Measures for about a fifth of a second; `None` where it is not known with which instruction.
@@ -38,13 +44,59 @@ pub fn limit(of: Multiplied) -> Option<Limit> {
             work.run(ROUNDS);
             rounds += ROUNDS;
         }
-        rounds as f64 / started.elapsed().as_secs_f64()
+        let rate = rounds as f64 / started.elapsed().as_secs_f64();
+        (rate, isa::clock())
     });
+    let threads = counts.len();
+    let (rates, clocks): (Vec<f64>, Vec<f64>) = counts.into_iter().unzip();
     Some(Limit {
         instruction: work.instruction,
-        operations_per_second: counts.iter().sum::<f64>() * work.operations,
-        threads: counts.len(),
+        operations_per_second: rates.iter().sum::<f64>() * work.operations,
+        threads,
+        clock: clocks.iter().sum::<f64>() / threads as f64,
     })
+}
+
+/// Numbers in memory, far more than caches hold, to measure how fast all threads together read them.
+pub struct Reading(Vec<f32>);
+
+impl Reading {
+    /// 2 GiB.
+    pub const BYTES: usize = 2 << 30;
+
+    /// So many bytes.
+    pub fn new(bytes: usize) -> Self {
+        let mut numbers = vec![0.0; (bytes / size_of::<f32>()).max(1)];
+        // Pages that nobody has written are all the same page of zeros.
+        numbers.par_chunks_mut(PART).for_each(|part| part.fill(1.0));
+        Self(numbers)
+    }
+
+    /// Bytes a second: of the sum of all numbers, once.
+    pub fn bytes_per_second(&self) -> f64 {
+        let started = Instant::now();
+        let sums = self.0.par_chunks(PART);
+        let sum: f64 = sums.map(|part| reading().dispatch(|| sum(part))).sum();
+        let elapsed = started.elapsed().as_secs_f64();
+        std::hint::black_box(sum);
+        (self.0.len() * size_of::<f32>()) as f64 / elapsed
+    }
+}
+
+/// Numbers that a thread takes at a time (4 MiB).
+const PART: usize = 1 << 20;
+
+/// In eight registers, so that no sum waits for another.
+#[inline(always)]
+fn sum(numbers: &[f32]) -> f64 {
+    let mut sums = [0.0; 64];
+    let (whole, rest) = numbers.as_chunks::<64>();
+    for numbers in whole {
+        for (sum, x) in sums.iter_mut().zip(numbers) {
+            *sum += x;
+        }
+    }
+    f64::from(sums.iter().chain(rest).sum::<f32>())
 }
 
 #[cfg(test)]
@@ -56,7 +108,15 @@ mod tests {
         for of in [Multiplied::F32, Multiplied::BF16, Multiplied::Bytes] {
             if let Some(limit) = limit(of) {
                 assert!(limit.operations_per_second > 1e9, "{limit:?}");
+                assert!((1e8..1e11).contains(&limit.clock), "{limit:?}");
             }
         }
+    }
+
+    #[test]
+    fn reading_takes_time() {
+        let rate = Reading::new(64 << 20).bytes_per_second();
+        assert!((1e8..1e13).contains(&rate), "{rate}");
+        assert_eq!(sum(&[1.0; 131]), 131.0);
     }
 }

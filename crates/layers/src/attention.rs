@@ -1,6 +1,7 @@
 use burn::tensor::activation::softmax;
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Int, Tensor, TensorData};
+use half::bf16;
 use reroute_kernels::{AttentionSizes, Cache, Cached};
 
 use crate::gradient::{Operation, Unranked, flat, run};
@@ -133,23 +134,26 @@ impl Operation<3> for Attend {
         let query = query.ranked::<4>();
         let (dtype, device) = (query.dtype(), query.device());
         let query = HostTensor::of(&query).packed();
-        let query = query.singles()?;
+        let shape = [sizes.heads * sizes.head_dim, sizes.queries];
         let [key, value] = [key, value].map(|x| HostTensor::of(&x.ranked::<3>()));
         let context = match sizes.queries {
             0..MANY => {
                 let cache = (cached(&key, &value).map(Cache::F32))
                     .or_else(|| cached(&key, &value).map(Cache::F16))
                     .or_else(|| cached(&key, &value).map(Cache::BF16))?;
-                reroute_kernels::attention_of_few(&query, cache, sizes, causal)
+                reroute_kernels::attention_of_few(&query.singles()?, cache, sizes, causal)
             }
             _ => {
                 // Parts of a cache that has room for more, or of a tower's segments.
-                let [key, value] = [key, value].map(HostTensor::packed);
-                let (key, value) = (key.singles()?, value.singles()?);
-                reroute_kernels::attention(&query, &key, &value, sizes, causal)
+                let x = [query, key.packed(), value.packed()];
+                if let Some(context) = of_pairs(&x, sizes, causal) {
+                    let context = TensorData::new(context, shape);
+                    return Some(Tensor::<B, 2>::from_data(context, (&device, dtype)).into());
+                }
+                let [query, key, value] = x.each_ref().map(HostTensor::singles);
+                reroute_kernels::attention(&query?, &key?, &value?, sizes, causal)
             }
         };
-        let shape = [sizes.heads * sizes.head_dim, sizes.queries];
         Some(host::tensor::<B, 2>(context, shape, dtype, &device).into())
     }
 
@@ -169,6 +173,12 @@ impl Operation<3> for Attend {
         reroute_kernels::attention_gradient(&query, &key, &value, &gradient, sizes, causal)
             .map(|numbers| Some(flat(numbers)))
     }
+}
+
+/// The same of bf16, where the processor multiplies that.
+fn of_pairs(x: &[HostTensor; 3], sizes: AttentionSizes, causal: bool) -> Option<Vec<bf16>> {
+    let [query, key, value] = x.each_ref().map(HostTensor::slice);
+    reroute_kernels::attention_of_pairs(query?, key?, value?, sizes, causal)
 }
 
 /// Both where they lie, if they are numbers of this type.

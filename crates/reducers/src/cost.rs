@@ -6,6 +6,9 @@
 //! decoder's layers are: no vision tower, no projector, no `lm_head`. Other papers count
 //! multiply-adds, or visual tokens only; do not compare across conventions.
 //!
+//! In the last layer only the row whose logits are asked for goes past keys and values, which changes no
+//! number. Papers count all rows there: what they would publish is a figure of its own.
+//!
 //! Symbols below: `d` hidden size, `H` query heads, `H_kv` key-value heads, `d_h` channels of a
 //! head, `m` width of the feed-forward, `n` rows a layer works on (text and visual).
 
@@ -33,16 +36,19 @@ impl DecoderShape {
     /// Floating-point operations of one layer on `rows` rows:
     /// `2n·(2·d·H·d_h + 2·d·H_kv·d_h + 3·d·m) + 4·n²·H·d_h`.
     pub fn layer_flops(&self, rows: usize) -> f64 {
-        self.continued_layer_flops(rows, rows)
+        self.partial_layer_flops(rows, rows, rows)
     }
 
-    /// Floating-point operations of one layer on `rows` rows that see `keys` rows, themselves and
-    /// those an earlier turn has cached: `2n·(2·d·H·d_h + 2·d·H_kv·d_h + 3·d·m) + 4·n·keys·H·d_h`.
-    pub fn continued_layer_flops(&self, rows: usize, keys: usize) -> f64 {
-        let n = rows as f64;
-        let projections = 2.0 * self.d() * (self.query_width() + self.key_width());
+    /// Floating-point operations of one layer that makes keys and values of `rows` rows `n`, of which
+    /// `queries` rows `q` go further and see `keys` rows, those an earlier turn has cached among them:
+    /// `2n·2·d·H_kv·d_h + 2q·(2·d·H·d_h + 3·d·m) + 4·q·keys·H·d_h`.
+    pub fn partial_layer_flops(&self, rows: usize, queries: usize, keys: usize) -> f64 {
+        let (n, q) = (rows as f64, queries as f64);
+        let keys_values = 2.0 * self.d() * self.key_width();
+        let others = 2.0 * self.d() * self.query_width();
         let feed_forward = 3.0 * self.d() * self.intermediate_size as f64;
-        2.0 * n * (projections + feed_forward) + 4.0 * n * keys as f64 * self.query_width()
+        let attention = 4.0 * q * keys as f64 * self.query_width();
+        2.0 * n * keys_values + 2.0 * q * (others + feed_forward) + attention
     }
 
     /// Floating-point operations the *reference* implementation of Reroute spends on one decision
@@ -108,6 +114,8 @@ pub struct Cost {
     pub rows: Vec<usize>,
     /// Floating-point operations of each layer, decisions not included.
     pub layer_flops: Vec<f64>,
+    /// The same as papers count them: all rows of the last layer, too, go all the way.
+    pub published_layer_flops: Vec<f64>,
     /// Floating-point operations of the decision at each layer; 0 where none is taken.
     pub scorer_flops: Vec<f64>,
     /// Bytes of keys and values each layer caches.
@@ -152,9 +160,16 @@ impl Cost {
             Some(keys + stage.score.flops(shape, pool))
         };
 
+        let published = rows.iter().map(|&rows| shape.layer_flops(rows));
+        let published_layer_flops: Vec<f64> = published.collect();
+        let mut layer_flops = published_layer_flops.clone();
+        if let (Some(last), Some(&rows)) = (layer_flops.last_mut(), rows.last()) {
+            *last = shape.partial_layer_flops(rows, rows.min(1), rows);
+        }
         Self {
             text_tokens,
-            layer_flops: rows.iter().map(|&rows| shape.layer_flops(rows)).collect(),
+            layer_flops,
+            published_layer_flops,
             scorer_flops: (0..rows.len())
                 .map(|layer| decision(layer).unwrap_or(0.0))
                 .collect(),
@@ -179,6 +194,11 @@ impl Cost {
     /// Floating-point operations of layers and decisions.
     pub fn total_flops(&self) -> f64 {
         self.total_layer_flops() + self.total_scorer_flops()
+    }
+
+    /// The same as papers count them ([`published_layer_flops`](Self::published_layer_flops)).
+    pub fn published_flops(&self) -> f64 {
+        self.published_layer_flops.iter().sum::<f64>() + self.total_scorer_flops()
     }
 
     /// Bytes of keys and values over all layers.
@@ -227,6 +247,30 @@ mod tests {
             .sum();
         let attention = 2 * (2 * 2 * 3 * 3 * 4); // two products, two heads
         assert_eq!(TOY.layer_flops(3), (linear + attention) as f64);
+    }
+
+    #[test]
+    fn the_last_layer_takes_one_row_all_the_way() {
+        let cost = Cost::of(&TOY, &Schedule::dense(), 10, 5, 2);
+        let products = |outputs: &[(usize, usize)]| -> usize {
+            outputs
+                .iter()
+                .map(|(inputs, outputs)| 2 * inputs * outputs)
+                .sum()
+        };
+        let keys_values = 15 * products(&[(8, 4), (8, 4)]);
+        let others = products(&[(8, 8), (8, 8), (8, 16), (8, 16), (16, 8)]);
+        let attention = 2 * (2 * 2 * 15 * 4);
+        let last = (keys_values + others + attention) as f64;
+        assert_eq!(cost.layer_flops[3], last);
+        assert_eq!(cost.layer_flops[..3], cost.published_layer_flops[..3]);
+        assert_eq!(cost.published_layer_flops, [TOY.layer_flops(15); 4]);
+        let saved = TOY.layer_flops(15) - last;
+        assert_eq!(cost.published_flops() - cost.total_flops(), saved);
+        assert_eq!(
+            Cost::of(&TOY, &Schedule::dense(), 0, 0, 2).layer_flops,
+            [0.0; 4]
+        );
     }
 
     #[test]

@@ -97,13 +97,13 @@ impl<B: Backend> SelfAttention<B> {
         self.v_proj.forward(normed)
     }
 
-    /// Appends the keys and values of each run to the cache, and attends from its rows to all that the
+    /// Appends the keys and values of each run to the cache, and attends from its queries to all that the
     /// cache then holds of its sample.
     ///
     /// # Shapes
-    /// - `queries`: `[num_attention_heads · head_dim, rows]`, rotated
+    /// - `queries`: `[num_attention_heads · head_dim, queries]`, rotated
     /// - `keys_values`: `[num_key_value_heads · head_dim, rows]` each, the keys rotated
-    /// - returns `[num_attention_heads · head_dim, rows]`
+    /// - returns `[num_attention_heads · head_dim, queries]`
     pub(crate) fn attend(
         &self,
         queries: Tensor<B, 2>,
@@ -116,7 +116,7 @@ impl<B: Backend> SelfAttention<B> {
         let group = queries.dims()[0] / (self.num_key_value_heads * self.head_dim);
         let mut context = |run: &Run, queries: Tensor<B, 2>, own| {
             let [keys, values] = cache.append(run, own)?;
-            let rows = run.packed.len();
+            let rows = run.queries.len();
             let queries = queries.reshape([self.num_key_value_heads, group, self.head_dim, rows]);
             Ok(attention(queries, keys, values, causal))
         };
@@ -126,6 +126,7 @@ impl<B: Backend> SelfAttention<B> {
         let contexts = runs.iter().map(|run| {
             let (start, rows) = (run.packed.start, run.packed.len());
             let own = keys_values.clone().map(|x| x.narrow(2, start, rows));
+            let (start, rows) = (run.queries.start, run.queries.len());
             context(run, queries.clone().narrow(1, start, rows), own)
         });
         let contexts: Result<Vec<_>, RerouteError> = contexts.collect();

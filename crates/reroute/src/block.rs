@@ -53,11 +53,13 @@ impl<B: Backend> DecoderLayer<B> {
         }
     }
 
-    /// The layer itself: every run attends to what the cache holds of its sample, itself included.
+    /// The layer itself: every run attends to what the cache holds of its sample, itself included. Only
+    /// the rows that are queries go past keys and values.
     ///
     /// # Shapes
-    /// - `queries`: `[num_attention_heads · head_dim, rows]`, rotated, of the rows of `input`
-    /// - returns `[hidden_size, rows]`
+    /// - `input`: hidden states of the queries, all else of all rows
+    /// - `queries`: `[num_attention_heads · head_dim, queries]`, rotated
+    /// - returns `[hidden_size, queries]`
     pub(crate) fn forward(
         &self,
         input: Routed<B>,
@@ -107,6 +109,8 @@ pub(crate) struct Run {
     pub(crate) sample: usize,
     /// Where they stand.
     pub(crate) packed: Range<usize>,
+    /// Where those of them stand that are queries, among all queries: the last ones of the run.
+    pub(crate) queries: Range<usize>,
     /// The same, numbered within the sample.
     pub(crate) rows: Vec<usize>,
 }

@@ -476,6 +476,7 @@ mod tests {
             let run = Run {
                 sample: 0,
                 packed: 0..rows.len(),
+                queries: 0..rows.len(),
                 rows: rows.collect(),
             };
             let new = [number.clone(), number];
@@ -506,6 +507,7 @@ mod tests {
             let run = Run {
                 sample: 0,
                 packed: 0..1,
+                queries: 0..1,
                 rows: vec![row],
             };
             let new = [number.clone(), number];

@@ -323,6 +323,7 @@ fn runs(tokens: &[(usize, u32)], rows: &[usize]) -> Vec<Run> {
         Run {
             sample: tokens[0].0,
             rows: rows[packed.clone()].to_vec(),
+            queries: packed.clone(),
             packed,
         }
     };

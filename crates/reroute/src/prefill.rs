@@ -6,6 +6,7 @@ use reducers::{Schedule, Scorer};
 use reroute_layers::{CausalMask, indices};
 use tracing::Span;
 
+use crate::block::Run;
 use crate::pool::Past;
 use crate::{Decoder, KvCache, Prompt, RerouteError, Router, RoutingTrace};
 
@@ -84,15 +85,23 @@ impl<'a, B: Backend> Prefilling<'a, B> {
         let (router, cache) = (&mut self.router, &mut self.cache);
         let hidden_states = self.hidden_states.clone();
         let mut input = router.enter(index, hidden_states, cache, scorer)?;
-        let queries = layer
-            .self_attn
-            .queries(input.normed.clone(), router.active_rope());
-        router.executed(index, &queries);
-        let runs = router.runs();
-        let rows = runs.iter().map(|run| run.rows.len()).collect();
-        self.trace.rows.push(rows);
         self.trace.decisions.append(&mut input.decisions);
         cache.lower(index, router.lowered());
+        let is_last = index + 1 == self.decoder.layers().len();
+        let (asking, runs) = match is_last && !observe {
+            true => {
+                let normed = input.normed.clone();
+                let ([left, asking], runs) = router.keep_last(input.hidden_states, normed);
+                input.hidden_states = left;
+                (asking, runs)
+            }
+            false => (input.normed.clone(), router.runs()),
+        };
+        let queries = layer.self_attn.queries(asking, router.active_rope());
+        router.executed(index, &queries);
+        let count = |of: &dyn Fn(&Run) -> usize| runs.iter().map(of).collect();
+        self.trace.rows.push(count(&|run| run.rows.len()));
+        self.trace.queries.push(count(&|run| run.queries.len()));
         let mask = Some(&self.mask);
         let output = layer.forward(input, queries, &runs, cache.layer(index), mask)?;
         if observe {

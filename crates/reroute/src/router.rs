@@ -188,6 +188,7 @@ impl<'a, B: Backend> Router<'a, B> {
             Run {
                 sample,
                 rows: rows.map(|row| row - start).collect(),
+                queries: packed.clone(),
                 packed,
             }
         };
@@ -277,6 +278,29 @@ impl<'a, B: Backend> Router<'a, B> {
             Some(_) => hidden_states.select(1, indices(&active, &device)),
             None => hidden_states,
         }
+    }
+
+    /// Goes on with the last row of each sample alone, whose keys and values the layer has. For the last
+    /// layer: nothing else of what leaves it is asked for.
+    ///
+    /// # Shapes
+    /// - `hidden_states`, `normed`: `[hidden_size, active rows]`
+    /// - returns the same of the rows that are left, and the runs that they are queries of
+    pub(crate) fn keep_last(
+        &mut self,
+        hidden_states: Tensor<B, 2>,
+        normed: Tensor<B, 2>,
+    ) -> ([Tensor<B, 2>; 2], Vec<Run>) {
+        let mut runs = self.runs();
+        let last: Vec<usize> = runs.iter().map(|run| run.packed.end - 1).collect();
+        for (at, run) in runs.iter_mut().enumerate() {
+            run.queries = at..at + 1;
+        }
+        self.active = last.iter().map(|&at| self.active[at]).collect();
+        let last = indices(&last, &normed.device());
+        self.active_rope = self.active_rope.select(last.clone());
+        let kept = [hidden_states, normed].map(|x| x.select(1, last.clone()));
+        (kept, runs)
     }
 
     /// Remembers the queries of layer `index` if the next decision ranks by them.

@@ -3,8 +3,11 @@
 pub struct RoutingTrace {
     /// Decisions in order of layer, then sample. Samples without visual tokens have none.
     pub decisions: Vec<Decision>,
-    /// Rows that each layer processed: `[layers][samples]`.
+    /// Rows that each layer made keys and values of: `[layers][samples]`.
     pub rows: Vec<Vec<usize>>,
+    /// Those of them that went past keys and values: all, but in the last layer the last row of each
+    /// sample, whose logits are asked for; `[layers][samples]`.
+    pub queries: Vec<Vec<usize>>,
 }
 
 /// One sample's selection at one decision layer.

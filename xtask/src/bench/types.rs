@@ -54,21 +54,40 @@ impl Answers {
         report
     }
 
-    /// FLOPs of the products as a share of those that the machine could have done in the time: by the
-    /// limit that a round states, or else the hello.
+    /// What a round takes at least as a share of what it took: `least` says seconds, from what the machine
+    /// does at most by the limits that the round states, or else the hello.
+    fn share(&self, quantity: &str, least: impl Fn(&Value) -> Option<f64>) -> Option<f64> {
+        let rounds = self.rounds.iter().skip(1);
+        let shares = rounds.map(|round| {
+            let limits = [&round["limits"], &self.hello["limits"]];
+            let least = limits.into_iter().find_map(&least)?;
+            Some(least / (round[quantity].as_f64()? / 1e3))
+        });
+        let shares: Option<Vec<f64>> = shares.collect();
+        shares.and_then(|shares| finite(median(shares)))
+    }
+
+    /// FLOPs of the products as a share of those that the machine could have done in the time.
     fn share_of_limit(&self) -> Option<f64> {
         let flops = product_flops(&self.hello["shape"])?;
-        let limit = |of: &Value| of["limits"]["flops_per_second"].as_f64();
-        let shares: Option<Vec<f64>> = self
-            .rounds
-            .iter()
-            .skip(1)
-            .map(|round| {
-                let limit = limit(round).or_else(|| limit(&self.hello))?;
-                Some(flops / (round["prefill_ms"].as_f64()? / 1e3) / limit)
-            })
-            .collect();
-        shares.and_then(|shares| finite(median(shares)))
+        self.share("prefill_ms", |limits| {
+            Some(flops / limits["flops_per_second"].as_f64()?)
+        })
+    }
+
+    /// Bytes of the weights as a share of those that the machine could have read in a token's time.
+    fn share_of_bandwidth(&self) -> Option<f64> {
+        let bytes = self.hello["weight_bytes"].as_f64()?;
+        self.share("decode_ms", |limits| {
+            Some(bytes / limits["bytes_per_second"].as_f64()?)
+        })
+    }
+
+    /// The limits of the last round, or of the hello.
+    fn limits(&self) -> &Value {
+        let last = self.rounds.last().map(|round| &round["limits"]);
+        last.filter(|limits| !limits.is_null())
+            .unwrap_or(&self.hello["limits"])
     }
 }
 
@@ -155,7 +174,8 @@ pub fn report(dtype: &str, ours: Option<&Answers>, others: &[&Answers], notes: &
         "decode_best": name_of(best("decode_ms")),
         "decode_ratio_to_best": ratio_of(best("decode_ms")),
         "share_of_limit": ours.and_then(Answers::share_of_limit),
-        "limits": ours.map(|ours| ours.hello["limits"].clone()),
+        "decode_share_of_bandwidth": ours.and_then(Answers::share_of_bandwidth),
+        "limits": ours.map(|ours| ours.limits().clone()),
         "said": hellos,
         "rounds": rounds,
         "notes": notes,
@@ -234,6 +254,12 @@ pub fn print(found: &Value) {
             "products at {:.0} % of the limit: {}",
             100.0 * share,
             found["limits"]
+        );
+    }
+    if let Some(share) = found["decode_share_of_bandwidth"].as_f64() {
+        println!(
+            "a token reads weights at {:.0} % of the bandwidth",
+            100.0 * share
         );
     }
     if let Some(reason) = found["reason"].as_str() {
@@ -357,9 +383,15 @@ mod tests {
         ours.hello["limits"] = json!({"flops_per_second": flops, "instruction": "vdpbf16ps"});
         assert_eq!(share(&ours), 1.0);
         for round in 1..=3 {
-            ours.rounds[round]["limits"] = json!({"flops_per_second": 2.0 * flops});
+            ours.rounds[round]["limits"] = json!({
+                "flops_per_second": 2.0 * flops, "bytes_per_second": 8e9, "instruction": "vdpbf16ps",
+            });
         }
         assert_eq!(share(&ours), 0.5);
+        // A token in a millisecond.
+        ours.hello["weight_bytes"] = json!(4_000_000);
+        let found_share = found("f32", Some(&ours), &[])["decode_share_of_bandwidth"].clone();
+        assert_eq!(found_share, 0.5);
         let found = found("f32", Some(&ours), &[]);
         assert_eq!(found["limits"]["instruction"], "vdpbf16ps");
     }

@@ -1,6 +1,7 @@
 //! Multiplying as fast as a processor can: one instruction on registers, over and over.
 
 use std::arch::asm;
+use std::time::Instant;
 
 use super::amx;
 
@@ -57,6 +58,26 @@ impl Loop {
             run: |rounds| unsafe { bytes(rounds) },
         })
     }
+}
+
+/// Cycles a second of this thread.
+pub(crate) fn clock() -> f64 {
+    const ROUNDS: usize = 1 << 20;
+    let started = Instant::now();
+    // SAFETY: works on registers alone, all of which it names.
+    unsafe {
+        asm!(
+            "2:",
+            "add {sum}, {rounds}", "add {sum}, {rounds}", "add {sum}, {rounds}", "add {sum}, {rounds}",
+            "add {sum}, {rounds}", "add {sum}, {rounds}", "add {sum}, {rounds}", "add {sum}, {rounds}",
+            "dec {rounds}",
+            "jnz 2b",
+            rounds = inout(reg) ROUNDS => _,
+            sum = inout(reg) 0usize => _,
+            options(nostack, nomem),
+        );
+    }
+    8.0 * ROUNDS as f64 / started.elapsed().as_secs_f64()
 }
 
 /// Twelve independent registers of sums.

@@ -5,33 +5,31 @@ use std::f32::consts::PI;
 pub use gradient::{gelu_tanh_gradient, swish_gradient, swish_product_gradient};
 
 use crate::exp::exp;
+use crate::precision::Number;
 use crate::split::{PIECE, pieces};
 
 /// `x ← x · σ(βx)`; SiLU for `beta` 1 (arXiv 1702.03118).
-pub fn swish(x: &mut [f32], beta: f32) {
-    pieces(
+pub fn swish<T: Number>(x: &mut [T], beta: f32) {
+    by_number(
         x,
-        PIECE,
         #[inline(always)]
-        |_, x| {
-            x.iter_mut()
-                .for_each(|x| *x = sigmoid_weighted(*x, -beta * *x))
-        },
+        |x| sigmoid_weighted(x, -beta * x),
     );
 }
 
 /// `x ← x · σ(βx) · y`, the gate of SwiGLU (arXiv 2002.05202).
 ///
 /// Works on as many numbers as the shorter of both has.
-pub fn swish_product(x: &mut [f32], beta: f32, y: &[f32]) {
+pub fn swish_product<T: Number>(x: &mut [T], beta: f32, y: &[T]) {
     pieces(
         x,
         PIECE,
         #[inline(always)]
         |index, x| {
             let y = y.get(index * PIECE..).unwrap_or_default();
-            for (x, y) in x.iter_mut().zip(y) {
-                *x = sigmoid_weighted(*x, -beta * *x) * y;
+            for (to, y) in x.iter_mut().zip(y) {
+                let x = to.to_f32();
+                *to = T::of(sigmoid_weighted(x, -beta * x) * y.to_f32());
             }
         },
     );
@@ -39,15 +37,58 @@ pub fn swish_product(x: &mut [f32], beta: f32, y: &[f32]) {
 
 /// GELU with `tanh` for the error function (arXiv 1606.08415, §2):
 /// `x · (1 + tanh u) / 2 = x · σ(2u)`, `u = √(2/π) · (x + 0.044715 x³)`.
-pub fn gelu_tanh(x: &mut [f32]) {
+pub fn gelu_tanh<T: Number>(x: &mut [T]) {
+    by_number(
+        x,
+        #[inline(always)]
+        |x| sigmoid_weighted(x, gelu_exponent(x).0),
+    );
+}
+
+/// `x ← x + y`, number by number.
+pub fn add<T: Number>(x: &mut [T], y: &[T]) {
     pieces(
         x,
         PIECE,
         #[inline(always)]
-        |_, x| {
-            x.iter_mut()
-                .for_each(|x| *x = sigmoid_weighted(*x, gelu_exponent(*x).0))
+        |index, x| {
+            let y = y.get(index * PIECE..).unwrap_or_default();
+            for (x, y) in x.iter_mut().zip(y) {
+                *x = T::of(x.to_f32() + y.to_f32());
+            }
         },
+    );
+}
+
+/// `x ← x + bias`, feature by feature.
+///
+/// # Shapes
+/// - `x`: `[features, rows]`
+/// - `bias`: `[features]`
+pub fn add_bias<T: Number>(x: &mut [T], bias: &[f32]) {
+    let rows = x.len() / bias.len().max(1);
+    let features = (PIECE / rows.max(1)).max(1);
+    pieces(
+        x,
+        features * rows,
+        #[inline(always)]
+        |index, x| {
+            let bias = bias.get(index * features..).unwrap_or_default();
+            for (x, bias) in x.chunks_exact_mut(rows.max(1)).zip(bias) {
+                x.iter_mut().for_each(|x| *x = T::of(x.to_f32() + bias));
+            }
+        },
+    );
+}
+
+/// A function of each number, in f32.
+#[inline(always)]
+fn by_number<T: Number>(x: &mut [T], of: impl Fn(f32) -> f32 + Sync) {
+    pieces(
+        x,
+        PIECE,
+        #[inline(always)]
+        |_, x| x.iter_mut().for_each(|x| *x = T::of(of(x.to_f32()))),
     );
 }
 
@@ -67,6 +108,8 @@ fn sigmoid_weighted(x: f32, exponent: f32) -> f32 {
 
 #[cfg(test)]
 mod tests {
+    use half::bf16;
+
     use super::*;
 
     fn samples(count: usize) -> Vec<f32> {
@@ -102,6 +145,43 @@ mod tests {
                 0.5 * x * (1.0 + u.tanh())
             });
         }
+    }
+
+    /// In bf16 the same, rounded once.
+    #[test]
+    fn work_on_bf16_as_it_is() {
+        let count = PIECE + 33;
+        let halves: Vec<bf16> = samples(count).iter().map(|x| Number::to_bf16(*x)).collect();
+        let singles: Vec<f32> = halves.iter().map(|x| Number::to_f32(*x)).collect();
+        let bias: Vec<f32> = samples(3);
+        let rows = count / 3;
+        type Works = (
+            fn(&mut [f32], &[f32], &[f32]),
+            fn(&mut [bf16], &[bf16], &[f32]),
+        );
+        let works: [Works; 5] = [
+            (|x, _, _| swish(x, 1.0), |x, _, _| swish(x, 1.0)),
+            (|x, _, _| gelu_tanh(x), |x, _, _| gelu_tanh(x)),
+            (
+                |x, y, _| swish_product(x, 1.0, y),
+                |x, y, _| swish_product(x, 1.0, y),
+            ),
+            (|x, y, _| add(x, y), |x, y, _| add(x, y)),
+            (
+                |x, _, bias| add_bias(x, bias),
+                |x, _, bias| add_bias(x, bias),
+            ),
+        ];
+        for (on_singles, on_halves) in works {
+            let (mut x, mut y) = (singles[..3 * rows].to_vec(), halves[..3 * rows].to_vec());
+            on_singles(&mut x, &singles[..3 * rows], &bias);
+            on_halves(&mut y, &halves[..3 * rows], &bias);
+            assert!(x.iter().zip(&y).all(|(x, y)| Number::to_bf16(*x) == *y));
+        }
+        let mut x = vec![1.0; 6];
+        add_bias(&mut x, &[1.0, 2.0, 3.0]);
+        assert_eq!(x, [2.0, 2.0, 3.0, 3.0, 4.0, 4.0]);
+        add_bias(&mut x[..0], &[]);
     }
 
     #[test]

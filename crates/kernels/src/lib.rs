@@ -21,7 +21,8 @@ mod rotary;
 mod split;
 
 pub use activation::{
-    gelu_tanh, gelu_tanh_gradient, swish, swish_gradient, swish_product, swish_product_gradient,
+    add, add_bias, gelu_tanh, gelu_tanh_gradient, swish, swish_gradient, swish_product,
+    swish_product_gradient,
 };
 pub use attention::{
     AttentionSizes, Cache, Cached, attention, attention_gradient, attention_of_few,

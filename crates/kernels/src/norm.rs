@@ -2,6 +2,7 @@ mod gradient;
 
 pub use gradient::{layer_norm_gradient, rms_norm_gradient};
 
+use crate::precision::Number;
 use crate::split::pieces;
 
 /// Features whose columns are summed together before the sums are added: bounds both the length of a
@@ -14,11 +15,11 @@ const FEATURES: usize = 128;
 /// - `x`: `[features, rows]`
 /// - `weight`: `[features]`
 /// - returns `[features, rows]`
-pub fn rms_norm(x: &[f32], weight: &[f32], epsilon: f32) -> Vec<f32> {
+pub fn rms_norm<T: Number>(x: &[T], weight: &[f32], epsilon: f32) -> Vec<T> {
     let features = weight.len();
     let rows = x.len() / features.max(1);
     let scale = inverse_rms(x, features, epsilon);
-    let mut normed = vec![0.0; features * rows];
+    let mut normed = vec![T::default(); features * rows];
     pieces(
         &mut normed,
         FEATURES * rows,
@@ -29,7 +30,7 @@ pub fn rms_norm(x: &[f32], weight: &[f32], epsilon: f32) -> Vec<f32> {
             let features = normed.chunks_exact_mut(rows).zip(inputs);
             for ((normed, x), weight) in features.zip(&weight[start..]) {
                 for ((normed, x), scale) in normed.iter_mut().zip(x).zip(&scale) {
-                    *normed = x * scale * weight;
+                    *normed = T::of(x.to_f32() * scale * weight);
                 }
             }
         },
@@ -43,11 +44,11 @@ pub fn rms_norm(x: &[f32], weight: &[f32], epsilon: f32) -> Vec<f32> {
 /// - `x`: `[features, rows]`
 /// - `weight`, `bias`: `[features]`
 /// - returns `[features, rows]`
-pub fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], epsilon: f32) -> Vec<f32> {
+pub fn layer_norm<T: Number>(x: &[T], weight: &[f32], bias: &[f32], epsilon: f32) -> Vec<T> {
     let features = weight.len();
     let rows = x.len() / features.max(1);
     let (means, scale) = statistics(x, features, epsilon);
-    let mut normed = vec![0.0; features * rows];
+    let mut normed = vec![T::default(); features * rows];
     pieces(
         &mut normed,
         FEATURES * rows,
@@ -60,7 +61,7 @@ pub fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], epsilon: f32) -> Vec<
             for ((normed, x), (weight, bias)) in features.zip(affine) {
                 let statistics = means.iter().zip(&scale);
                 for ((normed, x), (mean, scale)) in normed.iter_mut().zip(x).zip(statistics) {
-                    *normed = (x - mean) * scale * weight + bias;
+                    *normed = T::of((x.to_f32() - mean) * scale * weight + bias);
                 }
             }
         },
@@ -69,7 +70,7 @@ pub fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], epsilon: f32) -> Vec<
 }
 
 /// `1 / √(mean(x²) + ε)` of every row.
-fn inverse_rms(x: &[f32], features: usize, epsilon: f32) -> Vec<f32> {
+fn inverse_rms<T: Number>(x: &[T], features: usize, epsilon: f32) -> Vec<f32> {
     let squares = column_sums(
         [x],
         features,
@@ -80,7 +81,7 @@ fn inverse_rms(x: &[f32], features: usize, epsilon: f32) -> Vec<f32> {
 }
 
 /// The mean and `1 / √(var + ε)` of every row.
-fn statistics(x: &[f32], features: usize, epsilon: f32) -> (Vec<f32>, Vec<f32>) {
+fn statistics<T: Number>(x: &[T], features: usize, epsilon: f32) -> (Vec<f32>, Vec<f32>) {
     let sums = column_sums(
         [x],
         features,
@@ -102,8 +103,8 @@ fn statistics(x: &[f32], features: usize, epsilon: f32) -> (Vec<f32>, Vec<f32>) 
 /// have there.
 ///
 /// In f64: whatever a sum is off by, all features of the row are off by.
-fn column_sums<const N: usize>(
-    inputs: [&[f32]; N],
+fn column_sums<const N: usize, T: Number>(
+    inputs: [&[T]; N],
     features: usize,
     term: impl Fn([usize; 2], [f32; N]) -> f32 + Sync,
 ) -> Vec<f64> {
@@ -118,7 +119,7 @@ fn column_sums<const N: usize>(
             for feature in first..features.min(first + FEATURES) {
                 let numbers = inputs.map(|x| &x[feature * rows..][..sums.len()]);
                 for (row, sum) in sums.iter_mut().enumerate() {
-                    *sum += f64::from(term([feature, row], numbers.map(|x| x[row])));
+                    *sum += f64::from(term([feature, row], numbers.map(|x| x[row].to_f32())));
                 }
             }
         },
@@ -149,6 +150,24 @@ fn inverse_roots(sums: Vec<f64>, features: usize, epsilon: f32) -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// In bf16 the same, rounded once.
+    #[test]
+    fn work_on_bf16_as_it_is() {
+        let (features, rows) = (FEATURES + 3, 17);
+        let value = |i: usize| ((i as f32 * 0.37).sin() * 3.0).to_bf16();
+        let halves: Vec<half::bf16> = (0..features * rows).map(value).collect();
+        let singles: Vec<f32> = halves.iter().map(|x| Number::to_f32(*x)).collect();
+        let weight: Vec<f32> = (0..features).map(|i| 1.0 + i as f32 / 100.0).collect();
+        let is_rounded = |halves: Vec<half::bf16>, singles: Vec<f32>| {
+            let mut both = halves.iter().zip(&singles);
+            halves.len() == singles.len() && both.all(|(x, y)| *x == Number::to_bf16(*y))
+        };
+        let x = rms_norm(&halves, &weight, 1e-5);
+        assert!(is_rounded(x, rms_norm(&singles, &weight, 1e-5)));
+        let x = layer_norm(&halves, &weight, &weight, 1e-5);
+        assert!(is_rounded(x, layer_norm(&singles, &weight, &weight, 1e-5)));
+    }
 
     #[test]
     fn are_the_formulas_across_blocks() {

@@ -1,3 +1,4 @@
+use crate::precision::Number;
 use crate::split::pieces;
 
 /// Rotates every head in place: `x · cos + turned(x) · sin`, where `turned` swaps the two halves of
@@ -6,7 +7,7 @@ use crate::split::pieces;
 /// # Shapes
 /// - `x`: `[heads, head_dim, rows]`
 /// - `cos`, `sin`: `[head_dim, rows]`
-pub fn rotate(x: &mut [f32], cos: &[f32], sin: &[f32]) {
+pub fn rotate<T: Number>(x: &mut [T], cos: &[f32], sin: &[f32]) {
     turn(x, cos, sin, 1.0);
 }
 
@@ -16,7 +17,7 @@ pub fn rotate_back(x: &mut [f32], cos: &[f32], sin: &[f32]) {
 }
 
 #[inline(always)]
-fn turn(x: &mut [f32], cos: &[f32], sin: &[f32], direction: f32) {
+fn turn<T: Number>(x: &mut [T], cos: &[f32], sin: &[f32], direction: f32) {
     let half = cos.len() / 2;
     let (cos, sin) = (cos.split_at(half), sin.split_at(half));
     pieces(
@@ -29,9 +30,9 @@ fn turn(x: &mut [f32], cos: &[f32], sin: &[f32], direction: f32) {
             let second_table = cos.1.iter().zip(sin.1);
             let table = first_table.zip(second_table);
             for ((a, b), (first, second)) in first.iter_mut().zip(second).zip(table) {
-                let turned = *a * first.0 + *b * (first.1 * direction);
-                *b = *b * second.0 + *a * (second.1 * direction);
-                *a = turned;
+                let (x, y) = (a.to_f32(), b.to_f32());
+                *a = T::of(x * first.0 + y * (first.1 * direction));
+                *b = T::of(y * second.0 + x * (second.1 * direction));
             }
         },
     );

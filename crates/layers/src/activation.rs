@@ -22,12 +22,13 @@ pub fn silu_product<B: Backend, const D: usize>(
     if let Some(product) = recorded(SiluProduct::<D>, &[gate.clone().into(), up.clone().into()]) {
         return product;
     }
-    let host = HostTensor::of(&up);
-    let product = match host.singles() {
-        Some(up) => host::in_singles(gate, |gate| reroute_kernels::swish_product(gate, 1.0, &up)),
-        None => Err(gate),
-    };
+    let product = with_other(gate, &up, Pairwise::SwishProduct);
     product.unwrap_or_else(|gate| silu(gate) * up)
+}
+
+/// `x + y`, the residual connection: in the place of `x` if nothing else refers to it.
+pub fn add<B: Backend, const D: usize>(x: Tensor<B, D>, y: Tensor<B, D>) -> Tensor<B, D> {
+    with_other(x, &y, Pairwise::Sum).unwrap_or_else(|x| x + y)
 }
 
 /// `x · σ(1.702 x)`, the approximation of GELU that CLIP uses (arXiv 1606.08415, §2).
@@ -38,7 +39,7 @@ pub fn quick_gelu<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, D> {
 /// GELU with `tanh` for the error function (arXiv 1606.08415, §2):
 /// `x · (1 + tanh u) / 2 = x · σ(2u)`, `u = √(2/π) · (x + 0.044715 x³)`.
 pub fn gelu_tanh<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, D> {
-    by_number(x, Curve::GeluTanh, reroute_kernels::gelu_tanh, |x| {
+    by_number(x, Curve::GeluTanh, |x| {
         let scale = -(8.0 / PI).sqrt();
         let square = x.clone() * x.clone();
         sigmoid_weighted(
@@ -50,26 +51,65 @@ pub fn gelu_tanh<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, D> {
 
 /// `x · σ(βx)`
 fn swish<B: Backend, const D: usize>(x: Tensor<B, D>, beta: f32) -> Tensor<B, D> {
-    by_number(
-        x,
-        Curve::Swish(beta),
-        |x| reroute_kernels::swish(x, beta),
-        |x| sigmoid_weighted(x.clone(), x.mul_scalar(-beta)),
-    )
+    by_number(x, Curve::Swish(beta), |x| {
+        sigmoid_weighted(x.clone(), x.mul_scalar(-beta))
+    })
 }
 
 /// A function of each number, in f32: the loop if the numbers are within reach, or else operations.
 fn by_number<B: Backend, const D: usize>(
     x: Tensor<B, D>,
     curve: Curve<D>,
-    kernel: impl FnOnce(&mut [f32]),
     operations: impl FnOnce(Tensor<B, D>) -> Tensor<B, D>,
 ) -> Tensor<B, D> {
     if let Some(y) = recorded(curve, &[x.clone().into()]) {
         return y;
     }
     let dtype = x.dtype();
-    host::in_singles(x, kernel).unwrap_or_else(|x| operations(x.cast(DType::F32)).cast(dtype))
+    host::changed(x, &curve).unwrap_or_else(|x| operations(x.cast(DType::F32)).cast(dtype))
+}
+
+/// What is made of two tensors, number by number.
+#[derive(Debug, Clone, Copy)]
+enum Pairwise {
+    Sum,
+    SwishProduct,
+}
+
+/// The first of two tensors, changed by the second.
+struct With<'a> {
+    other: &'a HostTensor,
+    how: Pairwise,
+}
+
+impl host::Loop for With<'_> {
+    fn run<E: host::Number + reroute_kernels::Number>(&self, numbers: &mut [E]) {
+        let mut work = |other: &[E]| match self.how {
+            Pairwise::Sum => reroute_kernels::add(numbers, other),
+            Pairwise::SwishProduct => reroute_kernels::swish_product(numbers, 1.0, other),
+        };
+        match self.other.slice() {
+            Some(other) => work(other),
+            None => {
+                let other = self.other.numbers();
+                work(&other.iter().map(|&x| E::of(x)).collect::<Vec<_>>());
+            }
+        }
+    }
+}
+
+/// By a loop, if both are within reach; or else the first is given back.
+fn with_other<B: Backend, const D: usize>(
+    x: Tensor<B, D>,
+    other: &Tensor<B, D>,
+    how: Pairwise,
+) -> Result<Tensor<B, D>, Tensor<B, D>> {
+    let is_alike = x.dims() == other.dims() && x.dtype() == other.dtype();
+    let other = HostTensor::of(other).packed();
+    match is_alike && other.is_here() {
+        true => host::changed(x, &With { other: &other, how }),
+        false => Err(x),
+    }
 }
 
 /// Largest exponent: its power is finite in f32, and `x` divided by it as good as zero.
@@ -90,6 +130,15 @@ fn sigmoid_weighted<B: Backend, const D: usize>(
 enum Curve<const D: usize> {
     Swish(f32),
     GeluTanh,
+}
+
+impl<const D: usize> host::Loop for Curve<D> {
+    fn run<E: host::Number + reroute_kernels::Number>(&self, numbers: &mut [E]) {
+        match *self {
+            Self::Swish(beta) => reroute_kernels::swish(numbers, beta),
+            Self::GeluTanh => reroute_kernels::gelu_tanh(numbers),
+        }
+    }
 }
 
 impl<const D: usize> Operation<1> for Curve<D> {

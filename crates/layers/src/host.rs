@@ -43,6 +43,11 @@ impl HostTensor {
         Self(self.0.map(|tensor| tensor.to_contiguous()))
     }
 
+    /// Whether it is.
+    pub(crate) fn is_here(&self) -> bool {
+        self.0.is_some()
+    }
+
     /// The numbers in row-major order, if they are within reach, packed and of this type.
     pub(crate) fn slice<E: Element + bytemuck::Pod>(&self) -> Option<&[E]> {
         self.0.as_ref()?.as_slice()
@@ -159,6 +164,24 @@ pub(crate) fn in_singles<B: Backend, const D: usize>(
         dtype,
         &tensor.device(),
     ))
+}
+
+/// A loop over numbers of any type, in place.
+pub(crate) trait Loop {
+    fn run<E: Number + reroute_kernels::Number>(&self, numbers: &mut [E]);
+}
+
+/// Runs a loop on the numbers of a packed tensor in this program's memory, if they are f32, bf16 or f16; any
+/// other tensor is given back.
+pub(crate) fn changed<B: Backend, const D: usize>(
+    tensor: Tensor<B, D>,
+    by: &impl Loop,
+) -> Result<Tensor<B, D>, Tensor<B, D>> {
+    match tensor.dtype() {
+        DType::BF16 => in_place(tensor, |numbers: &mut [bf16]| by.run(numbers)),
+        // f16 is rounded faster all at once.
+        _ => in_singles(tensor, |numbers| by.run(numbers)),
+    }
 }
 
 /// A tensor of numbers computed here, in `dtype`.

@@ -32,7 +32,7 @@ mod vocabulary;
 mod walk;
 mod weight;
 
-pub use activation::{gelu_tanh, quick_gelu, silu, silu_product};
+pub use activation::{add, gelu_tanh, quick_gelu, silu, silu_product};
 pub use attention::{CausalMask, QUERY_BLOCK, attention, queries_at_a_time};
 pub use embedding::{Embedding, EmbeddingConfig};
 pub use error::LayerError;

@@ -1,3 +1,5 @@
+use std::borrow::Cow;
+
 use burn::module::{Initializer, Module, Param};
 use burn::tensor::backend::Backend;
 use burn::tensor::{Tensor, TensorData};
@@ -74,7 +76,7 @@ impl<B: Backend> Linear<B> {
             None => self.weight.product(x),
         };
         match &self.bias {
-            Some(bias) => y + bias.val().unsqueeze_dim(1),
+            Some(bias) => add_bias(y, bias.val()),
             None => y,
         }
     }
@@ -91,6 +93,26 @@ impl<B: Backend> Linear<B> {
             merged.cast(dtype).set_require_grad(is_trained)
         }));
         self.adapter = None;
+    }
+}
+
+/// # Shapes
+/// - `x`: `[features, rows]`
+/// - `bias`: `[features]`
+fn add_bias<B: Backend>(x: Tensor<B, 2>, bias: Tensor<B, 1>) -> Tensor<B, 2> {
+    let host = HostTensor::of(&bias);
+    let sum = match host.singles() {
+        Some(bias) => host::changed(x, &Bias(bias)),
+        None => Err(x),
+    };
+    sum.unwrap_or_else(|x| x + bias.unsqueeze_dim(1))
+}
+
+struct Bias<'a>(Cow<'a, [f32]>);
+
+impl host::Loop for Bias<'_> {
+    fn run<E: Number + reroute_kernels::Number>(&self, numbers: &mut [E]) {
+        reroute_kernels::add_bias(numbers, &self.0);
     }
 }
 

@@ -1,6 +1,7 @@
 use burn::module::{Initializer, Module, Param};
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor, TensorData};
+use half::bf16;
 
 use crate::gradient::{Operation, Unranked, flat, run};
 use crate::host::{self, HostTensor};
@@ -118,6 +119,12 @@ fn per_feature<B: Backend, const D: usize>(vector: Tensor<B, 1>) -> Tensor<B, D>
     vector.reshape(shape)
 }
 
+/// As many numbers as another tensor has, in its shape.
+fn like<B: Backend>(numbers: Vec<bf16>, x: &Tensor<B, 2>) -> Tensor<B, 2> {
+    let data = TensorData::new(numbers, x.dims());
+    Tensor::from_data(data, (&x.device(), DType::BF16))
+}
+
 /// [`RmsNorm`] by a kernel.
 #[derive(Debug, Clone, Copy)]
 struct Rms {
@@ -128,7 +135,12 @@ impl Operation<2> for Rms {
     fn forward<B: Backend>(&self, [x, weight]: [Unranked<B>; 2]) -> Option<Unranked<B>> {
         let (x, weight) = (x.ranked::<2>(), weight.ranked::<1>());
         let (input, weight) = (HostTensor::of(&x), HostTensor::of(&weight));
-        let normed = reroute_kernels::rms_norm(&input.singles()?, &weight.singles()?, self.epsilon);
+        let weight = weight.singles()?;
+        if let Some(input) = input.slice::<bf16>() {
+            let normed = reroute_kernels::rms_norm(input, &weight, self.epsilon);
+            return Some(like(normed, &x).into());
+        }
+        let normed = reroute_kernels::rms_norm(&input.singles()?, &weight, self.epsilon);
         Some(host::tensor::<B, 2>(normed, x.dims(), x.dtype(), &x.device()).into())
     }
 
@@ -159,12 +171,12 @@ impl Operation<3> for Centred {
         let (x, weight, bias) = (x.ranked::<2>(), weight.ranked::<1>(), bias.ranked::<1>());
         let input = HostTensor::of(&x);
         let [weight, bias] = [weight, bias].map(|x| HostTensor::of(&x));
-        let normed = reroute_kernels::layer_norm(
-            &input.singles()?,
-            &weight.singles()?,
-            &bias.singles()?,
-            self.epsilon,
-        );
+        let (weight, bias) = (weight.singles()?, bias.singles()?);
+        if let Some(input) = input.slice::<bf16>() {
+            let normed = reroute_kernels::layer_norm(input, &weight, &bias, self.epsilon);
+            return Some(like(normed, &x).into());
+        }
+        let normed = reroute_kernels::layer_norm(&input.singles()?, &weight, &bias, self.epsilon);
         Some(host::tensor::<B, 2>(normed, x.dims(), x.dtype(), &x.device()).into())
     }
 

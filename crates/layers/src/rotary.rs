@@ -1,3 +1,5 @@
+use std::borrow::Cow;
+
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Int, Tensor, TensorData};
 
@@ -94,11 +96,20 @@ impl Rotate {
     /// The result, if the numbers are within reach; or else they are given back.
     fn on_host<B: Backend>(&self, x: Tensor<B, 2>) -> Result<Tensor<B, 2>, Tensor<B, 2>> {
         match (self.cos.singles(), self.sin.singles()) {
-            (Some(cos), Some(sin)) => {
-                host::in_singles(x, |x| reroute_kernels::rotate(x, &cos, &sin))
-            }
+            (Some(cos), Some(sin)) => host::changed(x, &Table { cos, sin }),
             _ => Err(x),
         }
+    }
+}
+
+struct Table<'a> {
+    cos: Cow<'a, [f32]>,
+    sin: Cow<'a, [f32]>,
+}
+
+impl host::Loop for Table<'_> {
+    fn run<E: host::Number + reroute_kernels::Number>(&self, numbers: &mut [E]) {
+        reroute_kernels::rotate(numbers, &self.cos, &self.sin);
     }
 }
 

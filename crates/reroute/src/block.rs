@@ -4,7 +4,7 @@ use burn::module::Module;
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
 use reroute_layers::{
-    CausalMask, Linear, LinearConfig, RmsNorm, RmsNormConfig, Rotary, linears, silu_product,
+    CausalMask, Linear, LinearConfig, RmsNorm, RmsNormConfig, Rotary, add, linears, silu_product,
 };
 
 use crate::cache::LayerCache;
@@ -71,9 +71,9 @@ impl<B: Backend> DecoderLayer<B> {
         let attention = &self.self_attn;
         let values = attention.values(input.normed);
         let context = attention.attend(queries, [input.keys, values], runs, cache, causal)?;
-        let hidden_states = input.hidden_states + attention.output(context);
+        let hidden_states = add(input.hidden_states, attention.output(context));
         let normed = self.post_attention_layernorm.forward(hidden_states.clone());
-        Ok(hidden_states + self.mlp.forward(normed))
+        Ok(add(hidden_states, self.mlp.forward(normed)))
     }
 
     /// The first weight that is not of the sizes of `config`: its name, its shape and the right one.

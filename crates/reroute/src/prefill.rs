@@ -1,5 +1,7 @@
 //! Prompts through all layers: at once, or layer by layer.
 
+use std::mem;
+
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
 use reducers::{Schedule, Scorer};
@@ -83,7 +85,9 @@ impl<'a, B: Backend> Prefilling<'a, B> {
         };
         let _entered = self.span.enter();
         let (router, cache) = (&mut self.router, &mut self.cache);
-        let hidden_states = self.hidden_states.clone();
+        // Not a clone: then the layer may work in its place. Nobody enters by what stands in for it.
+        let nothing = Tensor::empty([1, 1], &self.hidden_states.device());
+        let hidden_states = mem::replace(&mut self.hidden_states, nothing);
         let mut input = router.enter(index, hidden_states, cache, scorer)?;
         self.trace.decisions.append(&mut input.decisions);
         cache.lower(index, router.lowered());

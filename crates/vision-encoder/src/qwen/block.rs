@@ -2,8 +2,8 @@ use burn::module::Module;
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor};
 use reroute_layers::{
-    Linear, LinearConfig, Rotary, attention, gelu_tanh, linears, quick_gelu, received_attention,
-    silu, silu_product,
+    Linear, LinearConfig, Rotary, add, attention, gelu_tanh, linears, quick_gelu,
+    received_attention, silu, silu_product,
 };
 
 use super::arrangement::Run;
@@ -82,9 +82,10 @@ impl<B: Backend> Block<B> {
     ) -> [Tensor<B, 2>; 3] {
         let normed = self.norm1.forward(hidden_states.clone());
         let [attended, queries, keys] = self.attn.forward(normed, rotary, runs);
-        let hidden_states = hidden_states + attended;
+        let hidden_states = add(hidden_states, attended);
         let normed = self.norm2.forward(hidden_states.clone());
-        [hidden_states + self.mlp.forward(normed), queries, keys]
+        let output = add(hidden_states, self.mlp.forward(normed));
+        [output, queries, keys]
     }
 }
 

@@ -5,7 +5,7 @@ use burn::tensor::Tensor;
 use burn::tensor::activation::gelu;
 use burn::tensor::backend::Backend;
 use reroute_layers::{
-    Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, Linear, LinearConfig, attention,
+    Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, Linear, LinearConfig, add, attention,
     gelu_tanh, linears, quick_gelu, received_attention, silu_product,
 };
 
@@ -379,10 +379,10 @@ impl<B: Backend> VitLayer<B> {
     fn forward(&self, hidden_states: Tensor<B, 2>, images: usize) -> [Tensor<B, 2>; 3] {
         let normed = self.layer_norm1.forward(hidden_states.clone());
         let [attended, queries, keys] = self.self_attn.forward(normed, images);
-        let hidden_states = hidden_states + scaled(&self.layer_scale1, attended);
+        let hidden_states = add(hidden_states, scaled(&self.layer_scale1, attended));
         let normed = self.layer_norm2.forward(hidden_states.clone());
         let inner = scaled(&self.layer_scale2, self.mlp.forward(normed));
-        [hidden_states + inner, queries, keys]
+        [add(hidden_states, inner), queries, keys]
     }
 }
 

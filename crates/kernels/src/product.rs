@@ -156,6 +156,7 @@ impl<'a, T: Number> Inputs<'a, T> {
     fn of_codes<C: Coding, Y: Number>(&self, blocks: Blocks<'_>, y: &mut [Y]) {
         let coded = CodedRows::<C> {
             blocks,
+            bytes: self.isa.bytes,
             widen: self.isa.widen,
             coding: PhantomData,
         };

@@ -326,7 +326,7 @@ impl<'a, C: Coding> Span<'a, C> {
         const SIX: u32 = 0x3f3f_3f3f;
         const FOUR: u32 = 0x0f0f_0f0f;
         const TWO: u32 = 0x0303_0303;
-        let [scales, leasts, rest] = [4, 8, 12].map(|at| self.word(at));
+        let (scales, leasts, rest) = (self.word(4), self.word(8), self.word(12));
         let upper = |low: u32, high: u32| u64::from(low & FOUR | (high >> 6 & TWO) << 4) << 32;
         [
             u64::from(scales & SIX) | upper(rest, scales),

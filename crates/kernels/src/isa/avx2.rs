@@ -171,8 +171,8 @@ fn read<C: Coding>(span: Span<'_, C>, to: &mut [[u8; CHUNK]; CHUNKS]) -> Factors
     }
     let (scale, least) = factors(span);
     Factors {
-        scale: scale.map(|scale| store(scale)),
-        least: least.map(|least| store(least)),
+        scale: [store(scale[0]), store(scale[1])],
+        least: [store(least[0]), store(least[1])],
     }
 }
 
@@ -239,41 +239,36 @@ pub(super) fn factors<C: Coding>(span: Span<'_, C>) -> ([__m256; 2], [__m256; 2]
             (scale, _mm256_mul_ps(scale, _mm256_set1_ps(-zero)))
         }
         Place::Twos { step } => {
-            let [low, high] = [0, 4].map(|first| four(|chunk| span.word((first + chunk) * step)));
-            let order = |numbers| {
-                _mm256_castpd_ps(_mm256_permute4x64_pd::<0b11_01_10_00>(_mm256_castps_pd(
-                    numbers,
-                )))
-            };
+            let (low, high) = (four(span, 0, step), four(span, 4 * step, step));
             (
-                order(_mm256_shuffle_ps::<0b10_00_10_00>(low, high)),
-                order(_mm256_shuffle_ps::<0b11_01_11_01>(low, high)),
+                in_order(_mm256_shuffle_ps::<0b10_00_10_00>(low, high)),
+                in_order(_mm256_shuffle_ps::<0b11_01_11_01>(low, high)),
             )
         }
         Place::SharedTwos { step } => {
-            let twos = four(|pair| span.word(pair * step));
+            let twos = four(span, 0, step);
             (_mm256_moveldup_ps(twos), _mm256_movehdup_ps(twos))
         }
         Place::SixBits => {
-            let [scales, leasts] = span.six_bits().map(|bits| {
-                let bytes = _mm_cvtsi64_si128(bits as i64);
-                _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes))
-            });
-            let [unit, low] = [0, 2].map(|at| single(span.half(at)));
-            let low = _mm256_xor_ps(low, _mm256_set1_ps(-0.0));
-            (_mm256_mul_ps(unit, scales), _mm256_mul_ps(low, leasts))
+            let [scales, leasts] = span.six_bits();
+            let (scale, least) = (single(span.half(0)), single(span.half(2)));
+            let least = _mm256_xor_ps(least, _mm256_set1_ps(-0.0));
+            (
+                _mm256_mul_ps(scale, small(scales)),
+                _mm256_mul_ps(least, small(leasts)),
+            )
         }
         Place::OfHalves => {
             let even_and_odd =
                 _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
             let bytes = _mm_shuffle_epi8(sixteen(span.bytes(192)), even_and_odd);
-            let unit = single(span.half(208));
-            let scale = [bytes, _mm_unpackhi_epi64(bytes, bytes)].map(|bytes| {
-                let scales = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
-                _mm256_mul_ps(unit, scales)
-            });
-            let least = scale.map(|scale| _mm256_mul_ps(scale, _mm256_set1_ps(-32.0)));
-            return (scale, least);
+            let (unit, zero) = (single(span.half(208)), _mm256_set1_ps(-32.0));
+            let even = _mm256_cvtepi8_epi32(bytes);
+            let odd = _mm256_cvtepi8_epi32(_mm_unpackhi_epi64(bytes, bytes));
+            let even = _mm256_mul_ps(unit, _mm256_cvtepi32_ps(even));
+            let odd = _mm256_mul_ps(unit, _mm256_cvtepi32_ps(odd));
+            let leasts = [_mm256_mul_ps(even, zero), _mm256_mul_ps(odd, zero)];
+            return ([even, odd], leasts);
         }
     };
     ([scale; 2], [least; 2])
@@ -282,9 +277,25 @@ pub(super) fn factors<C: Coding>(span: Span<'_, C>) -> ([__m256; 2], [__m256; 2]
 /// Four words of two halves each, in f32.
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
-fn four(word: impl Fn(usize) -> u32) -> __m256 {
-    let word = |at| word(at) as i32;
-    _mm256_cvtph_ps(_mm_setr_epi32(word(0), word(1), word(2), word(3)))
+fn four<C: Coding>(span: Span<'_, C>, at: usize, step: usize) -> __m256 {
+    let [a, b, c, d] = [at, at + step, at + 2 * step, at + 3 * step];
+    let [a, b, c, d] = [span.word(a), span.word(b), span.word(c), span.word(d)];
+    _mm256_cvtph_ps(_mm_setr_epi32(a as i32, b as i32, c as i32, d as i32))
+}
+
+/// What a shuffle of two registers leaves in their lanes, one behind the other.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn in_order(numbers: __m256) -> __m256 {
+    let pairs = _mm256_castps_pd(numbers);
+    _mm256_castpd_ps(_mm256_permute4x64_pd::<0b11_01_10_00>(pairs))
+}
+
+/// Eight bytes, in f32.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn small(bytes: u64) -> __m256 {
+    _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bytes as i64)))
 }
 
 /// A half everywhere, in f32.

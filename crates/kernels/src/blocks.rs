@@ -6,7 +6,7 @@
 pub(crate) mod coding;
 mod quantise;
 
-pub(crate) use coding::{Coding, Codes, Place, ROOM, Span, with_coding};
+pub(crate) use coding::{Codes, Coding, Place, ROOM, Span, with_coding};
 
 use crate::split::pieces;
 

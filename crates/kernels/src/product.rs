@@ -18,7 +18,7 @@ pub(crate) use one_row::{STREAMS, dots};
 use crate::blocks::{Blocks, Coding, with_coding};
 use crate::isa::{self, Isa, avx512};
 use crate::precision::{Number, widen};
-use crate::split::pieces;
+use crate::split::{PIECE, made, pieces};
 use inputs::{Pairs, Quads};
 use kernels::{CodedRows, PlainRows, Vnni};
 use layout::TOKENS;
@@ -102,7 +102,9 @@ impl<'a, T: Number> Inputs<'a, T> {
             numbers.is_multiple_of(self.features),
             "columns of the weight"
         );
-        let mut y = vec![Y::default(); numbers / self.features * self.rows()];
+        let mut y = made(numbers / self.features * self.rows(), PIECE, |_| {
+            Y::default()
+        });
         if y.is_empty() {
             return y;
         }
@@ -188,8 +190,8 @@ impl<'a, T: Number> Inputs<'a, T> {
         let rows = self.rows();
         let x = self.singles.get_or_init(|| {
             let mut singles = vec![0.0; self.x.len()];
-            pieces(&mut singles, crate::split::PIECE, |index, to| {
-                let from = &self.x[index * crate::split::PIECE..];
+            pieces(&mut singles, PIECE, |index, to| {
+                let from = &self.x[index * PIECE..];
                 to.iter_mut().zip(from).for_each(|(to, x)| *to = x.to_f32());
             });
             singles
@@ -203,8 +205,8 @@ impl<'a, T: Number> Inputs<'a, T> {
             widened(block * height * self.features, weight);
             let sums = &mut sums[..y.len()];
             isa::single::multiply(weight, x, self.features, sums);
-            pieces(y, crate::split::PIECE, |index, y| {
-                let sums = &sums[index * crate::split::PIECE..];
+            pieces(y, PIECE, |index, y| {
+                let sums = &sums[index * PIECE..];
                 y.iter_mut().zip(sums).for_each(|(y, sum)| *y = Y::of(*sum));
             });
         }

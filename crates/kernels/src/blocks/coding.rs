@@ -191,7 +191,12 @@ impl<'a, C: Coding> Span<'a, C> {
     /// `room`: beyond the last column, codes and factors are whatever zeros stand for, and meet inputs that
     /// are zero.
     #[inline(always)]
-    pub(crate) fn new(blocks: Blocks<'a>, row: usize, index: usize, room: &'a mut [u8; ROOM]) -> Self {
+    pub(crate) fn new(
+        blocks: Blocks<'a>,
+        row: usize,
+        index: usize,
+        room: &'a mut [u8; ROOM],
+    ) -> Self {
         let row = &blocks.row(row)[C::START..];
         let start = index * C::BYTES;
         let bytes = if (index + 1) * SPAN <= blocks.columns() {

@@ -5,6 +5,7 @@ use std::arch::x86_64::*;
 use crate::blocks::{Blocks, CHUNK, CHUNKS, Codes, Coding, Factors, Place, ROOM, Span};
 use crate::isa::prefetch;
 use crate::product::one_row::ByteInputs;
+use crate::split::some;
 
 /// Which instruction multiplies bytes. A value exists only where the processor has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -123,9 +124,7 @@ fn dot<C: Coding>(
     let mut totals = [_mm256_setzero_ps(); SUMS];
     let mut leasts = _mm256_setzero_ps();
     for (index, (inputs, sides)) in x.spans.iter().enumerate() {
-        for line in (0..C::BYTES).step_by(64) {
-            prefetch(bytes, start + index * C::BYTES + line + AHEAD);
-        }
+        prefetch(some(bytes, start + index * C::BYTES + AHEAD, C::BYTES));
         let span = Span::<C>::new(blocks, row, index, &mut room);
         let (mut scale, least) = factors(span);
         for half in 0..halves(C::GROUP) {
@@ -214,10 +213,7 @@ pub(super) fn codes<C: Coding>(span: Span<'_, C>, chunk: usize) -> __m256i {
                 0 => (lower, _mm256_slli_epi16::<4>(upper)),
                 1 => (lower, _mm256_slli_epi16::<2>(upper)),
                 2 => (_mm256_srli_epi16::<4>(lower), upper),
-                _ => (
-                    _mm256_srli_epi16::<4>(lower),
-                    _mm256_srli_epi16::<2>(upper),
-                ),
+                _ => (_mm256_srli_epi16::<4>(lower), _mm256_srli_epi16::<2>(upper)),
             };
             let upper = _mm256_and_si256(upper, _mm256_set1_epi8(48));
             _mm256_or_si256(_mm256_and_si256(lower, low), upper)
@@ -259,8 +255,7 @@ pub(super) fn factors<C: Coding>(span: Span<'_, C>) -> ([__m256; 2], [__m256; 2]
             )
         }
         Place::OfHalves => {
-            let even_and_odd =
-                _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+            let even_and_odd = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
             let bytes = _mm_shuffle_epi8(sixteen(span.bytes(192)), even_and_odd);
             let (unit, zero) = (single(span.half(208)), _mm256_set1_ps(-32.0));
             let even = _mm256_cvtepi8_epi32(bytes);

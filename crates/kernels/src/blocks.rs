@@ -6,7 +6,7 @@
 pub(crate) mod coding;
 mod quantise;
 
-pub(crate) use coding::{Coding, with_coding};
+pub(crate) use coding::{Codes, Coding, Place, ROOM, Span, with_coding};
 
 use crate::split::pieces;
 
@@ -31,24 +31,20 @@ pub enum Format {
     Q6K,
 }
 
-/// Columns that are read at a time: two halves, which may differ in scale.
+/// Columns that are multiplied at a time: two halves, which may differ in scale.
 pub(crate) const CHUNK: usize = 32;
 
-/// What makes numbers of codes: `scale · code + least`, for either half of a chunk.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct Factors {
-    pub(crate) scale: [f32; 2],
-    pub(crate) least: [f32; 2],
-}
+/// Chunks that are read at a time.
+pub(crate) const CHUNKS: usize = 8;
 
-impl Factors {
-    #[inline(always)]
-    fn of_both(scale: f32, least: f32) -> Self {
-        Self {
-            scale: [scale; 2],
-            least: [least; 2],
-        }
-    }
+/// Columns that are read at a time: whole blocks of every format.
+pub(crate) const SPAN: usize = CHUNK * CHUNKS;
+
+/// What makes numbers of codes: `scale · code + least`, for either half of each chunk of a span.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Factors {
+    pub(crate) scale: [[f32; CHUNKS]; 2],
+    pub(crate) least: [[f32; CHUNKS]; 2],
 }
 
 impl Format {
@@ -174,13 +170,19 @@ impl<'a> Blocks<'a> {
     }
 
     fn widen_as<C: Coding>(&self, row: usize, numbers: &mut [f32]) {
-        let (scale, row) = (self.row_scale(row), self.row(row));
-        let mut codes = [0; CHUNK];
-        for (chunk, numbers) in numbers.chunks_mut(CHUNK).enumerate() {
-            let factors = C::chunk(row, self.columns, chunk, &mut codes);
-            for (at, (number, &code)) in numbers.iter_mut().zip(&codes).enumerate() {
-                let half = at / (CHUNK / 2);
-                *number = scale * (factors.scale[half] * f32::from(code) + factors.least[half]);
+        let scale = self.row_scale(row);
+        for (index, numbers) in numbers.chunks_mut(SPAN).enumerate() {
+            let mut room = [0; ROOM];
+            let span = Span::<C>::new(*self, row, index, &mut room);
+            let factors = span.factors();
+            for (chunk, numbers) in numbers.chunks_mut(CHUNK).enumerate() {
+                let codes = span.codes(chunk);
+                for (half, numbers) in numbers.chunks_mut(CHUNK / 2).enumerate() {
+                    let (by, least) = (factors.scale[half][chunk], factors.least[half][chunk]);
+                    for (number, &code) in numbers.iter_mut().zip(&codes[half * CHUNK / 2..]) {
+                        *number = scale * (by * f32::from(code) + least);
+                    }
+                }
             }
         }
     }

@@ -115,17 +115,20 @@ pub(crate) fn multiply_loop(of: Multiplied) -> Option<Loop> {
     }
 }
 
-/// Fetches the cache line of a number into the second cache, if there is such a number.
+/// Fetches numbers into the second cache.
 #[inline(always)]
-pub(crate) fn prefetch<T>(numbers: &[T], index: usize) {
+pub(crate) fn prefetch<T>(numbers: &[T]) {
     #[cfg(target_arch = "x86_64")]
-    if index < numbers.len() {
+    {
         use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        // SAFETY: fetching changes nothing, whatever the address, and this one is inside the slice.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(numbers.as_ptr().add(index).cast()) }
+        let start = numbers.as_ptr().cast::<i8>();
+        for line in (0..size_of_val(numbers)).step_by(64) {
+            // SAFETY: fetching changes nothing, whatever the address, and this one is inside the slice.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(start.add(line)) }
+        }
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = (numbers, index);
+    let _ = numbers;
 }
 
 /// The numbers of tiles, row by row.

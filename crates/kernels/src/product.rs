@@ -20,7 +20,7 @@ pub use training::product_with_transposed;
 use crate::blocks::{Blocks, Coding, with_coding};
 use crate::isa::{self, Isa, avx512};
 use crate::precision::{Number, widen};
-use crate::split::{PIECE, pieces};
+use crate::split::{PIECE, made, pieces};
 use inputs::{Pairs, Quads};
 use kernels::{CodedRows, PlainRows, Vnni};
 use layout::TOKENS;
@@ -104,7 +104,9 @@ impl<'a, T: Number> Inputs<'a, T> {
             numbers.is_multiple_of(self.features),
             "columns of the weight"
         );
-        let mut y = vec![Y::default(); numbers / self.features * self.rows()];
+        let mut y = made(numbers / self.features * self.rows(), PIECE, |_| {
+            Y::default()
+        });
         if y.is_empty() {
             return y;
         }
@@ -158,6 +160,7 @@ impl<'a, T: Number> Inputs<'a, T> {
     fn of_codes<C: Coding, Y: Number>(&self, blocks: Blocks<'_>, y: &mut [Y]) {
         let coded = CodedRows::<C> {
             blocks,
+            bytes: self.isa.bytes,
             widen: self.isa.widen,
             coding: PhantomData,
         };

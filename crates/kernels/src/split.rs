@@ -1,5 +1,7 @@
 //! How work is cut into pieces for threads.
 
+use std::sync::Mutex;
+
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
@@ -23,6 +25,12 @@ impl<T, F: Fn(usize, &mut [T]) + Sync> Work<T> for F {
     }
 }
 
+/// So many numbers from a place on, or none, if there are not so many.
+#[inline(always)]
+pub(crate) fn some<T>(numbers: &[T], start: usize, count: usize) -> &[T] {
+    numbers.get(start..start + count).unwrap_or_default()
+}
+
 /// Runs `work` on every `size` numbers of `values`, on all threads, compiled for this processor.
 pub(crate) fn pieces<T: Send>(
     values: &mut [T],
@@ -43,7 +51,7 @@ pub(crate) fn pieces_on<T: Send>(arch: Arch, values: &mut [T], size: usize, work
     }
 }
 
-/// The same with memory to work in, which is made a few times for many pieces.
+/// The same with memory to work in, which every thread makes once.
 pub(crate) fn pieces_with<T: Send, M>(
     values: &mut [T],
     size: usize,
@@ -51,15 +59,45 @@ pub(crate) fn pieces_with<T: Send, M>(
     work: impl Fn(&mut M, usize, &mut [T]) + Sync,
 ) {
     let arch = Arch::new();
-    let pieces = values.par_chunks_mut(size.max(1)).enumerate();
-    pieces.for_each_init(memory, |memory, (index, piece)| {
-        arch.dispatch(With {
-            work: &work,
-            memory,
-            index,
-            piece,
-        });
+    let size = size.max(1);
+    let threads = rayon::current_num_threads().min(values.len().div_ceil(size));
+    let pieces = Mutex::new(values.chunks_mut(size).enumerate());
+    let next = || pieces.lock().ok()?.next();
+    (0..threads).into_par_iter().with_max_len(1).for_each(|_| {
+        let mut made = None;
+        while let Some((index, piece)) = next() {
+            arch.dispatch(With {
+                work: &work,
+                memory: made.get_or_insert_with(&memory),
+                index,
+                piece,
+            });
+        }
     });
+}
+
+/// What `make` makes for each of so many numbers, on all threads, compiled for this processor.
+pub(crate) fn made<T: Send>(count: usize, size: usize, make: impl Fn(usize) -> T + Sync) -> Vec<T> {
+    let arch = Arch::new();
+    let make = &make;
+    let each = |index| arch.dispatch(Make { make, index });
+    let all = (0..count).into_par_iter().with_min_len(size);
+    all.map(each).collect()
+}
+
+/// A call of `make`.
+struct Make<'a, F> {
+    make: &'a F,
+    index: usize,
+}
+
+impl<T, F: Fn(usize) -> T> WithSimd for Make<'_, F> {
+    type Output = T;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> T {
+        (self.make)(self.index)
+    }
 }
 
 /// A call of `work` with memory.

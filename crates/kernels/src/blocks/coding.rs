@@ -1,6 +1,9 @@
-//! Where the codes of a format are in a row.
+//! Where the codes of a format are in a row, and what they are read with: as data, which every way of
+//! reading a row goes by.
 
-use super::{CHUNK, Factors};
+use std::marker::PhantomData;
+
+use super::{Blocks, CHUNK, CHUNKS, Factors, SPAN};
 use crate::precision::single_of_half;
 
 /// A format, known when a loop is compiled.
@@ -9,26 +12,44 @@ pub(crate) trait Coding: Sync {
     const GROUP: usize;
     /// The largest code.
     const LARGEST: u8;
+    /// Bytes of a span.
+    const BYTES: usize;
+    /// Where a row begins, behind what belongs to all of it.
+    const START: usize = 0;
+    /// Where the codes of a span are.
+    const CODES: Codes;
+    /// Where its factors are.
+    const FACTORS: Place;
+}
 
-    /// About where a chunk begins in a row.
-    fn start(chunk: usize) -> usize;
+/// Where the codes of a chunk are in a span; the first chunk's begin at `first`, `step` bytes apart.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Codes {
+    /// Signed bytes.
+    Bytes { first: usize, step: usize },
+    /// The lower halves of 16 bytes, then the upper ones.
+    Halves { first: usize, step: usize },
+    /// The lower halves of 32 bytes; the upper ones are the next chunk's.
+    Shared { first: usize, step: usize },
+    /// Q6_K: of each half of a span, 4 bits of two numbers in a byte and 2 of four.
+    SixBits,
+}
 
-    /// Codes `32 · chunk ..` of a row. Beyond the last column, codes and factors may be anything finite:
-    /// they meet inputs that are zero.
-    fn codes(row: &[u8], columns: usize, chunk: usize, codes: &mut [u8; CHUNK]);
-
-    /// The two halves from which the factors of a chunk are made.
-    fn halves(row: &[u8], chunk: usize) -> [u16; 2];
-
-    /// The factors of a chunk, of its halves in f32.
-    fn factors(row: &[u8], chunk: usize, halves: [f32; 2]) -> Factors;
-
-    /// Codes and factors of a chunk.
-    #[inline(always)]
-    fn chunk(row: &[u8], columns: usize, chunk: usize, codes: &mut [u8; CHUNK]) -> Factors {
-        Self::codes(row, columns, chunk, codes);
-        Self::factors(row, chunk, Self::halves(row, chunk).map(single_of_half))
-    }
+/// Where the factors of chunks are in a span, in f16 unless it says otherwise.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Place {
+    /// Nowhere: the scale is one, and codes are this much larger than what they stand for.
+    Nowhere { zero: f32 },
+    /// A scale for each chunk, so many bytes apart, and codes that much larger.
+    Scales { step: usize, zero: f32 },
+    /// A scale and a least number behind it for each chunk.
+    Twos { step: usize },
+    /// The same for two chunks.
+    SharedTwos { step: usize },
+    /// Q4_K: a scale, a least number, and 6 bits of each for each chunk.
+    SixBits,
+    /// Q6_K: a byte for each half of a chunk, and a scale of all.
+    OfHalves,
 }
 
 /// Compiles an expression for each format, `$coding` being its type.
@@ -77,300 +98,244 @@ pub(crate) struct Q4_1;
 pub(crate) struct Q4K;
 pub(crate) struct Q6K;
 
-/// The block, of so many bytes, that a chunk of a row is in, of which it has `chunks`.
-#[inline(always)]
-fn block<const BYTES: usize>(row: &[u8], chunk: usize, chunks: usize) -> Option<&[u8; BYTES]> {
-    row.get(chunk / chunks * BYTES..)?.first_chunk()
-}
-
-/// Codes of 4 bits: the lower halves of 16 bytes, then the upper ones.
-#[inline(always)]
-fn nibbles(bytes: &[u8], codes: &mut [u8; CHUNK]) {
-    let Some(bytes) = bytes.first_chunk::<{ CHUNK / 2 }>() else {
-        return;
-    };
-    for at in 0..CHUNK / 2 {
-        codes[at] = bytes[at] & 15;
-        codes[at + CHUNK / 2] = bytes[at] >> 4;
-    }
-}
-
-/// One half of 32 bytes.
-#[inline(always)]
-fn upper_or_lower(bytes: &[u8], upper: bool, codes: &mut [u8; CHUNK]) {
-    let Some(bytes) = bytes.first_chunk::<CHUNK>() else {
-        return;
-    };
-    // Shifts by numbers that are known: there are no others for vectors of bytes.
-    match upper {
-        false => (0..CHUNK).for_each(|at| codes[at] = bytes[at] & 15),
-        true => (0..CHUNK).for_each(|at| codes[at] = bytes[at] >> 4),
-    }
-}
-
-/// Signed bytes.
-#[inline(always)]
-fn bytes(bytes: &[u8; CHUNK], codes: &mut [u8; CHUNK]) {
-    for at in 0..CHUNK {
-        codes[at] = bytes[at] ^ 0x80;
-    }
-}
-
-/// The same of a slice.
-#[inline(always)]
-fn signed(from: &[u8], codes: &mut [u8; CHUNK]) {
-    if let Some(from) = from.first_chunk() {
-        bytes(from, codes);
-    }
-}
-
-/// Q6_K: of each half of 128, 4 bits of two numbers in a byte and 2 of four.
-#[inline(always)]
-fn six_bits(block: &[u8; 210], chunk: usize, codes: &mut [u8; CHUNK]) {
-    let (half, quarter) = (chunk % 8 / 4, chunk % 4);
-    upper_or_lower(&block[half * 64 + quarter % 2 * 32..], quarter > 1, codes);
-    let Some(high) = block[128 + half * 32..].first_chunk::<CHUNK>() else {
-        return;
-    };
-    match quarter {
-        0 => (0..CHUNK).for_each(|at| codes[at] |= high[at] << 4 & 48),
-        1 => (0..CHUNK).for_each(|at| codes[at] |= high[at] << 2 & 48),
-        2 => (0..CHUNK).for_each(|at| codes[at] |= high[at] & 48),
-        _ => (0..CHUNK).for_each(|at| codes[at] |= high[at] >> 2 & 48),
-    }
-}
-
-/// The two halves of 16 bits in a block of a row.
-#[inline(always)]
-fn two<const BYTES: usize>(row: &[u8], chunk: usize, chunks: usize, at: [usize; 2]) -> [u16; 2] {
-    match block::<BYTES>(row, chunk, chunks) {
-        Some(block) => at.map(|at| u16::from_le_bytes([block[at], block[at + 1]])),
-        None => [0; 2],
-    }
-}
-
 impl Coding for Int8 {
     const GROUP: usize = 128;
     const LARGEST: u8 = 255;
-
-    #[inline(always)]
-    fn start(chunk: usize) -> usize {
-        chunk * CHUNK
-    }
-
-    #[inline(always)]
-    fn codes(row: &[u8], columns: usize, chunk: usize, codes: &mut [u8; CHUNK]) {
-        let from = row.get(4..4 + columns).unwrap_or_default();
-        let from = from.get(chunk * CHUNK..).unwrap_or_default();
-        match from.first_chunk::<CHUNK>() {
-            Some(from) => bytes(from, codes),
-            None => {
-                let mut padded = [0; CHUNK];
-                padded[..from.len()].copy_from_slice(from);
-                bytes(&padded, codes);
-            }
-        }
-    }
-
-    #[inline(always)]
-    fn halves(_: &[u8], _: usize) -> [u16; 2] {
-        [0; 2]
-    }
-
+    const BYTES: usize = SPAN;
+    const START: usize = 4;
+    const CODES: Codes = Codes::Bytes {
+        first: 0,
+        step: CHUNK,
+    };
     /// Without the scale of the row.
-    #[inline(always)]
-    fn factors(_: &[u8], _: usize, _: [f32; 2]) -> Factors {
-        Factors::of_both(1.0, -128.0)
-    }
+    const FACTORS: Place = Place::Nowhere { zero: 128.0 };
 }
 
 impl Coding for Int4 {
     const GROUP: usize = 64;
     const LARGEST: u8 = 15;
-
-    #[inline(always)]
-    fn start(chunk: usize) -> usize {
-        chunk * 36 / 2
-    }
-
-    #[inline(always)]
-    fn codes(row: &[u8], _: usize, chunk: usize, codes: &mut [u8; CHUNK]) {
-        match block::<36>(row, chunk, 2) {
-            Some(block) => upper_or_lower(&block[4..], chunk % 2 == 1, codes),
-            None => codes.fill(0),
-        }
-    }
-
-    #[inline(always)]
-    fn halves(row: &[u8], chunk: usize) -> [u16; 2] {
-        two::<36>(row, chunk, 2, [0, 2])
-    }
-
-    #[inline(always)]
-    fn factors(_: &[u8], _: usize, [scale, least]: [f32; 2]) -> Factors {
-        Factors::of_both(scale, least)
-    }
+    const BYTES: usize = 4 * 36;
+    const CODES: Codes = Codes::Shared { first: 4, step: 36 };
+    const FACTORS: Place = Place::SharedTwos { step: 36 };
 }
 
 impl Coding for Q8_0 {
     const GROUP: usize = 32;
     const LARGEST: u8 = 255;
-
-    #[inline(always)]
-    fn start(chunk: usize) -> usize {
-        chunk * 34
-    }
-
-    #[inline(always)]
-    fn codes(row: &[u8], _: usize, chunk: usize, codes: &mut [u8; CHUNK]) {
-        match block::<34>(row, chunk, 1) {
-            Some(block) => signed(&block[2..], codes),
-            None => codes.fill(0),
-        }
-    }
-
-    #[inline(always)]
-    fn halves(row: &[u8], chunk: usize) -> [u16; 2] {
-        two::<34>(row, chunk, 1, [0, 0])
-    }
-
-    #[inline(always)]
-    fn factors(_: &[u8], _: usize, [scale, _]: [f32; 2]) -> Factors {
-        Factors::of_both(scale, -128.0 * scale)
-    }
+    const BYTES: usize = 8 * 34;
+    const CODES: Codes = Codes::Bytes { first: 2, step: 34 };
+    const FACTORS: Place = Place::Scales {
+        step: 34,
+        zero: 128.0,
+    };
 }
 
 impl Coding for Q4_0 {
     const GROUP: usize = 32;
     const LARGEST: u8 = 15;
-
-    #[inline(always)]
-    fn start(chunk: usize) -> usize {
-        chunk * 18
-    }
-
-    #[inline(always)]
-    fn codes(row: &[u8], _: usize, chunk: usize, codes: &mut [u8; CHUNK]) {
-        match block::<18>(row, chunk, 1) {
-            Some(block) => nibbles(&block[2..], codes),
-            None => codes.fill(0),
-        }
-    }
-
-    #[inline(always)]
-    fn halves(row: &[u8], chunk: usize) -> [u16; 2] {
-        two::<18>(row, chunk, 1, [0, 0])
-    }
-
-    #[inline(always)]
-    fn factors(_: &[u8], _: usize, [scale, _]: [f32; 2]) -> Factors {
-        Factors::of_both(scale, -8.0 * scale)
-    }
+    const BYTES: usize = 8 * 18;
+    const CODES: Codes = Codes::Halves { first: 2, step: 18 };
+    const FACTORS: Place = Place::Scales {
+        step: 18,
+        zero: 8.0,
+    };
 }
 
 impl Coding for Q4_1 {
     const GROUP: usize = 32;
     const LARGEST: u8 = 15;
-
-    #[inline(always)]
-    fn start(chunk: usize) -> usize {
-        chunk * 20
-    }
-
-    #[inline(always)]
-    fn codes(row: &[u8], _: usize, chunk: usize, codes: &mut [u8; CHUNK]) {
-        match block::<20>(row, chunk, 1) {
-            Some(block) => nibbles(&block[4..], codes),
-            None => codes.fill(0),
-        }
-    }
-
-    #[inline(always)]
-    fn halves(row: &[u8], chunk: usize) -> [u16; 2] {
-        two::<20>(row, chunk, 1, [0, 2])
-    }
-
-    #[inline(always)]
-    fn factors(_: &[u8], _: usize, [scale, least]: [f32; 2]) -> Factors {
-        Factors::of_both(scale, least)
-    }
+    const BYTES: usize = 8 * 20;
+    const CODES: Codes = Codes::Halves { first: 4, step: 20 };
+    const FACTORS: Place = Place::Twos { step: 20 };
 }
 
 impl Coding for Q4K {
     const GROUP: usize = 32;
     const LARGEST: u8 = 15;
-
-    #[inline(always)]
-    fn start(chunk: usize) -> usize {
-        chunk * 144 / 8
-    }
-
-    #[inline(always)]
-    fn codes(row: &[u8], _: usize, chunk: usize, codes: &mut [u8; CHUNK]) {
-        match block::<144>(row, chunk, 8) {
-            Some(block) => {
-                // Two groups share their bytes.
-                let (pair, upper) = (chunk % 8 / 2, chunk % 2 == 1);
-                upper_or_lower(&block[16 + pair * 32..], upper, codes);
-            }
-            None => codes.fill(0),
-        }
-    }
-
-    #[inline(always)]
-    fn halves(row: &[u8], chunk: usize) -> [u16; 2] {
-        two::<144>(row, chunk, 8, [0, 2])
-    }
-
-    #[inline(always)]
-    fn factors(row: &[u8], chunk: usize, [scale, least]: [f32; 2]) -> Factors {
-        let group = chunk % 8;
-        let (unit, low) = match (block::<144>(row, chunk, 8), group) {
-            (None, _) => (0, 0),
-            (Some(block), 0..4) => (block[4 + group] & 63, block[8 + group] & 63),
-            (Some(block), _) => (
-                block[8 + group] & 15 | block[group] >> 6 << 4,
-                block[8 + group] >> 4 | block[4 + group] >> 6 << 4,
-            ),
-        };
-        Factors::of_both(scale * f32::from(unit), -(least * f32::from(low)))
-    }
+    const BYTES: usize = 4 + 12 + 128;
+    const CODES: Codes = Codes::Shared {
+        first: 16,
+        step: 32,
+    };
+    const FACTORS: Place = Place::SixBits;
 }
 
 impl Coding for Q6K {
     const GROUP: usize = 16;
     const LARGEST: u8 = 63;
+    const BYTES: usize = 128 + 64 + 16 + 2;
+    const CODES: Codes = Codes::SixBits;
+    const FACTORS: Place = Place::OfHalves;
+}
 
-    #[inline(always)]
-    fn start(chunk: usize) -> usize {
-        chunk * 210 / 8
+/// Most bytes of a span.
+pub(crate) const ROOM: usize = 8 * 34;
+
+/// 256 columns of a row.
+pub(crate) struct Span<'a, C> {
+    /// `C::BYTES` of them.
+    bytes: &'a [u8],
+    coding: PhantomData<C>,
+}
+
+impl<C> Clone for Span<'_, C> {
+    fn clone(&self) -> Self {
+        *self
     }
+}
 
-    #[inline(always)]
-    fn codes(row: &[u8], _: usize, chunk: usize, codes: &mut [u8; CHUNK]) {
-        match block::<210>(row, chunk, 8) {
-            Some(block) => six_bits(block, chunk, codes),
-            None => codes.fill(0),
-        }
-    }
+impl<C> Copy for Span<'_, C> {}
 
+impl<'a, C: Coding> Span<'a, C> {
+    /// A span of a row of blocks in this format. The last one may have to be filled up with zeros, in
+    /// `room`: beyond the last column, codes and factors are whatever zeros stand for, and meet inputs that
+    /// are zero.
     #[inline(always)]
-    fn halves(row: &[u8], chunk: usize) -> [u16; 2] {
-        two::<210>(row, chunk, 8, [208, 208])
-    }
-
-    #[inline(always)]
-    fn factors(row: &[u8], chunk: usize, [unit, _]: [f32; 2]) -> Factors {
-        let scale = match block::<210>(row, chunk, 8) {
-            Some(block) => {
-                let at = 192 + chunk % 8 * 2;
-                [at, at + 1].map(|at| unit * f32::from(block[at] as i8))
-            }
-            None => [0.0; 2],
+    pub(crate) fn new(
+        blocks: Blocks<'a>,
+        row: usize,
+        index: usize,
+        room: &'a mut [u8; ROOM],
+    ) -> Self {
+        let row = &blocks.row(row)[C::START..];
+        let start = index * C::BYTES;
+        let bytes = if (index + 1) * SPAN <= blocks.columns() {
+            &row[start..][..C::BYTES]
+        } else {
+            let end = blocks.format().row_bytes(blocks.columns());
+            let bytes = &row[start..end.map_or(start, |end| end - C::START)];
+            room.fill(0);
+            room[..bytes.len()].copy_from_slice(bytes);
+            &room[..C::BYTES]
         };
-        Factors {
-            scale,
-            least: scale.map(|scale| -32.0 * scale),
+        Self {
+            bytes,
+            coding: PhantomData,
         }
+    }
+
+    /// Some bytes.
+    ///
+    /// # Panics
+    /// If a span has not so many; known when it is compiled, as is where they are.
+    #[inline(always)]
+    pub(crate) fn bytes<const COUNT: usize>(self, at: usize) -> &'a [u8; COUNT] {
+        match self.bytes[..C::BYTES][at..].first_chunk() {
+            Some(bytes) => bytes,
+            None => unreachable!("{at}, {COUNT} of {}", C::BYTES),
+        }
+    }
+
+    /// Those of a half.
+    #[inline(always)]
+    pub(crate) fn half(self, at: usize) -> u16 {
+        u16::from_le_bytes(*self.bytes(at))
+    }
+
+    /// Those of a word.
+    #[inline(always)]
+    pub(crate) fn word(self, at: usize) -> u32 {
+        u32::from_le_bytes(*self.bytes(at))
+    }
+
+    /// The codes of a chunk.
+    #[inline(always)]
+    pub(crate) fn codes(self, chunk: usize) -> [u8; CHUNK] {
+        match C::CODES {
+            Codes::Bytes { first, step } => {
+                self.bytes::<CHUNK>(first + chunk * step).map(|x| x ^ 0x80)
+            }
+            Codes::Halves { first, step } => {
+                let bytes = self.bytes::<{ CHUNK / 2 }>(first + chunk * step);
+                let mut codes = [0; CHUNK];
+                for (at, byte) in bytes.iter().enumerate() {
+                    (codes[at], codes[at + CHUNK / 2]) = (byte & 15, byte >> 4);
+                }
+                codes
+            }
+            Codes::Shared { first, step } => {
+                self.halves_of(first + chunk / 2 * step, !chunk.is_multiple_of(2))
+            }
+            Codes::SixBits => {
+                let (half, quarter) = (chunk / 4, chunk % 4);
+                let mut codes = self.halves_of(half * 64 + quarter % 2 * CHUNK, quarter > 1);
+                let high = self.bytes::<CHUNK>(128 + half * CHUNK);
+                for (code, high) in codes.iter_mut().zip(high) {
+                    *code |= (high >> (2 * quarter) & 3) << 4;
+                }
+                codes
+            }
+        }
+    }
+
+    /// The upper or lower halves of 32 bytes.
+    #[inline(always)]
+    fn halves_of(self, at: usize, upper: bool) -> [u8; CHUNK] {
+        let bytes = self.bytes::<CHUNK>(at);
+        // Shifts by numbers that are known: there are no others for vectors of bytes.
+        match upper {
+            false => bytes.map(|byte| byte & 15),
+            true => bytes.map(|byte| byte >> 4),
+        }
+    }
+
+    /// The factors of all chunks.
+    #[inline(always)]
+    pub(crate) fn factors(self) -> Factors {
+        let mut factors = Factors::default();
+        for chunk in 0..CHUNKS {
+            let (scale, least) = self.factors_of(chunk);
+            for half in 0..2 {
+                factors.scale[half][chunk] = scale[half];
+                factors.least[half][chunk] = least[half];
+            }
+        }
+        factors
+    }
+
+    /// Scales and least numbers of the halves of a chunk.
+    #[inline(always)]
+    fn factors_of(self, chunk: usize) -> ([f32; 2], [f32; 2]) {
+        let single = |at: usize| single_of_half(self.half(at));
+        let (scale, least) = match C::FACTORS {
+            Place::Nowhere { zero } => (1.0, -zero),
+            Place::Scales { step, zero } => {
+                let scale = single(chunk * step);
+                (scale, -zero * scale)
+            }
+            Place::Twos { step } => (single(chunk * step), single(chunk * step + 2)),
+            Place::SharedTwos { step } => {
+                let at = chunk / 2 * step;
+                (single(at), single(at + 2))
+            }
+            Place::SixBits => {
+                let [scales, leasts] = self.six_bits().map(|bits| bits.to_le_bytes()[chunk]);
+                (
+                    single(0) * f32::from(scales),
+                    -(single(2) * f32::from(leasts)),
+                )
+            }
+            Place::OfHalves => {
+                let unit = single(208);
+                let bytes: &[u8; 2] = self.bytes(192 + 2 * chunk);
+                let scale = bytes.map(|byte| unit * f32::from(byte as i8));
+                return (scale, scale.map(|scale| -32.0 * scale));
+            }
+        };
+        ([scale; 2], [least; 2])
+    }
+
+    /// Q4_K: the 6 bits of the scales of all chunks, a byte each, and of their least numbers.
+    #[inline(always)]
+    pub(crate) fn six_bits(self) -> [u64; 2] {
+        const SIX: u32 = 0x3f3f_3f3f;
+        const FOUR: u32 = 0x0f0f_0f0f;
+        const TWO: u32 = 0x0303_0303;
+        let (scales, leasts, rest) = (self.word(4), self.word(8), self.word(12));
+        let upper = |low: u32, high: u32| u64::from(low & FOUR | (high >> 6 & TWO) << 4) << 32;
+        [
+            u64::from(scales & SIX) | upper(rest, scales),
+            u64::from(leasts & SIX) | upper(rest >> 4, leasts),
+        ]
     }
 }

@@ -57,7 +57,8 @@ pub(crate) struct Tiles {
 }
 
 impl Tiles {
-    /// `sums (+)= weight · input`, over all chunks.
+    /// `sums (+)= weight · input`, over all chunks. The input, which other rows of the weight meet next, stays
+    /// in the first cache; the weight does not, and what lies behind the sums is fetched into it.
     ///
     /// # Panics
     /// If there are not as many chunks of the input as of the weight.
@@ -73,7 +74,7 @@ impl Tiles {
         // SAFETY: the registers are configured as 16 rows of 64 bytes (`self` exists on this thread only
         // while they are). `sums` is 32 rows of 128 bytes: each of its four quarters is 16 rows, 128
         // bytes apart, of 64 bytes. Every round reads one chunk of either operand, 2048 bytes (32 rows of
-        // 64; 16 of 128), and there are as many rounds as chunks.
+        // 64; 16 of 128), and there are as many rounds as chunks. Fetching changes nothing, wherever it is.
         unsafe {
             asm!(
                 "test {adds:e}, {adds:e}",
@@ -93,15 +94,20 @@ impl Tiles {
                 "jz 5f",
                 "4:",
                 "tileloadd tmm6, [{b} + {sb}]",
-                "tileloadd tmm4, [{a} + {sa}]",
+                "tileloaddt1 tmm4, [{a} + {sa}]",
                 "tileloadd tmm7, [{b} + {sb} + 64]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
-                "tileloadd tmm5, [{a} + {sa} + 1024]",
+                "tileloaddt1 tmm5, [{a} + {sa} + 1024]",
                 "tdpbf16ps tmm1, tmm4, tmm7",
+                "prefetchw [{next}]",
+                "prefetchw [{next} + 64]",
+                "prefetchw [{next} + 128]",
+                "prefetchw [{next} + 192]",
                 "tdpbf16ps tmm2, tmm5, tmm6",
                 "tdpbf16ps tmm3, tmm5, tmm7",
                 "add {a}, 2048",
                 "add {b}, 2048",
+                "add {next}, 256",
                 "dec {n}",
                 "jnz 4b",
                 "5:",
@@ -112,6 +118,7 @@ impl Tiles {
                 a = inout(reg) weight.as_ptr() => _,
                 b = inout(reg) input.as_ptr() => _,
                 n = inout(reg) weight.len() => _,
+                next = inout(reg) sums.0.as_ptr().wrapping_add(ROWS) => _,
                 c = in(reg) sums.0.as_mut_ptr(),
                 adds = in(reg) u32::from(adds),
                 sa = in(reg) 64usize,

@@ -2,9 +2,10 @@
 
 use std::arch::x86_64::*;
 
-use crate::blocks::{Blocks, CHUNK, Coding};
+use crate::blocks::{Blocks, CHUNK, CHUNKS, Codes, Coding, Factors, Place, ROOM, Span};
 use crate::isa::prefetch;
-use crate::product::one_row::{Codes, Eight};
+use crate::product::one_row::ByteInputs;
+use crate::split::some;
 
 /// Which instruction multiplies bytes. A value exists only where the processor has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,7 +45,7 @@ impl Bytes {
 
     /// The product of a row with inputs.
     #[inline(always)]
-    pub(crate) fn dot<C: Coding>(self, blocks: Blocks<'_>, row: usize, x: &Codes) -> f32 {
+    pub(crate) fn dot<C: Coding>(self, blocks: Blocks<'_>, row: usize, x: &ByteInputs) -> f32 {
         // SAFETY: the processor has the instructions of this kind (`self`).
         unsafe {
             match self.0 {
@@ -54,99 +55,103 @@ impl Bytes {
             }
         }
     }
+
+    /// The codes and the factors of a span.
+    #[inline(always)]
+    pub(crate) fn read<C: Coding>(
+        self,
+        span: Span<'_, C>,
+        codes: &mut [[u8; CHUNK]; CHUNKS],
+    ) -> Factors {
+        // SAFETY: the processor has the instructions of this kind (`self`), which are at least these.
+        unsafe { read::<C>(span, codes) }
+    }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn dot_avx2<C: Coding>(blocks: Blocks<'_>, row: usize, x: &Codes) -> f32 {
-    dot::<C>(blocks, row, x, |codes, x| {
+fn dot_avx2<C: Coding>(blocks: Blocks<'_>, row: usize, x: &ByteInputs) -> f32 {
+    dot::<C>(blocks, row, x, |sums, codes, x| {
         let ones = _mm256_set1_epi16(1);
         if C::LARGEST < 128 {
             // At most 2 · 127 · 127: no sum of two saturates.
-            return _mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), ones);
+            let products = _mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), ones);
+            return _mm256_add_epi32(sums, products);
         }
         // Either half of a code, for the same reason.
         let low = _mm256_and_si256(codes, _mm256_set1_epi8(15));
         let high = _mm256_and_si256(_mm256_srli_epi16::<4>(codes), _mm256_set1_epi8(15));
         let low = _mm256_madd_epi16(_mm256_maddubs_epi16(low, x), ones);
         let high = _mm256_madd_epi16(_mm256_maddubs_epi16(high, x), ones);
-        _mm256_add_epi32(low, _mm256_slli_epi32::<4>(high))
+        let products = _mm256_add_epi32(low, _mm256_slli_epi32::<4>(high));
+        _mm256_add_epi32(sums, products)
     })
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
-fn dot_avx_vnni<C: Coding>(blocks: Blocks<'_>, row: usize, x: &Codes) -> f32 {
-    dot::<C>(blocks, row, x, |codes, x| {
-        _mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), codes, x)
+fn dot_avx_vnni<C: Coding>(blocks: Blocks<'_>, row: usize, x: &ByteInputs) -> f32 {
+    dot::<C>(blocks, row, x, |sums, codes, x| {
+        _mm256_dpbusd_avx_epi32(sums, codes, x)
     })
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avx512vnni,avx512vl")]
-fn dot_avx512_vnni<C: Coding>(blocks: Blocks<'_>, row: usize, x: &Codes) -> f32 {
-    dot::<C>(blocks, row, x, |codes, x| {
-        _mm256_dpbusd_epi32(_mm256_setzero_si256(), codes, x)
+fn dot_avx512_vnni<C: Coding>(blocks: Blocks<'_>, row: usize, x: &ByteInputs) -> f32 {
+    dot::<C>(blocks, row, x, |sums, codes, x| {
+        _mm256_dpbusd_epi32(sums, codes, x)
     })
 }
 
 /// Bytes that are fetched ahead.
 const AHEAD: usize = 4096;
 
-#[expect(clippy::needless_range_loop, reason = "several arrays by one index")]
+/// Independent sums: as many as an addition takes cycles.
+const SUMS: usize = 4;
+
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn dot<C: Coding>(
     blocks: Blocks<'_>,
     row: usize,
-    x: &Codes,
-    multiply: impl Fn(__m256i, __m256i) -> __m256i,
+    x: &ByteInputs,
+    multiply: impl Fn(__m256i, __m256i, __m256i) -> __m256i,
 ) -> f32 {
+    /// Chunks that share their scales.
+    const fn shared(group: usize) -> usize {
+        if group > CHUNK { group / CHUNK } else { 1 }
+    }
     let (bytes, start) = blocks.bytes_and_start(row);
-    let row = blocks.row(row);
-    let mut total = _mm256_setzero_ps();
-    let mut least = _mm256_setzero_ps();
-    let mut codes = [0; CHUNK];
-    for (eight, (inputs, sides)) in x.codes.chunks(8).zip(&x.factors).enumerate() {
-        let first = eight * 8;
-        // The scales of eight chunks at a time.
-        let mut halves = [[0; 8]; 2];
-        for chunk in 0..8 {
-            let [scale, low] = C::halves(row, first + chunk);
-            (halves[0][chunk], halves[1][chunk]) = (scale, low);
+    let mut room = [0; ROOM];
+    let mut totals = [_mm256_setzero_ps(); SUMS];
+    let mut leasts = _mm256_setzero_ps();
+    for (index, (inputs, sides)) in x.spans.iter().enumerate() {
+        prefetch(some(bytes, start + index * C::BYTES + AHEAD, C::BYTES));
+        let span = Span::<C>::new(blocks, row, index, &mut room);
+        let (mut scale, least) = factors(span);
+        for half in 0..halves(C::GROUP) {
+            scale[half] = _mm256_mul_ps(scale[half], load(&sides.scale[half]));
+            leasts = _mm256_fmadd_ps(least[half], load(&sides.least[half]), leasts);
         }
-        let [scales, lows] = halves.map(|halves| singles(&halves));
-        let mut factors = Eight::default();
-        for chunk in 0..8 {
-            let halves = [scales[chunk], lows[chunk]];
-            factors.put(chunk, C::factors(row, first + chunk, halves));
-        }
-        let parts = if C::GROUP < CHUNK { 2 } else { 1 };
-        let mut scale = [_mm256_setzero_ps(); 2];
-        for part in 0..parts {
-            scale[part] =
-                _mm256_mul_ps(eight_of(&factors.scale[part]), eight_of(&sides.scale[part]));
-            let (low, sum) = (eight_of(&factors.least[part]), eight_of(&sides.least[part]));
-            least = _mm256_fmadd_ps(low, sum, least);
-        }
-        for (chunk, inputs) in inputs.iter().enumerate() {
-            prefetch(bytes, start + C::start(first + chunk) + AHEAD);
-            C::codes(row, blocks.columns(), first + chunk, &mut codes);
-            // SAFETY: both are 32 bytes.
-            let (codes, inputs) = unsafe {
-                (
-                    _mm256_loadu_si256(codes.as_ptr().cast()),
-                    _mm256_loadu_si256(inputs.as_ptr().cast()),
-                )
-            };
-            let sums = _mm256_cvtepi32_ps(multiply(codes, inputs));
-            let at = _mm256_set1_epi32(chunk as i32);
+        for group in 0..CHUNKS / shared(C::GROUP) {
+            let first = group * shared(C::GROUP);
+            let mut sums = _mm256_setzero_si256();
+            for chunk in first..first + shared(C::GROUP) {
+                // SAFETY: 32 bytes.
+                let inputs = unsafe { _mm256_loadu_si256(inputs[chunk].as_ptr().cast()) };
+                sums = multiply(sums, codes(span, chunk), inputs);
+            }
+            let at = _mm256_set1_epi32(first as i32);
             let mut factor = _mm256_permutevar8x32_ps(scale[0], at);
-            if parts > 1 {
+            if halves(C::GROUP) > 1 {
                 let upper = _mm256_permutevar8x32_ps(scale[1], at);
                 factor = _mm256_blend_ps::<0b1111_0000>(factor, upper);
             }
-            total = _mm256_fmadd_ps(sums, factor, total);
+            let total = &mut totals[group % SUMS];
+            *total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums), factor, *total);
         }
     }
-    let total = _mm256_add_ps(total, least);
+    let [a, b, c, d] = totals;
+    let total = _mm256_add_ps(_mm256_add_ps(a, b), _mm256_add_ps(c, d));
+    let total = _mm256_add_ps(total, leasts);
     let half = _mm_add_ps(
         _mm256_castps256_ps128(total),
         _mm256_extractf128_ps::<1>(total),
@@ -156,19 +161,171 @@ fn dot<C: Coding>(
     _mm_cvtss_f32(half)
 }
 
-#[target_feature(enable = "avx2,f16c")]
-fn singles(halves: &[u16; 8]) -> [f32; 8] {
-    let mut singles = [0.0; 8];
-    // SAFETY: eight halves are 16 bytes, eight singles 32.
-    unsafe {
-        let halves = _mm_loadu_si128(halves.as_ptr().cast());
-        _mm256_storeu_ps(singles.as_mut_ptr(), _mm256_cvtph_ps(halves));
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn read<C: Coding>(span: Span<'_, C>, to: &mut [[u8; CHUNK]; CHUNKS]) -> Factors {
+    for (chunk, to) in to.iter_mut().enumerate() {
+        // SAFETY: 32 bytes.
+        unsafe { _mm256_storeu_si256(to.as_mut_ptr().cast(), codes(span, chunk)) };
     }
-    singles
+    let (scale, least) = factors(span);
+    Factors {
+        scale: [store(scale[0]), store(scale[1])],
+        least: [store(least[0]), store(least[1])],
+    }
 }
 
+/// Parts of a chunk that have scales of their own.
+pub(super) const fn halves(group: usize) -> usize {
+    if group < CHUNK { 2 } else { 1 }
+}
+
+/// [`Span::codes`].
+#[inline]
 #[target_feature(enable = "avx2")]
-fn eight_of(numbers: &[f32; 8]) -> __m256 {
+pub(super) fn codes<C: Coding>(span: Span<'_, C>, chunk: usize) -> __m256i {
+    let low = _mm256_set1_epi8(15);
+    match C::CODES {
+        Codes::Bytes { first, step } => {
+            let bytes = bytes(span.bytes(first + chunk * step));
+            _mm256_xor_si256(bytes, _mm256_set1_epi8(i8::MIN))
+        }
+        Codes::Halves { first, step } => {
+            let bytes = sixteen(span.bytes(first + chunk * step));
+            // The upper ones come down in the upper lane alone.
+            let down = _mm256_set_epi64x(4, 4, 0, 0);
+            let both = _mm256_broadcastsi128_si256(bytes);
+            _mm256_and_si256(_mm256_srlv_epi64(both, down), low)
+        }
+        Codes::Shared { first, step } => {
+            let bytes = bytes(span.bytes(first + chunk / 2 * step));
+            match chunk % 2 {
+                0 => _mm256_and_si256(bytes, low),
+                _ => _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), low),
+            }
+        }
+        Codes::SixBits => {
+            let (half, quarter) = (chunk / 4, chunk % 4);
+            let bytes = |at| bytes(span.bytes(at));
+            let lower = bytes(half * 64 + quarter % 2 * CHUNK);
+            let upper = bytes(128 + half * CHUNK);
+            let (lower, upper) = match quarter {
+                0 => (lower, _mm256_slli_epi16::<4>(upper)),
+                1 => (lower, _mm256_slli_epi16::<2>(upper)),
+                2 => (_mm256_srli_epi16::<4>(lower), upper),
+                _ => (_mm256_srli_epi16::<4>(lower), _mm256_srli_epi16::<2>(upper)),
+            };
+            let upper = _mm256_and_si256(upper, _mm256_set1_epi8(48));
+            _mm256_or_si256(_mm256_and_si256(lower, low), upper)
+        }
+    }
+}
+
+/// [`Span::factors`]: scales and least numbers of all chunks; of whole chunks the first, where their halves
+/// share them.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+pub(super) fn factors<C: Coding>(span: Span<'_, C>) -> ([__m256; 2], [__m256; 2]) {
+    let (scale, least) = match C::FACTORS {
+        Place::Nowhere { zero } => (_mm256_set1_ps(1.0), _mm256_set1_ps(-zero)),
+        Place::Scales { step, zero } => {
+            let at = |chunk: usize| span.half(chunk * step) as i16;
+            let halves = _mm_set_epi16(at(7), at(6), at(5), at(4), at(3), at(2), at(1), at(0));
+            let scale = _mm256_cvtph_ps(halves);
+            (scale, _mm256_mul_ps(scale, _mm256_set1_ps(-zero)))
+        }
+        Place::Twos { step } => {
+            let (low, high) = (four(span, 0, step), four(span, 4 * step, step));
+            (
+                in_order(_mm256_shuffle_ps::<0b10_00_10_00>(low, high)),
+                in_order(_mm256_shuffle_ps::<0b11_01_11_01>(low, high)),
+            )
+        }
+        Place::SharedTwos { step } => {
+            let twos = four(span, 0, step);
+            (_mm256_moveldup_ps(twos), _mm256_movehdup_ps(twos))
+        }
+        Place::SixBits => {
+            let [scales, leasts] = span.six_bits();
+            let (scale, least) = (single(span.half(0)), single(span.half(2)));
+            let least = _mm256_xor_ps(least, _mm256_set1_ps(-0.0));
+            (
+                _mm256_mul_ps(scale, small(scales)),
+                _mm256_mul_ps(least, small(leasts)),
+            )
+        }
+        Place::OfHalves => {
+            let even_and_odd = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+            let bytes = _mm_shuffle_epi8(sixteen(span.bytes(192)), even_and_odd);
+            let (unit, zero) = (single(span.half(208)), _mm256_set1_ps(-32.0));
+            let even = _mm256_cvtepi8_epi32(bytes);
+            let odd = _mm256_cvtepi8_epi32(_mm_unpackhi_epi64(bytes, bytes));
+            let even = _mm256_mul_ps(unit, _mm256_cvtepi32_ps(even));
+            let odd = _mm256_mul_ps(unit, _mm256_cvtepi32_ps(odd));
+            let leasts = [_mm256_mul_ps(even, zero), _mm256_mul_ps(odd, zero)];
+            return ([even, odd], leasts);
+        }
+    };
+    ([scale; 2], [least; 2])
+}
+
+/// Four words of two halves each, in f32.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn four<C: Coding>(span: Span<'_, C>, at: usize, step: usize) -> __m256 {
+    let [a, b, c, d] = [at, at + step, at + 2 * step, at + 3 * step];
+    let [a, b, c, d] = [span.word(a), span.word(b), span.word(c), span.word(d)];
+    _mm256_cvtph_ps(_mm_setr_epi32(a as i32, b as i32, c as i32, d as i32))
+}
+
+/// What a shuffle of two registers leaves in their lanes, one behind the other.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn in_order(numbers: __m256) -> __m256 {
+    let pairs = _mm256_castps_pd(numbers);
+    _mm256_castpd_ps(_mm256_permute4x64_pd::<0b11_01_10_00>(pairs))
+}
+
+/// Eight bytes, in f32.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn small(bytes: u64) -> __m256 {
+    _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bytes as i64)))
+}
+
+/// A half everywhere, in f32.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn single(half: u16) -> __m256 {
+    _mm256_cvtph_ps(_mm_set1_epi16(half as i16))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn bytes(bytes: &[u8; 32]) -> __m256i {
+    // SAFETY: 32 bytes are a register.
+    unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn sixteen(bytes: &[u8; 16]) -> __m128i {
+    // SAFETY: 16 bytes are half a register.
+    unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load(numbers: &[f32; 8]) -> __m256 {
     // SAFETY: eight numbers are a register.
     unsafe { _mm256_loadu_ps(numbers.as_ptr()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn store(register: __m256) -> [f32; 8] {
+    let mut numbers = [0.0; 8];
+    // SAFETY: as in `load`.
+    unsafe { _mm256_storeu_ps(numbers.as_mut_ptr(), register) };
+    numbers
 }

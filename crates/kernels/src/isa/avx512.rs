@@ -2,7 +2,8 @@
 
 use std::arch::x86_64::*;
 
-use crate::blocks::{CHUNK, Factors};
+use super::avx2::{Bytes, codes, factors, halves as parts_of};
+use crate::blocks::{CHUNK, CHUNKS, Coding, Span};
 use crate::product::layout::{InputChunk, Sums, TOKENS, WORDS, WeightChunk};
 
 /// Rows of a weight in a register tile: with two registers of tokens, 24 of the 32 registers hold sums.
@@ -97,46 +98,53 @@ fn put(registers: [__m512; 2], numbers: &mut [f32; TOKENS]) {
     }
 }
 
-/// Proof that this processor has AVX512-F and AVX512-BW.
+/// Proof that this processor has AVX512-BF16 and what reads spans.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Widen(());
 
 impl Widen {
     pub(crate) fn detect() -> Option<Self> {
-        let found = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
-        found.then_some(Self(()))
+        Bf16::detect()?;
+        Bytes::without_vnni().map(|_| Self(()))
     }
 
-    /// The numbers of a chunk, rounded to bf16.
+    /// The numbers of a span, rounded to bf16.
     #[inline(always)]
-    pub(crate) fn widen(self, codes: &[u8; CHUNK], factors: &Factors, to: &mut [u16; CHUNK]) {
+    pub(crate) fn widen<C: Coding>(self, span: Span<'_, C>, to: [&mut [u16; CHUNK]; CHUNKS]) {
         // SAFETY: the processor has these instructions (`self`).
-        unsafe { widen(codes, factors, to) }
+        unsafe { widen(span, to) }
     }
 }
 
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw")]
-fn widen(codes: &[u8; CHUNK], factors: &Factors, to: &mut [u16; CHUNK]) {
-    for half in 0..2 {
-        // SAFETY: 16 codes are a register of 128 bits, as many numbers in 16 bits one of 256.
-        unsafe {
-            let codes = _mm_loadu_si128(codes.as_ptr().add(16 * half).cast());
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bf16")]
+fn widen<C: Coding>(span: Span<'_, C>, to: [&mut [u16; CHUNK]; CHUNKS]) {
+    let (scale, least) = factors(span);
+    for (chunk, to) in to.into_iter().enumerate() {
+        let at = _mm512_set1_epi32(chunk as i32);
+        let of_chunk = |of: __m256| _mm512_permutexvar_ps(at, _mm512_castps256_ps512(of));
+        let codes = codes(span, chunk);
+        let parts = [
+            _mm256_castsi256_si128(codes),
+            _mm256_extracti128_si256::<1>(codes),
+        ];
+        let mut numbers = [_mm512_setzero_ps(); 2];
+        for (half, codes) in parts.into_iter().enumerate() {
             let codes = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(codes));
-            let scale = _mm512_set1_ps(factors.scale[half]);
-            let least = _mm512_set1_ps(factors.least[half]);
-            let numbers = _mm512_fmadd_ps(codes, scale, least);
-            let bits = _mm512_castps_si512(numbers);
-            let even = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
-            let up = _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff));
-            let rounded = _mm512_srli_epi32::<16>(_mm512_add_epi32(bits, up));
-            // Rounding would carry the digits of some NaN into the sign.
-            let is_nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(numbers, numbers);
-            let rounded = _mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc0));
-            let to = to.as_mut_ptr().add(16 * half).cast();
-            _mm256_storeu_si256(to, _mm512_cvtepi32_epi16(rounded));
+            let of = half * (parts_of(C::GROUP) - 1);
+            numbers[half] = _mm512_fmadd_ps(codes, of_chunk(scale[of]), of_chunk(least[of]));
         }
+        let rounded = _mm512_cvtne2ps_pbh(numbers[1], numbers[0]);
+        // SAFETY: 32 numbers in 16 bits are a register.
+        unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), words(rounded)) };
     }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn words(pairs: __m512bh) -> __m512i {
+    // SAFETY: both are 64 bytes, of which every pattern is valid.
+    unsafe { std::mem::transmute(pairs) }
 }
 
 /// Proof that this processor has AVX512-VNNI.

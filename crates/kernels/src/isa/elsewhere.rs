@@ -1,8 +1,8 @@
 //! Stands in on processors of other kinds, which have none of these instructions: nothing here has a value.
 
-use crate::blocks::{Blocks, CHUNK, Coding, Factors};
+use crate::blocks::{Blocks, CHUNK, CHUNKS, Coding, Factors, Span};
 use crate::product::layout::{InputChunk, Sums, TOKENS, WeightChunk};
-use crate::product::one_row::Codes;
+use crate::product::one_row::ByteInputs;
 
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Bytes {}
@@ -20,7 +20,11 @@ impl Bytes {
         None
     }
 
-    pub(crate) fn dot<C: Coding>(self, _: Blocks<'_>, _: usize, _: &Codes) -> f32 {
+    pub(crate) fn dot<C: Coding>(self, _: Blocks<'_>, _: usize, _: &ByteInputs) -> f32 {
+        match self {}
+    }
+
+    pub(crate) fn read<C: Coding>(self, _: Span<'_, C>, _: &mut [[u8; CHUNK]; CHUNKS]) -> Factors {
         match self {}
     }
 }
@@ -88,7 +92,7 @@ pub(crate) mod amx {
 }
 
 pub(crate) mod avx512 {
-    use super::{CHUNK, Factors, InputChunk, Sums, TOKENS, WeightChunk};
+    use super::{CHUNK, CHUNKS, Coding, InputChunk, Span, Sums, TOKENS, WeightChunk};
 
     pub(crate) const ROWS: usize = 12;
 
@@ -138,7 +142,7 @@ pub(crate) mod avx512 {
             None
         }
 
-        pub(crate) fn widen(self, _: &[u8; CHUNK], _: &Factors, _: &mut [u16; CHUNK]) {
+        pub(crate) fn widen<C: Coding>(self, _: Span<'_, C>, _: [&mut [u16; CHUNK]; CHUNKS]) {
             match self {}
         }
     }

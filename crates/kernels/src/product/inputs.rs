@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::layout::{InputChunk, TOKENS, WORDS};
 use crate::precision::Number;
-use crate::split::pieces;
+use crate::split::{made, pieces};
 
 /// Chunks that are packed at a time.
 const CHUNKS: usize = 64;
@@ -22,8 +22,8 @@ pub(crate) struct Packed {
 }
 
 impl Packed {
-    /// Lets `fill` write every chunk: the `n`th of the panel whose first token is given, with so many of
-    /// them.
+    /// Lets `fill` write every chunk, which is zero before: the `n`th of the panel whose first token is given,
+    /// with so many of them.
     fn new(
         tokens: usize,
         depth: usize,
@@ -31,23 +31,18 @@ impl Packed {
         fill: impl Fn(&mut InputChunk, usize, [usize; 2]) + Sync,
     ) -> Self {
         let panels = tokens.div_ceil(TOKENS);
-        let mut chunks = vec![InputChunk::ZERO; panels * depth];
-        pieces(
-            &mut chunks,
+        let chunks = made(
+            panels * depth,
             CHUNKS,
             #[inline(always)]
-            |piece, chunks| {
-                for (at, chunk) in chunks.iter_mut().enumerate() {
-                    let at = piece * CHUNKS + at;
-                    let first = at / (panels * block) * block;
-                    let (width, within) = (block.min(depth - first), at - first * panels);
-                    let start = within / width * TOKENS;
-                    fill(
-                        chunk,
-                        first + within % width,
-                        [start, TOKENS.min(tokens - start)],
-                    );
-                }
+            |at| {
+                let first = at / (panels * block) * block;
+                let (width, within) = (block.min(depth - first), at - first * panels);
+                let start = within / width * TOKENS;
+                let mut chunk = InputChunk::ZERO;
+                let tokens = [start, TOKENS.min(tokens - start)];
+                fill(&mut chunk, first + within % width, tokens);
+                chunk
             },
         );
         Self {

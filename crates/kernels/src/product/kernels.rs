@@ -5,11 +5,18 @@ use std::marker::PhantomData;
 use super::inputs::{Pairs, Quads};
 use super::layout::{Sums, WORDS, WeightChunk};
 use super::many_rows::{BlockSizes, Kernel, Rows};
-use crate::blocks::{Blocks, CHUNK, Coding};
-use crate::isa::{amx, avx512, prefetch};
+use crate::blocks::{Blocks, CHUNK, CHUNKS, Coding, ROOM, SPAN, Span};
+use crate::isa::{self, amx, avx512, prefetch};
 use crate::precision::Number;
+use crate::split::some;
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
+
+/// Chunks of a span in pairs.
+const PAIRS: usize = SPAN / Pairs::FEATURES;
+
+/// Chunks of a span in quads.
+const QUADS: usize = SPAN / Quads::FEATURES;
 
 /// Rows of bf16, packed.
 pub(crate) struct PairTile<const ROWS: usize>(pub(super) Vec<WeightChunk<ROWS>>);
@@ -23,19 +30,18 @@ pub(crate) struct QuadTile<const ROWS: usize, C> {
 }
 
 impl Kernel<{ amx::ROWS }> for amx::Amx {
+    const SPAN: usize = PAIRS;
     type Tile = PairTile<{ amx::ROWS }>;
     type Inputs = Pairs;
     type Ready = amx::Tiles;
 
-    /// In 2 MiB: the inputs of a block take a quarter, or less where there are few.
+    /// A panel's part of a block, 32 KiB, stays in the first cache while all tiles meet it. In the second, of
+    /// 2 MiB: 256 rows of the weight twice, 640 KiB of what they meet and of sums, at 640 tokens.
     fn blocks(panels: usize) -> BlockSizes {
-        let panels = panels.min(24);
-        let depth = (256 / panels).clamp(8, 128);
-        let tiles = (128 / depth).clamp(1, 8);
         BlockSizes {
-            tiles,
-            depth,
-            panels,
+            tiles: if panels > 8 { 8 } else { 4 },
+            depth: 16,
+            panels: panels.min(24),
         }
     }
 
@@ -63,6 +69,7 @@ impl Kernel<{ amx::ROWS }> for amx::Amx {
 }
 
 impl Kernel<{ avx512::ROWS }> for avx512::Bf16 {
+    const SPAN: usize = PAIRS;
     type Tile = PairTile<{ avx512::ROWS }>;
     type Inputs = Pairs;
     type Ready = Self;
@@ -114,6 +121,7 @@ impl<C> Copy for Vnni<C> {}
 const QUAD_DEPTH: usize = 32;
 
 impl<C: Coding> Kernel<{ avx512::ROWS }> for Vnni<C> {
+    const SPAN: usize = QUADS;
     type Tile = QuadTile<{ avx512::ROWS }, C>;
     type Inputs = Quads;
     type Ready = Self;
@@ -169,24 +177,39 @@ pub(crate) struct PlainRows<'a> {
     pub(crate) columns: usize,
 }
 
+/// The chunks of a row of a tile from `at` on, as many as a span has.
+#[inline(always)]
+fn row_of<const ROWS: usize, const COUNT: usize>(
+    chunks: &mut [WeightChunk<ROWS>],
+    [row, at]: [usize; 2],
+) -> [&mut [u32; WORDS]; COUNT] {
+    match chunks[at..].first_chunk_mut() {
+        Some(chunks) => chunks.each_mut().map(|chunk| &mut chunk.0[row]),
+        None => unreachable!("blocks are whole spans"),
+    }
+}
+
 impl<const ROWS: usize> Rows<PairTile<ROWS>> for PlainRows<'_> {
     #[inline(always)]
-    fn read(&self, row: usize, chunk: usize, tile: &mut PairTile<ROWS>, [to, at]: [usize; 2]) {
+    fn read(&self, row: usize, span: usize, tile: &mut PairTile<ROWS>, slot: [usize; 2]) {
         let row = &self.weight[row * self.columns..][..self.columns];
-        let from: &[u16] = row[chunk * Pairs::FEATURES..].reinterpret_cast();
-        let to: &mut [u16; Pairs::FEATURES] = bytemuck::cast_mut(&mut tile.0[at].0[to]);
-        match from.first_chunk() {
-            Some(from) => *to = *from,
-            None => {
-                to[..from.len()].copy_from_slice(from);
-                to[from.len()..].fill(0);
+        let mut from: &[u16] = row[span * SPAN..].reinterpret_cast();
+        for to in row_of::<_, PAIRS>(&mut tile.0, slot) {
+            let to: &mut [u16; Pairs::FEATURES] = bytemuck::cast_mut(to);
+            match from.split_first_chunk() {
+                Some((chunk, rest)) => (*to, from) = (*chunk, rest),
+                None => {
+                    to[..from.len()].copy_from_slice(from);
+                    to[from.len()..].fill(0);
+                    from = &[];
+                }
             }
         }
     }
 
     #[inline(always)]
-    fn prefetch(&self, row: usize, chunk: usize) {
-        prefetch(self.weight, row * self.columns + chunk * Pairs::FEATURES);
+    fn prefetch(&self, row: usize, span: usize) {
+        prefetch(some(self.weight, row * self.columns + span * SPAN, SPAN));
     }
 
     #[inline(always)]
@@ -198,46 +221,44 @@ impl<const ROWS: usize> Rows<PairTile<ROWS>> for PlainRows<'_> {
 /// A weight in codes of a format.
 pub(crate) struct CodedRows<'a, C> {
     pub(crate) blocks: Blocks<'a>,
+    pub(crate) bytes: Option<isa::Bytes>,
     pub(crate) widen: Option<avx512::Widen>,
     pub(crate) coding: PhantomData<C>,
 }
 
 impl<C: Coding> CodedRows<'_, C> {
-    /// Fetches what a chunk begins with.
+    /// Fetches a span.
     #[inline(always)]
-    fn fetch(&self, row: usize, chunk: usize) {
+    fn fetch(&self, row: usize, span: usize) {
         let (bytes, start) = self.blocks.bytes_and_start(row);
-        prefetch(bytes, start + C::start(chunk));
+        prefetch(some(bytes, start + span * C::BYTES, C::BYTES));
     }
 }
 
 /// Widened to bf16, of which there are two in a word.
 impl<const ROWS: usize, C: Coding> Rows<PairTile<ROWS>> for CodedRows<'_, C> {
     #[inline(always)]
-    fn read(&self, row: usize, chunk: usize, tile: &mut PairTile<ROWS>, [to, at]: [usize; 2]) {
-        let mut codes = [0; CHUNK];
-        let factors = C::chunk(
-            self.blocks.row(row),
-            self.blocks.columns(),
-            chunk,
-            &mut codes,
-        );
-        let to: &mut [u16; CHUNK] = bytemuck::cast_mut(&mut tile.0[at].0[to]);
+    fn read(&self, row: usize, span: usize, tile: &mut PairTile<ROWS>, slot: [usize; 2]) {
+        let mut room = [0; ROOM];
+        let span = Span::<C>::new(self.blocks, row, span, &mut room);
+        let to = row_of(&mut tile.0, slot).map(bytemuck::cast_mut);
         if let Some(widen) = self.widen {
-            return widen.widen(&codes, &factors, to);
+            return widen.widen(span, to);
         }
-        for half in 0..2 {
-            let (scale, least) = (factors.scale[half], factors.least[half]);
-            for at in half * CHUNK / 2..(half + 1) * CHUNK / 2 {
-                let number = f32::from(codes[at]) * scale + least;
-                to[at] = number.to_bf16().to_bits();
+        let factors = span.factors();
+        for (chunk, to) in to.into_iter().enumerate() {
+            let to: &mut [u16; CHUNK] = to;
+            for (at, (to, code)) in to.iter_mut().zip(span.codes(chunk)).enumerate() {
+                let half = at / (CHUNK / 2);
+                let (scale, least) = (factors.scale[half][chunk], factors.least[half][chunk]);
+                *to = (f32::from(code) * scale + least).to_bf16().to_bits();
             }
         }
     }
 
     #[inline(always)]
-    fn prefetch(&self, row: usize, chunk: usize) {
-        self.fetch(row, chunk);
+    fn prefetch(&self, row: usize, span: usize) {
+        self.fetch(row, span);
     }
 
     #[inline(always)]
@@ -249,23 +270,39 @@ impl<const ROWS: usize, C: Coding> Rows<PairTile<ROWS>> for CodedRows<'_, C> {
 /// As they are.
 impl<const ROWS: usize, C: Coding> Rows<QuadTile<ROWS, C>> for CodedRows<'_, C> {
     #[inline(always)]
-    fn read(&self, row: usize, chunk: usize, tile: &mut QuadTile<ROWS, C>, [to, at]: [usize; 2]) {
-        let bytes = self.blocks.row(row);
-        let codes: &mut [u8; 4 * WORDS] = bytemuck::cast_mut(&mut tile.chunks[at].0[to]);
-        for (half, codes) in codes.as_chunks_mut::<CHUNK>().0.iter_mut().enumerate() {
-            let factors = C::chunk(bytes, self.blocks.columns(), chunk * 2 + half, codes);
-            let column = (at * 2 + half) * CHUNK;
-            for part in 0..(CHUNK / C::GROUP).max(1) {
-                let group = &mut tile.factors[column / C::GROUP + part];
-                group[0][to] = factors.scale[part];
-                group[1][to] = factors.least[part];
+    fn read(&self, row: usize, span: usize, tile: &mut QuadTile<ROWS, C>, slot: [usize; 2]) {
+        let mut room = [0; ROOM];
+        let span = Span::<C>::new(self.blocks, row, span, &mut room);
+        let mut codes = [[0; CHUNK]; CHUNKS];
+        let factors = match self.bytes {
+            Some(bytes) => bytes.read(span, &mut codes),
+            None => {
+                codes = std::array::from_fn(|chunk| span.codes(chunk));
+                span.factors()
             }
+        };
+        let [to, at] = slot;
+        let codes: &[[u32; WORDS]; QUADS] = bytemuck::cast_ref(&codes);
+        for (to, codes) in row_of::<_, QUADS>(&mut tile.chunks, slot)
+            .into_iter()
+            .zip(codes)
+        {
+            *to = *codes;
+        }
+        let first = at * Quads::FEATURES / C::GROUP;
+        for (index, group) in tile.factors[first..][..SPAN / C::GROUP]
+            .iter_mut()
+            .enumerate()
+        {
+            let column = index * C::GROUP;
+            let (chunk, half) = (column / CHUNK, column % CHUNK / (CHUNK / 2));
+            (group[0][to], group[1][to]) = (factors.scale[half][chunk], factors.least[half][chunk]);
         }
     }
 
     #[inline(always)]
-    fn prefetch(&self, row: usize, chunk: usize) {
-        self.fetch(row, 2 * chunk);
+    fn prefetch(&self, row: usize, span: usize) {
+        self.fetch(row, span);
     }
 
     #[inline(always)]

@@ -9,11 +9,13 @@ use super::layout::{Sums, TOKENS};
 use crate::precision::Number;
 use crate::split::pieces_with;
 
-/// Pieces of a chunk's width that are fetched before they are read: about what memory takes to answer.
-const AHEAD: usize = 64;
+/// Spans that are fetched before they are read: about what memory takes to answer.
+const AHEAD: usize = 8;
 
 /// The loop of a processor's instructions.
 pub(crate) trait Kernel<const ROWS: usize>: Copy + Sync {
+    /// Chunks that are packed at a time.
+    const SPAN: usize;
     /// `ROWS` rows of a block, packed.
     type Tile;
     /// The inputs, packed.
@@ -24,7 +26,7 @@ pub(crate) trait Kernel<const ROWS: usize>: Copy + Sync {
     /// The blocks to work in.
     fn blocks(panels: usize) -> BlockSizes;
 
-    /// Room for `depth` chunks.
+    /// Room for `depth` chunks, which are whole spans.
     fn tile(depth: usize) -> Self::Tile;
 
     /// Makes this thread ready.
@@ -43,11 +45,11 @@ pub(crate) trait Kernel<const ROWS: usize>: Copy + Sync {
 
 /// A matrix whose rows can be packed into tiles.
 pub(crate) trait Rows<Tile>: Sync {
-    /// Packs a chunk of a row as the row and the chunk of a tile that `slot` says.
-    fn read(&self, row: usize, chunk: usize, tile: &mut Tile, slot: [usize; 2]);
+    /// Packs a span of a row as the row of a tile and the chunks from there on that `slot` says.
+    fn read(&self, row: usize, span: usize, tile: &mut Tile, slot: [usize; 2]);
 
     /// Fetches what `read` will read.
-    fn prefetch(&self, row: usize, chunk: usize);
+    fn prefetch(&self, row: usize, span: usize);
 
     /// What the products of a row are multiplied with.
     fn scale(&self, row: usize) -> f32;
@@ -59,7 +61,7 @@ pub(crate) trait Rows<Tile>: Sync {
 pub(crate) struct BlockSizes {
     /// Tiles of rows.
     pub(crate) tiles: usize,
-    /// Chunks.
+    /// Chunks: of whole spans.
     pub(crate) depth: usize,
     /// Panels of tokens.
     pub(crate) panels: usize,
@@ -119,7 +121,7 @@ struct Scratch<const ROWS: usize, K: Kernel<ROWS>> {
     sums: Vec<Sums<ROWS>>,
 }
 
-/// A chunk of a row of a block.
+/// A span of a row of a block.
 struct Piece {
     row: usize,
     at: usize,
@@ -164,17 +166,17 @@ impl<W, I: AsRef<Packed>> Block<'_, W, I> {
     {
         let tiles = self.rows.div_ceil(ROWS);
         let Scratch { now, next, sums } = scratch;
-        self.pack::<ROWS, _>(0, 0..usize::MAX, now);
+        self.pack::<ROWS, K>(0, 0..usize::MAX, now);
         for first in (0..self.inputs.as_ref().depth).step_by(self.depth) {
             let after = first + self.depth;
-            let pieces = self.rows * self.depth_at(after);
+            let pieces = self.rows * self.spans_at::<ROWS, K>(after);
             let each = pieces.div_ceil(panels.len() * tiles);
             let ready = kernel.ready();
             let mut packed = 0;
             let sums = sums.chunks_exact_mut(tiles);
             for (panel, sums) in panels.clone().zip(sums) {
                 for (weight, sums) in now.iter().zip(sums) {
-                    self.pack::<ROWS, _>(after, packed..packed + each, next);
+                    self.pack::<ROWS, K>(after, packed..packed + each, next);
                     packed += each;
                     K::multiply(&ready, weight, self.inputs, panel, first, sums);
                 }
@@ -183,33 +185,38 @@ impl<W, I: AsRef<Packed>> Block<'_, W, I> {
         }
     }
 
-    /// Chunks of the block that begins with `first`.
+    /// Spans of the block that begins with chunk `first`.
     #[inline(always)]
-    fn depth_at(&self, first: usize) -> usize {
-        self.depth
-            .min(self.inputs.as_ref().depth.saturating_sub(first))
+    fn spans_at<const ROWS: usize, K: Kernel<ROWS>>(&self, first: usize) -> usize {
+        let rest = self.inputs.as_ref().depth.saturating_sub(first);
+        self.depth.min(rest).div_ceil(K::SPAN)
     }
 
-    /// Packs some pieces, each a chunk of a row, of the block that begins with chunk `first`.
+    /// Packs some pieces, each a span of a row, of the block that begins with chunk `first`.
     #[inline(always)]
-    fn pack<const ROWS: usize, Tile>(&self, first: usize, pieces: Range<usize>, to: &mut [Tile])
-    where
-        W: Rows<Tile>,
+    fn pack<const ROWS: usize, K: Kernel<ROWS>>(
+        &self,
+        first: usize,
+        pieces: Range<usize>,
+        to: &mut [K::Tile],
+    ) where
+        W: Rows<K::Tile>,
     {
-        let depth = self.depth_at(first);
+        let depth = self.spans_at::<ROWS, K>(first);
         let total = self.rows * depth;
         let (start, end) = (pieces.start, pieces.end.min(total));
         if start >= end {
             return;
         }
+        let first = first / K::SPAN;
         let mut piece = Piece::new(start, depth);
         let mut ahead = Piece::new((start + AHEAD).min(total - 1), depth);
         for _ in start..end {
             self.weight
                 .prefetch(self.first + ahead.row, first + ahead.at);
-            let (tile, slot) = (piece.row / ROWS, [piece.row % ROWS, piece.at]);
-            let (row, chunk) = (self.first + piece.row, first + piece.at);
-            self.weight.read(row, chunk, &mut to[tile], slot);
+            let (tile, slot) = (piece.row / ROWS, [piece.row % ROWS, piece.at * K::SPAN]);
+            let (row, span) = (self.first + piece.row, first + piece.at);
+            self.weight.read(row, span, &mut to[tile], slot);
             piece.advance(depth);
             ahead.advance(depth);
             ahead.row = ahead.row.min(self.rows - 1);

@@ -5,7 +5,9 @@ use pulp::{Arch, Simd};
 
 use super::Weight;
 use super::inputs::{code, inverse, scale_of};
-use crate::blocks::{Blocks, CHUNK, Coding, Factors, Format, with_coding};
+use crate::blocks::{
+    Blocks, CHUNK, CHUNKS, Coding, Factors, Format, ROOM, SPAN, Span, with_coding,
+};
 use crate::isa::{self, Isa};
 use crate::precision::Widen;
 use crate::split::{Work, pieces, pieces_on, reading};
@@ -61,7 +63,7 @@ pub(super) fn matrix_vector_on(isa: Isa, weight: Weight, x: &[f32], output: usiz
         }
         Weight::Blocks(blocks) => with_coding!(blocks.format(), C => {
             assert_eq!(blocks.columns(), columns, "columns of the weight");
-            let x = Codes::new(x, C::GROUP);
+            let x = Arch::new().dispatch(#[inline(always)] || ByteInputs::new(x, C::GROUP));
             let bytes = isa.bytes;
             pieces(
                 &mut y,
@@ -78,64 +80,37 @@ pub(super) fn matrix_vector_on(isa: Isa, weight: Weight, x: &[f32], output: usiz
     y
 }
 
-/// Inputs as signed bytes, in chunks; zeros beyond the last.
-pub(crate) struct Codes {
-    pub(crate) codes: Vec<[i8; CHUNK]>,
-    /// Of eight chunks each: the scales of either half, and their sums; of a whole chunk the first, where its
-    /// halves share a scale.
-    pub(crate) factors: Vec<Eight>,
+/// Inputs as signed bytes, in spans; zeros beyond the last.
+pub(crate) struct ByteInputs {
+    /// Beside them their scales, and the sums of what they are scales of; of a whole chunk the first, where
+    /// its halves share a scale.
+    pub(crate) spans: Vec<([[i8; CHUNK]; CHUNKS], Factors)>,
 }
 
-/// What makes numbers of codes, for eight chunks.
-#[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Eight {
-    pub(crate) scale: [[f32; 8]; 2],
-    pub(crate) least: [[f32; 8]; 2],
-}
-
-impl Eight {
-    #[inline(always)]
-    pub(crate) fn put(&mut self, at: usize, factors: Factors) {
-        for half in 0..2 {
-            self.scale[half][at] = factors.scale[half];
-            self.least[half][at] = factors.least[half];
-        }
-    }
-}
-
-impl Codes {
+impl ByteInputs {
     /// With a scale for every `group` columns.
+    #[inline(always)]
     pub(crate) fn new(x: &[f32], group: usize) -> Self {
-        let chunks = x.len().div_ceil(CHUNK);
-        let mut codes = vec![[0; CHUNK]; chunks];
-        let mut scales = vec![0.0; (chunks * CHUNK).div_ceil(group)];
-        let groups = codes.as_flattened_mut().chunks_mut(group);
-        for ((x, scale), codes) in x.chunks(group).zip(&mut scales).zip(groups) {
-            let bits = x.iter().map(|x| x.to_bits() & 0x7fff_ffff);
-            *scale = scale_of(bits.max().unwrap_or(0));
-            let inverse = inverse(*scale);
-            for (to, &x) in codes.iter_mut().zip(x) {
-                *to = code(x, inverse);
+        let mut spans = vec![([[0; CHUNK]; CHUNKS], Factors::default()); x.len().div_ceil(SPAN)];
+        for (x, (codes, factors)) in x.chunks(SPAN).zip(&mut spans) {
+            let codes = codes.as_flattened_mut();
+            for (index, (x, codes)) in x.chunks(group).zip(codes.chunks_mut(group)).enumerate() {
+                let bits = x.iter().map(|x| x.to_bits() & 0x7fff_ffff);
+                let scale = scale_of(bits.max().unwrap_or(0));
+                let inverse = inverse(scale);
+                for (to, &x) in codes.iter_mut().zip(x) {
+                    *to = code(x, inverse);
+                }
+                for (part, codes) in codes.chunks(CHUNK.min(group)).enumerate() {
+                    let sum: i32 = codes.iter().map(|&code| i32::from(code)).sum();
+                    let column = index * group + part * CHUNK;
+                    let (chunk, half) = (column / CHUNK, column % CHUNK / (CHUNK / 2));
+                    factors.scale[half][chunk] = scale;
+                    factors.least[half][chunk] = scale * sum as f32;
+                }
             }
         }
-        let part = CHUNK.min(group);
-        let mut factors = vec![Eight::default(); chunks.div_ceil(8)];
-        for chunk in 0..chunks {
-            let of_half = |half: usize| {
-                let start = if part < CHUNK { half * part } else { 0 };
-                let scale = scales[(chunk * CHUNK + start) / group];
-                let codes = &codes[chunk][start..start + part];
-                let sum: i32 = codes.iter().map(|&code| i32::from(code)).sum();
-                (scale, scale * sum as f32)
-            };
-            let [(low, low_sum), (high, high_sum)] = [0, 1].map(of_half);
-            let of_chunk = Factors {
-                scale: [low, high],
-                least: [low_sum, high_sum],
-            };
-            factors[chunk / 8].put(chunk % 8, of_chunk);
-        }
-        Self { codes, factors }
+        Self { spans }
     }
 }
 
@@ -145,7 +120,7 @@ fn coded_dot<C: Coding>(
     bytes: Option<isa::Bytes>,
     blocks: Blocks<'_>,
     row: usize,
-    x: &Codes,
+    x: &ByteInputs,
 ) -> f32 {
     match bytes {
         Some(bytes) => bytes.dot::<C>(blocks, row, x),
@@ -154,21 +129,23 @@ fn coded_dot<C: Coding>(
 }
 
 /// The same in plain Rust.
-pub(crate) fn plain_dot<C: Coding>(blocks: Blocks<'_>, row: usize, x: &Codes) -> f32 {
-    let row = blocks.row(row);
-    let mut codes = [0; CHUNK];
+fn plain_dot<C: Coding>(blocks: Blocks<'_>, row: usize, x: &ByteInputs) -> f32 {
+    let part = CHUNK.min(C::GROUP);
+    let mut room = [0; ROOM];
     let mut total = 0.0;
-    for (chunk, inputs) in x.codes.iter().enumerate() {
-        let factors = C::chunk(row, blocks.columns(), chunk, &mut codes);
-        let (sides, at) = (&x.factors[chunk / 8], chunk % 8);
-        let part = CHUNK.min(C::GROUP);
-        let parts = codes.chunks(part).zip(inputs.chunks(part));
-        for (half, (codes, inputs)) in parts.enumerate() {
-            let products = codes.iter().zip(inputs);
-            let products = products.map(|(&code, &x)| i32::from(code) * i32::from(x));
-            let sum: i32 = products.sum();
-            total += factors.scale[half] * sides.scale[half][at] * sum as f32
-                + factors.least[half] * sides.least[half][at];
+    for (index, (inputs, sides)) in x.spans.iter().enumerate() {
+        let span = Span::<C>::new(blocks, row, index, &mut room);
+        let factors = span.factors();
+        for (chunk, inputs) in inputs.iter().enumerate() {
+            let codes = span.codes(chunk);
+            let parts = codes.chunks(part).zip(inputs.chunks(part));
+            for (half, (codes, inputs)) in parts.enumerate() {
+                let products = codes.iter().zip(inputs);
+                let products = products.map(|(&code, &x)| i32::from(code) * i32::from(x));
+                let sum: i32 = products.sum();
+                total += factors.scale[half][chunk] * sides.scale[half][chunk] * sum as f32
+                    + factors.least[half][chunk] * sides.least[half][chunk];
+            }
         }
     }
     total

@@ -20,7 +20,7 @@ const MIN_LAYERS: u64 = 7;
 #[derive(Debug, Parser)]
 #[command(name = "cargo bench -p benches --")]
 pub struct Options {
-    /// What to measure; all but `scenes`, `sessions`, `ops` and `peer` if nothing is said.
+    /// What to measure; all but `scenes`, `sessions`, `kv`, `ops` and `peer` if nothing is said.
     #[arg(value_enum)]
     sections: Vec<Section>,
     /// Layer shapes: `llava` (LLaVA-1.5-7B), `qwen` (Qwen2.5-VL-7B), or a folder with a config.json.
@@ -115,6 +115,8 @@ pub enum Section {
     Decode,
     /// Prefill against the number of visual tokens.
     Sizes,
+    /// Keys and values in every type.
+    Kv,
     /// Every operation of a layer at several row counts.
     Ops,
     /// One line of measurements for every line of input, beside other implementations.
@@ -160,7 +162,11 @@ impl Options {
                 self.smoke
                     || !matches!(
                         section,
-                        Section::Scenes | Section::Sessions | Section::Ops | Section::Peer
+                        Section::Scenes
+                            | Section::Sessions
+                            | Section::Kv
+                            | Section::Ops
+                            | Section::Peer
                     )
             }
             false => self.names(section),

@@ -29,7 +29,7 @@ const DRIFT_SCENES: usize = 20;
 const RESAMPLES: usize = 10_000;
 const SEED: u64 = 0;
 /// A box is found from this intersection over union on.
-const FOUND: f64 = 0.5;
+pub const FOUND: f64 = 0.5;
 /// The shapes that a reduction before the decoder is timed at: CLIP ViT-L/14-336, LLaVA-1.5-7B.
 const CLIP_FEATURES: usize = 1024;
 const CLIP_SIDE: usize = 24;
@@ -42,8 +42,8 @@ struct SceneFile {
     r#box: [f64; 4],
 }
 
-struct Scene {
-    question: Question,
+pub struct Scene {
+    pub question: Question,
     /// In shares of the picture.
     truth: [f64; 4],
 }
@@ -98,7 +98,8 @@ pub fn run(device: &Device, options: &Options) -> anyhow::Result<Vec<Row>> {
     Ok(rows)
 }
 
-fn scenes(vlm: &Vlm<Backend>) -> anyhow::Result<Vec<Scene>> {
+/// All scenes.
+pub fn scenes(vlm: &Vlm<Backend>) -> anyhow::Result<Vec<Scene>> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/scenes");
     let lines =
         fs::read_to_string(folder.join("scenes.jsonl")).context("the scenes are missing")?;
@@ -117,13 +118,15 @@ fn scenes(vlm: &Vlm<Backend>) -> anyhow::Result<Vec<Scene>> {
 
 /// What answers to scenes come to.
 #[derive(Default)]
-struct Answers {
-    ious: Vec<f64>,
+pub struct Answers {
+    pub ious: Vec<f64>,
+    pub tokens: Vec<Vec<u32>>,
     vision_seconds: f64,
     prefill_seconds: f64,
 }
 
-fn answers(vlm: &Vlm<Backend>, scenes: &[Scene], plan: &Plan) -> anyhow::Result<Answers> {
+/// Asks them in batches.
+pub fn answers(vlm: &Vlm<Backend>, scenes: &[Scene], plan: &Plan) -> anyhow::Result<Answers> {
     let mut all = Answers::default();
     let options = vlm.generation_defaults();
     for batch in scenes.chunks(BATCH) {
@@ -145,6 +148,7 @@ fn answers(vlm: &Vlm<Backend>, scenes: &[Scene], plan: &Plan) -> anyhow::Result<
                 iou(&shares, &scene.truth)
             });
             all.ious.push(found.unwrap_or(0.0));
+            all.tokens.push(answer.tokens.clone());
         }
     }
     Ok(all)
@@ -184,10 +188,10 @@ fn measure(
         &vlm.generation_defaults(),
         |_| {},
     )?;
-    let (visual, bytes) = (first.visual_tokens, vlm.dtype().size());
+    let (visual, kv) = (first.visual_tokens, vlm.kv_type());
     let text = first.prompt_rows - visual;
-    let dense = Plan::from(Schedule::dense()).cost(&shape, visual, text, bytes);
-    let cost = plan.cost(&shape, visual, text, bytes);
+    let dense = Plan::from(Schedule::dense()).cost(&shape, visual, text, kv);
+    let cost = plan.cost(&shape, visual, text, kv);
     row.average_tokens = cost.average_tokens();
     row.flops_of_dense = cost.total_flops() / dense.total_flops();
     row.kv_bytes_of_dense = cost.total_kv_bytes() as f64 / dense.total_kv_bytes() as f64;
@@ -208,7 +212,7 @@ fn measure(
 }
 
 /// The 95 % interval of the share of hits, by resampling scenes.
-fn bootstrap(hits: &[bool]) -> [f64; 2] {
+pub fn bootstrap(hits: &[bool]) -> [f64; 2] {
     let mut random = StdRng::seed_from_u64(SEED);
     let mut shares: Vec<f64> = (0..RESAMPLES)
         .map(|_| {

@@ -117,10 +117,9 @@ fn every_method_keeps_what_its_label_says() {
                 .collect();
             assert_eq!(rows, per_layer, "{what}");
             assert_eq!(answer.kv_rows, answer.trace.rows.concat(), "{what}");
-            let (text, bytes) = (text, vlm.dtype().size());
+            let kv = vlm.kv_type();
             let shape = vlm.config().decoder().shape();
-            let cost =
-                reducers::Cost::of(&shape, &plan.schedule, answer.visual_tokens, text, bytes);
+            let cost = reducers::Cost::of(&shape, &plan.schedule, answer.visual_tokens, text, kv);
             assert_eq!(answer.kv_bytes, cost.kv_bytes, "{what}");
         }
         assert!(planned > 60, "{family}: {planned} presets");

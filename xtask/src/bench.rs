@@ -69,9 +69,9 @@ pub struct Args {
     /// Weights that `sessions` runs on, instead of the built-in model's.
     #[arg(long, value_name = "DIR", value_parser = model)]
     checkpoint: Option<String>,
-    /// What to measure: prefill, decode, vision, sizes (together the default), scenes, sessions, ops;
+    /// What to measure: prefill, decode, vision, sizes (together the default), scenes, sessions, kv, ops;
     /// `peer` for `--compare` alone.
-    #[arg(value_parser = ["prefill", "decode", "vision", "sizes", "scenes", "sessions", "ops", "peer"])]
+    #[arg(value_parser = ["prefill", "decode", "vision", "sizes", "scenes", "sessions", "kv", "ops", "peer"])]
     sections: Vec<String>,
 }
 

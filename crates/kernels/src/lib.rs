@@ -10,6 +10,7 @@
 mod activation;
 mod attention;
 mod blocks;
+mod bytes;
 mod columns;
 mod exp;
 mod isa;
@@ -23,6 +24,7 @@ mod split;
 pub use activation::{gelu_tanh, swish, swish_product};
 pub use attention::{AttentionSizes, Cache, Cached, attention, attention_of_few};
 pub use blocks::{Blocks, Format};
+pub use bytes::{of_bytes, to_bytes};
 pub use columns::write_columns;
 pub use limit::{Limit, Multiplied, limit};
 pub use norm::{layer_norm, rms_norm};

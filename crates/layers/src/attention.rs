@@ -1,9 +1,10 @@
 use burn::tensor::activation::softmax;
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Int, Tensor};
-use reroute_kernels::{AttentionSizes, Cache, Cached};
+use reroute_kernels::AttentionSizes;
 
-use crate::host::{self, HostTensor, Number};
+use crate::cached::{Cached, HostCached, where_they_lie};
+use crate::host::{self, HostTensor};
 
 /// Most queries handled at a time: bounds the score matrix to `heads × QUERY_BLOCK × keys` and lets causal
 /// attention skip the keys that no query of the block may see, about half of the work.
@@ -62,20 +63,22 @@ pub fn queries_at_a_time(heads: usize, keys: usize) -> usize {
 ///
 /// # Shapes
 /// - `query`: `[kv_heads, group, head_dim, queries]`
-/// - `key`, `value`: `[kv_heads, head_dim, keys]`
+/// - `key`, `value`: `[kv_heads, head_dim, keys]`, of the type of the queries or as a cache holds them
 /// - returns `[kv_heads · group · head_dim, queries]`
 pub fn attention<B: Backend>(
     query: Tensor<B, 4>,
-    key: Tensor<B, 3>,
-    value: Tensor<B, 3>,
+    key: impl Into<Cached<B>>,
+    value: impl Into<Cached<B>>,
     causal: Option<&CausalMask<B>>,
 ) -> Tensor<B, 2> {
     let [kv_heads, group, head_dim, queries] = query.dims();
+    let (key, value) = (key.into(), value.into());
     let keys = key.dims()[2];
-    if let Some(context) = on_host(&query, &key, &value, causal.is_some()) {
+    if let Some(context) = on_host(&query, [&key, &value], causal.is_some()) {
         return context;
     }
     let dtype = query.dtype();
+    let (key, value) = (key.widened(dtype), value.widened(dtype));
     let query = query.mul_scalar((head_dim as f64).powf(-0.5));
     // Not by a reshape, for which CPU backends copy a cache that has room for more keys.
     let per_group = |x: Tensor<B, 3>| x.expand([1, kv_heads, head_dim, keys]).swap_dims(0, 1);
@@ -107,8 +110,7 @@ const MANY: usize = 8;
 /// The same by a kernel, if the tensors are within its reach; shapes as [`attention`].
 fn on_host<B: Backend>(
     query: &Tensor<B, 4>,
-    key: &Tensor<B, 3>,
-    value: &Tensor<B, 3>,
+    [key, value]: [&Cached<B>; 2],
     causal: bool,
 ) -> Option<Tensor<B, 2>> {
     let [kv_heads, group, head_dim, queries] = query.dims();
@@ -122,28 +124,20 @@ fn on_host<B: Backend>(
     let (dtype, device) = (query.dtype(), query.device());
     let query = HostTensor::of(query).packed();
     let query = query.singles()?;
-    let [key, value] = [key, value].map(HostTensor::of);
+    let [key, value] = [key, value].map(HostCached::of);
     let context = match queries {
         0..MANY => {
-            let cache = (cached(&key, &value).map(Cache::F32))
-                .or_else(|| cached(&key, &value).map(Cache::F16))
-                .or_else(|| cached(&key, &value).map(Cache::BF16))?;
+            let cache = where_they_lie(&key, &value)?;
             reroute_kernels::attention_of_few(&query, cache, sizes, causal)
         }
         _ => {
             // Parts of a cache that has room for more, or of a tower's segments.
-            let [key, value] = [key, value].map(HostTensor::packed);
+            let [key, value] = [key, value].map(HostCached::packed);
             reroute_kernels::attention(&query, &key.singles()?, &value.singles()?, sizes, causal)
         }
     };
     let shape = [sizes.heads * head_dim, queries];
     Some(host::tensor(context, shape, dtype, &device))
-}
-
-/// Both where they lie, if they are numbers of this type.
-fn cached<'a, E: Number>(key: &'a HostTensor, value: &'a HostTensor) -> Option<[Cached<'a, E>; 2]> {
-    let cached = |(numbers, capacity)| Cached { numbers, capacity };
-    Some([cached(key.rows()?), cached(value.rows()?)])
 }
 
 /// `a · b`; for a single column as `bᵀ · aᵀ`, of which CPU backends read `a` at full speed.

@@ -145,7 +145,7 @@ impl<B: Backend> Coded<B> {
     }
 
     fn product(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        let host = HostTensor::of_ints(&self.words.val());
+        let host = HostTensor::of(&self.words.val());
         let product = host.slice::<i32>().and_then(|words| {
             let weight = reroute_kernels::Weight::Blocks(self.blocks(words)?);
             host_product(weight, [self.words.val().dims()[0], self.columns], &x)

@@ -93,8 +93,8 @@ impl<'a, B: Backend> Prefilling<'a, B> {
         self.trace.rows.push(rows);
         self.trace.decisions.append(&mut input.decisions);
         cache.lower(index, router.lowered());
-        let mask = Some(&self.mask);
-        let output = layer.forward(input, queries, &runs, cache.layer(index), mask)?;
+        let (mask, kv) = (Some(&self.mask), self.decoder.kv_type());
+        let output = layer.forward(input, queries, &runs, cache.layer(index, kv), mask)?;
         if observe {
             self.observed.push(router.observe(output.clone()));
         }

@@ -4,8 +4,8 @@ use burn::tensor::{DType, Int, Tensor, TensorData};
 use burn_autodiff::Autodiff;
 use proptest::prelude::*;
 use reroute_layers::{
-    Cached, CausalMask, EmbeddingConfig, LayerNormConfig, Linear, LinearConfig, RmsNormConfig, Rotary,
-    VocabularyConfig, attention, gelu_tanh, quick_gelu, silu, silu_product, write_rows,
+    Cached, CausalMask, EmbeddingConfig, LayerNormConfig, Linear, LinearConfig, RmsNormConfig,
+    Rotary, VocabularyConfig, attention, gelu_tanh, quick_gelu, silu, silu_product, write_rows,
 };
 
 use crate::support::{Backend, Device, Random, cases, distance, values};

@@ -67,7 +67,7 @@ impl<B: Backend> Cached<B> {
         // Not finite where a number is not, whatever the backend takes for the largest.
         let finite = rows.clone().mul_scalar(0.0).sum_dim(1);
         let scales = rows.clone().abs().max_dim(1).div_scalar(127.0) + finite;
-        let codes = (rows / scales.clone().clamp_min(1e-38)).round();
+        let codes = (rows * scales.clone().clamp_min(1e-38).recip()).round();
         Self::Int8 {
             codes: codes.clamp(-127.0, 127.0).cast(IntDType::I8),
             scales,

@@ -4,7 +4,7 @@
 use burn::module::Module;
 use burn::tensor::DType;
 use reducers::Schedule;
-use reroute::KvCache;
+use reroute::{Decoder, KvCache};
 use reroute_cli::backend::{self, Backend};
 use serde::Serialize;
 
@@ -77,7 +77,7 @@ pub fn run(setup: &Setup, model: &Model, options: &Options) -> anyhow::Result<Ve
         for decoding in &mut decodings {
             decoding
                 .times
-                .push(next_token(decoding.setup, &mut decoding.cache)?);
+                .push(next_token(&decoding.setup.decoder, &mut decoding.cache)?);
         }
     }
     let read = Spread::of(&reads);
@@ -126,7 +126,7 @@ impl<'a> Decoding<'a> {
             cache = setup.prefill(schedule)?.cache;
             Ok(())
         })?;
-        next_token(setup, &mut cache)?;
+        next_token(&setup.decoder, &mut cache)?;
         Ok(Self {
             setup,
             dtype,
@@ -166,8 +166,8 @@ impl<'a> Decoding<'a> {
 }
 
 /// Seconds of one more token.
-pub fn next_token(setup: &Setup, cache: &mut KvCache<Backend>) -> anyhow::Result<f64> {
-    seconds(|| wait(setup.decoder.decode(&[(0, 1)], cache)?))
+pub fn next_token(decoder: &Decoder<Backend>, cache: &mut KvCache<Backend>) -> anyhow::Result<f64> {
+    seconds(|| wait(decoder.decode(&[(0, 1)], cache)?))
 }
 
 /// Bytes of what a token is multiplied with: all layers, and the head, which is as large as the

@@ -4,11 +4,13 @@
 //! - `cargo bench -p benches`: prefill, decode, vision, sizes; about half an hour on two cores.
 //! - `cargo bench -p benches -- scenes`: accuracy, drift and times of every method on the built-in model.
 //! - `cargo bench -p benches -- precision`: what types of fewer bits cost in accuracy there.
+//! - `cargo bench -p benches -- kv`: keys and values in every type: error, accuracy on the built-in model, time.
 //! - `cargo bench -p benches -- sessions`: requests at once, on the built-in model or any checkpoint.
 //! - `cargo bench -p benches -- decode --rounds 3`: some of it; `--help` lists the rest.
 //! - `cargo test -p benches`: everything once in every type of the backend, at toy shapes, in seconds.
 
 mod decode;
+mod kv;
 mod model;
 mod ops;
 mod options;
@@ -146,6 +148,7 @@ fn measure_section(
         Section::Prefill => json!(prefill::run(setup, model, peak, options)?),
         Section::Decode => json!(decode::run(setup, model, options)?),
         Section::Sizes => json!(sizes::run(setup, model, peak, options)?),
+        Section::Kv => json!(kv::run(setup, model, device, options)?),
         Section::Ops => json!(ops::run(setup)?),
         // A smoke test of the protocol.
         _ => json!(peer::serve(setup, "", &b"\n"[..], io::stdout())?),

@@ -20,7 +20,8 @@ const MIN_LAYERS: u64 = 7;
 #[derive(Debug, Parser)]
 #[command(name = "cargo bench -p benches --")]
 pub struct Options {
-    /// What to measure; all but `scenes`, `precision`, `sessions`, `ops`, `training` and `peer` if nothing is said.
+    /// What to measure; all but `scenes`, `precision`, `sessions`, `kv`, `ops`, `training` and `peer` if nothing is
+    /// said.
     #[arg(value_enum)]
     sections: Vec<Section>,
     /// Layer shapes: `llava` (LLaVA-1.5-7B), `qwen` (Qwen2.5-VL-7B), or a folder with a config.json.
@@ -117,6 +118,8 @@ pub enum Section {
     Decode,
     /// Prefill against the number of visual tokens.
     Sizes,
+    /// Keys and values in every type.
+    Kv,
     /// Every operation of a layer at several row counts.
     Ops,
     /// A step of training, of everything and of adapters.
@@ -167,6 +170,7 @@ impl Options {
                         Section::Scenes
                             | Section::Precision
                             | Section::Sessions
+                            | Section::Kv
                             | Section::Ops
                             | Section::Training
                             | Section::Peer

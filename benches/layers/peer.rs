@@ -135,8 +135,8 @@ fn measure_once(deep: &Setup, shallow: &Setup) -> anyhow::Result<([f64; 2], [f64
     let mut deep_tokens = Vec::with_capacity(TOKENS);
     let mut shallow_tokens = Vec::with_capacity(TOKENS);
     for _ in 0..TOKENS {
-        deep_tokens.push(next_token(deep, &mut deep_cache)?);
-        shallow_tokens.push(next_token(shallow, &mut shallow_cache)?);
+        deep_tokens.push(next_token(&deep.decoder, &mut deep_cache)?);
+        shallow_tokens.push(next_token(&shallow.decoder, &mut shallow_cache)?);
     }
     Ok((
         [deep_prefill, shallow_prefill],

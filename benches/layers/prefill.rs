@@ -132,8 +132,8 @@ struct Selection {
 /// Measures everything in rounds, prints the table and returns what it says.
 pub fn run(setup: &Setup, model: &Model, peak: &Peak, options: &Options) -> anyhow::Result<Report> {
     let shape = setup.decoder.config().shape();
-    let bytes = setup.dtype().size();
-    let cost = |schedule: &Schedule| Cost::of(&shape, schedule, setup.visual, TEXT, bytes);
+    let kv = setup.decoder.kv_type();
+    let cost = |schedule: &Schedule| Cost::of(&shape, schedule, setup.visual, TEXT, kv);
     let mut candidates = Vec::new();
     for &budget in &options.budgets {
         for method in METHODS {

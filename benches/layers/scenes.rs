@@ -30,7 +30,7 @@ const DRIFT_SCENES: usize = 20;
 const RESAMPLES: usize = 10_000;
 const SEED: u64 = 0;
 /// A box is found from this intersection over union on.
-const FOUND: f64 = 0.5;
+pub const FOUND: f64 = 0.5;
 /// The shapes that a reduction before the decoder is timed at: CLIP ViT-L/14-336, LLaVA-1.5-7B.
 const CLIP_FEATURES: usize = 1024;
 const CLIP_SIDE: usize = 24;
@@ -45,7 +45,7 @@ struct SceneFile {
 
 /// A picture with a question, and where what it asks for is.
 pub struct Scene {
-    question: Question,
+    pub question: Question,
     /// In shares of the picture.
     truth: [f64; 4],
 }
@@ -121,7 +121,7 @@ pub fn scenes(vlm: &Vlm<Backend>) -> anyhow::Result<Vec<Scene>> {
 /// What answers to scenes come to.
 #[derive(Default)]
 pub struct Answers {
-    ious: Vec<f64>,
+    pub ious: Vec<f64>,
     vision_seconds: f64,
     prefill_seconds: f64,
     /// Of every answer.
@@ -212,10 +212,10 @@ fn measure(
         &vlm.generation_defaults(),
         |_| {},
     )?;
-    let (visual, bytes) = (first.visual_tokens, vlm.dtype().size());
+    let (visual, kv) = (first.visual_tokens, vlm.kv_type());
     let text = first.prompt_rows - visual;
-    let dense = Plan::from(Schedule::dense()).cost(&shape, visual, text, bytes);
-    let cost = plan.cost(&shape, visual, text, bytes);
+    let dense = Plan::from(Schedule::dense()).cost(&shape, visual, text, kv);
+    let cost = plan.cost(&shape, visual, text, kv);
     row.average_tokens = cost.average_tokens();
     row.flops_of_dense = cost.total_flops() / dense.total_flops();
     row.kv_bytes_of_dense = cost.total_kv_bytes() as f64 / dense.total_kv_bytes() as f64;

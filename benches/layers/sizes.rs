@@ -85,7 +85,7 @@ pub fn run(setup: &Setup, model: &Model, peak: &Peak, options: &Options) -> anyh
         for (at, (_, schedule)) in schedules.iter().enumerate() {
             let (first, times) = times[at].split_first().context("no rounds")?;
             let ms = Spread::milliseconds(times);
-            let cost = Cost::of(&shape, schedule, visual, TEXT, setup.dtype().size());
+            let cost = Cost::of(&shape, schedule, visual, TEXT, setup.decoder.kv_type());
             let (kv_bytes, peak_bytes) = last[at];
             points[at].push(Point {
                 visual_tokens: visual,

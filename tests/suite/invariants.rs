@@ -1,7 +1,7 @@
 //! What routing promises, each promise a test that carries its name.
 
 use proptest::prelude::*;
-use reducers::{Action, Cost, HiddenLayout, ReducerError, Schedule, Score, Stage, top_k};
+use reducers::{Action, Cost, HiddenLayout, KvType, ReducerError, Schedule, Score, Stage, top_k};
 use reroute::{DecoderConfig, DecoderLayer, Prefill, RerouteError, RopeConfig};
 
 use crate::reference::Reference;
@@ -301,7 +301,7 @@ proptest! {
         let sample = case.sample();
         let routed = prefill_one(&case.decoder::<Backend>(), &sample, &case.schedule);
         let (visual, text) = (sample.layout.visual.len(), sample.text().len());
-        let cost = Cost::of(&case.config.shape(), &case.schedule, visual, text, 4);
+        let cost = Cost::of(&case.config.shape(), &case.schedule, visual, text, KvType::F32);
         assert_eq!(routed.cache.bytes(0), cost.kv_bytes);
         assert_eq!(routed.cache.lengths(0), cost.rows);
     }

@@ -4,8 +4,8 @@ use burn::tensor::{DType, Int, Tensor, TensorData};
 use burn_autodiff::Autodiff;
 use proptest::prelude::*;
 use reroute_layers::{
-    CausalMask, EmbeddingConfig, LayerNormConfig, Linear, LinearConfig, RmsNormConfig, Rotary,
-    VocabularyConfig, attention, gelu_tanh, quick_gelu, silu, silu_product, write_rows,
+    Cached, CausalMask, EmbeddingConfig, LayerNormConfig, Linear, LinearConfig, RmsNormConfig,
+    Rotary, VocabularyConfig, attention, gelu_tanh, quick_gelu, silu, silu_product, write_rows,
 };
 
 use crate::support::{Backend, Device, Random, cases, distance, values};
@@ -377,6 +377,16 @@ fn every_block<B: burn::tensor::backend::Backend<Device = Device>>(
         x.cast(DType::F32).into_data().to_vec().expect("f32")
     };
     let flat = |x: Tensor<B, 3>| float(x.reshape([24, rows + 3]));
+    // What a cache holds, of which the last rows are room.
+    let over = |kept: DType| {
+        let mask = CausalMask::new(rows, &device);
+        let query = heads(&x).reshape([2, 1, 12, rows]);
+        let keys = Cached::of(cache.clone(), kept);
+        assert_eq!(keys.dtype(), kept);
+        let values = keys.clone().narrow(0, rows);
+        let keys = keys.narrow(0, rows);
+        float(attention(query, keys, values, Some(&mask)))
+    };
     vec![
         ("silu", float(silu(part.clone()))),
         ("silu product", float(silu_product(x.clone(), part.clone()))),
@@ -391,6 +401,16 @@ fn every_block<B: burn::tensor::backend::Backend<Device = Device>>(
             let mask = CausalMask::new(rows, &device);
             let query = heads(&x).reshape([2, 1, 12, rows]);
             float(attention(query, heads(&x), heads(&part), Some(&mask)))
+        }),
+        ("attention over f16", over(DType::F16)),
+        ("attention over bf16", over(DType::BF16)),
+        ("attention over bytes", over(DType::I8)),
+        ("bytes", {
+            let spare = Cached::of(heads(&x), DType::I8).zeros(3);
+            let bytes = Cached::of(heads(&part), DType::I8);
+            let bytes = bytes.followed_by(spare).unwrap();
+            let bytes = bytes.write(2, Cached::of(heads(&x), DType::I8)).unwrap();
+            flat(bytes.widened(dtype))
         }),
         (
             "write",

@@ -23,6 +23,7 @@ mod gradients;
 mod grounding;
 mod inputs;
 mod invariants;
+mod kv_types;
 mod layers;
 mod limits;
 mod llava_variants;

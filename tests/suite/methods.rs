@@ -7,7 +7,9 @@ use burn::tensor::backend::Backend as AnyBackend;
 use burn::tensor::{Int, Tensor};
 use reducers::encoder::{EncoderReducer, EncoderShape, Reduction, Seen, Tap};
 use reducers::presets::{self, Preset};
-use reducers::{Action, DecisionView, Keep, Plan, ReducerError, Schedule, Score, Scorer, Stage};
+use reducers::{
+    Action, DecisionView, Keep, KvType, Plan, ReducerError, Schedule, Score, Scorer, Stage,
+};
 use reroute::GenerationOptions;
 use reroute_cli::backend::Backend;
 use reroute_zoo::{Answer, Conversation, EncoderStep, Question, Routing, Vlm};
@@ -117,10 +119,9 @@ fn every_method_keeps_what_its_label_says() {
                 .collect();
             assert_eq!(rows, per_layer, "{what}");
             assert_eq!(answer.kv_rows, answer.trace.rows.concat(), "{what}");
-            let (text, bytes) = (text, vlm.dtype().size());
+            let kv = vlm.kv_type();
             let shape = vlm.config().decoder().shape();
-            let cost =
-                reducers::Cost::of(&shape, &plan.schedule, answer.visual_tokens, text, bytes);
+            let cost = reducers::Cost::of(&shape, &plan.schedule, answer.visual_tokens, text, kv);
             assert_eq!(answer.kv_bytes, cost.kv_bytes, "{what}");
         }
         assert!(planned > 60, "{family}: {planned} presets");
@@ -225,14 +226,14 @@ fn recoverable_twins_cost_what_they_replace() {
     let qwen = FAMILIES[1].1.config().encoder();
     let shapes = [(LLAVA_7B, llava), (QWEN_7B, qwen)];
     for (shape, encoder) in shapes {
-        let dense = Plan::from(Schedule::dense()).cost(&shape, 576, 64, 2);
+        let dense = Plan::from(Schedule::dense()).cost(&shape, 576, 64, KvType::F16);
         let dense = dense.published_flops();
         for (base_name, twin_name) in twins {
             for budget in [192, 128, 64] {
                 let cost = |name: &str| {
                     let preset = presets::find(&format!("{name}@{budget}")).unwrap();
                     let plan = preset.plan(shape.num_layers.into(), &encoder).unwrap();
-                    plan.cost(&shape, 576, 64, 2)
+                    plan.cost(&shape, 576, 64, KvType::F16)
                 };
                 let (base, twin) = (cost(base_name), cost(twin_name));
                 assert_eq!(base.kv_bytes, twin.kv_bytes);

@@ -69,10 +69,10 @@ pub struct Args {
     /// Weights that `sessions` runs on, instead of the built-in model's.
     #[arg(long, value_name = "DIR", value_parser = model)]
     checkpoint: Option<String>,
-    /// What to measure: prefill, decode, vision, sizes (together the default), scenes, precision, sessions, ops,
+    /// What to measure: prefill, decode, vision, sizes (together the default), scenes, precision, sessions, kv, ops,
     /// training; `peer` for `--compare` alone.
     #[arg(value_parser = [
-        "prefill", "decode", "vision", "sizes", "scenes", "precision", "sessions", "ops", "training", "peer",
+        "prefill", "decode", "vision", "sizes", "scenes", "precision", "sessions", "kv", "ops", "training", "peer",
     ])]
     sections: Vec<String>,
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use reroute_zoo::burn::tensor::DType;
-use reroute_zoo::{CodeFormat, Folder, ImageOptions, OpenOptions, Weights};
+use reroute_zoo::{CodeFormat, Folder, ImageOptions, KvType, OpenOptions, Weights};
 
 use crate::backend::{self, version};
 use crate::{hub, open};
@@ -61,6 +61,9 @@ pub struct ModelArgs {
     /// Type of the weights in memory.
     #[arg(long, value_enum, default_value = "auto")]
     pub dtype: WeightType,
+    /// Type of keys and values in memory.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub kv: Kv,
     /// Pad images to a square instead of cropping them, as the original LLaVA code does, for models
     /// whose images are all of one size.
     #[arg(long)]
@@ -92,6 +95,7 @@ impl ModelArgs {
         Ok(OpenOptions {
             dtype,
             weights,
+            kv: self.kv.chosen(),
             images: ImageOptions {
                 pad_to_square: self.pad_to_square.then_some(true),
                 max_pixels: self.max_pixels,
@@ -132,6 +136,34 @@ pub enum Dtype {
     F16,
     /// The same, with the range of f32 and a third of the digits of f16.
     Bf16,
+}
+
+/// Types that keys and values can have in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Kv {
+    /// That of the activations.
+    Auto,
+    /// 32-bit floats.
+    F32,
+    /// 16-bit floats.
+    F16,
+    /// The same, with the range of f32 and a third of the digits of f16.
+    Bf16,
+    /// Bytes, with a scale for each head and token.
+    Int8,
+}
+
+impl Kv {
+    /// The type, if it is not that of the activations.
+    pub fn chosen(self) -> Option<KvType> {
+        Some(match self {
+            Self::Auto => return None,
+            Self::F32 => KvType::F32,
+            Self::F16 => KvType::F16,
+            Self::Bf16 => KvType::BF16,
+            Self::Int8 => KvType::Int8,
+        })
+    }
 }
 
 /// Types that the weights of a model can have in memory.
@@ -404,9 +436,9 @@ pub struct PresetsArgs {
         allow_negative_numbers = true
     )]
     pub text_tokens: u32,
-    /// Type of keys and values.
-    #[arg(long, value_enum, default_value = "f16")]
-    pub dtype: Dtype,
+    /// Type of keys and values; auto is that of the checkpoint.
+    #[arg(long, alias = "dtype", value_enum, default_value = "f16")]
+    pub kv: Kv,
     /// Print which method works with which family, and how close to its source, as a Markdown table.
     #[arg(long)]
     pub support: bool,

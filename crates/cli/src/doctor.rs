@@ -7,7 +7,8 @@ use std::io::Write;
 
 use anyhow::bail;
 use burn::tensor::DType;
-use reroute_zoo::{Checkup, OpenOptions, Parameters, Picture, Weights, ZooError};
+use reroute::check_kv_type;
+use reroute_zoo::{Checkup, KvType, OpenOptions, Parameters, Picture, Weights, ZooError};
 use serde_json::{Value, json};
 use vision_encoder::DecodeLimits;
 
@@ -57,6 +58,8 @@ struct Report {
     parameters: Option<Parameters>,
     picture: Option<Picture>,
     needs: Vec<Need>,
+    /// Bytes of the keys and values of a dense answer in every type.
+    kv_bytes: Vec<(KvType, u64)>,
     problems: Vec<Problem>,
     /// What keeps nothing from running, and surprises.
     warnings: Vec<String>,
@@ -88,6 +91,7 @@ fn examine(args: &DoctorArgs) -> Report {
         parameters: None,
         picture: None,
         needs: Vec::new(),
+        kv_bytes: Vec::new(),
         problems: Vec::new(),
         warnings: Vec::new(),
         form: None,
@@ -116,6 +120,7 @@ fn examine(args: &DoctorArgs) -> Report {
     };
     report.dtype = args.model.dtype.types(&folder).0;
     report.check_dtype();
+    report.check_kv(args.model.kv.chosen(), &device);
     let options = args.model.options(&folder).unwrap_or_else(|error| {
         let holds = "give the folder that holds adapter_config.json to --adapter";
         report.problem(error.to_string(), remedy::of_folder(&error, holds));
@@ -169,6 +174,13 @@ impl Report {
         }
     }
 
+    /// Whether the backend can keep keys and values in a type.
+    fn check_kv(&mut self, kv: Option<KvType>, device: &backend::Device) {
+        if let Some(Err(error)) = kv.map(|kv| check_kv_type::<Backend>(kv, device)) {
+            self.problem(error.to_string(), "use --kv auto, or another backend");
+        }
+    }
+
     /// Compares what the model needs with what there is.
     fn check_memory(&mut self, checkup: &Checkup, args: &DoctorArgs) {
         let (Some(config), Some(parameters)) = (&checkup.config, checkup.parameters) else {
@@ -185,6 +197,7 @@ impl Report {
             image_size: args.image_size,
             text_tokens: args.text_tokens as usize,
             dtype: self.dtype,
+            kv: args.model.kv.chosen(),
             program: self.program,
             max_pixels: args.model.max_pixels,
         };
@@ -205,6 +218,7 @@ impl Report {
         self.picture = Some(picture);
         self.check_context(answer, &picture);
         self.needs = answer.needs();
+        self.kv_bytes = answer.kv_bytes();
         if let Some(dense) = self.needs.first() {
             let (needed, largest) = (dense.total(), dense.largest);
             self.check_fit("a dense answer needs about", needed, largest, |report| {
@@ -348,6 +362,9 @@ impl Report {
                 mebibytes(need.total())
             )?;
         }
+        if !self.kv_bytes.is_empty() {
+            writeln!(out, "\n{}", fit::kv_line(&self.kv_bytes))?;
+        }
         match (
             self.problems.is_empty(),
             adapter.available_bytes,
@@ -385,6 +402,8 @@ impl Report {
             })
         });
         let problems = self.problems.iter();
+        let kv_bytes = self.kv_bytes.iter();
+        let kv_bytes = kv_bytes.map(|(kv, bytes)| (kv.to_string(), json!(bytes)));
         json!({
             "backend": backend::NAME,
             "adapter": self.adapter.name,
@@ -397,6 +416,7 @@ impl Report {
             "largest_parameter": self.parameters.map(|parameters| parameters.largest_elements),
             "visual_tokens": self.picture.map(|picture| picture.visual_tokens),
             "needs": needs.collect::<Vec<_>>(),
+            "kv_bytes": kv_bytes.collect::<serde_json::Map<_, _>>(),
             "warnings": self.warnings,
             "form": self.form,
             "problems": problems
@@ -441,6 +461,7 @@ mod tests {
             parameters: None,
             picture: None,
             needs: Vec::new(),
+            kv_bytes: Vec::new(),
             problems: Vec::new(),
             warnings: Vec::new(),
             form: None,
@@ -475,6 +496,7 @@ mod tests {
             image_size: [840, 840],
             text_tokens: 320,
             dtype: DType::F32,
+            kv: None,
             program: 0,
             max_pixels: None,
         };

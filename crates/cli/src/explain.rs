@@ -32,14 +32,20 @@ pub fn run(args: &ExplainArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let pictures = pictures(args, &vlm, &plan, &question, &answer);
     let drifts = vlm.drift(&question, &plan);
     let layers = layers(&vlm, &plan, &answer);
+    let is_other = vlm.kv_type() != vlm.dtype().into();
+    let kv_error = is_other.then(|| vlm.kv_error(&question, &answer.tokens, &plan));
+    let kv_error = kv_error.transpose();
     if args.json {
         let mut report = output::answer_json(&vlm, &plan, &answer);
         let shown = pictures.iter().flatten().map(|path| output::path(path));
         report["pictures"] = shown.collect();
         report["drift"] = drifts.iter().flatten().map(output::drift_json).collect();
         report["layers"] = layers.iter().map(Layer::json).collect();
+        let shown = kv_error.as_ref().ok().and_then(Option::as_ref);
+        report["kv_error"] = shown.map(output::kv_error_json).into();
         output::print_json(out, &report)?;
         drifts?;
+        kv_error?;
         return pictures.map(drop);
     }
     writeln!(out, "{}\n  → {}\n", question.text, answer.text)?;
@@ -51,6 +57,9 @@ pub fn run(args: &ExplainArgs, out: &mut dyn Write) -> anyhow::Result<()> {
         drifts
             .iter()
             .try_for_each(|drift| writeln!(out, "  {}", output::drift_line(drift)))?;
+    }
+    if let Some(error) = kv_error? {
+        writeln!(out, "\n{}", output::kv_error_line(&error))?;
     }
     writeln!(out, "\n{}", output::summary(&vlm, &plan, &answer))?;
     let pictures = pictures?;

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::Context;
 use reducers::{Cost, Plan, Schedule};
-use reroute::{Drift, FinishReason};
+use reroute::{Drift, FinishReason, KvError};
 use reroute_zoo::{Answer, View, Vlm};
 use serde_json::{Value, json};
 
@@ -59,8 +59,8 @@ pub(crate) fn print_json(out: &mut dyn Write, value: &Value) -> anyhow::Result<(
 pub(crate) fn costs(vlm: &Vlm<Backend>, plan: &Plan, answer: &Answer) -> (Cost, Cost) {
     let shape = vlm.config().decoder().shape();
     let text = answer.prompt_rows - answer.visual_tokens;
-    let bytes = vlm.dtype().size();
-    let cost = |schedule, visual| Cost::of(&shape, schedule, visual, text, bytes);
+    let kv = vlm.kv_type();
+    let cost = |schedule, visual| Cost::of(&shape, schedule, visual, text, kv);
     let seen = answer.views.iter().map(View::token_count).sum();
     (
         cost(&plan.schedule, answer.visual_tokens),
@@ -74,7 +74,7 @@ pub(crate) fn summary(vlm: &Vlm<Backend>, plan: &Plan, answer: &Answer) -> Strin
     let milliseconds = |time: std::time::Duration| time.as_secs_f64() * 1e3;
     format!(
         "{} text + {} visual tokens, {:.1} visual on average per layer; decoder prefill {:.0} % of \
-         the dense FLOPs, KV {:.1} of {:.1} KiB; vision {:.0} ms, prefill {:.0} ms, decode {:.0} ms \
+         the dense FLOPs, KV {:.1} of {:.1} KiB in {}; vision {:.0} ms, prefill {:.0} ms, decode {:.0} ms \
          ({} tokens), {}",
         answer.prompt_rows - answer.visual_tokens,
         answer.visual_tokens,
@@ -82,6 +82,7 @@ pub(crate) fn summary(vlm: &Vlm<Backend>, plan: &Plan, answer: &Answer) -> Strin
         100.0 * cost.total_flops() / dense.total_flops(),
         answer.kv_bytes.iter().sum::<u64>() as f64 / 1024.0,
         dense.total_kv_bytes() as f64 / 1024.0,
+        vlm.kv_type(),
         milliseconds(answer.timings.vision),
         milliseconds(answer.timings.prefill),
         milliseconds(answer.timings.decode),
@@ -104,6 +105,34 @@ pub(crate) fn drift_line(drift: &Drift) -> String {
         drift.largest(),
         drift.active_mean
     )
+}
+
+/// One line about what the type of keys and values changes.
+pub(crate) fn kv_error_line(error: &KvError) -> String {
+    format!(
+        "keys and values in {}, beside {}: logits differ by {:.2} % of the largest at most, {} of {} \
+         likeliest tokens and {} of {} selected visual tokens are the same",
+        error.kv,
+        error.against,
+        100.0 * error.largest,
+        error.same,
+        error.tokens,
+        error.selected_in_both,
+        error.selected,
+    )
+}
+
+/// The same as JSON.
+pub(crate) fn kv_error_json(error: &KvError) -> Value {
+    json!({
+        "kv": error.kv.to_string(),
+        "against": error.against.to_string(),
+        "largest": error.largest,
+        "tokens": error.tokens,
+        "same": error.same,
+        "selected": error.selected,
+        "selected_in_both": error.selected_in_both,
+    })
 }
 
 /// A drift as JSON.
@@ -198,6 +227,7 @@ pub(crate) fn answer_json(vlm: &Vlm<Backend>, plan: &Plan, answer: &Answer) -> V
         "dense_flops": dense.total_flops(),
         "published_flops": cost.published_flops(),
         "dense_published_flops": dense.published_flops(),
+        "kv": vlm.kv_type().to_string(),
         "kv_bytes": answer.kv_bytes.iter().sum::<u64>(),
         "dense_kv_bytes": dense.total_kv_bytes(),
         "seconds": {

@@ -5,11 +5,11 @@ use std::path::PathBuf;
 
 use anyhow::ensure;
 use reducers::presets::{self, Preset};
-use reducers::{Cost, Plan, ReducerError, Schedule, Support};
+use reducers::{Cost, KvType, Plan, ReducerError, Schedule, Support};
 use reroute_zoo::{Checkup, Folder, ModelConfig, OpenOptions, Part};
 use serde_json::{Value, json};
 
-use crate::args::PresetsArgs;
+use crate::args::{PresetsArgs, WeightType};
 use crate::backend::{self, Backend};
 use crate::{hub, open, output};
 
@@ -47,8 +47,9 @@ pub fn run(args: &PresetsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
         visual + text > 0,
         "a prompt of no tokens costs nothing: give --visual-tokens or --text-tokens"
     );
-    let bytes = args.dtype.burn().size();
-    let cost = |plan: &Plan| plan.cost(&shape, visual, text, bytes);
+    let own = || KvType::from(WeightType::Auto.types(&folder).0);
+    let kv = args.kv.chosen().unwrap_or_else(own);
+    let cost = |plan: &Plan| plan.cost(&shape, visual, text, kv);
     let dense = cost(&Schedule::dense().into());
     let rows = presets::presets().map(|preset| {
         let plan = preset.plan(shape.num_layers.into(), &config.encoder());
@@ -65,6 +66,7 @@ pub fn run(args: &PresetsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
             "num_layers": shape.num_layers,
             "visual_tokens": visual,
             "text_tokens": text,
+            "kv": kv.to_string(),
             "presets": rows.map(report).collect::<Vec<Value>>(),
         });
         return output::print_json(out, &report);
@@ -72,8 +74,8 @@ pub fn run(args: &PresetsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     writeln!(
         out,
         "{} layers, {visual} visual + {text} text tokens; FLOPs of the decoder prefill with scoring, \
-         KV in {:?}",
-        shape.num_layers, args.dtype
+         KV in {kv}",
+        shape.num_layers
     )?;
     writeln!(
         out,

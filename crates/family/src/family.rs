@@ -177,6 +177,9 @@ pub trait FamilyModel<B: Backend>: Module<B> + Linears<B> {
     /// The decoder.
     fn decoder(&self) -> &Decoder<B>;
 
+    /// The decoder, to change how it is run.
+    fn decoder_mut(&mut self) -> &mut Decoder<B>;
+
     /// What the vision tower shows of pictures: [`Tap::Features`], and whatever else is asked for.
     ///
     /// # Errors

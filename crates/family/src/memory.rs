@@ -2,7 +2,7 @@
 
 use std::num::Saturating;
 
-use reducers::{Cost, Schedule};
+use reducers::{Cost, KvType, Schedule};
 use reroute::DecoderConfig;
 use reroute_layers::{QUERY_BLOCK, WIDENED, queries_at_a_time};
 
@@ -55,21 +55,22 @@ const BUFFER: usize = 2 << 20;
 
 impl Memory {
     /// Memory of an answer to a question about one picture, beside the weights. `text_tokens` are
-    /// those of the prompt and of the answer.
+    /// those of the prompt and of the answer, `kv` the type of keys and values.
     pub fn of(
         config: &dyn FamilyConfig,
         picture: &Picture,
         text_tokens: usize,
         schedule: &Schedule,
         numbers: Arithmetic,
+        kv: KvType,
     ) -> Self {
         let shape = config.decoder().shape();
         let visual = picture.visual_tokens;
-        let cost = Cost::of(&shape, schedule, visual, text_tokens, numbers.bytes);
+        let cost = Cost::of(&shape, schedule, visual, text_tokens, kv);
         let rows = cost.rows.iter().copied().max().unwrap_or(0);
         let layers = [
             (config.tower_memory(), picture.patches),
-            (decoder_layer(config.decoder()), rows),
+            (decoder_layer(config.decoder(), numbers, kv), rows),
         ];
         let largest = |of: &dyn Fn(&LayerMemory, usize) -> u64| {
             let bytes = layers.iter().map(|(layer, rows)| of(layer, *rows));
@@ -83,21 +84,27 @@ impl Memory {
     }
 }
 
-fn decoder_layer(config: &DecoderConfig) -> LayerMemory {
+fn decoder_layer(config: &DecoderConfig, numbers: Arithmetic, kv: KvType) -> LayerMemory {
     let (hidden, queries) = (
         config.hidden_size,
         config.num_attention_heads * config.head_dim,
     );
+    let keys = config.num_key_value_heads * config.head_dim;
+    // Keys and values lie in the cache; those of a layer are widened.
+    let copies = if kv.dtype().size() == numbers.bytes {
+        0
+    } else {
+        2 * keys
+    };
     LayerMemory {
         heads: config.num_attention_heads,
         // Visual tokens, the prompt, the residual stream, queries, a rotary table.
         held: 3 * hidden + queries + 2 * config.head_dim,
         hidden,
         queries,
-        keys: config.num_key_value_heads * config.head_dim,
+        keys,
         projected: queries,
-        // Keys and values lie in the cache.
-        copies: 0,
+        copies,
         inner: config.intermediate_size,
         gated: true,
         causal: true,

@@ -10,6 +10,7 @@
 mod activation;
 mod attention;
 mod blocks;
+mod bytes;
 mod columns;
 mod exp;
 mod isa;
@@ -29,6 +30,7 @@ pub use attention::{
     attention_of_pairs,
 };
 pub use blocks::{Blocks, Format};
+pub use bytes::{of_bytes, to_bytes};
 pub use columns::write_columns;
 pub use limit::{Limit, Multiplied, Reading, limit};
 pub use norm::{layer_norm, layer_norm_gradient, rms_norm, rms_norm_gradient};

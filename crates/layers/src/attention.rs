@@ -2,10 +2,11 @@ use burn::tensor::activation::softmax;
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Int, Tensor, TensorData};
 use half::bf16;
-use reroute_kernels::{AttentionSizes, Cache, Cached};
+use reroute_kernels::AttentionSizes;
 
-use crate::gradient::{Operation, Unranked, flat, run};
-use crate::host::{self, HostTensor, Number};
+use crate::cached::{Cached, HostCached, where_they_lie};
+use crate::gradient::{Operation, Unranked, flat, recorded};
+use crate::host::{self, HostTensor};
 
 /// Most queries handled at a time: bounds the score matrix to `heads × QUERY_BLOCK × keys` and lets causal
 /// attention skip the keys that no query of the block may see, about half of the work.
@@ -64,35 +65,26 @@ pub fn queries_at_a_time(heads: usize, keys: usize) -> usize {
 ///
 /// # Shapes
 /// - `query`: `[kv_heads, group, head_dim, queries]`
-/// - `key`, `value`: `[kv_heads, head_dim, keys]`
+/// - `key`, `value`: `[kv_heads, head_dim, keys]`, of the type of the queries or as a cache holds them
 /// - returns `[kv_heads · group · head_dim, queries]`
 pub fn attention<B: Backend>(
     query: Tensor<B, 4>,
-    key: Tensor<B, 3>,
-    value: Tensor<B, 3>,
+    key: impl Into<Cached<B>>,
+    value: impl Into<Cached<B>>,
     causal: Option<&CausalMask<B>>,
 ) -> Tensor<B, 2> {
     let [kv_heads, group, head_dim, queries] = query.dims();
+    let (key, value) = (key.into(), value.into());
     let keys = key.dims()[2];
-    let attend = Attend {
-        sizes: AttentionSizes {
-            heads: kv_heads * group,
-            kv_heads,
-            head_dim,
-            queries,
-            keys,
-        },
-        causal: causal.is_some(),
-    };
-    let inputs = [
-        query.clone().into(),
-        key.clone().into(),
-        value.clone().into(),
-    ];
-    if let Some(context) = run(attend, inputs) {
+    let is_causal = causal.is_some();
+    if let Some(context) = on_host(&query, [&key, &value], is_causal) {
+        return context;
+    }
+    if let Some(context) = on_record(&query, [&key, &value], is_causal) {
         return context;
     }
     let dtype = query.dtype();
+    let (key, value) = (key.widened(dtype), value.widened(dtype));
     let query = query.mul_scalar((head_dim as f64).powf(-0.5));
     // Not by a reshape, for which CPU backends copy a cache that has room for more keys.
     let per_group = |x: Tensor<B, 3>| x.expand([1, kv_heads, head_dim, keys]).swap_dims(0, 1);
@@ -121,7 +113,81 @@ pub fn attention<B: Backend>(
 /// Fewer queries leave most registers of the kernel for many empty.
 const MANY: usize = 8;
 
-/// [`attention`] by kernels.
+/// The sizes of an attention; shapes as [`attention`].
+fn sizes<B: Backend>(query: &Tensor<B, 4>, key: &Cached<B>) -> AttentionSizes {
+    let [kv_heads, group, head_dim, queries] = query.dims();
+    AttentionSizes {
+        heads: kv_heads * group,
+        kv_heads,
+        head_dim,
+        queries,
+        keys: key.dims()[2],
+    }
+}
+
+/// The same by a kernel, if the tensors are within its reach; shapes as [`attention`].
+fn on_host<B: Backend>(
+    query: &Tensor<B, 4>,
+    [key, value]: [&Cached<B>; 2],
+    causal: bool,
+) -> Option<Tensor<B, 2>> {
+    let sizes = sizes(query, key);
+    let (dtype, device) = (query.dtype(), query.device());
+    let shape = [sizes.heads * sizes.head_dim, sizes.queries];
+    let query = HostTensor::of(query).packed();
+    let [key, value] = [key, value].map(HostCached::of);
+    let context = match sizes.queries {
+        0..MANY => {
+            let cache = where_they_lie(&key, &value)?;
+            reroute_kernels::attention_of_few(&query.singles()?, cache, sizes, causal)
+        }
+        _ => {
+            // Parts of a cache that has room for more, or of a tower's segments.
+            let cache = [key, value].map(HostCached::packed);
+            if let Some(context) = of_pairs(&query, &cache, sizes, causal) {
+                let context = TensorData::new(context, shape);
+                return Some(Tensor::from_data(context, (&device, dtype)));
+            }
+            let [key, value] = cache.each_ref().map(HostCached::singles);
+            reroute_kernels::attention(&query.singles()?, &key?, &value?, sizes, causal)
+        }
+    };
+    Some(host::tensor(context, shape, dtype, &device))
+}
+
+/// The same of bf16, where the processor multiplies that.
+fn of_pairs(
+    query: &HostTensor,
+    cache: &[HostCached; 2],
+    sizes: AttentionSizes,
+    causal: bool,
+) -> Option<Vec<bf16>> {
+    let [key, value] = cache.each_ref().map(HostCached::packed_floats);
+    reroute_kernels::attention_of_pairs(query.slice()?, key?, value?, sizes, causal)
+}
+
+/// The same below an autodiff backend, as one step.
+fn on_record<B: Backend>(
+    query: &Tensor<B, 4>,
+    cache: [&Cached<B>; 2],
+    causal: bool,
+) -> Option<Tensor<B, 2>> {
+    let [Cached::Float(key), Cached::Float(value)] = cache else {
+        return None;
+    };
+    let attend = Attend {
+        sizes: sizes(query, cache[0]),
+        causal,
+    };
+    let inputs = [
+        query.clone().into(),
+        key.clone().into(),
+        value.clone().into(),
+    ];
+    recorded(attend, &inputs)
+}
+
+/// [`attention`], to be recorded.
 #[derive(Debug, Clone, Copy)]
 struct Attend {
     sizes: AttentionSizes,
@@ -130,31 +196,8 @@ struct Attend {
 
 impl Operation<3> for Attend {
     fn forward<B: Backend>(&self, [query, key, value]: [Unranked<B>; 3]) -> Option<Unranked<B>> {
-        let Self { sizes, causal } = *self;
-        let query = query.ranked::<4>();
-        let (dtype, device) = (query.dtype(), query.device());
-        let query = HostTensor::of(&query).packed();
-        let shape = [sizes.heads * sizes.head_dim, sizes.queries];
-        let [key, value] = [key, value].map(|x| HostTensor::of(&x.ranked::<3>()));
-        let context = match sizes.queries {
-            0..MANY => {
-                let cache = (cached(&key, &value).map(Cache::F32))
-                    .or_else(|| cached(&key, &value).map(Cache::F16))
-                    .or_else(|| cached(&key, &value).map(Cache::BF16))?;
-                reroute_kernels::attention_of_few(&query.singles()?, cache, sizes, causal)
-            }
-            _ => {
-                // Parts of a cache that has room for more, or of a tower's segments.
-                let x = [query, key.packed(), value.packed()];
-                if let Some(context) = of_pairs(&x, sizes, causal) {
-                    let context = TensorData::new(context, shape);
-                    return Some(Tensor::<B, 2>::from_data(context, (&device, dtype)).into());
-                }
-                let [query, key, value] = x.each_ref().map(HostTensor::singles);
-                reroute_kernels::attention(&query?, &key?, &value?, sizes, causal)
-            }
-        };
-        Some(host::tensor::<B, 2>(context, shape, dtype, &device).into())
+        let [key, value] = [key, value].map(|x| Cached::Float(x.ranked()));
+        on_host(&query.ranked(), [&key, &value], self.causal).map(Unranked::from)
     }
 
     fn needs(&self, _: [bool; 3]) -> [bool; 3] {
@@ -173,18 +216,6 @@ impl Operation<3> for Attend {
         reroute_kernels::attention_gradient(&query, &key, &value, &gradient, sizes, causal)
             .map(|numbers| Some(flat(numbers)))
     }
-}
-
-/// The same of bf16, where the processor multiplies that.
-fn of_pairs(x: &[HostTensor; 3], sizes: AttentionSizes, causal: bool) -> Option<Vec<bf16>> {
-    let [query, key, value] = x.each_ref().map(HostTensor::slice);
-    reroute_kernels::attention_of_pairs(query?, key?, value?, sizes, causal)
-}
-
-/// Both where they lie, if they are numbers of this type.
-fn cached<'a, E: Number>(key: &'a HostTensor, value: &'a HostTensor) -> Option<[Cached<'a, E>; 2]> {
-    let cached = |(numbers, capacity)| Cached { numbers, capacity };
-    Some([cached(key.rows()?), cached(value.rows()?)])
 }
 
 /// `a · b`; for a single column as `bᵀ · aᵀ`, of which CPU backends read `a` at full speed.

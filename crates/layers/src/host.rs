@@ -11,7 +11,9 @@ use std::any::Any;
 use std::borrow::Cow;
 
 use burn::tensor::backend::Backend;
-use burn::tensor::{DType, Element, Int, Shape, Tensor, TensorData, TensorPrimitive};
+use burn::tensor::{
+    BasicOps, DType, Element, Float, Int, Shape, Tensor, TensorData, TensorPrimitive,
+};
 #[cfg(feature = "flex")]
 use burn_flex::FlexTensor;
 use half::slice::HalfFloatSliceExt;
@@ -26,16 +28,12 @@ pub(crate) use unrecorded::{recorded, untracked};
 pub(crate) struct HostTensor(Option<FlexTensor>);
 
 impl HostTensor {
-    pub(crate) fn of<B: Backend, const D: usize>(tensor: &Tensor<B, D>) -> Self {
-        match tensor.clone().into_primitive() {
-            TensorPrimitive::Float(tensor) => Self((&tensor as &dyn Any).downcast_ref().cloned()),
-            TensorPrimitive::QFloat(_) => Self(None),
-        }
+    pub(crate) fn of<B: Backend, const D: usize, K: Kind<B>>(tensor: &Tensor<B, D, K>) -> Self {
+        K::on_host(tensor.clone().into_primitive())
     }
 
-    pub(crate) fn of_ints<B: Backend, const D: usize>(tensor: &Tensor<B, D, Int>) -> Self {
-        let tensor = tensor.clone().into_primitive();
-        Self((&tensor as &dyn Any).downcast_ref().cloned())
+    fn reached<T: 'static>(tensor: &T) -> Self {
+        Self((tensor as &dyn Any).downcast_ref().cloned())
     }
 
     /// With the numbers side by side: copied if they are strewn over a larger tensor.
@@ -81,12 +79,34 @@ pub(crate) fn ints<B: Backend>(tensor: Tensor<B, 2, Int>) -> Vec<i32> {
     tensor.into_data().into_vec().unwrap_or_default()
 }
 
+/// Kinds of tensors that hold numbers.
+pub(crate) trait Kind<B: Backend>: BasicOps<B> {
+    /// A share in a tensor, if it is within reach.
+    fn on_host(primitive: Self::Primitive) -> HostTensor;
+}
+
+impl<B: Backend> Kind<B> for Float {
+    fn on_host(primitive: Self::Primitive) -> HostTensor {
+        match primitive {
+            TensorPrimitive::Float(tensor) => HostTensor::reached(&tensor),
+            TensorPrimitive::QFloat(_) => HostTensor(None),
+        }
+    }
+}
+
+impl<B: Backend> Kind<B> for Int {
+    fn on_host(primitive: Self::Primitive) -> HostTensor {
+        HostTensor::reached(&primitive)
+    }
+}
+
 /// What numbers of a tensor may be.
 pub(crate) trait Number: Element + bytemuck::Pod {}
 
 impl Number for f32 {}
 impl Number for f16 {}
 impl Number for bf16 {}
+impl Number for i8 {}
 
 #[cfg(feature = "flex")]
 fn strided_rows<E: Number>(tensor: &FlexTensor) -> Option<(&[E], usize)> {
@@ -127,10 +147,10 @@ impl FlexTensor {
 /// Lets `work` change a packed tensor in this program's memory; any other is given back.
 ///
 /// A tensor that nothing else refers to is not copied.
-pub(crate) fn in_place<B: Backend, const D: usize, E: Number>(
-    tensor: Tensor<B, D>,
+pub(crate) fn in_place<B: Backend, const D: usize, K: Kind<B>, E: Number>(
+    tensor: Tensor<B, D, K>,
     work: impl FnOnce(&mut [E]),
-) -> Result<Tensor<B, D>, Tensor<B, D>> {
+) -> Result<Tensor<B, D, K>, Tensor<B, D, K>> {
     if HostTensor::of(&tensor).slice::<E>().is_none() {
         return Err(tensor);
     }

@@ -18,6 +18,7 @@
 
 mod activation;
 mod attention;
+mod cached;
 mod embedding;
 mod error;
 mod gradient;
@@ -34,6 +35,7 @@ mod weight;
 
 pub use activation::{add, gelu_tanh, quick_gelu, silu, silu_product};
 pub use attention::{CausalMask, QUERY_BLOCK, attention, queries_at_a_time};
+pub use cached::Cached;
 pub use embedding::{Embedding, EmbeddingConfig};
 pub use error::LayerError;
 pub use linear::{Linear, LinearConfig};

@@ -1,9 +1,9 @@
 use burn::tensor::backend::Backend;
-use burn::tensor::{Int, Tensor};
+use burn::tensor::{DType, Int, Tensor};
 use half::{bf16, f16};
 
 use crate::LayerError;
-use crate::host::{self, HostTensor, Number};
+use crate::host::{self, HostTensor, Kind, Number};
 
 /// Sends indices of rows to a device, to select by.
 ///
@@ -30,29 +30,50 @@ pub fn write_rows<B: Backend>(
     start: usize,
     rows: Tensor<B, 3>,
 ) -> Result<Tensor<B, 3>, LayerError> {
-    let [heads, head_dim, capacity] = buffer.dims();
-    let [row_heads, row_channels, count] = rows.dims();
-    let same = (heads, head_dim, buffer.dtype()) == (row_heads, row_channels, rows.dtype());
-    if !same || start.checked_add(count).is_none_or(|end| end > capacity) {
-        return Err(LayerError::Rows {
-            rows: format!("{:?} {:?}", rows.dims(), rows.dtype()),
-            buffer: format!("{:?} {:?}", buffer.dims(), buffer.dtype()),
-            start,
-        });
-    }
-    let written = on_host::<B, f32>(buffer, start, &rows)
-        .or_else(|buffer| on_host::<B, f16>(buffer, start, &rows))
-        .or_else(|buffer| on_host::<B, bf16>(buffer, start, &rows));
-    Ok(written.unwrap_or_else(|buffer| {
-        buffer.slice_assign([0..heads, 0..head_dim, start..start + count], rows)
-    }))
+    let of = |x: &Tensor<B, 3>| (x.dims(), x.dtype());
+    fits(of(&buffer), start, of(&rows))?;
+    Ok(write(buffer, start, rows))
 }
 
-fn on_host<B: Backend, E: Number>(
-    buffer: Tensor<B, 3>,
+/// Whether rows fit into a buffer, from `start` on.
+pub(crate) fn fits(
+    (buffer, dtype): ([usize; 3], DType),
     start: usize,
-    rows: &Tensor<B, 3>,
-) -> Result<Tensor<B, 3>, Tensor<B, 3>> {
+    (rows, row_type): ([usize; 3], DType),
+) -> Result<(), LayerError> {
+    let ([heads, head_dim, capacity], [row_heads, row_channels, count]) = (buffer, rows);
+    let same = (heads, head_dim, dtype) == (row_heads, row_channels, row_type);
+    match same && start.checked_add(count).is_some_and(|end| end <= capacity) {
+        true => Ok(()),
+        false => Err(LayerError::Rows {
+            rows: format!("{rows:?} {row_type:?}"),
+            buffer: format!("{buffer:?} {dtype:?}"),
+            start,
+        }),
+    }
+}
+
+/// The same for rows that fit, of any kind.
+pub(crate) fn write<B: Backend, K: Kind<B>>(
+    buffer: Tensor<B, 3, K>,
+    start: usize,
+    rows: Tensor<B, 3, K>,
+) -> Tensor<B, 3, K> {
+    let written = on_host::<B, K, f32>(buffer, start, &rows)
+        .or_else(|buffer| on_host::<B, K, f16>(buffer, start, &rows))
+        .or_else(|buffer| on_host::<B, K, bf16>(buffer, start, &rows))
+        .or_else(|buffer| on_host::<B, K, i8>(buffer, start, &rows));
+    written.unwrap_or_else(|buffer| {
+        let [heads, channels, count] = rows.dims();
+        buffer.slice_assign([0..heads, 0..channels, start..start + count], rows)
+    })
+}
+
+fn on_host<B: Backend, K: Kind<B>, E: Number>(
+    buffer: Tensor<B, 3, K>,
+    start: usize,
+    rows: &Tensor<B, 3, K>,
+) -> Result<Tensor<B, 3, K>, Tensor<B, 3, K>> {
     let (capacity, count) = (buffer.dims()[2], rows.dims()[2]);
     let rows = HostTensor::of(rows).packed();
     match rows.slice::<E>() {

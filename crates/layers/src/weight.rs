@@ -148,7 +148,7 @@ impl<B: Backend> Coded<B> {
     fn product(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
         let words = self.words.val();
         let product = CodedProduct {
-            words: HostTensor::of_ints(&words),
+            words: HostTensor::of(&words),
             format: self.format,
             shape: [words.dims()[0], self.columns],
         };

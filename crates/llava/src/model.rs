@@ -58,6 +58,10 @@ impl<B: Backend> FamilyModel<B> for Llava<B> {
         &self.language_model
     }
 
+    fn decoder_mut(&mut self) -> &mut Decoder<B> {
+        &mut self.language_model
+    }
+
     fn look(&self, pictures: Pictures<B>, taps: &[Tap]) -> Result<Look<B>, FamilyError> {
         let Pictures::Fixed(pixels) = pictures else {
             return Err(FamilyError::WrongPixels {

@@ -12,7 +12,7 @@
 //! Symbols below: `d` hidden size, `H` query heads, `H_kv` key-value heads, `d_h` channels of a
 //! head, `m` width of the feed-forward, `n` rows a layer works on (text and visual).
 
-use crate::{Action, DecisionRows, Schedule};
+use crate::{Action, DecisionRows, KvType, Schedule};
 
 /// The sizes of a decoder that its cost depends on. Field names are those of a checkpoint's
 /// configuration.
@@ -75,19 +75,15 @@ impl DecoderShape {
         2.0 * idle * self.d() * self.key_width()
     }
 
-    /// Bytes of keys and values one layer caches for `rows` rows: `2·n·H_kv·d_h·bytes_per_element`.
-    pub fn kv_bytes(&self, rows: usize, bytes_per_element: usize) -> u64 {
-        [
-            2,
-            rows,
-            self.num_key_value_heads,
-            self.head_dim,
-            bytes_per_element,
-        ]
-        .iter()
-        .fold(1, |product: u64, &factor| {
-            product.saturating_mul(factor as u64)
-        })
+    /// Bytes of keys and values one layer caches for `rows` rows: `2·n·H_kv` times the bytes of a head's
+    /// `d_h` numbers and their scale ([`KvType::head_bytes`]).
+    pub fn kv_bytes(&self, rows: usize, kv: KvType) -> u64 {
+        let head = kv.head_bytes(self.head_dim);
+        [2, rows, self.num_key_value_heads, head]
+            .iter()
+            .fold(1, |product: u64, &factor| {
+                product.saturating_mul(factor as u64)
+            })
     }
 
     fn d(&self) -> f64 {
@@ -124,7 +120,7 @@ pub struct Cost {
 
 impl Cost {
     /// The cost of a prompt of `visual_tokens` and `text_tokens` under `schedule`, the cache
-    /// holding `bytes_per_element` bytes per number (2 for f16 and bf16, 4 for f32).
+    /// holding keys and values in `kv`.
     ///
     /// Under [`Action::Remove`] a decision ranks the tokens not removed before; under
     /// [`Action::Reroute`] every token, each time. What ranking costs is the rule's to say
@@ -135,7 +131,7 @@ impl Cost {
         schedule: &Schedule,
         visual_tokens: usize,
         text_tokens: usize,
-        bytes_per_element: usize,
+        kv: KvType,
     ) -> Self {
         let with_text = |visual: usize| visual.saturating_add(text_tokens);
         let visual = schedule.visual_tokens_per_layer(shape.num_layers.into(), visual_tokens);
@@ -173,10 +169,7 @@ impl Cost {
             scorer_flops: (0..rows.len())
                 .map(|layer| decision(layer).unwrap_or(0.0))
                 .collect(),
-            kv_bytes: rows
-                .iter()
-                .map(|&rows| shape.kv_bytes(rows, bytes_per_element))
-                .collect(),
+            kv_bytes: rows.iter().map(|&rows| shape.kv_bytes(rows, kv)).collect(),
             rows,
         }
     }
@@ -227,7 +220,7 @@ impl Cost {
 #[cfg(test)]
 mod tests {
     use super::{Cost, DecoderShape};
-    use crate::{Action, Schedule, Stage};
+    use crate::{Action, KvType, Schedule, Stage};
 
     const TOY: DecoderShape = DecoderShape {
         num_layers: 4,
@@ -278,7 +271,7 @@ mod tests {
         let stages = vec![Stage::count(1, 6), Stage::count(3, 2)];
         let cost = |action| {
             let schedule = Schedule::new(action, false, stages.clone()).unwrap();
-            Cost::of(&TOY, &schedule, 10, 5, 2)
+            Cost::of(&TOY, &schedule, 10, 5, KvType::F16)
         };
         let (remove, reroute) = (cost(Action::Remove), cost(Action::Reroute));
         assert_eq!(remove.rows, [15, 11, 11, 7]);
@@ -301,8 +294,8 @@ mod tests {
     #[test]
     fn a_prompt_without_a_picture_costs_what_the_plain_model_costs() {
         let schedule = Schedule::new(Action::Reroute, false, vec![Stage::count(0, 1)]).unwrap();
-        let dense = Cost::of(&TOY, &Schedule::dense(), 0, 9, 2);
-        assert_eq!(Cost::of(&TOY, &schedule, 0, 9, 2), dense);
+        let dense = Cost::of(&TOY, &Schedule::dense(), 0, 9, KvType::F16);
+        assert_eq!(Cost::of(&TOY, &schedule, 0, 9, KvType::F16), dense);
         assert_eq!(dense.speedup_ceiling(&dense), 1.0);
     }
 }

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use crate::encoder::EncoderMethod;
 use crate::keep::Rounding;
 use crate::schedule::file::{PlanFile, is_default};
-use crate::{Cost, DecoderShape, Keep, Positions, ReducerError, Schedule, Score, Stage};
+use crate::{Cost, DecoderShape, Keep, KvType, Positions, ReducerError, Schedule, Score, Stage};
 
 /// A reduction before the decoder, a schedule in it, or both.
 ///
@@ -188,15 +188,9 @@ impl Plan {
         shape: &DecoderShape,
         visual_tokens: usize,
         text_tokens: usize,
-        bytes_per_element: usize,
+        kv: KvType,
     ) -> Cost {
         let entering = self.entering(visual_tokens);
-        Cost::of(
-            shape,
-            &self.schedule,
-            entering,
-            text_tokens,
-            bytes_per_element,
-        )
+        Cost::of(shape, &self.schedule, entering, text_tokens, kv)
     }
 }

@@ -1,6 +1,7 @@
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
-use reroute_layers::write_rows;
+use reducers::KvType;
+use reroute_layers::Cached;
 
 use crate::block::Run;
 use crate::host::read_back;
@@ -44,7 +45,7 @@ pub struct KvCache<B: Backend> {
 #[derive(Debug, Clone)]
 struct Entry<B: Backend> {
     /// Keys and values, `[kv_heads, head_dim, capacity]` each; `None` before the first row.
-    buffers: Option<[Tensor<B, 3>; 2]>,
+    buffers: Option<[Cached<B>; 2]>,
     /// The rows in use, ascending, numbered within the sample.
     rows: Vec<usize>,
 }
@@ -53,10 +54,12 @@ struct Entry<B: Backend> {
 pub(crate) struct LayerCache<'a, B: Backend> {
     samples: &'a mut [Entry<B>],
     room: &'a [Option<usize>],
+    kv: KvType,
 }
 
 impl<B: Backend> LayerCache<'_, B> {
-    /// Appends a run's rows to its sample's and returns all keys and values of the sample.
+    /// Appends a run's rows to its sample's and returns all keys and values of the sample, as they are
+    /// kept: whoever reads them, now or later, reads the same numbers.
     ///
     /// # Shapes
     /// - `new`: keys and values, `[kv_heads, head_dim, rows]`
@@ -64,8 +67,9 @@ impl<B: Backend> LayerCache<'_, B> {
     pub(crate) fn append(
         &mut self,
         run: &Run,
-        [keys, values]: [Tensor<B, 3>; 2],
-    ) -> Result<[Tensor<B, 3>; 2], RerouteError> {
+        new: [Tensor<B, 3>; 2],
+    ) -> Result<[Cached<B>; 2], RerouteError> {
+        let [keys, values] = new.map(|rows| Cached::of(rows, self.kv.dtype()));
         let entry = &mut self.samples[run.sample];
         let room = self.room[run.sample];
         let used = entry.rows.len();
@@ -85,9 +89,23 @@ impl<B: Backend> LayerCache<'_, B> {
 
 impl<B: Backend> Entry<B> {
     /// Keys and values in use; `None` if there are none.
-    fn held(&self) -> Option<[Tensor<B, 3>; 2]> {
+    fn held(&self) -> Option<[Cached<B>; 2]> {
         let buffers = self.buffers.clone().filter(|_| !self.rows.is_empty())?;
         Some(buffers.map(|all| in_use(all, self.rows.len())))
+    }
+
+    /// Rows that there is memory for.
+    fn capacity(&self) -> usize {
+        self.buffers.as_ref().map_or(0, |[keys, _]| keys.dims()[2])
+    }
+
+    /// Bytes of keys and values of a row.
+    fn row_bytes(&self) -> u64 {
+        let row = self.buffers.iter().flatten().map(|buffer| {
+            let [kv_heads, head_dim, _] = buffer.dims();
+            kv_heads * KvType::from(buffer.dtype()).head_bytes(head_dim)
+        });
+        row.sum::<usize>() as u64
     }
 }
 
@@ -193,11 +211,12 @@ impl<B: Backend> KvCache<B> {
         Ok(())
     }
 
-    /// One layer's share.
-    pub(crate) fn layer(&mut self, layer: usize) -> LayerCache<'_, B> {
+    /// One layer's share, which keeps what is added in a type.
+    pub(crate) fn layer(&mut self, layer: usize, kv: KvType) -> LayerCache<'_, B> {
         LayerCache {
             samples: &mut self.layers[layer],
             room: &self.room,
+            kv,
         }
     }
 
@@ -216,20 +235,21 @@ impl<B: Backend> KvCache<B> {
         self.pools[sample].take()
     }
 
-    /// The keys of one sample in one layer, `[kv_heads, head_dim, length]`; `None` if there are none.
-    pub(crate) fn keys(&self, layer: usize, sample: usize) -> Option<Tensor<B, 3>> {
+    /// The keys of one sample in one layer, `[kv_heads, head_dim, length]`, as floats of a type; `None` if
+    /// there are none.
+    pub(crate) fn keys(&self, layer: usize, sample: usize, dtype: DType) -> Option<Tensor<B, 3>> {
         let [keys, _] = self.layers.get(layer)?.get(sample)?.held()?;
-        Some(keys)
+        Some(keys.widened(dtype))
     }
 
     /// What the cache holds, to compare with what a decoder makes: layers, and channels of all keys of
     /// a row and their type, if there is a row.
-    pub(crate) fn format(&self) -> (usize, Option<([usize; 2], DType)>) {
+    pub(crate) fn format(&self) -> (usize, Option<([usize; 2], KvType)>) {
         let held = self.layers.iter().flatten();
         let buffers = held.filter_map(|entry| entry.buffers.as_ref()).next();
         let format = buffers.map(|[keys, _]| {
             let [kv_heads, head_dim, _] = keys.dims();
-            ([kv_heads, head_dim], keys.dtype())
+            ([kv_heads, head_dim], keys.dtype().into())
         });
         (self.layers.len(), format)
     }
@@ -346,29 +366,18 @@ impl<B: Backend> KvCache<B> {
 
     /// Bytes of the rows in use, per layer, for one sample; 0 where there is no such sample.
     pub fn bytes(&self, sample: usize) -> Vec<u64> {
-        self.per_layer(sample, |entry| {
-            let row = entry.buffers.iter().flatten().map(|buffer| {
-                let [kv_heads, head_dim, _] = buffer.dims();
-                kv_heads * head_dim * buffer.dtype().size()
-            });
-            (row.sum::<usize>() * entry.rows.len()) as u64
-        })
+        self.per_layer(sample, |entry| entry.row_bytes() * entry.rows.len() as u64)
     }
 
     /// Bytes that keys and values of one sample take in memory, room for further rows and what a later
     /// turn chooses from included; 0 where there is no such sample.
     pub fn allocated_bytes(&self, sample: usize) -> u64 {
-        let bytes = |shape: &[usize], dtype: DType| {
-            let elements = shape.iter().map(|&n| n as u64).product::<u64>();
-            elements * dtype.size() as u64
-        };
-        let buffers = self.layers.iter().filter_map(|layer| layer.get(sample));
-        let buffers = buffers.flat_map(|entry| entry.buffers.iter().flatten());
-        let buffers = buffers.map(|buffer| bytes(&buffer.dims(), buffer.dtype()));
+        let entries = self.layers.iter().filter_map(|layer| layer.get(sample));
+        let entries = entries.map(|entry| entry.row_bytes() * entry.capacity() as u64);
         let pool = self.pools.get(sample).and_then(Option::as_ref);
         let pool = pool.map(|pool| &pool.hidden_states);
-        let pool = pool.map_or(0, |states| bytes(&states.dims(), states.dtype()));
-        buffers.sum::<u64>() + pool
+        let pool = pool.map_or(0, |x| x.shape().num_elements() * x.dtype().size());
+        entries.sum::<u64>() + pool as u64
     }
 
     fn per_layer<T: Default>(&self, sample: usize, of: impl Fn(&Entry<B>) -> T) -> Vec<T> {
@@ -386,7 +395,7 @@ impl<B: Backend> KvCache<B> {
             let rows = layer[sample].rows.len();
             let held: Vec<Vec<f32>> = held
                 .into_iter()
-                .map(|of| read_back(of, "keys and values"))
+                .map(|of| read_back(of.widened(DType::F32), "keys and values"))
                 .collect::<Result<_, _>>()?;
             let channels = || held.iter().flat_map(|of| of.chunks_exact(rows));
             if channels().flatten().all(|x| x.is_finite()) {
@@ -416,48 +425,41 @@ fn check_size(layers: usize, samples: usize) -> Result<(), RerouteError> {
 }
 
 /// The rows of a buffer that are in use.
-fn in_use<B: Backend>(all: Tensor<B, 3>, rows: usize) -> Tensor<B, 3> {
+fn in_use<B: Backend>(all: Cached<B>, rows: usize) -> Cached<B> {
     match all.dims()[2] == rows {
         true => all,
-        false => all.narrow(2, 0, rows),
+        false => all.narrow(0, rows),
     }
 }
 
 /// The rows of a buffer that are in use, in one of their size.
-fn exact<B: Backend>(all: Tensor<B, 3>, rows: usize) -> Result<Tensor<B, 3>, RerouteError> {
-    let [kv_heads, head_dim, capacity] = all.dims();
-    if capacity == rows {
-        return Ok(all);
+fn exact<B: Backend>(all: Cached<B>, rows: usize) -> Result<Cached<B>, RerouteError> {
+    match all.dims()[2] == rows {
+        true => Ok(all),
+        false => Ok(all.zeros(rows).write(0, in_use(all, rows))?),
     }
-    let options = (&all.device(), all.dtype());
-    let empty = Tensor::zeros([kv_heads, head_dim, rows], options);
-    Ok(write_rows(empty, 0, in_use(all, rows))?)
 }
 
 /// Writes rows at `start`, growing the buffer when it is full; `room` is how many rows are to follow.
 fn write<B: Backend>(
-    all: Tensor<B, 3>,
+    all: Cached<B>,
     start: usize,
-    new: Tensor<B, 3>,
+    new: Cached<B>,
     room: Option<usize>,
-) -> Result<Tensor<B, 3>, RerouteError> {
-    let [kv_heads, head_dim, capacity] = all.dims();
+) -> Result<Cached<B>, RerouteError> {
+    let capacity = all.dims()[2];
     let end = start + new.dims()[2];
     let all = if end > capacity {
         let follow = match room {
             Some(rows) => rows.min(MAX_ROOM),
             None => GROWTH.max(end / GROWTH_SHARE),
         };
-        let spare = end - capacity + follow;
-        let options = (&all.device(), all.dtype());
-        Tensor::cat(
-            vec![all, Tensor::zeros([kv_heads, head_dim, spare], options)],
-            2,
-        )
+        let spare = all.zeros(end - capacity + follow);
+        all.followed_by(spare)?
     } else {
         all
     };
-    Ok(write_rows(all, start, new)?)
+    Ok(all.write(start, new)?)
 }
 
 #[cfg(test)]
@@ -480,7 +482,7 @@ mod tests {
                 rows: rows.collect(),
             };
             let new = [number.clone(), number];
-            cache.layer(0).append(&run, new).unwrap();
+            cache.layer(0, KvType::F32).append(&run, new).unwrap();
             let [buffer, _] = cache.layers[0][0].buffers.as_ref().unwrap();
             buffer.dims()[2]
         };
@@ -511,7 +513,7 @@ mod tests {
                 rows: vec![row],
             };
             let new = [number.clone(), number];
-            let [keys, _] = cache.layer(0).append(&run, new).unwrap();
+            let [keys, _] = cache.layer(0, KvType::F32).append(&run, new).unwrap();
             assert_eq!(keys.dims(), [2, 4, row + 1]);
             let [buffer, _] = cache.layers[0][0].buffers.as_ref().unwrap();
             let [_, _, now] = buffer.dims();
@@ -523,7 +525,8 @@ mod tests {
         assert!(copies <= 20, "{copies} copies");
         assert!(copied <= 5 * 4096, "{copied} rows copied");
         let [keys, _] = cache.layers[0][0].held().unwrap();
-        let keys: Vec<f32> = keys.into_data().into_vec().unwrap();
+        let keys = keys.widened(DType::F32).into_data();
+        let keys: Vec<f32> = keys.into_vec().unwrap();
         assert!(
             keys.chunks(4096)
                 .flat_map(|rows| rows.iter().enumerate())

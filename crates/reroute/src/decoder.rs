@@ -1,7 +1,7 @@
 use burn::module::Module;
-use burn::tensor::backend::Backend;
+use burn::tensor::backend::{Backend, DTypeUsage};
 use burn::tensor::{DType, Int, Tensor};
-use reducers::{Positions, Schedule};
+use reducers::{KvType, Positions, Schedule};
 use reroute_layers::{
     CausalMask, RmsNorm, RmsNormConfig, Rotary, Vocabulary, VocabularyConfig, linears,
 };
@@ -19,6 +19,9 @@ pub struct Decoder<B: Backend> {
     lm_head: Option<Vocabulary<B>>,
     #[module(skip)]
     config: DecoderConfig,
+    /// `None` for that of the weights.
+    #[module(skip)]
+    kv: Option<KvType>,
 }
 
 linears!(Decoder: layers);
@@ -35,6 +38,7 @@ impl<B: Backend> Decoder<B> {
             norm: RmsNormConfig { features, epsilon }.init(device),
             lm_head: (!config.tie_word_embeddings).then(|| vocabulary.init(device)),
             config: config.clone(),
+            kv: None,
         }
     }
 
@@ -56,6 +60,27 @@ impl<B: Backend> Decoder<B> {
     /// The type that the decoder computes in.
     pub fn dtype(&self) -> DType {
         self.norm.weight.val().dtype()
+    }
+
+    /// The type that caches keep keys and values in.
+    pub fn kv_type(&self) -> KvType {
+        self.kv.unwrap_or_else(|| self.dtype().into())
+    }
+
+    /// Says what type caches keep keys and values in; by default that of the weights. Attention reads what is
+    /// kept, in a prefill too: a resumed conversation then sees the numbers that a prefill of it all would.
+    ///
+    /// # Errors
+    /// [`RerouteError::KvType`] for one that the backend cannot keep, or that gradients do not pass.
+    pub fn set_kv_type(&mut self, kv: Option<KvType>) -> Result<(), RerouteError> {
+        self.kv = kv;
+        self.check_kv_type()
+    }
+
+    /// Asked again before anything runs: on another backend it may not hold.
+    fn check_kv_type(&self) -> Result<(), RerouteError> {
+        let device = self.embed_tokens.device();
+        self.kv.map_or(Ok(()), |kv| check_kv_type::<B>(kv, &device))
     }
 
     /// A decoder with the same embedding, norm and head around other layers.
@@ -151,6 +176,7 @@ impl<B: Backend> Decoder<B> {
         cache: &KvCache<B>,
         samples: usize,
     ) -> Result<(), RerouteError> {
+        self.check_kv_type()?;
         let refused =
             |given: String, expected: String| Err(RerouteError::Cache { given, expected });
         if cache.samples() != samples {
@@ -162,8 +188,9 @@ impl<B: Backend> Decoder<B> {
             let expected = format!("{} layers", self.layers.len());
             return refused(format!("{layers} layers"), expected);
         }
-        let (config, dtype) = (&self.config, self.dtype());
-        let expected = ([config.num_key_value_heads, config.head_dim], dtype);
+        let config = &self.config;
+        let channels = [config.num_key_value_heads, config.head_dim];
+        let expected = (channels, self.kv_type());
         let mut features = cache.pools().map(|pool| pool.hidden_states.dims()[0]);
         if let Some(other) = features.find(|&features| features != config.hidden_size) {
             let expected = format!("hidden_size {}", config.hidden_size);
@@ -171,8 +198,8 @@ impl<B: Backend> Decoder<B> {
         }
         match format {
             Some(given) if given != expected => {
-                let name = |([heads, channels], dtype): ([usize; 2], DType)| {
-                    format!("{heads} heads of {channels} channels in {dtype:?}")
+                let name = |([heads, channels], kv): ([usize; 2], KvType)| {
+                    format!("{heads} heads of {channels} channels in {kv}")
                 };
                 refused(name(given), name(expected))
             }
@@ -223,6 +250,7 @@ impl<B: Backend> Decoder<B> {
         };
         let mut at = lowered(0, cache);
         let mut rope = self.rope_at(&at, dtype, &device);
+        let kv = self.kv_type();
 
         for (index, layer) in self.layers.iter().enumerate() {
             let here = lowered(index, cache);
@@ -233,7 +261,7 @@ impl<B: Backend> Decoder<B> {
             let input = layer.enter(hidden_states, &rope);
             let queries = layer.self_attn.queries(input.normed.clone(), &rope);
             hidden_states =
-                layer.forward(input, queries, &runs, cache.layer(index), mask.as_ref())?;
+                layer.forward(input, queries, &runs, cache.layer(index, kv), mask.as_ref())?;
         }
         self.logits(hidden_states)
     }
@@ -310,8 +338,24 @@ impl<B: Backend> Decoder<B> {
             sample,
             place: cache.first_not_finite(sample)?.unwrap_or(behind),
             dtype: self.dtype(),
+            kv: self.kv_type(),
         })
     }
+}
+
+/// Whether a backend can keep keys and values in a type.
+///
+/// # Errors
+/// [`RerouteError::KvType`] if not; for bytes under `Autodiff<B>`.
+pub fn check_kv_type<B: Backend>(kv: KvType, device: &B::Device) -> Result<(), RerouteError> {
+    let usage = B::dtype_usage(device, kv.dtype());
+    let reason = match kv {
+        KvType::Float(dtype) if !dtype.is_float() => "they are floats, or bytes with scales",
+        KvType::Int8 if B::ad_enabled(device) => "gradients do not pass through bytes",
+        _ if !usage.contains(DTypeUsage::Storage) => "the backend does not have it",
+        _ => return Ok(()),
+    };
+    Err(RerouteError::KvType { kv, reason })
 }
 
 /// Neighbouring tokens of one sample; `rows` are those that the tokens take in their samples.

@@ -1,5 +1,5 @@
 use burn::tensor::DType;
-use reducers::ReducerError;
+use reducers::{KvType, ReducerError};
 use reroute_layers::LayerError;
 
 use crate::RopeError;
@@ -107,6 +107,16 @@ pub enum RerouteError {
         /// The type of the weights.
         expected: DType,
     },
+    /// Keys and values cannot be kept in a type.
+    #[error(
+        "keys and values cannot be kept in {kv}: {reason}; keep them in the type of the weights"
+    )]
+    KvType {
+        /// The type.
+        kv: KvType,
+        /// Why not.
+        reason: &'static str,
+    },
     /// A building block refused its input.
     #[error(transparent)]
     LayerInput(#[from] LayerError),
@@ -122,7 +132,7 @@ pub enum RerouteError {
         expected: usize,
     },
     /// Logits are not numbers.
-    #[error("the logits of sample {sample} contain NaN or infinity: {place}; {}", remedy(*.dtype))]
+    #[error("the logits of sample {sample} contain NaN or infinity: {place}; {}", remedy(*.dtype, *.kv))]
     NotANumber {
         /// Index of the sample in the batch.
         sample: usize,
@@ -130,6 +140,8 @@ pub enum RerouteError {
         place: Place,
         /// The type that the decoder computes in.
         dtype: DType,
+        /// The type that keys and values are kept in.
+        kv: KvType,
     },
     /// A sampling option is out of range.
     #[error("{option} must be {range}, but is {value}")]
@@ -166,9 +178,10 @@ pub enum Place {
     Head,
 }
 
-fn remedy(dtype: DType) -> &'static str {
-    match dtype {
-        DType::F16 => "numbers above 65504 do not fit into f16: use --dtype bf16 or f32",
+fn remedy(dtype: DType, kv: KvType) -> &'static str {
+    match (dtype, kv) {
+        (DType::F16, _) => "numbers above 65504 do not fit into f16: use --dtype bf16 or f32",
+        (_, KvType::F16) => "numbers above 65504 do not fit into f16: use --kv bf16 or auto",
         _ => "the weights or the inputs are not finite: look for a damaged checkpoint or picture",
     }
 }

@@ -106,8 +106,8 @@ impl<'a, B: Backend> Prefilling<'a, B> {
         let count = |of: &dyn Fn(&Run) -> usize| runs.iter().map(of).collect();
         self.trace.rows.push(count(&|run| run.rows.len()));
         self.trace.queries.push(count(&|run| run.queries.len()));
-        let mask = Some(&self.mask);
-        let output = layer.forward(input, queries, &runs, cache.layer(index), mask)?;
+        let (mask, kv) = (Some(&self.mask), self.decoder.kv_type());
+        let output = layer.forward(input, queries, &runs, cache.layer(index, kv), mask)?;
         if observe {
             self.observed.push(router.observe(output.clone()));
         }

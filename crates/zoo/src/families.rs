@@ -175,6 +175,13 @@ macro_rules! families {
                 }
             }
 
+            /// The decoder, to change how it is run.
+            pub fn decoder_mut(&mut self) -> &mut Decoder<B> {
+                match self {
+                    $(Self::$family(model) => FamilyModel::decoder_mut(model),)+
+                }
+            }
+
             /// Visual tokens of preprocessed images and videos; with a `step`, every picture reduced by
             /// itself. `questions` are embeddings of the text asked about each image, and about each
             /// video, for methods that want to see it.

@@ -94,7 +94,7 @@ pub use conversation::Conversation;
 pub use error::ZooError;
 pub use families::{Model, ModelConfig, model_types};
 pub use grounding::Grounding;
-pub use reducers::{Plan, Schedule, presets};
+pub use reducers::{KvType, Plan, Schedule, presets};
 pub use reroute::{FinishReason, GenerationOptions, SamplingOptions, TokenLogprobs};
 pub use reroute_checkpoint::{AdapterConfig, AdapterError, Folder, SaveError, Saved, Targets};
 pub use reroute_family::{

@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
 use reducers::encoder::Tap;
-use reducers::{Plan, presets};
-use reroute::{Drift, GenerationOptions, Prompt, RerouteError};
+use reducers::{KvType, Plan, presets};
+use reroute::{Drift, GenerationOptions, KvError, Prompt, RerouteError, check_kv_type};
 use reroute_checkpoint::{CONFIG_MAX_BYTES, Folder, LoadProgress, TOKENIZER_MAX_BYTES};
 use reroute_family::kept_rows;
 use serde::Deserialize;
@@ -55,6 +55,8 @@ pub struct OpenOptions {
     pub dtype: DType,
     /// Which weights stay in fewer bits.
     pub weights: Weights,
+    /// Type that caches keep keys and values in, if not that of the activations.
+    pub kv: Option<KvType>,
     /// What preprocessing does beyond what the checkpoint says.
     pub images: ImageOptions,
     /// Folders of low-rank adapters, as PEFT and [`Model::save_adapter`] write them; their changes add up.
@@ -69,6 +71,7 @@ impl Default for OpenOptions {
         Self {
             dtype: DType::F32,
             weights: Weights::Floats,
+            kv: None,
             images: ImageOptions::default(),
             adapters: Vec::new(),
             merge_adapters: false,
@@ -143,7 +146,14 @@ impl<B: Backend> Vlm<B> {
         progress: &mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
     ) -> Result<Model<B>, ZooError> {
         let types = (options.dtype, options.weights);
-        let open = |progress| Model::open_with(config, folder, types, device, progress);
+        if let Some(kv) = options.kv {
+            check_kv_type::<B>(kv, device)?;
+        }
+        let open = |progress| {
+            let mut model = Model::open_with(config, folder, types, device, progress)?;
+            model.decoder_mut().set_kv_type(options.kv)?;
+            Ok::<_, ZooError>(model)
+        };
         if options.adapters.is_empty() {
             return open(progress);
         }
@@ -211,6 +221,11 @@ impl<B: Backend> Vlm<B> {
     /// The type of the weights.
     pub fn dtype(&self) -> DType {
         self.dtype
+    }
+
+    /// The type that keys and values are kept in.
+    pub fn kv_type(&self) -> KvType {
+        self.model.decoder().kv_type()
     }
 
     /// Length limit and stop tokens of the checkpoint, greedy.
@@ -338,6 +353,21 @@ impl<B: Backend> Vlm<B> {
         let prompt = self.prompt_of(question, routing.encoder.as_ref())?;
         let decoder = self.model.decoder();
         Ok(decoder.drift(routing.scorer.as_deref(), &prompt, &routing.schedule)?)
+    }
+
+    /// What the type of keys and values changes of the logits behind a question and behind each token of an
+    /// answer, see [`Decoder::kv_error`](reroute::Decoder::kv_error). Runs both twice.
+    pub fn kv_error<'a>(
+        &self,
+        question: &Question,
+        answer: &[u32],
+        routing: impl Into<Routing<'a, B>>,
+    ) -> Result<KvError, ZooError> {
+        let routing = routing.into();
+        let prompt = self.prompt_of(question, routing.encoder.as_ref())?;
+        let (scorer, schedule) = (routing.scorer.as_deref(), &routing.schedule);
+        let decoder = self.model.decoder();
+        Ok(decoder.kv_error(scorer, &prompt, schedule, answer)?)
     }
 }
 

@@ -166,7 +166,14 @@ fn an_estimate_is_no_less_than_what_is_measured_and_close() {
                 bytes: dtype.size(),
                 threads: Some(THREADS),
             };
-            let memory = Memory::of(&*config, &picture, TEXT, &Schedule::dense(), numbers);
+            let memory = Memory::of(
+                &*config,
+                &picture,
+                TEXT,
+                &Schedule::dense(),
+                numbers,
+                DType::F32.into(),
+            );
             let estimate = memory.activations + memory.kv;
             let measured = pool.install(|| peak(&config, &picture, dtype));
             let ratio = estimate as f64 / measured as f64;

@@ -1,7 +1,7 @@
 //! What an answer needs, and what to change where it does not fit.
 
 use burn::tensor::DType;
-use reducers::{Schedule, presets};
+use reducers::{Cost, KvType, Schedule, presets};
 use reroute_zoo::{Memory, ModelConfig, Parameters, Picture, Preprocessor, ZooError};
 
 use super::name;
@@ -40,6 +40,8 @@ pub(super) struct Answer<'a> {
     pub(super) image_size: [usize; 2],
     pub(super) text_tokens: usize,
     pub(super) dtype: DType,
+    /// The type of keys and values, if it is not this.
+    pub(super) kv: Option<KvType>,
     /// What the program itself takes, in bytes.
     pub(super) program: u64,
     /// See [`reroute_zoo::ImageOptions::max_pixels`].
@@ -60,6 +62,14 @@ impl Answer<'_> {
         Ok(preprocessor.picture(self.image_size)?)
     }
 
+    /// Bytes of the keys and values of a dense answer in every type.
+    pub(super) fn kv_bytes(&self) -> Vec<(KvType, u64)> {
+        let visual = self.picture().map_or(0, |picture| picture.visual_tokens);
+        let (shape, dense) = (self.config.decoder().shape(), Schedule::dense());
+        let cost = |kv| Cost::of(&shape, &dense, visual, self.text_tokens, kv);
+        KvType::ALL.map(|kv| (kv, cost(kv).total_kv_bytes())).into()
+    }
+
     /// What the dense model and every preset need; `dense` is the first. Nothing for a picture that
     /// cannot be seen.
     pub(super) fn needs(&self) -> Vec<Need> {
@@ -73,10 +83,11 @@ impl Answer<'_> {
             let plan = preset.plan(depth, &encoder).ok()?;
             (plan.encoder.is_none()).then(|| (preset.name.clone(), plan.schedule))
         });
+        let kv = self.kv.unwrap_or(self.dtype.into());
         let need = |(routing, schedule): (String, Schedule)| {
             let numbers = backend::numbers(self.dtype);
             let text = self.text_tokens;
-            let memory = Memory::of(&**self.config, &picture, text, &schedule, numbers);
+            let memory = Memory::of(&**self.config, &picture, text, &schedule, numbers, kv);
             let weight = tensor_bytes(self.parameters.largest_elements, self.dtype);
             let adapters = tensor_bytes(self.parameters.adapter_elements, DType::F32);
             let weights = self.parameters.bytes(self.dtype.size());
@@ -172,4 +183,15 @@ pub(super) fn less_text(tokens: usize) -> String {
 /// Bytes of so many numbers.
 pub(super) fn tensor_bytes(elements: u64, dtype: DType) -> u64 {
     elements.saturating_mul(dtype.size() as u64)
+}
+
+/// One line about the keys and values of a dense answer.
+pub(super) fn kv_line(kv_bytes: &[(KvType, u64)]) -> String {
+    let kibibytes = kv_bytes.iter();
+    let kibibytes = kibibytes.map(|(kv, bytes)| format!("{kv} {:.1}", *bytes as f64 / 1024.0));
+    let kibibytes: Vec<String> = kibibytes.collect();
+    format!(
+        "KV of a dense answer by type (--kv), KiB: {}",
+        kibibytes.join(", ")
+    )
 }

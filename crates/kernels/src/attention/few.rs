@@ -22,6 +22,8 @@ pub enum Cache<'a> {
     F16([Cached<'a, f16>; 2]),
     /// In the upper half of single precision; widened on the way.
     BF16([Cached<'a, bf16>; 2]),
+    /// In bytes with scales; widened on the way.
+    Int8([Cached<'a, i8>; 2]),
 }
 
 /// The keys, or the values.
@@ -31,6 +33,37 @@ pub struct Cached<'a, T> {
     pub numbers: &'a [T],
     /// Numbers from the first key of a channel to the first of the next.
     pub capacity: usize,
+    /// `[kv_heads, capacity]`: what the numbers of a head and key are multiplied with, if they are codes.
+    pub scales: Option<&'a [f32]>,
+}
+
+impl<'a> Cached<'a, i8> {
+    /// Codes and their scales, which have room for the same number of keys.
+    pub fn coded(numbers: &'a [i8], scales: &'a [f32], capacity: usize) -> Self {
+        Self {
+            numbers,
+            capacity,
+            scales: Some(scales),
+        }
+    }
+}
+
+impl<'a, T> Cached<'a, T> {
+    /// Numbers that stand for themselves.
+    pub fn plain(numbers: &'a [T], capacity: usize) -> Self {
+        Self {
+            numbers,
+            capacity,
+            scales: None,
+        }
+    }
+
+    /// What the first keys of a head are multiplied with; empty if with nothing.
+    #[inline(always)]
+    pub(crate) fn scales_of(self, head: usize, keys: usize) -> &'a [f32] {
+        let of_head = |scales: &'a [f32]| &scales[head * self.capacity..][..keys];
+        self.scales.map_or(&[], of_head)
+    }
 }
 
 /// Numbers that a thread reads at least.
@@ -52,6 +85,7 @@ pub fn attention_of_few(
         Cache::F32(cache) => attend(reading(), query, cache, sizes, causal),
         Cache::F16(cache) => attend(Arch::new(), query, cache, sizes, causal),
         Cache::BF16(cache) => attend(Arch::new(), query, cache, sizes, causal),
+        Cache::Int8(cache) => attend(Arch::new(), query, cache, sizes, causal),
     }
 }
 
@@ -104,7 +138,7 @@ impl<T: Widen> Work<f32> for Heads<'_, T> {
                 query: &self.query[kv_head * size..][..size],
                 key,
                 value,
-                first_channel: kv_head * self.sizes.head_dim,
+                kv_head,
                 sizes: self.sizes,
                 causal: self.causal,
             };
@@ -120,7 +154,7 @@ struct Head<'a, S, T> {
     query: &'a [f32],
     key: Cached<'a, T>,
     value: Cached<'a, T>,
-    first_channel: usize,
+    kv_head: usize,
     sizes: AttentionSizes,
     causal: bool,
 }
@@ -161,7 +195,10 @@ impl<S: Simd, T: Widen> Head<'_, S, T> {
                 let weights = &mut weights[asking * keys..][..keys];
                 let (seen, hidden) = weights.split_at_mut(visible(asking));
                 hidden.fill(0.0);
-                exponentials(seen).recip()
+                scale(seen, self.key.scales_of(self.kv_head, keys));
+                let total = exponentials(seen);
+                scale(seen, self.value.scales_of(self.kv_head, keys));
+                total.recip()
             })
             .collect();
 
@@ -204,7 +241,8 @@ impl<S: Simd, T: Widen> Head<'_, S, T> {
     /// A channel of the head.
     #[inline(always)]
     fn row<'b>(&self, of: Cached<'b, T>, channel: usize) -> &'b [T] {
-        &of.numbers[(self.first_channel + channel) * of.capacity..][..self.sizes.keys]
+        &of.numbers[(self.kv_head * self.sizes.head_dim + channel) * of.capacity..]
+            [..self.sizes.keys]
     }
 
     /// Where a query has its number for a channel, or its result.
@@ -276,6 +314,14 @@ fn add_registers<S: Simd, T: Widen, const N: usize, const R: usize>(
     *sums = new;
 }
 
+/// Multiplies numbers with scales, if there are any.
+#[inline(always)]
+fn scale(numbers: &mut [f32], scales: &[f32]) {
+    for (x, scale) in numbers.iter_mut().zip(scales) {
+        *x *= scale;
+    }
+}
+
 /// Independent sums of [`exponentials`].
 const LANES: usize = 64;
 
@@ -317,6 +363,7 @@ fn total(mut lanes: [f32; LANES]) -> f32 {
 mod tests {
     use super::*;
     use crate::attention::tests::{naive, value};
+    use crate::{of_bytes, to_bytes};
 
     /// In every type, in a cache with room and in one without.
     #[test]
@@ -342,20 +389,20 @@ mod tests {
                     (7..7 + kv_heads * head_dim * capacity).map(value).collect();
                 let halves: Vec<f16> = numbers.iter().map(|&x| f16::from_f32(x)).collect();
                 let uppers: Vec<bf16> = numbers.iter().map(|&x| bf16::from_f32(x)).collect();
-                let cache = Cache::F32([cached(&numbers, capacity); 2]);
+                let cache = Cache::F32([Cached::plain(&numbers, capacity); 2]);
                 check(sizes, cache, &numbers);
-                let cache = Cache::F16([cached(&halves, capacity); 2]);
+                let cache = Cache::F16([Cached::plain(&halves, capacity); 2]);
                 let numbers: Vec<f32> = halves.iter().map(|x| x.to_f32()).collect();
                 check(sizes, cache, &numbers);
-                let cache = Cache::BF16([cached(&uppers, capacity); 2]);
+                let cache = Cache::BF16([Cached::plain(&uppers, capacity); 2]);
                 let numbers: Vec<f32> = uppers.iter().map(|x| x.to_f32()).collect();
                 check(sizes, cache, &numbers);
+                let (codes, scales) = to_bytes(&numbers, head_dim, capacity);
+                let coded = Cached::coded(&codes, &scales, capacity);
+                let numbers = of_bytes(coded, [kv_heads, head_dim, capacity]);
+                check(sizes, Cache::Int8([coded; 2]), &numbers);
             }
         }
-    }
-
-    fn cached<T>(numbers: &[T], capacity: usize) -> Cached<'_, T> {
-        Cached { numbers, capacity }
     }
 
     /// `numbers` are those of the cache.
@@ -390,7 +437,7 @@ mod tests {
             queries: 1,
             keys: 0,
         };
-        let cache = Cache::F32([cached(&[], 0); 2]);
+        let cache = Cache::F32([Cached::plain(&[], 0); 2]);
         let output = attention_of_few(&[1.0; 3], cache, sizes, false);
         assert!(output.len() == 3 && output.iter().all(|x| x.is_nan()));
     }

@@ -2,7 +2,7 @@
 //! caches in MiB (2²⁰).
 
 use reducers::presets::find;
-use reducers::{Action, Cost, DecoderShape, Schedule, Stage};
+use reducers::{Action, Cost, DecoderShape, KvType, Schedule, Stage};
 
 const LLAVA_1_5_7B: DecoderShape = DecoderShape {
     num_layers: 32,
@@ -58,8 +58,8 @@ fn published(cost: &Cost) -> f64 {
 
 fn check(shape: &DecoderShape, name: &str, schedule: &Schedule, row: Row) {
     let (_, layers, share, reference, lean, cache, visual_cache) = row;
-    let cost = Cost::of(shape, schedule, 576, 64, 2);
-    let dense = Cost::of(shape, &Schedule::dense(), 576, 64, 2);
+    let cost = Cost::of(shape, schedule, 576, 64, KvType::F16);
+    let dense = Cost::of(shape, &Schedule::dense(), 576, 64, KvType::F16);
     let mib = |cost: &Cost| cost.total_kv_bytes() as f64 / (1 << 20) as f64;
 
     assert_printed(
@@ -83,7 +83,7 @@ fn check(shape: &DecoderShape, name: &str, schedule: &Schedule, row: Row) {
         &format!("{name}, scorer"),
     );
     assert_printed(mib(&cost), cache, 2, &format!("{name}, cache"));
-    let visual_only = Cost::of(shape, schedule, 576, 0, 2);
+    let visual_only = Cost::of(shape, schedule, 576, 0, KvType::F16);
     assert_printed(
         mib(&visual_only),
         visual_cache,
@@ -189,7 +189,7 @@ fn llava_1_5_7b_exact() {
         ("reroute-pdrop@64-exact", 1.670, 19.6, 63.77),
     ] {
         let schedule = find(name).unwrap().schedule(32).unwrap();
-        let cost = Cost::of(&LLAVA_1_5_7B, &schedule, 576, 64, 2);
+        let cost = Cost::of(&LLAVA_1_5_7B, &schedule, 576, 64, KvType::F16);
         let reference = reference_scorer(&LLAVA_1_5_7B, &schedule) / 1e12;
         let lean = cost.total_scorer_flops() / 1e12;
         check(
@@ -276,9 +276,9 @@ fn qwen2_5_vl_7b() {
 
 #[test]
 fn a_ceiling_includes_the_decisions() {
-    let dense = Cost::of(&LLAVA_1_5_7B, &Schedule::dense(), 576, 64, 2);
+    let dense = Cost::of(&LLAVA_1_5_7B, &Schedule::dense(), 576, 64, KvType::F16);
     let schedule = find("reroute-pdrop@192").unwrap().schedule(32).unwrap();
-    let routed = Cost::of(&LLAVA_1_5_7B, &schedule, 576, 64, 2);
+    let routed = Cost::of(&LLAVA_1_5_7B, &schedule, 576, 64, KvType::F16);
     assert_printed(
         routed.speedup_ceiling(&dense),
         8.504 / (3.352 + 0.0535),
@@ -296,7 +296,7 @@ fn decisions_cost_what_their_rule_computes() {
     let cost = |score: Score| {
         let stage = Stage::new(3, Keep::Count(76)).by(score);
         let schedule = Schedule::new(Action::Remove, false, vec![stage]).unwrap();
-        Cost::of(shape, &schedule, 576, 64, 2).total_scorer_flops()
+        Cost::of(shape, &schedule, 576, 64, KvType::F16).total_scorer_flops()
     };
     let (d, width) = (4096.0, 4096.0);
     let keys = 2.0 * 500.0 * d * width;
@@ -337,7 +337,7 @@ fn decisions_cost_what_their_rule_computes() {
 fn absurd_numbers_are_only_large() {
     let schedule = find("reroute-pdrop@64").unwrap().schedule(32).unwrap();
     let most = usize::MAX;
-    let cost = Cost::of(&LLAVA_1_5_7B, &schedule, most, most, most);
+    let cost = Cost::of(&LLAVA_1_5_7B, &schedule, most, most, KvType::F32);
     assert!(cost.total_flops().is_finite());
     assert_eq!(cost.total_kv_bytes(), u64::MAX);
     assert!(schedule.average_tokens(32, most) > 0.0);
@@ -346,7 +346,23 @@ fn absurd_numbers_are_only_large() {
         num_layers: u16::MAX,
         ..LLAVA_1_5_7B
     };
-    let mut cost = Cost::of(&deepest, &schedule, most, most, most);
+    let mut cost = Cost::of(&deepest, &schedule, most, most, KvType::F32);
     cost.text_tokens = most;
     assert_eq!(cost.average_tokens(), 0.0);
+}
+
+/// The types in the order of their bytes; a scale for each head and row of keys, and of values.
+#[test]
+fn bytes_of_the_cache_are_those_of_its_numbers_and_scales() {
+    let numbers = 2 * 10 * 4 * 128;
+    let scales = 2 * 10 * 4 * 4;
+    let bytes = KvType::ALL.map(|kv| QWEN2_5_VL_7B.kv_bytes(10, kv));
+    assert_eq!(
+        bytes,
+        [4 * numbers, 2 * numbers, 2 * numbers, numbers + scales]
+    );
+    assert_eq!(
+        KvType::ALL.map(|kv| kv.to_string()),
+        ["f32", "f16", "bf16", "int8"]
+    );
 }

@@ -205,6 +205,7 @@ impl<'a, B: Backend> Router<'a, B> {
         let score = &self.schedule.stages()[stage].score;
         let before = input.layer.checked_sub(1);
         let before = before.filter(|_| score.uses(ScoreLayer::Previous));
+        let dtype = input.keys.dtype();
         SampleInput {
             all: input,
             index: sample,
@@ -215,8 +216,8 @@ impl<'a, B: Backend> Router<'a, B> {
             visual: &self.visual[sample],
             keep_count: self.keep_counts[sample][stage],
             salience: self.prompt.samples[sample].salience.as_deref(),
-            earlier: cache.keys(input.layer, sample),
-            executed_keys: before.and_then(|layer| cache.keys(layer, sample)),
+            earlier: cache.keys(input.layer, sample, dtype),
+            executed_keys: before.and_then(|layer| cache.keys(layer, sample, dtype)),
         }
     }
 }

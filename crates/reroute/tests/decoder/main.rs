@@ -3,5 +3,6 @@
 mod errors;
 mod generation;
 mod inspection;
+mod kv_types;
 mod routing;
 mod support;

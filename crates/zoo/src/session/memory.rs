@@ -50,10 +50,11 @@ impl Need {
             bytes,
             threads: None,
         });
-        let memory = Memory::of(&**config, &picture, text, schedule, arithmetic);
+        let kv = vlm.kv_type();
+        let memory = Memory::of(&**config, &picture, text, schedule, arithmetic, kv);
         let shape = config.decoder().shape();
         let longest = text.saturating_add(new_tokens);
-        let kv = Cost::of(&shape, schedule, visual, longest, bytes).total_kv_bytes();
+        let kv = Cost::of(&shape, schedule, visual, longest, kv).total_kv_bytes();
         let row = (config.decoder().hidden_size as u64) * bytes as u64;
         let pool = if keep_pool {
             row.saturating_mul(rows as u64)

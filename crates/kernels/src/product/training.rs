@@ -13,7 +13,7 @@ use super::kernels::{CodedRows, PairTile, PlainRows};
 use super::layout::{WORDS, WeightChunk};
 use super::many_rows::Rows;
 use super::{Inputs, WIDENED, Weight, singles};
-use crate::blocks::with_coding;
+use crate::blocks::{SPAN, with_coding};
 use crate::isa::Isa;
 use crate::isa::single::{Operand, multiply_into};
 use crate::precision::{Number, widen};
@@ -21,9 +21,6 @@ use crate::split::pieces;
 
 /// Rows and columns that are turned at a time: a chunk of as many rows.
 const SQUARE: usize = Pairs::FEATURES;
-
-/// Squares side by side that a thread turns: memory is read a few cache lines at a time.
-const STRIP: usize = 4;
 
 impl<T: Number> Inputs<'_, T> {
     /// `Wᵀ · x`, where `x` are the gradients of `W · inputs`. Nothing of `W` is held twice but a block.
@@ -66,6 +63,7 @@ impl<T: Number> Inputs<'_, T> {
                     Some(_) => with_coding!(blocks.format(), C => {
                         let coded = CodedRows::<C> {
                             blocks,
+                            bytes: self.isa.bytes,
                             widen: self.isa.widen,
                             coding: PhantomData,
                         };
@@ -85,13 +83,13 @@ impl<T: Number> Inputs<'_, T> {
         weight: &impl Rows<PairTile<SQUARE>>,
         columns: usize,
     ) -> Vec<Y> {
-        let squares = (WIDENED / SQUARE / self.features).max(1);
-        let width = columns.min(squares * SQUARE);
+        let spans = (WIDENED / SPAN / self.features).max(1);
+        let width = columns.min(spans * SPAN);
         let mut turned = vec![bf16::ZERO; width * self.features];
         let mut y = vec![Y::default(); columns * self.rows()];
         for (block, y) in y.chunks_mut((width * self.rows()).max(1)).enumerate() {
             let turned = &mut turned[..y.len() / self.rows() * self.features];
-            turn(weight, self.features, block * squares, turned);
+            turn(weight, self.features, block * spans, turned);
             self.of_pairs(turned, y);
         }
         y
@@ -193,7 +191,7 @@ fn product_with_transposed_on<T: Number + 'static>(
         .unwrap_or_default()
 }
 
-/// Columns of a matrix as rows, from square `first` of every row on.
+/// Columns of a matrix as rows, from span `first` of every row on.
 ///
 /// # Shapes
 /// - `matrix`: `[rows, columns]`
@@ -201,23 +199,23 @@ fn product_with_transposed_on<T: Number + 'static>(
 fn turn(matrix: &impl Rows<PairTile<SQUARE>>, rows: usize, first: usize, to: &mut [bf16]) {
     pieces(
         to,
-        STRIP * SQUARE * rows,
+        SPAN * rows,
         #[inline(always)]
-        |strip, to| {
-            let mut tile = PairTile(vec![WeightChunk::ZERO]);
+        |span, to| {
+            let mut tile = PairTile(vec![WeightChunk::ZERO; SPAN / SQUARE]);
             for row in (0..rows).step_by(SQUARE) {
                 let count = SQUARE.min(rows - row);
-                for (at, to) in to.chunks_mut(SQUARE * rows).enumerate() {
-                    for within in 0..count {
-                        let chunk = first + strip * STRIP + at;
-                        matrix.read(row + within, chunk, &mut tile, [within, 0]);
-                        let scale = matrix.scale(row + within);
-                        if scale != 1.0 {
-                            lengthen(&mut tile.0[0].0[within], scale);
-                        }
+                for within in 0..count {
+                    matrix.read(row + within, first + span, &mut tile, [within, 0]);
+                    let scale = matrix.scale(row + within);
+                    if scale != 1.0 {
+                        let words = tile.0.iter_mut().map(|chunk| &mut chunk.0[within]);
+                        words.for_each(|words| lengthen(words, scale));
                     }
+                }
+                for (square, to) in tile.0.iter().zip(to.chunks_mut(SQUARE * rows)) {
                     let lines = to.chunks_exact_mut(rows);
-                    for (line, column) in lines.zip(turned(&tile.0[0].0)) {
+                    for (line, column) in lines.zip(turned(&square.0)) {
                         let column: [bf16; SQUARE] = column.map(bf16::from_bits);
                         line[row..row + count].copy_from_slice(&column[..count]);
                     }

@@ -249,10 +249,14 @@ fn check(block: Block) {
 
     for at in 0..inputs.len() {
         let tracked: Vec<bool> = (0..inputs.len()).map(|other| other == at).collect();
-        let (_, alone) = gradients::<Ad>(block, &inputs, &tracked, DType::F32);
-        for (other, alone) in alone.into_iter().enumerate() {
-            let expected = (other == at).then(|| found[at].clone());
-            assert_eq!(alone, expected, "{block:?}, input {other} with {at}");
+        for (_, alone) in [
+            gradients::<Ad>(block, &inputs, &tracked, DType::F32),
+            gradients::<Saving>(block, &inputs, &tracked, DType::F32),
+        ] {
+            for (other, alone) in alone.into_iter().enumerate() {
+                let expected = (other == at).then(|| found[at].clone());
+                assert_eq!(alone, expected, "{block:?}, input {other} with {at}");
+            }
         }
         let direction = random.vector(inputs[at].len());
         let step = 4e-3;

@@ -30,7 +30,7 @@ const NUMERIC: f64 = 3e-3;
 /// Building blocks on some inputs, by their sizes.
 #[derive(Debug, Clone, Copy)]
 enum Block {
-    /// `[out, in, rows]`, with a bias and an adapter of rank 2.
+    /// `[out, in, rows]`, with a bias and an adapter of rank 2 in f32.
     Linear([usize; 3]),
     /// `[tokens, features, rows]`, in two blocks.
     Logits([usize; 3]),
@@ -87,8 +87,8 @@ impl Block {
                     weight: weight(next().reshape([output, input])),
                     bias: Some(parameter(next())),
                     adapter: Some(LowRank {
-                        down: parameter(next().reshape([2, input])),
-                        up: parameter(next().reshape([output, 2])),
+                        down: parameter(next().cast(DType::F32).reshape([2, input])),
+                        up: parameter(next().cast(DType::F32).reshape([output, 2])),
                         gain: None,
                         scaling: Scaling {
                             alpha: 3.0,

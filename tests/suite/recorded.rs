@@ -30,7 +30,7 @@ const NUMERIC: f64 = 3e-3;
 /// Building blocks on some inputs, by their sizes.
 #[derive(Debug, Clone, Copy)]
 enum Block {
-    /// `[out, in, rows]`, with a bias and an adapter of rank 2.
+    /// `[out, in, rows]`, with a bias and an adapter of rank 2 in f32.
     Linear([usize; 3]),
     /// `[tokens, features, rows]`, in two blocks.
     Logits([usize; 3]),
@@ -87,8 +87,8 @@ impl Block {
                     weight: weight(next().reshape([output, input])),
                     bias: Some(parameter(next())),
                     adapter: Some(LowRank {
-                        down: parameter(next().reshape([2, input])),
-                        up: parameter(next().reshape([output, 2])),
+                        down: parameter(next().cast(DType::F32).reshape([2, input])),
+                        up: parameter(next().cast(DType::F32).reshape([output, 2])),
                         gain: None,
                         scaling: Scaling {
                             alpha: 3.0,
@@ -249,10 +249,14 @@ fn check(block: Block) {
 
     for at in 0..inputs.len() {
         let tracked: Vec<bool> = (0..inputs.len()).map(|other| other == at).collect();
-        let (_, alone) = gradients::<Ad>(block, &inputs, &tracked, DType::F32);
-        for (other, alone) in alone.into_iter().enumerate() {
-            let expected = (other == at).then(|| found[at].clone());
-            assert_eq!(alone, expected, "{block:?}, input {other} with {at}");
+        for (_, alone) in [
+            gradients::<Ad>(block, &inputs, &tracked, DType::F32),
+            gradients::<Saving>(block, &inputs, &tracked, DType::F32),
+        ] {
+            for (other, alone) in alone.into_iter().enumerate() {
+                let expected = (other == at).then(|| found[at].clone());
+                assert_eq!(alone, expected, "{block:?}, input {other} with {at}");
+            }
         }
         let direction = random.vector(inputs[at].len());
         let step = 4e-3;

@@ -1,7 +1,11 @@
 use burn::module::{Module, Param};
 use burn::tensor::backend::Backend;
-use burn::tensor::{DType, Tensor};
+use burn::tensor::{DType, Tensor, TensorData};
+use half::{bf16, f16};
+use reroute_kernels::{Inputs, Weight, product_with_transposed};
 
+use crate::gradient::{Operation, Unranked, flat, run};
+use crate::host::{HostTensor, Number};
 use crate::linear::dense_product as product;
 
 /// A low-rank change of a weight (LoRA, arXiv 2106.09685): `W` becomes `W + factor · up · down`, and with a gain
@@ -102,10 +106,21 @@ impl<B: Backend> LowRank<B> {
     /// - `x`: `[in, rows]`
     /// - returns `[out, rows]`, of the type of `x`
     pub fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        let (dtype, down) = (x.dtype(), self.down.val());
+        let (dtype, down, up) = (x.dtype(), self.down.val(), self.up.val());
+        let change = Change {
+            sizes: [up.dims()[0], down.dims()[0], down.dims()[1]],
+            factor: self.factor() as f32,
+        };
+        let inputs = [down.clone().into(), up.clone().into(), x.clone().into()];
+        // A single row is multiplied by loops of its own.
+        if x.dims()[1] > 1
+            && let Some(y) = run(change, inputs)
+        {
+            return y;
+        }
         let x = x.cast(down.dtype());
         let inner = product(down, x).mul_scalar(self.factor());
-        product(self.up.val(), inner).cast(dtype)
+        product(up, inner).cast(dtype)
     }
 
     /// `W · x`, given as `product`, with the weight changed.
@@ -148,5 +163,112 @@ impl<B: Backend> LowRank<B> {
 
     fn factor(&self) -> f64 {
         self.scaling.factor(self.rank())
+    }
+}
+
+/// [`LowRank::forward`] by kernels: parameters in f32, inputs of any type.
+#[derive(Debug, Clone, Copy)]
+struct Change {
+    /// `[out, rank, in]`
+    sizes: [usize; 3],
+    factor: f32,
+}
+
+impl Change {
+    /// `factor · down · x`
+    fn inner<E: Number + reroute_kernels::Number>(self, down: &[f32], x: &[E]) -> Option<Vec<f32>> {
+        let inner = Inputs::new(x, self.sizes[2])?.product(Weight::F32(down));
+        Some(self.scaled(inner))
+    }
+
+    fn scaled(self, mut x: Vec<f32>) -> Vec<f32> {
+        x.iter_mut().for_each(|x| *x *= self.factor);
+        x
+    }
+
+    /// The result, if the inputs are of this type.
+    fn result<E: Number + reroute_kernels::Number>(
+        self,
+        [down, up]: [&[f32]; 2],
+        x: &HostTensor,
+    ) -> Option<TensorData> {
+        let inner = self.inner(down, x.slice::<E>()?)?;
+        let inner = Inputs::new(&inner, self.sizes[1])?;
+        Some(flat(inner.product::<E>(Weight::F32(up))))
+    }
+
+    /// What it gives back, if its gradient is of this type.
+    fn give_back<E: Number + reroute_kernels::Number>(
+        self,
+        [down, up, x]: [&HostTensor; 3],
+        gradient: &HostTensor,
+        [of_down, of_up, of_x]: [bool; 3],
+    ) -> Option<[Option<TensorData>; 3]> {
+        let [output, rank, _] = self.sizes;
+        let given = gradient.slice::<E>()?;
+        let rows = given.len() / output.max(1);
+        let to_inner = |up: &[f32]| {
+            let given = Inputs::new(given, output)?.product_of_transposed(Weight::F32(up));
+            Some(self.scaled(given))
+        };
+        let to_inner = (of_down || of_x).then(|| to_inner(&up.numbers())).flatten();
+        let to_down = |inner: &[f32]| flat(product_with_transposed(inner, &x.numbers(), rows));
+        let to_x = |inner: &[f32]| {
+            let inner = Inputs::new(inner, rank)?;
+            let down = down.numbers();
+            Some(flat(inner.product_of_transposed::<E>(Weight::F32(&down))))
+        };
+        let to_up = || {
+            let inner = self.inner(&down.numbers(), x.slice::<E>()?)?;
+            Some(flat(product_with_transposed(
+                &gradient.numbers(),
+                &inner,
+                rows,
+            )))
+        };
+        Some([
+            to_inner.as_deref().filter(|_| of_down).map(to_down),
+            of_up.then(to_up).flatten(),
+            to_inner.as_deref().filter(|_| of_x).and_then(to_x),
+        ])
+    }
+}
+
+impl Operation<3> for Change {
+    fn forward<B: Backend>(&self, [down, up, x]: [Unranked<B>; 3]) -> Option<Unranked<B>> {
+        let (down, up, x) = (down.ranked::<2>(), up.ranked::<2>(), x.ranked::<2>());
+        let [output, rank, input] = self.sizes;
+        let ([features, rows], device) = (x.dims(), x.device());
+        if [features, up.dims()[1]] != [input, rank] {
+            return None;
+        }
+        let [down, up, x] = [&down, &up, &x].map(|x| HostTensor::of(x).packed());
+        let parameters = [down.slice()?, up.slice()?];
+        let data = (self.result::<f32>(parameters, &x))
+            .or_else(|| self.result::<f16>(parameters, &x))
+            .or_else(|| self.result::<bf16>(parameters, &x))?;
+        let data = TensorData {
+            shape: [output, rows].into(),
+            ..data
+        };
+        let dtype = data.dtype;
+        Some(Tensor::<B, 2>::from_data(data, (&device, dtype)).into())
+    }
+
+    fn needs(&self, [of_down, of_up, of_x]: [bool; 3]) -> [bool; 3] {
+        [of_up || of_x, of_down || of_x, of_down || of_up]
+    }
+
+    fn backward(
+        &self,
+        inputs: [HostTensor; 3],
+        gradient: &HostTensor,
+        wanted: [bool; 3],
+    ) -> [Option<TensorData>; 3] {
+        let inputs = inputs.each_ref();
+        (self.give_back::<f32>(inputs, gradient, wanted))
+            .or_else(|| self.give_back::<f16>(inputs, gradient, wanted))
+            .or_else(|| self.give_back::<bf16>(inputs, gradient, wanted))
+            .unwrap_or_default()
     }
 }

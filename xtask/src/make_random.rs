@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use clap::ValueEnum;
-use half::f16;
+use half::{bf16, f16};
 use serde_json::{Map, Value, json};
 
 use shapes::{Fill, Tensor};
@@ -61,6 +61,7 @@ enum Size {
 enum Dtype {
     F32,
     F16,
+    Bf16,
 }
 
 pub fn run(args: &Args, root: &Path) -> anyhow::Result<()> {
@@ -227,6 +228,7 @@ impl Dtype {
         match self {
             Self::F32 => "float32",
             Self::F16 => "float16",
+            Self::Bf16 => "bfloat16",
         }
     }
 
@@ -234,7 +236,7 @@ impl Dtype {
     fn bytes(self) -> u64 {
         match self {
             Self::F32 => 4,
-            Self::F16 => 2,
+            Self::F16 | Self::Bf16 => 2,
         }
     }
 }
@@ -285,6 +287,7 @@ fn write(path: &Path, tensors: &[Tensor], dtype: Dtype, seed: u64) -> anyhow::Re
     let name = match dtype {
         Dtype::F32 => "F32",
         Dtype::F16 => "F16",
+        Dtype::Bf16 => "BF16",
     };
     let mut header = Map::new();
     header.insert("__metadata__".into(), json!({"format": "pt"}));
@@ -311,6 +314,7 @@ fn write(path: &Path, tensors: &[Tensor], dtype: Dtype, seed: u64) -> anyhow::Re
             match dtype {
                 Dtype::F32 => file.write_all(&value.to_le_bytes())?,
                 Dtype::F16 => file.write_all(&f16::from_f32(value).to_le_bytes())?,
+                Dtype::Bf16 => file.write_all(&bf16::from_f32(value).to_le_bytes())?,
             }
         }
     }
@@ -345,9 +349,12 @@ mod tests {
         for (dtype, stored, other) in [
             (Dtype::F32, safetensors::Dtype::F32, "float16"),
             (Dtype::F16, safetensors::Dtype::F16, "float32"),
+            (Dtype::Bf16, safetensors::Dtype::BF16, "float32"),
         ] {
             for family in Family::value_variants() {
-                let to = scratch.path().join(format!("{}-{other}", family.fixture()));
+                let to = scratch
+                    .path()
+                    .join(format!("{}-{}", family.fixture(), dtype.name()));
                 let args = Args {
                     family: *family,
                     size: Size::Tiny,

@@ -196,7 +196,7 @@ fn finite(value: f64) -> Option<f64> {
     value.is_finite().then_some(value)
 }
 
-fn median(values: Vec<f64>) -> f64 {
+pub fn median(values: Vec<f64>) -> f64 {
     spread(values)["median"].as_f64().unwrap_or(f64::NAN)
 }
 
@@ -257,7 +257,10 @@ pub fn print(found: &Value) {
         );
     }
     if let Some(share) = found["decode_share_of_bandwidth"].as_f64() {
-        println!("a token reads weights at {:.0} % of the bandwidth", 100.0 * share);
+        println!(
+            "a token reads weights at {:.0} % of the bandwidth",
+            100.0 * share
+        );
     }
     if let Some(reason) = found["reason"].as_str() {
         println!("counts as not measured: {reason}");

@@ -1,7 +1,8 @@
 """A whole model in llama.cpp that answers about a photo, by the protocol of README.md.
 
 The language model and the tower become GGUF files as llama.cpp's converter writes them, tensor by tensor, in a
-temporary folder (TMPDIR says where), and every answer is given by a process of its own.
+temporary folder (TMPDIR says where), or in the one that is named as argument, where they stay and are found again.
+Every answer is given by a process of its own.
 """
 
 import ctypes
@@ -281,32 +282,43 @@ def forget(path: str) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def serve(answers) -> None:
-    job = json.loads(sys.stdin.readline())
+def made(folder: pathlib.Path, job: dict) -> dict:
+    """The files of a checkpoint, made unless they are there."""
     kind = protocol.type_of(job, TYPES, "llama.cpp")
-    checkpoint = Checkpoint(pathlib.Path(job["model"]))
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        folder = pathlib.Path(folder)
-        files = {"language": str(folder / "model.gguf"), "tower": str(folder / "mmproj.gguf")}
-        write_language(pathlib.Path(files["language"]), checkpoint, kind)
-        write_tower(pathlib.Path(files["tower"]), checkpoint)
-        hello = {
-            "peer": f"llama.cpp, llama-cpp-python {llama_cpp.__version__}",
-            "shape": job,
-            "threads": protocol.threads(),
-            "system": llama_cpp.llama_print_system_info().decode(),
-            "file_bytes": {name: os.path.getsize(path) for name, path in files.items()},
-        }
-        print(json.dumps(hello), file=answers, flush=True)
-        for _ in sys.stdin:
-            for path in files.values():
-                forget(path)
-            line = json.dumps({**job, **files})
-            child = [sys.executable, __file__, "--answer"]
-            child = subprocess.run(child, input=line, stdout=subprocess.PIPE, text=True)
-            if child.returncode:
-                sys.exit(child.returncode)
-            print(child.stdout.strip(), file=answers, flush=True)
+    model = pathlib.Path(job["model"])
+    files = {"language": f"{model.name}-{job['dtype']}.gguf", "tower": f"{model.name}-mmproj.gguf"}
+    files = {name: folder / path for name, path in files.items()}
+    for name, path in files.items():
+        if not path.exists():
+            part = path.with_suffix(".part")
+            if name == "tower":
+                write_tower(part, Checkpoint(model))
+            else:
+                write_language(part, Checkpoint(model), kind)
+            part.rename(path)
+    return {name: str(path) for name, path in files.items()}
+
+
+def serve(answers, folder: pathlib.Path) -> None:
+    job = json.loads(sys.stdin.readline())
+    files = made(folder, job)
+    hello = {
+        "peer": f"llama.cpp, llama-cpp-python {llama_cpp.__version__}",
+        "shape": job,
+        "threads": protocol.threads(),
+        "system": llama_cpp.llama_print_system_info().decode(),
+        "file_bytes": {name: os.path.getsize(path) for name, path in files.items()},
+    }
+    print(json.dumps(hello), file=answers, flush=True)
+    for _ in sys.stdin:
+        for path in files.values():
+            forget(path)
+        line = json.dumps({**job, **files})
+        child = [sys.executable, __file__, "--answer"]
+        child = subprocess.run(child, input=line, stdout=subprocess.PIPE, text=True)
+        if child.returncode:
+            sys.exit(child.returncode)
+        print(child.stdout.strip(), file=answers, flush=True)
 
 
 if __name__ == "__main__":
@@ -315,5 +327,8 @@ if __name__ == "__main__":
     os.dup2(2, 1)
     if sys.argv[1:] == ["--answer"]:
         print(json.dumps(answer(json.loads(sys.stdin.read()))), file=answers, flush=True)
+    elif sys.argv[1:]:
+        serve(answers, pathlib.Path(sys.argv[1]))
     else:
-        serve(answers)
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            serve(answers, pathlib.Path(folder))

@@ -319,7 +319,7 @@ fn build(root: &Path, backend: &str) -> anyhow::Result<PathBuf> {
         .filter_map(|line| serde_json::from_str(line).ok());
     let program = said
         .filter_map(|it: Value| it["executable"].as_str().map(PathBuf::from))
-        .last();
+        .next_back();
     program.context("cargo does not say where the program is")
 }
 

@@ -5,6 +5,7 @@ mod peers;
 mod plot;
 mod record;
 mod types;
+mod whole;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -42,7 +43,7 @@ pub struct Args {
           value_parser = RangedU64ValueParser::<usize>::new().range(MIN_LAYERS..))]
     layers: usize,
     /// Type of weights and activations; decoding is measured in all that the backend has. For `peer`
-    /// alone any number of types, one after the other.
+    /// or `whole` alone any number of types, one after the other.
     #[arg(long, value_delimiter = ',', default_value = "f32", value_name = "TYPE,…",
           value_parser = ["f32", "f16", "bf16", "int8", "q4"])]
     dtype: Vec<String>,
@@ -57,7 +58,7 @@ pub struct Args {
     /// python3.
     #[arg(long, value_name = "PROGRAM")]
     python: Option<String>,
-    /// Where to write what `--compare` finds in each type, as JSON (`benches/peers/README.md`).
+    /// Where to write what `--compare` or `whole` finds in each type, as JSON (`benches/peers/README.md`).
     #[arg(long, value_name = "FILE", value_parser = in_a_folder)]
     json: Option<PathBuf>,
     /// What a reader must know about this run, such as who else used the machine.
@@ -69,10 +70,13 @@ pub struct Args {
     /// Weights that `sessions` runs on, instead of the built-in model's.
     #[arg(long, value_name = "DIR", value_parser = model)]
     checkpoint: Option<String>,
+    #[command(flatten)]
+    whole: whole::Flags,
     /// What to measure: prefill, decode, vision, sizes (together the default), scenes, precision, sessions, kv, ops,
-    /// training; `peer` for `--compare` alone.
+    /// training; `peer` for `--compare` alone, `whole` for a checkpoint that answers about a photo.
     #[arg(value_parser = [
         "prefill", "decode", "vision", "sizes", "scenes", "precision", "sessions", "kv", "ops", "training", "peer",
+        "whole",
     ])]
     sections: Vec<String>,
 }
@@ -88,16 +92,21 @@ pub fn run(args: &Args, root: &Path) -> anyhow::Result<()> {
     let measured: Vec<&str> = args.sections.iter().map(String::as_str).collect();
     let measured: Vec<&str> = measured.into_iter().filter(|it| *it != "peer").collect();
     let only_peers = measured.is_empty() && !args.sections.is_empty();
+    let whole = args.sections == ["whole"];
+    ensure!(
+        whole || !measured.contains(&"whole"),
+        "`whole` runs programs of its own: name no other section"
+    );
     ensure!(
         measured.len() == args.sections.len() || !args.compare.is_empty(),
         "`peer` needs somebody to compare with: add --compare benches/peers"
     );
     ensure!(
-        only_peers || args.dtype.len() == 1,
-        "several types in one run are for `peer` alone: name no other section, or one --dtype"
+        only_peers || whole || args.dtype.len() == 1,
+        "several types in one run are for `peer` or `whole` alone: name no other section, or one --dtype"
     );
     ensure!(
-        args.json.is_none() || !args.compare.is_empty(),
+        args.json.is_none() || whole || !args.compare.is_empty(),
         "--json is what a comparison finds: add --compare benches/peers"
     );
     let scratch = tempfile::tempdir()?;
@@ -108,6 +117,7 @@ pub fn run(args: &Args, root: &Path) -> anyhow::Result<()> {
     let dtype = args.dtype.join(" ");
     let what = match measured[..] {
         [built_in @ ("scenes" | "precision")] => vec![built_in],
+        ["whole"] => vec!["whole", name(&args.model)],
         ["sessions"] => vec![
             "sessions",
             args.checkpoint.as_deref().map_or("", name),
@@ -120,7 +130,11 @@ pub fn run(args: &Args, root: &Path) -> anyhow::Result<()> {
     let mut record = Record::new(root, &folder, &what.join(" "))?;
     record.notes.extend(args.note.clone());
     let mut failed = Vec::new();
-    for backend in args.backend.iter().filter(|_| !only_peers) {
+    if whole && let Err(error) = whole::run(args, root, &mut record) {
+        failed.push(format!("not everything was answered: {error:#}"));
+    }
+    let backends = args.backend.iter().filter(|_| !only_peers && !whole);
+    for backend in backends {
         let out = scratch.path().join(format!("{backend}.json"));
         if let Err(error) = measure(args, root, backend, &measured, &out, &mut record) {
             let note = format!("{backend} was not measured to the end: {error:#}");
@@ -129,6 +143,7 @@ pub fn run(args: &Args, root: &Path) -> anyhow::Result<()> {
         }
     }
     if !args.compare.is_empty()
+        && !whole
         && let Err(error) = peers::compare(args, root, &mut record)
     {
         // Noted there, type by type.
@@ -277,6 +292,7 @@ mod tests {
             (&["prefil"], "a similar value exists: 'prefill'"),
             (&["--compare", "no-such-folder"], "neither a folder"),
             (&["--dtype", "bf16,int4"], "int8, q4"),
+            (&["whole", "--image", "/no/such/file"], "No such file"),
             (
                 &["--json", "/no/such/folder/types.json"],
                 "a folder that is there",
@@ -288,11 +304,15 @@ mod tests {
         for (line, words) in [
             (&["peer"][..], "add --compare"),
             (&["--json", "types.json"], "add --compare"),
-            (&["decode", "--dtype", "f32,bf16"], "for `peer` alone"),
+            (
+                &["decode", "--dtype", "f32,bf16"],
+                "for `peer` or `whole` alone",
+            ),
             (
                 &["--dtype", "bf16,q4", "--compare", "sh"],
-                "for `peer` alone",
+                "for `peer` or `whole` alone",
             ),
+            (&["whole", "decode"], "name no other section"),
         ] {
             let line = Line::try_parse_from([&["bench"], line].concat()).unwrap();
             let error = super::run(&line.bench, "/no/such/folder".as_ref()).unwrap_err();

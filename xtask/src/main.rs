@@ -30,7 +30,7 @@ enum Command {
     /// Make a checkpoint of random weights.
     MakeRandom(make_random::Args),
     /// Measure backends, and other implementations beside them.
-    Bench(bench::Args),
+    Bench(Box<bench::Args>),
 }
 
 fn main() -> ExitCode {

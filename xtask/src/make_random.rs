@@ -6,18 +6,21 @@
 mod shapes;
 
 use std::fs::{self, File};
-use std::io::{BufWriter, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use clap::ValueEnum;
-use half::f16;
+use half::{bf16, f16};
 use serde_json::{Map, Value, json};
 
 use shapes::{Fill, Tensor};
 
 /// Many times those of any model.
 const MAX_LAYERS: usize = 1024;
+
+/// Values that are written at once.
+const CHUNK: usize = 1 << 18;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -61,6 +64,7 @@ enum Size {
 enum Dtype {
     F32,
     F16,
+    Bf16,
 }
 
 pub fn run(args: &Args, root: &Path) -> anyhow::Result<()> {
@@ -227,6 +231,7 @@ impl Dtype {
         match self {
             Self::F32 => "float32",
             Self::F16 => "float16",
+            Self::Bf16 => "bfloat16",
         }
     }
 
@@ -234,7 +239,7 @@ impl Dtype {
     fn bytes(self) -> u64 {
         match self {
             Self::F32 => 4,
-            Self::F16 => 2,
+            Self::F16 | Self::Bf16 => 2,
         }
     }
 }
@@ -280,11 +285,12 @@ fn check_space(folder: &Path, needed: u64) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Writes a safetensors file value by value.
+/// Writes a safetensors file piece by piece.
 fn write(path: &Path, tensors: &[Tensor], dtype: Dtype, seed: u64) -> anyhow::Result<()> {
     let name = match dtype {
         Dtype::F32 => "F32",
         Dtype::F16 => "F16",
+        Dtype::Bf16 => "BF16",
     };
     let mut header = Map::new();
     header.insert("__metadata__".into(), json!({"format": "pt"}));
@@ -298,24 +304,37 @@ fn write(path: &Path, tensors: &[Tensor], dtype: Dtype, seed: u64) -> anyhow::Re
     let mut header = Value::Object(header).to_string();
     let padding = header.len().next_multiple_of(8) - header.len();
     header.extend(std::iter::repeat_n(' ', padding));
-    let mut file = BufWriter::with_capacity(1 << 20, File::create(path)?);
+    let mut file = File::create(path)?;
     file.write_all(&(header.len() as u64).to_le_bytes())?;
     file.write_all(header.as_bytes())?;
     let mut random = Random(seed);
+    let mut bytes = Vec::new();
     for tensor in tensors {
-        for _ in 0..tensor.elements() {
-            let value = match tensor.fill {
-                Fill::Ones => 1.0,
-                Fill::Uniform(bound) => bound * random.next(),
-            };
+        let mut value = || match tensor.fill {
+            Fill::Ones => 1.0,
+            Fill::Uniform(bound) => bound * random.next(),
+        };
+        let mut left = tensor.elements();
+        while left > 0 {
+            let count = left.min(CHUNK);
+            bytes.resize(count * dtype.bytes() as usize, 0);
             match dtype {
-                Dtype::F32 => file.write_all(&value.to_le_bytes())?,
-                Dtype::F16 => file.write_all(&f16::from_f32(value).to_le_bytes())?,
+                Dtype::F32 => fill(&mut bytes, || value().to_le_bytes()),
+                Dtype::F16 => fill(&mut bytes, || f16::from_f32(value()).to_le_bytes()),
+                Dtype::Bf16 => fill(&mut bytes, || bf16::from_f32(value()).to_le_bytes()),
             }
+            file.write_all(&bytes)?;
+            left -= count;
         }
     }
-    file.flush()?;
     Ok(())
+}
+
+/// Values side by side.
+fn fill<const BYTES: usize>(bytes: &mut [u8], mut value: impl FnMut() -> [u8; BYTES]) {
+    for place in bytes.as_chunks_mut().0 {
+        *place = value();
+    }
 }
 
 /// Random numbers that are the same on every machine (SplitMix64).
@@ -345,9 +364,12 @@ mod tests {
         for (dtype, stored, other) in [
             (Dtype::F32, safetensors::Dtype::F32, "float16"),
             (Dtype::F16, safetensors::Dtype::F16, "float32"),
+            (Dtype::Bf16, safetensors::Dtype::BF16, "float32"),
         ] {
             for family in Family::value_variants() {
-                let to = scratch.path().join(format!("{}-{other}", family.fixture()));
+                let to = scratch
+                    .path()
+                    .join(format!("{}-{}", family.fixture(), dtype.name()));
                 let args = Args {
                     family: *family,
                     size: Size::Tiny,

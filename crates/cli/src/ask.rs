@@ -1,6 +1,7 @@
 //! `reroute ask`: a question about images.
 
 use std::io::{Write, stderr};
+use std::time::Instant;
 
 use anyhow::bail;
 use reroute_zoo::{Question, Visual, Vlm};
@@ -18,7 +19,9 @@ pub fn run(args: &AskArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     known::check_generation(&args.generation)?;
     let built_in = args.model.model.is_none();
     let asked = Asked::of(&known, &args.visual, args.prompt.as_deref(), built_in)?;
+    let started = Instant::now();
     let vlm = open::model(&args.model)?;
+    let loading = started.elapsed().as_secs_f64();
     let options = open::generation(&args.generation, vlm.generation_defaults())?;
     let mut written = Ok(());
     let answer = vlm.ask(&asked.question(&vlm), &plan, &options, |piece| {
@@ -29,7 +32,9 @@ pub fn run(args: &AskArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     written?;
     if args.json {
         output::print_notices(&answer);
-        return output::print_json(out, &output::answer_json(&vlm, &plan, &answer));
+        let mut report = output::answer_json(&vlm, &plan, &answer);
+        report["seconds"]["loading"] = loading.into();
+        return output::print_json(out, &report);
     }
     writeln!(out)?;
     output::print_notices(&answer);

@@ -74,8 +74,9 @@ pub fn find(given: &str) -> Result<Compared, String> {
 }
 
 impl Compared {
-    /// The program of every peer, after the peer's name.
-    fn programs(&self, args: &Args) -> Vec<(String, Command)> {
+    /// The program of every peer, after the peer's name: of a folder those of layers, or those that run a `whole`
+    /// model.
+    pub fn programs(&self, args: &Args, whole: bool) -> Vec<(String, Command)> {
         let python = args.python.clone();
         let python = python.or_else(|| std::env::var("REROUTE_PYTHON").ok());
         let python = python.unwrap_or_else(|| "python3".into());
@@ -87,6 +88,7 @@ impl Compared {
             }
             Self::Folder(peers) => peers
                 .iter()
+                .filter(|path| path.to_string_lossy().ends_with("_whole.py") == whole)
                 .map(|path| {
                     let mut command;
                     if path.ends_with("Cargo.toml") {
@@ -164,7 +166,10 @@ impl Comparison {
         let ours = Peer::start("reroute".into(), program, &log, None);
         let ours = self.ours.insert(ours.context("our own program")?);
         let shape = ours.said.hello["shape"].clone();
-        let programs = args.compare.iter().flat_map(|given| given.programs(args));
+        let programs = args
+            .compare
+            .iter()
+            .flat_map(|given| given.programs(args, false));
         for (name, program) in programs {
             let log = scratch.path().join(format!("{}.log", self.others.len()));
             match Peer::start(name.clone(), program, &log, Some(&shape)) {
@@ -203,8 +208,8 @@ impl Comparison {
 }
 
 /// A running peer.
-struct Peer {
-    said: Answers,
+pub struct Peer {
+    pub said: Answers,
     process: Child,
     /// Until it shall end.
     questions: Option<ChildStdin>,
@@ -215,7 +220,7 @@ struct Peer {
 
 impl Peer {
     /// Starts a program and waits until it is ready to run a shape; ours says which one it is.
-    fn start(
+    pub fn start(
         name: String,
         mut command: Command,
         log: &Path,
@@ -262,10 +267,15 @@ impl Peer {
         let _ = questions.map(|questions| writeln!(questions, "{line}"));
     }
 
-    /// Lets it measure once more.
-    fn ask(&mut self) -> anyhow::Result<()> {
+    /// Lets it measure once more; what it says.
+    pub fn measure(&mut self) -> anyhow::Result<Value> {
         self.say("");
-        let times = self.line(PATIENCE)?;
+        self.line(PATIENCE)
+    }
+
+    /// Lets it measure layers once more.
+    fn ask(&mut self) -> anyhow::Result<()> {
+        let times = self.measure()?;
         for quantity in QUANTITIES {
             let time = times[quantity].as_f64();
             let time = time.with_context(|| format!("it said {times}, which has no {quantity}"))?;

@@ -196,7 +196,7 @@ fn finite(value: f64) -> Option<f64> {
     value.is_finite().then_some(value)
 }
 
-fn median(values: Vec<f64>) -> f64 {
+pub fn median(values: Vec<f64>) -> f64 {
     spread(values)["median"].as_f64().unwrap_or(f64::NAN)
 }
 

@@ -36,11 +36,17 @@ impl Kernel<{ amx::ROWS }> for amx::Amx {
     type Ready = amx::Tiles;
 
     /// A panel's part of a block, 32 KiB, stays in the first cache while all tiles meet it. In the second, of
-    /// 2 MiB: 256 rows of the weight twice, 640 KiB of what they meet and of sums, at 640 tokens.
+    /// 2 MiB: 256 rows of the weight twice, 640 KiB of what they meet and of sums, at 640 tokens. With very
+    /// few tokens the weight is read in longer pieces: memory is slower than the products.
     fn blocks(panels: usize) -> BlockSizes {
+        let (tiles, depth) = match panels {
+            0..=2 => (2, 64),
+            3..=8 => (4, 16),
+            _ => (8, 16),
+        };
         BlockSizes {
-            tiles: if panels > 8 { 8 } else { 4 },
-            depth: 16,
+            tiles,
+            depth,
             panels: panels.min(24),
         }
     }

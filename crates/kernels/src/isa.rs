@@ -8,7 +8,7 @@
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod amx;
 #[cfg(target_arch = "x86_64")]
-mod avx2;
+pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
 #[cfg(not(target_arch = "x86_64"))]
@@ -22,7 +22,7 @@ use std::sync::OnceLock;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx2::Bytes;
 #[cfg(not(target_arch = "x86_64"))]
-pub(crate) use elsewhere::{Bytes, Loop, amx, avx512, clock};
+pub(crate) use elsewhere::{Bytes, Loop, amx, avx2, avx512, clock};
 #[cfg(target_arch = "x86_64")]
 pub(crate) use limit::{Loop, clock};
 
@@ -41,6 +41,7 @@ pub(crate) enum PairKernel {
 pub(crate) enum QuadKernel {
     Amx(amx::Amx),
     Avx512(avx512::Vnni),
+    Avx2(Bytes),
 }
 
 /// The instructions that products use; without any of them, f32 and plain loops.
@@ -50,7 +51,7 @@ pub(crate) struct Isa {
     pub(crate) pairs: Option<PairKernel>,
     /// For many rows and codes.
     pub(crate) quads: Option<QuadKernel>,
-    /// For one row and codes.
+    /// For one row and codes, and to read codes.
     pub(crate) bytes: Option<Bytes>,
     /// For what becomes bf16.
     pub(crate) widen: Option<avx512::Widen>,
@@ -72,11 +73,12 @@ impl Isa {
         let mut isa = Self::default();
         if level >= Level::Avx2 {
             isa.bytes = Bytes::avx_vnni().or_else(Bytes::without_vnni);
+            isa.quads = isa.bytes.map(QuadKernel::Avx2);
         }
         if level >= Level::Avx512 {
             isa.bytes = Bytes::avx512_vnni().or(isa.bytes);
             isa.pairs = avx512::Bf16::detect().map(PairKernel::Avx512);
-            isa.quads = avx512::Vnni::detect().map(QuadKernel::Avx512);
+            isa.quads = (avx512::Vnni::detect().map(QuadKernel::Avx512)).or(isa.quads);
             isa.widen = avx512::Widen::detect();
         }
         if let (Level::Amx, Some(amx)) = (level, amx::Amx::detect()) {
@@ -92,6 +94,13 @@ impl Isa {
         *FOUND.get_or_init(|| Self::of(Level::Amx))
     }
 
+    /// What multiplies codes up to the largest. Without an instruction for products of four bytes, those of 8
+    /// bits take twice as many: f32 is as fast.
+    pub(crate) fn quads_of(self, largest: u8) -> Option<QuadKernel> {
+        (self.quads)
+            .filter(|quads| !matches!(quads, QuadKernel::Avx2(bytes) if !bytes.multiplies(largest)))
+    }
+
     /// Every way that this processor has.
     #[cfg(test)]
     pub(crate) fn all() -> Vec<Self> {
@@ -100,6 +109,7 @@ impl Isa {
         let bytes = Bytes::without_vnni();
         all.push(Self {
             bytes,
+            quads: bytes.map(QuadKernel::Avx2),
             ..Self::default()
         });
         all

@@ -18,11 +18,11 @@ pub(crate) use one_row::{STREAMS, dots};
 pub use training::product_with_transposed;
 
 use crate::blocks::{Blocks, Coding, with_coding};
-use crate::isa::{self, Isa, avx512};
+use crate::isa::{self, Isa};
 use crate::precision::{Number, widen};
-use crate::split::{PIECE, made, pieces};
+use crate::split::{PIECE, pieces, zeros};
 use inputs::{Pairs, Quads};
-use kernels::{CodedRows, PlainRows, Vnni};
+use kernels::{CodedRows, OfCodes, PlainRows, QUAD_DEPTH};
 use layout::TOKENS;
 use many_rows::Kernel;
 
@@ -81,8 +81,8 @@ impl<'a, T: Number> Inputs<'a, T> {
     ///
     /// bf16 weights meet inputs that are rounded to bf16; codes meet the same where the processor
     /// multiplies tiles of them (AMX), and inputs that are rounded to 8 bits, with a scale for as many
-    /// columns as share one of the weight, where it multiplies bytes (AVX512-VNNI). Anything else is
-    /// computed in f32.
+    /// columns as share one of the weight, where it multiplies bytes (AVX512-VNNI, AVX-VNNI, AVX2 if they have
+    /// fewer than 8 bits). Anything else is computed in f32.
     ///
     /// # Shapes
     /// - `weight`: `[output, features]`
@@ -104,9 +104,7 @@ impl<'a, T: Number> Inputs<'a, T> {
             numbers.is_multiple_of(self.features),
             "columns of the weight"
         );
-        let mut y = made(numbers / self.features * self.rows(), PIECE, |_| {
-            Y::default()
-        });
+        let mut y = zeros(numbers / self.features * self.rows());
         if y.is_empty() {
             return y;
         }
@@ -139,6 +137,11 @@ impl<'a, T: Number> Inputs<'a, T> {
             .get_or_init(|| Pairs::pack(self.x, self.features, block))
     }
 
+    fn quads(&self, group: usize) -> &Quads {
+        self.quads[group.ilog2() as usize - 4]
+            .get_or_init(|| Quads::pack(self.x, self.features, group, QUAD_DEPTH))
+    }
+
     fn of_pairs<Y: Number>(&self, weight: &[bf16], y: &mut [Y]) {
         let plain = PlainRows {
             weight,
@@ -164,16 +167,17 @@ impl<'a, T: Number> Inputs<'a, T> {
             widen: self.isa.widen,
             coding: PhantomData,
         };
-        match self.isa.quads {
+        match self.isa.quads_of(C::LARGEST) {
             Some(isa::QuadKernel::Amx(amx)) => {
                 many_rows::product(amx, &coded, self.pairs(amx), y);
             }
             Some(isa::QuadKernel::Avx512(vnni)) => {
-                let kernel = Vnni::<C>(vnni, PhantomData);
-                let block = <Vnni<C> as Kernel<{ avx512::ROWS }>>::blocks(self.panels()).depth;
-                let quads = self.quads[C::GROUP.ilog2() as usize - 4]
-                    .get_or_init(|| Quads::pack(self.x, self.features, C::GROUP, block));
-                many_rows::product(kernel, &coded, quads, y);
+                let kernel = OfCodes(vnni, PhantomData::<C>);
+                many_rows::product(kernel, &coded, self.quads(C::GROUP), y);
+            }
+            Some(isa::QuadKernel::Avx2(bytes)) => {
+                let kernel = OfCodes(bytes, PhantomData::<C>);
+                many_rows::product(kernel, &coded, self.quads(C::GROUP), y);
             }
             None => self.in_singles(blocks.rows() * self.features, y, |from, to| {
                 let first = from / self.features;

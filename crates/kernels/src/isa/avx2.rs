@@ -1,9 +1,10 @@
-//! Registers of 256 bits: products of bytes with a row of codes.
+//! Registers of 256 bits: codes of rows, and products of bytes with them.
 
 use std::arch::x86_64::*;
 
 use crate::blocks::{Blocks, CHUNK, CHUNKS, Codes, Coding, Factors, Place, ROOM, Span};
 use crate::isa::prefetch;
+use crate::product::layout::{QuadRows, QuadTokens, Sums, TOKENS, WORDS};
 use crate::product::one_row::ByteInputs;
 use crate::split::some;
 
@@ -56,6 +57,35 @@ impl Bytes {
         }
     }
 
+    /// Whether there is an instruction for products of four bytes, or one for products of two that codes up to
+    /// the largest do not saturate.
+    pub(crate) fn multiplies(self, largest: u8) -> bool {
+        self.0 != Kind::Avx2 || largest < 128
+    }
+
+    /// [`Vnni::multiply`](super::avx512::Vnni::multiply), of fewer rows.
+    ///
+    /// # Panics
+    /// As there.
+    #[inline(always)]
+    pub(crate) fn multiply<C: Coding>(
+        self,
+        weight: QuadRows<'_, ROWS>,
+        input: QuadTokens<'_>,
+        sums: &mut Sums<ROWS>,
+        adds: bool,
+    ) {
+        assert_eq!(weight.0.len(), input.0.len());
+        // SAFETY: as in `dot`.
+        unsafe {
+            match self.0 {
+                Kind::Avx2 => multiply_avx2::<C>(weight, input, sums, adds),
+                Kind::AvxVnni => multiply_avx_vnni::<C>(weight, input, sums, adds),
+                Kind::Avx512Vnni => multiply_avx512_vnni::<C>(weight, input, sums, adds),
+            }
+        }
+    }
+
     /// The codes and the factors of a span.
     #[inline(always)]
     pub(crate) fn read<C: Coding>(
@@ -68,9 +98,31 @@ impl Bytes {
     }
 }
 
-#[target_feature(enable = "avx2,fma,f16c")]
-fn dot_avx2<C: Coding>(blocks: Blocks<'_>, row: usize, x: &ByteInputs) -> f32 {
-    dot::<C>(blocks, row, x, |sums, codes, x| {
+/// Adds the products of four bytes each to sums, by every kind of instruction.
+macro_rules! kinds {
+    ($feature:literal, $dot:ident, $multiply:ident, $products:expr) => {
+        #[target_feature(enable = $feature)]
+        fn $dot<C: Coding>(blocks: Blocks<'_>, row: usize, x: &ByteInputs) -> f32 {
+            dot::<C>(blocks, row, x, $products)
+        }
+
+        #[target_feature(enable = $feature)]
+        fn $multiply<C: Coding>(
+            weight: QuadRows<'_, ROWS>,
+            input: QuadTokens<'_>,
+            sums: &mut Sums<ROWS>,
+            adds: bool,
+        ) {
+            multiply::<C>(weight, input, sums, adds, $products)
+        }
+    };
+}
+
+kinds!(
+    "avx2,fma,f16c",
+    dot_avx2,
+    multiply_avx2,
+    |sums, codes, x| {
         let ones = _mm256_set1_epi16(1);
         if C::LARGEST < 128 {
             // At most 2 · 127 · 127: no sum of two saturates.
@@ -84,21 +136,71 @@ fn dot_avx2<C: Coding>(blocks: Blocks<'_>, row: usize, x: &ByteInputs) -> f32 {
         let high = _mm256_madd_epi16(_mm256_maddubs_epi16(high, x), ones);
         let products = _mm256_add_epi32(low, _mm256_slli_epi32::<4>(high));
         _mm256_add_epi32(sums, products)
-    })
-}
+    }
+);
 
-#[target_feature(enable = "avx2,fma,f16c,avxvnni")]
-fn dot_avx_vnni<C: Coding>(blocks: Blocks<'_>, row: usize, x: &ByteInputs) -> f32 {
-    dot::<C>(blocks, row, x, |sums, codes, x| {
-        _mm256_dpbusd_avx_epi32(sums, codes, x)
-    })
-}
+kinds!(
+    "avx2,fma,f16c,avxvnni",
+    dot_avx_vnni,
+    multiply_avx_vnni,
+    |sums, codes, x| _mm256_dpbusd_avx_epi32(sums, codes, x)
+);
 
-#[target_feature(enable = "avx2,fma,f16c,avx512vnni,avx512vl")]
-fn dot_avx512_vnni<C: Coding>(blocks: Blocks<'_>, row: usize, x: &ByteInputs) -> f32 {
-    dot::<C>(blocks, row, x, |sums, codes, x| {
-        _mm256_dpbusd_epi32(sums, codes, x)
-    })
+kinds!(
+    "avx2,fma,f16c,avx512vnni,avx512vl",
+    dot_avx512_vnni,
+    multiply_avx512_vnni,
+    |sums, codes, x| _mm256_dpbusd_epi32(sums, codes, x)
+);
+
+/// Rows of a weight in a register tile: with two registers of tokens, 12 of the 16 registers hold sums.
+pub(crate) const ROWS: usize = 6;
+
+#[expect(clippy::needless_range_loop, reason = "two arrays by one index")]
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn multiply<C: Coding>(
+    weight: QuadRows<'_, ROWS>,
+    input: QuadTokens<'_>,
+    sums: &mut Sums<ROWS>,
+    adds: bool,
+    multiply: impl Fn(__m256i, __m256i, __m256i) -> __m256i,
+) {
+    if !adds {
+        *sums = Sums::ZERO;
+    }
+    let words = weight.0.len() * WORDS;
+    let each = C::GROUP / 4;
+    for group in 0..words.div_ceil(each) {
+        let [scales, leasts] = &weight.1[group];
+        let [token_scales, token_sums] = &input.1[group];
+        // Sixteen tokens at a time.
+        for first in (0..TOKENS / 8).step_by(2) {
+            let mut products = [[_mm256_setzero_si256(); 2]; ROWS];
+            for word in group * each..words.min((group + 1) * each) {
+                let (chunk, word) = (word / WORDS, word % WORDS);
+                let (tokens, _) = input.0[chunk].0[word].as_chunks();
+                let tokens = [words_of(&tokens[first]), words_of(&tokens[first + 1])];
+                for row in 0..ROWS {
+                    let codes = _mm256_set1_epi32(weight.0[chunk].0[row][word] as i32);
+                    products[row][0] = multiply(products[row][0], codes, tokens[0]);
+                    products[row][1] = multiply(products[row][1], codes, tokens[1]);
+                }
+            }
+            for row in 0..ROWS {
+                let (scale, least) = (_mm256_set1_ps(scales[row]), _mm256_set1_ps(leasts[row]));
+                let (totals, _) = sums.0[row].as_chunks_mut();
+                for part in 0..2 {
+                    let product = _mm256_cvtepi32_ps(products[row][part]);
+                    let product = _mm256_mul_ps(product, scale);
+                    let by = load(&token_scales.as_chunks().0[first + part]);
+                    let of = load(&token_sums.as_chunks().0[first + part]);
+                    let total = _mm256_fmadd_ps(of, least, load(&totals[first + part]));
+                    totals[first + part] = store(_mm256_fmadd_ps(product, by, total));
+                }
+            }
+        }
+    }
 }
 
 /// Bytes that are fetched ahead.
@@ -312,6 +414,13 @@ fn bytes(bytes: &[u8; 32]) -> __m256i {
 fn sixteen(bytes: &[u8; 16]) -> __m128i {
     // SAFETY: 16 bytes are half a register.
     unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn words_of(words: &[u32; 8]) -> __m256i {
+    // SAFETY: eight words are a register.
+    unsafe { _mm256_loadu_si256(words.as_ptr().cast()) }
 }
 
 #[inline]

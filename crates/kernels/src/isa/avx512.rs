@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use super::avx2::{Bytes, codes, factors, halves as parts_of};
 use crate::blocks::{CHUNK, CHUNKS, Coding, Span};
-use crate::product::layout::{InputChunk, Sums, TOKENS, WORDS, WeightChunk};
+use crate::product::layout::{InputChunk, QuadRows, QuadTokens, Sums, TOKENS, WORDS, WeightChunk};
 
 /// Rows of a weight in a register tile: with two registers of tokens, 24 of the 32 registers hold sums.
 pub(crate) const ROWS: usize = 12;
@@ -157,31 +157,30 @@ impl Vnni {
         found.then_some(Self(()))
     }
 
-    /// `sums (+)= weight · input`, over all chunks: codes in groups of `GROUP` columns, whose sums of
-    /// products are whole numbers, times the scales of both; and what is added to the codes, times the sums
-    /// of the inputs.
+    /// `sums (+)= weight · input`, over all chunks: codes in groups, whose sums of products are whole numbers,
+    /// times the scales of both; and what is added to the codes, times the sums of the inputs.
     ///
     /// # Panics
     /// If there are not as many chunks of the input as of the weight, or fewer factors than groups.
     #[inline(always)]
-    pub(crate) fn multiply<const GROUP: usize>(
+    pub(crate) fn multiply<C: Coding>(
         self,
-        weight: (&[WeightChunk<ROWS>], &[[[f32; ROWS]; 2]]),
-        input: (&[InputChunk], &[[[f32; TOKENS]; 2]]),
+        weight: QuadRows<'_, ROWS>,
+        input: QuadTokens<'_>,
         sums: &mut Sums<ROWS>,
         adds: bool,
     ) {
         assert_eq!(weight.0.len(), input.0.len());
         // SAFETY: the processor has these instructions (`self`).
-        unsafe { multiply_codes::<GROUP>(weight, input, sums, adds) }
+        unsafe { multiply_codes::<C>(weight, input, sums, adds) }
     }
 }
 
 #[expect(clippy::needless_range_loop, reason = "two arrays by one index")]
 #[target_feature(enable = "avx512f,avx512vnni")]
-fn multiply_codes<const GROUP: usize>(
-    weight: (&[WeightChunk<ROWS>], &[[[f32; ROWS]; 2]]),
-    input: (&[InputChunk], &[[[f32; TOKENS]; 2]]),
+fn multiply_codes<C: Coding>(
+    weight: QuadRows<'_, ROWS>,
+    input: QuadTokens<'_>,
     sums: &mut Sums<ROWS>,
     adds: bool,
 ) {
@@ -189,9 +188,10 @@ fn multiply_codes<const GROUP: usize>(
         *sums = Sums::ZERO;
     }
     let words = weight.0.len() * WORDS;
-    for group in 0..words.div_ceil(GROUP / 4) {
+    let each = C::GROUP / 4;
+    for group in 0..words.div_ceil(each) {
         let mut products = [[_mm512_setzero_si512(); 2]; ROWS];
-        for word in group * (GROUP / 4)..words.min((group + 1) * (GROUP / 4)) {
+        for word in group * each..words.min((group + 1) * each) {
             let (chunk, word) = (word / WORDS, word % WORDS);
             let tokens = halves(&input.0[chunk].0[word]);
             for row in 0..ROWS {

@@ -1,7 +1,7 @@
 //! Stands in on processors of other kinds, which have none of these instructions: nothing here has a value.
 
 use crate::blocks::{Blocks, CHUNK, CHUNKS, Coding, Factors, Span};
-use crate::product::layout::{InputChunk, Sums, TOKENS, WeightChunk};
+use crate::product::layout::{InputChunk, QuadRows, QuadTokens, Sums, WeightChunk};
 use crate::product::one_row::ByteInputs;
 
 #[derive(Debug, Clone, Copy)]
@@ -32,6 +32,26 @@ impl Bytes {
 /// Unknown.
 pub(crate) fn clock() -> f64 {
     f64::NAN
+}
+
+impl Bytes {
+    pub(crate) fn multiplies(self, _: u8) -> bool {
+        match self {}
+    }
+
+    pub(crate) fn multiply<C: Coding>(
+        self,
+        _: QuadRows<'_, { avx2::ROWS }>,
+        _: QuadTokens<'_>,
+        _: &mut Sums<{ avx2::ROWS }>,
+        _: bool,
+    ) {
+        match self {}
+    }
+}
+
+pub(crate) mod avx2 {
+    pub(crate) const ROWS: usize = 6;
 }
 
 pub(crate) struct Loop {
@@ -92,7 +112,7 @@ pub(crate) mod amx {
 }
 
 pub(crate) mod avx512 {
-    use super::{CHUNK, CHUNKS, Coding, InputChunk, Span, Sums, TOKENS, WeightChunk};
+    use super::{CHUNK, CHUNKS, Coding, InputChunk, QuadRows, QuadTokens, Span, Sums, WeightChunk};
 
     pub(crate) const ROWS: usize = 12;
 
@@ -126,10 +146,10 @@ pub(crate) mod avx512 {
             None
         }
 
-        pub(crate) fn multiply<const GROUP: usize>(
+        pub(crate) fn multiply<C: Coding>(
             self,
-            _: (&[WeightChunk<ROWS>], &[[[f32; ROWS]; 2]]),
-            _: (&[InputChunk], &[[[f32; TOKENS]; 2]]),
+            _: QuadRows<'_, ROWS>,
+            _: QuadTokens<'_>,
             _: &mut Sums<ROWS>,
             _: bool,
         ) {

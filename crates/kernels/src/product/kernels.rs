@@ -3,10 +3,10 @@
 use std::marker::PhantomData;
 
 use super::inputs::{Pairs, Quads};
-use super::layout::{Sums, WORDS, WeightChunk};
+use super::layout::{QuadRows, QuadTokens, Sums, WORDS, WeightChunk};
 use super::many_rows::{BlockSizes, Kernel, Rows};
 use crate::blocks::{Blocks, CHUNK, CHUNKS, Coding, ROOM, SPAN, Span};
-use crate::isa::{self, amx, avx512, prefetch};
+use crate::isa::{self, amx, avx2, avx512, prefetch};
 use crate::precision::Number;
 use crate::split::some;
 use half::bf16;
@@ -36,11 +36,17 @@ impl Kernel<{ amx::ROWS }> for amx::Amx {
     type Ready = amx::Tiles;
 
     /// A panel's part of a block, 32 KiB, stays in the first cache while all tiles meet it. In the second, of
-    /// 2 MiB: 256 rows of the weight twice, 640 KiB of what they meet and of sums, at 640 tokens.
+    /// 2 MiB: 256 rows of the weight twice, 640 KiB of what they meet and of sums, at 640 tokens. With very
+    /// few tokens the weight is read in longer pieces: memory is slower than the products.
     fn blocks(panels: usize) -> BlockSizes {
+        let (tiles, depth) = match panels {
+            0..=2 => (2, 64),
+            3..=8 => (4, 16),
+            _ => (8, 16),
+        };
         BlockSizes {
-            tiles: if panels > 8 { 8 } else { 4 },
-            depth: 16,
+            tiles,
+            depth,
             panels: panels.min(24),
         }
     }
@@ -106,30 +112,68 @@ impl Kernel<{ avx512::ROWS }> for avx512::Bf16 {
     }
 }
 
-/// Codes of a format and AVX512-VNNI.
-pub(crate) struct Vnni<C>(pub(crate) avx512::Vnni, pub(crate) PhantomData<C>);
+/// What multiplies bytes in fours, of `ROWS` rows.
+pub(crate) trait QuadLoop<const ROWS: usize>: Copy + Sync {
+    /// `sums (+)= weight · input`, over all chunks.
+    fn multiply<C: Coding>(
+        self,
+        weight: QuadRows<'_, ROWS>,
+        input: QuadTokens<'_>,
+        sums: &mut Sums<ROWS>,
+        adds: bool,
+    );
+}
 
-impl<C> Clone for Vnni<C> {
+impl QuadLoop<{ avx512::ROWS }> for avx512::Vnni {
+    #[inline(always)]
+    fn multiply<C: Coding>(
+        self,
+        weight: QuadRows<'_, { avx512::ROWS }>,
+        input: QuadTokens<'_>,
+        sums: &mut Sums<{ avx512::ROWS }>,
+        adds: bool,
+    ) {
+        self.multiply::<C>(weight, input, sums, adds);
+    }
+}
+
+impl QuadLoop<{ avx2::ROWS }> for isa::Bytes {
+    #[inline(always)]
+    fn multiply<C: Coding>(
+        self,
+        weight: QuadRows<'_, { avx2::ROWS }>,
+        input: QuadTokens<'_>,
+        sums: &mut Sums<{ avx2::ROWS }>,
+        adds: bool,
+    ) {
+        self.multiply::<C>(weight, input, sums, adds);
+    }
+}
+
+/// Such a loop and codes of a format.
+pub(crate) struct OfCodes<L, C>(pub(crate) L, pub(crate) PhantomData<C>);
+
+impl<L: Copy, C> Clone for OfCodes<L, C> {
     fn clone(&self) -> Self {
         *self
     }
 }
 
-impl<C> Copy for Vnni<C> {}
+impl<L: Copy, C> Copy for OfCodes<L, C> {}
 
-/// Chunks of 64 codes in a block.
-const QUAD_DEPTH: usize = 32;
+/// Chunks of 64 codes in a block, whatever the loop.
+pub(crate) const QUAD_DEPTH: usize = 32;
 
-impl<C: Coding> Kernel<{ avx512::ROWS }> for Vnni<C> {
+impl<const ROWS: usize, L: QuadLoop<ROWS>, C: Coding> Kernel<ROWS> for OfCodes<L, C> {
     const SPAN: usize = QUADS;
-    type Tile = QuadTile<{ avx512::ROWS }, C>;
+    type Tile = QuadTile<ROWS, C>;
     type Inputs = Quads;
     type Ready = Self;
 
-    /// 48 rows of 2048 columns: 96 KiB.
+    /// About 48 rows of 2048 columns: 96 KiB.
     fn blocks(panels: usize) -> BlockSizes {
         BlockSizes {
-            tiles: 4,
+            tiles: 48 / ROWS,
             depth: QUAD_DEPTH,
             panels: panels.min(24),
         }
@@ -155,19 +199,12 @@ impl<C: Coding> Kernel<{ avx512::ROWS }> for Vnni<C> {
         inputs: &Quads,
         panel: usize,
         first: usize,
-        sums: &mut Sums<{ avx512::ROWS }>,
+        sums: &mut Sums<ROWS>,
     ) {
-        let input = (
-            inputs.packed.panel(panel, first),
-            inputs.factors(panel, first),
-        );
-        let weight = (&weight.chunks[..input.0.len()], &weight.factors[..]);
-        match C::GROUP {
-            16 => ready.0.multiply::<16>(weight, input, sums, first > 0),
-            32 => ready.0.multiply::<32>(weight, input, sums, first > 0),
-            64 => ready.0.multiply::<64>(weight, input, sums, first > 0),
-            _ => ready.0.multiply::<128>(weight, input, sums, first > 0),
-        }
+        let input = inputs.packed.panel(panel, first);
+        let factors = inputs.factors(panel, first);
+        let weight = (&weight.chunks[..input.len()], &weight.factors[..]);
+        (ready.0).multiply::<C>(weight, (input, factors), sums, first > 0);
     }
 }
 

@@ -33,3 +33,9 @@ impl InputChunk {
 impl<const ROWS: usize> Sums<ROWS> {
     pub(crate) const ZERO: Self = Self([[0.0; TOKENS]; ROWS]);
 }
+
+/// Chunks of codes, and by their groups the scales of the rows and what is added.
+pub(crate) type QuadRows<'a, const ROWS: usize> = (&'a [WeightChunk<ROWS>], &'a [[[f32; ROWS]; 2]]);
+
+/// Chunks of inputs as bytes, and by their groups the scales of the tokens and their sums.
+pub(crate) type QuadTokens<'a> = (&'a [InputChunk], &'a [[[f32; TOKENS]; 2]]);

@@ -6,14 +6,13 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
-use burn::tensor::DType;
 use reducers::{Plan, presets};
 use reroute::{GenerationOptions, SamplingOptions};
 use reroute_zoo::embedded;
 use reroute_zoo::{Folder, ModelConfig, Video, Visual, Vlm};
 use vision_encoder::{DecodeLimits, RgbImage, decode};
 
-use crate::args::{Dtype, GenerationArgs, ModelArgs, VisualArgs};
+use crate::args::{GenerationArgs, ModelArgs, VisualArgs};
 use crate::backend::{self, Backend};
 use crate::source::{is_stdin, read, shown};
 use crate::{hub, natural};
@@ -36,17 +35,6 @@ const PICTURES: [&str; 4] = ["jpeg", "jpg", "png", "webp"];
 
 /// Loading shows its progress from this size on.
 const SHOW_PROGRESS_BYTES: u64 = 256 << 20;
-
-impl Dtype {
-    /// Burn's name of it.
-    pub fn burn(self) -> DType {
-        match self {
-            Self::F32 => DType::F32,
-            Self::F16 => DType::F16,
-            Self::Bf16 => DType::BF16,
-        }
-    }
-}
 
 pub(crate) fn folder(path: Option<&Path>, mmproj: Option<&Path>) -> anyhow::Result<Folder> {
     match path {

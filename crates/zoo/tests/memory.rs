@@ -172,7 +172,7 @@ fn an_estimate_is_no_less_than_what_is_measured_and_close() {
                 TEXT,
                 &Schedule::dense(),
                 numbers,
-                DType::F32.into(),
+                dtype.into(),
             );
             let estimate = memory.activations + memory.kv;
             let measured = pool.install(|| peak(&config, &picture, dtype));

@@ -206,6 +206,13 @@ def checkpoints():
     packed = {"a.weight_packed": np.zeros((2, 4), np.int32), "a.weight_scale": np.zeros((2, 1), np.float16),
               "a.weight_shape": np.array([2, 32], np.int64)}
     put("safetensors", "compressed", several(as_json(packing), save(packed)))
+    own = {"quantization_config": {"quant_method": "reroute", "formats": ["int4", "int8"]}}
+    codes = {"a.weight": np.full((2, 36), 1, np.uint8), "b.weight": np.zeros((2, 72), np.uint8),
+             "c.weight": np.zeros((2, 36), np.uint8)}
+    notes = {"codes.a.weight": "int8 30", "codes.b.weight": "int4 70", "codes.c.weight": "Q8_0 32"}
+    put("safetensors", "codes", several(as_json(own), save(codes, notes)))
+    codes["a.weight"][1, :4] = 255  # NaN
+    put("safetensors", "codes-nan", several(as_json(own), save(codes, notes)))
     eight = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [2, 2]}}
     header = {"a.weight": {"dtype": "F8_E4M3", "shape": [2, 4], "data_offsets": [0, 8]},
               "a.weight_scale_inv": {"dtype": "F32", "shape": [1, 2], "data_offsets": [8, 16]}}

@@ -53,12 +53,15 @@ fn read(shards: &Shards) {
             continue;
         };
         let rows = info.shape.first().copied().unwrap_or(1);
+        let last = rows.saturating_sub(1)..rows;
         if info.bytes <= WHOLE {
+            let _ = shards.stored_codes(&name, 0..rows);
             let _ = shards.read(&name, DType::F16, Layout::Transposed);
             let _ = shards.read(&name, DType::F32, Layout::AsStored);
         }
         if info.bytes / rows.max(1) as u64 <= WHOLE {
-            let _ = shards.read_rows(&name, rows.saturating_sub(1)..rows, DType::BF16);
+            let _ = shards.read_rows(&name, last.clone(), DType::BF16);
+            let _ = shards.stored_codes(&name, last);
         }
     }
 }

@@ -1,7 +1,8 @@
 //! Weights that stay in fewer bits: every product is that of the numbers which the codes stand for.
 
+mod files;
+
 use std::fs;
-use std::path::Path;
 
 use burn::module::AutodiffModule;
 use burn::tensor::{DType, Distribution, Tensor, TensorData};
@@ -11,15 +12,14 @@ use reroute_checkpoint::Gguf;
 use reroute_cli::backend::{self, Backend, Device};
 use reroute_layers::{CodeFormat, Coded, Linear, LinearConfig, Linears, LowRank, Scaling, Weight};
 use reroute_zoo::{
-    Folder, Model, OpenOptions, PixelTensors, SaveOptions, TensorInputs, TensorOutputs, Visual,
-    Vlm, Weights,
+    Folder, Model, OpenOptions, PixelTensors, TensorInputs, TensorOutputs, Visual, Vlm, Weights,
 };
 use safetensors::SafeTensors;
 use serde_json::Value;
 
 use crate::doctor::doctor;
 use crate::golden::{Reference, fixture, picture, values};
-use crate::program::{Scratch, refuses, reroute};
+use crate::program::{refuses, reroute};
 use crate::support::gap;
 
 /// Checkpoints of all families, and what a prompt of them is.
@@ -34,24 +34,29 @@ const APART: f32 = 0.05;
 
 fn open(path: &str, dtype: DType, weights: Weights) -> Vlm<Backend> {
     let folder = Folder::open(fixture(path)).expect("the fixture is complete");
+    open_folder(&folder, dtype, weights)
+}
+
+fn open_folder(folder: &Folder, dtype: DType, weights: Weights) -> Vlm<Backend> {
     let options = OpenOptions {
         dtype,
         weights,
         ..OpenOptions::default()
     };
     let device = backend::device().expect("a device");
-    Vlm::open(&folder, &options, &device).unwrap_or_else(|error| panic!("{path}: {error}"))
+    let opened = Vlm::open(folder, &options, &device);
+    opened.unwrap_or_else(|error| panic!("{}: {error}", folder.describe()))
 }
 
 /// The same model with the numbers that the codes stand for, in f32; and of how many weights.
 fn widened(vlm: Vlm<Backend>) -> (Vlm<Backend>, usize) {
     let mut count = 0;
     let vlm = vlm.map_model(|mut model: Model<Backend>| {
-        let mut linears: Vec<(String, &mut Linear<Backend>)> = Vec::new();
-        model.linears("", &mut linears);
-        for (_, linear) in linears {
-            if linear.weight.format().is_some() {
-                linear.weight = linear.weight.val().cast(DType::F32).into();
+        let mut weights = Vec::new();
+        model.weights("", &mut weights);
+        for block in weights.into_iter().flat_map(|(_, blocks)| blocks) {
+            if block.format().is_some() {
+                *block = block.val().cast(DType::F32).into();
                 count += 1;
             }
         }
@@ -202,10 +207,10 @@ fn models_in_gguf_keep_their_blocks() {
         let mut models = [wide, floats].map(|vlm| {
             let mut weights = Vec::new();
             vlm.map_model(|mut model: Model<Backend>| {
-                let mut linears: Vec<(String, &mut Linear<Backend>)> = Vec::new();
-                model.linears("", &mut linears);
-                for (_, linear) in linears {
-                    weights.extend(values(linear.weight.val()));
+                let mut found = Vec::new();
+                model.weights("", &mut found);
+                for block in found.into_iter().flat_map(|(_, blocks)| blocks) {
+                    weights.extend(values(block.val()));
                 }
                 model
             });
@@ -347,20 +352,4 @@ fn doctor_counts_codes_as_what_they_are() {
         );
         assert!(bytes < 2 * numbers, "{dtype}");
     }
-}
-
-#[test]
-fn codes_are_not_saved_and_say_so() {
-    let vlm = open(
-        "qwen2vl/ckpt",
-        DType::F32,
-        Weights::Decoder(CodeFormat::Int8),
-    );
-    let like = Folder::open(fixture("qwen2vl/ckpt")).expect("the fixture is complete");
-    let scratch = Scratch::new();
-    let to = scratch.at("saved");
-    let error = vlm.model().save(&to, &like, &SaveOptions::default());
-    let error = error.expect_err("it is refused").to_string();
-    assert!(error.contains("--dtype bf16"), "{error}");
-    assert!(!Path::new(&to).exists());
 }

@@ -6,6 +6,8 @@ use std::ops::Range;
 use burn::tensor::DType;
 use reroute_kernels::Format;
 
+use crate::convert::BLOCK_BYTES;
+use crate::quantised::own::{self, WORD};
 use crate::quantised::{Blocks, Coded};
 use crate::{CheckpointError, Shards, TensorError, TensorInfo};
 
@@ -20,16 +22,38 @@ pub struct StoredCodes {
     pub words: Vec<i32>,
 }
 
-/// Bytes of a word.
-const WORD: usize = size_of::<i32>();
+impl StoredCodes {
+    /// The words in memory's own order.
+    pub fn bytes(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.words)
+    }
+}
 
 /// Most numbers that are read at a time to be quantised (16 MiB), or a row.
 const READ: usize = 4 << 20;
 
+impl TensorInfo {
+    /// The format in which the file has it, if products take it as it is.
+    pub fn code_format(&self) -> Option<Format> {
+        match self.coded.as_deref()? {
+            Coded::Arranged(arranged) => {
+                let parts = arranged.rows()?;
+                let mut formats = parts.iter().map(|(part, _)| match part.coded.as_deref() {
+                    Some(Coded::Blocks(blocks)) => blocks.format(),
+                    _ => None,
+                });
+                let first = formats.next()??;
+                formats.all(|format| format == Some(first)).then_some(first)
+            }
+            coded => coded.format(),
+        }
+    }
+}
+
 impl Shards {
-    /// The format in which the file has a tensor, if products take it as it is.
+    /// [`TensorInfo::code_format`] of a tensor.
     pub fn code_format(&self, name: &str) -> Option<Format> {
-        format_of(self.tensor(name).ok()?)
+        self.info(name)?.code_format()
     }
 
     /// Some rows of a tensor in the format in which the file has them; `None` if that is none which products
@@ -40,14 +64,14 @@ impl Shards {
         rows: Range<usize>,
     ) -> Result<Option<StoredCodes>, CheckpointError> {
         let info = self.tensor(name)?;
-        let Some(format) = format_of(info) else {
+        let Some(format) = info.code_format() else {
             return Ok(None);
         };
         let Some((columns, row_words)) = row_of(info, format) else {
             return Ok(None);
         };
         let mut words = vec![0; rows.len() * row_words];
-        let read = self.read_codes(info, rows, row_words, &mut words);
+        let read = self.read_codes(info, rows, (format, row_words), &mut words);
         read.map_err(|source| self.failure(name, source))?;
         Ok(Some(StoredCodes {
             format,
@@ -56,7 +80,7 @@ impl Shards {
         }))
     }
 
-    /// Some rows of a tensor in another format, made of its numbers block by block.
+    /// Some rows of a tensor in this format: as the file has them, or made of its numbers block by block.
     ///
     /// # Errors
     /// [`TensorError::NotQuantised`] for numbers that the format has no codes for.
@@ -66,6 +90,9 @@ impl Shards {
         rows: Range<usize>,
         format: Format,
     ) -> Result<Option<StoredCodes>, CheckpointError> {
+        if self.code_format(name) == Some(format) {
+            return self.stored_codes(name, rows);
+        }
         let Some((columns, row_words)) = row_of(self.tensor(name)?, format) else {
             return Ok(None);
         };
@@ -101,7 +128,7 @@ impl Shards {
     }
 
     /// What went wrong with a tensor.
-    fn failure(&self, name: &str, source: TensorError) -> CheckpointError {
+    pub(crate) fn failure(&self, name: &str, source: TensorError) -> CheckpointError {
         match self.find(name) {
             Ok((_, shard)) => shard.error(name, source),
             Err(error) => error,
@@ -112,17 +139,20 @@ impl Shards {
         &self,
         info: &TensorInfo,
         rows: Range<usize>,
-        row_words: usize,
+        (format, row_words): (Format, usize),
         words: &mut [i32],
     ) -> Result<(), TensorError> {
+        let mut places = words.chunks_exact_mut(row_words);
+        let mut next = |row: &[u8]| {
+            if let Some(place) = places.next() {
+                put(row, place);
+            }
+        };
         match info.coded.as_deref() {
+            Some(Coded::Rows(codes)) => codes.read(self, info.shard, rows, words),
+            Some(Coded::Grid(grid)) => grid.int8_rows(self, rows, next),
             Some(Coded::Blocks(blocks)) => {
-                let mut places = words.chunks_exact_mut(row_words);
-                self.raw_rows(blocks, info.shard, rows, |row| {
-                    if let Some(place) = places.next() {
-                        put(row, place);
-                    }
-                })
+                self.raw_rows((blocks, format), info.shard, rows, &mut next)
             }
             Some(Coded::Arranged(arranged)) => {
                 for (part, places) in arranged.rows().unwrap_or_default() {
@@ -130,7 +160,8 @@ impl Shards {
                         continue;
                     };
                     let mut places = places.into_iter();
-                    self.raw_rows(blocks, part.shard, 0..part.shape[0], |row| {
+                    let all = 0..part.shape[0];
+                    self.raw_rows((blocks, format), part.shard, all, &mut |row| {
                         let place = places.next().and_then(|at| at.checked_sub(rows.start));
                         let place = place.filter(|at| *at < rows.len());
                         let Some(place) = place else { return };
@@ -139,44 +170,30 @@ impl Shards {
                 }
                 Ok(())
             }
-            _ => Ok(()),
+            Some(Coded::Columns(_)) | None => Ok(()),
         }
     }
 
     /// Hands on the bytes of every row.
     fn raw_rows(
         &self,
-        blocks: &Blocks,
+        (blocks, format): (&Blocks, Format),
         shard: usize,
         rows: Range<usize>,
-        mut each: impl FnMut(&[u8]),
+        each: &mut dyn FnMut(&[u8]),
     ) -> Result<(), TensorError> {
         let mut stored = blocks.stored().rows(rows.clone());
         stored.shard = shard;
-        let mut reader = io::BufReader::with_capacity(1 << 20, self.stored(&stored)?);
+        let mut reader = io::BufReader::with_capacity(BLOCK_BYTES, self.stored(&stored)?);
         let mut row = vec![0; blocks.stored().shape[1]];
         for _ in rows {
             reader.read_exact(&mut row)?;
+            if !format.is_finite(&row) {
+                return Err(own::not_finite());
+            }
             each(&row);
         }
         Ok(())
-    }
-}
-
-/// The format that all of a tensor is in.
-fn format_of(info: &TensorInfo) -> Option<Format> {
-    match info.coded.as_deref()? {
-        Coded::Blocks(blocks) => blocks.format(),
-        Coded::Arranged(arranged) => {
-            let parts = arranged.rows()?;
-            let mut formats = parts.iter().map(|(part, _)| match part.coded.as_deref() {
-                Some(Coded::Blocks(blocks)) => blocks.format(),
-                _ => None,
-            });
-            let first = formats.next()??;
-            formats.all(|format| format == Some(first)).then_some(first)
-        }
-        _ => None,
     }
 }
 

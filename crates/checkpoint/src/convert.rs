@@ -30,7 +30,7 @@ pub enum Layout {
 pub enum TensorError {
     /// The file ended early, or reading failed.
     #[error("reading failed, or the file changed meanwhile: {0}")]
-    Read(#[from] io::Error),
+    Read(#[source] io::Error),
 
     /// The elements are not f32, f16 or bf16.
     #[error(
@@ -83,6 +83,13 @@ pub enum TensorError {
     /// There is not enough memory.
     #[error("there is no memory for it: {0}")]
     Memory(#[from] TryReserveError),
+}
+
+/// What a reader of ours has found is told as that.
+impl From<io::Error> for TensorError {
+    fn from(error: io::Error) -> Self {
+        error.downcast().unwrap_or_else(Self::Read)
+    }
 }
 
 /// Reads a whole tensor; `reader` stands at its first byte. A finite value that would become infinite

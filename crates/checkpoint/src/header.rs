@@ -9,6 +9,7 @@ use safetensors::tensor::{self, Metadata};
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
+use crate::burnpack::Contents;
 use crate::folder::Source;
 use crate::{CheckpointError, TensorInfo};
 
@@ -19,10 +20,7 @@ const PREFIX_BYTES: u64 = 8;
 
 /// Reads and checks a header: tensors lie back to back behind it to the end of the file, each as
 /// long as its shape and dtype say. `file` is the file's path, for messages.
-pub(crate) fn read(
-    source: &Source,
-    file: &str,
-) -> Result<Vec<(String, TensorInfo)>, CheckpointError> {
+pub(crate) fn read(source: &Source, file: &str) -> Result<Contents, CheckpointError> {
     let (json, file_bytes) = read_json(source, file)?;
     let metadata = parse(&json, file)?;
     let data_start = PREFIX_BYTES + json.len() as u64;
@@ -43,7 +41,11 @@ pub(crate) fn read(
         };
         (name, info)
     });
-    Ok(tensors.collect())
+    let notes = metadata.metadata().clone().unwrap_or_default();
+    Ok(Contents {
+        tensors: tensors.collect(),
+        notes: notes.into_iter().collect(),
+    })
 }
 
 /// A file must be exactly as long as its header says.

@@ -1,8 +1,11 @@
 //! The parameters of a module and where they stand in it.
 
+use std::collections::BTreeMap;
+
 use burn::module::{Module, ModuleVisitor, Param};
-use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
+use burn::tensor::{Int, Tensor};
+use reroute_kernels::Format;
 
 use crate::Layout;
 use crate::plan::Expected;
@@ -13,8 +16,21 @@ pub(crate) fn inventory<B: Backend, M: Module<B>>(
     module: &M,
     linear: Layout,
 ) -> Vec<(String, Expected)> {
+    inventory_with(module, linear, &InCodes::new())
+}
+
+/// Formats and columns of weights in codes, by path.
+pub(crate) type InCodes = BTreeMap<String, (Format, usize)>;
+
+/// The same with weights in codes as the numbers that they stand for.
+pub(crate) fn inventory_with<B: Backend, M: Module<B>>(
+    module: &M,
+    linear: Layout,
+    codes: &InCodes,
+) -> Vec<(String, Expected)> {
     let mut inventory = Inventory {
         linear,
+        codes,
         path: Path::default(),
         found: Vec::new(),
     };
@@ -22,8 +38,9 @@ pub(crate) fn inventory<B: Backend, M: Module<B>>(
     inventory.found
 }
 
-struct Inventory {
+struct Inventory<'a> {
     linear: Layout,
+    codes: &'a InCodes,
     path: Path,
     found: Vec<(String, Expected)>,
 }
@@ -70,7 +87,7 @@ impl Path {
     }
 }
 
-impl<B: Backend> ModuleVisitor<B> for Inventory {
+impl<B: Backend> ModuleVisitor<B> for Inventory<'_> {
     fn enter_module(&mut self, name: &str, container_type: &str) {
         self.path.enter(name, container_type);
     }
@@ -80,18 +97,28 @@ impl<B: Backend> ModuleVisitor<B> for Inventory {
     }
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
-        let (path, is_block) = self.path.parameter();
-        let mut shape = param.lazy_shape().to_vec();
-        if let (true, Some((last, tensor))) = (is_block, self.found.last_mut())
-            && *last == path
-        {
-            tensor.shape[0] += shape[0];
-            return;
-        }
         let layout = self.path.layout(self.linear);
+        let mut shape = param.lazy_shape().to_vec();
         if layout == Layout::Transposed {
             shape.reverse();
         }
-        self.found.push((path, Expected { shape, layout }));
+        self.add(shape, layout);
+    }
+
+    fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<B, D, Int>>) {
+        if let Some(&(_, columns)) = self.codes.get(&self.path.parameter().0) {
+            self.add(vec![param.lazy_shape()[0], columns], Layout::AsStored);
+        }
+    }
+}
+
+impl Inventory<'_> {
+    /// The current parameter, or a further block of it.
+    fn add(&mut self, shape: Vec<usize>, layout: Layout) {
+        let (path, is_block) = self.path.parameter();
+        match self.found.last_mut() {
+            Some((last, tensor)) if is_block && *last == path => tensor.shape[0] += shape[0],
+            _ => self.found.push((path, Expected { shape, layout })),
+        }
     }
 }

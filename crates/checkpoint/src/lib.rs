@@ -70,6 +70,8 @@ pub use names::{NameTable, Rule};
 pub use narrow::{Narrow, is_weight};
 pub use onnx::{Onnx, OnnxInput, OnnxNode};
 pub use processor::ProcessorSettings;
+pub use quantised::own::{coded_tensor, codes_note, set_codes};
+pub use reroute_kernels::Format as CodeFormat;
 pub use safetensors::Dtype;
 pub use save::{Save, SaveError, Saved};
 pub use sharding::{shard_index, shard_name, split};

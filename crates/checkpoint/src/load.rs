@@ -119,27 +119,34 @@ impl<'a> Loading<'a> {
         }
     }
 
-    /// What `make` makes of the weight of so many rows at a path, in fewer bits; [`fill`](Self::fill) leaves
-    /// that parameter alone then. `None`, and it is loaded as floats, if it makes nothing, or the file does not
-    /// have it in a format that can stay and no other is asked for.
+    /// What `make` makes of the weight at a path, in blocks of so many rows, in fewer bits; [`fill`](Self::fill)
+    /// leaves that parameter alone then. `None`, and it is loaded as floats, if it makes nothing, or the file
+    /// does not have it in a format that can stay and no other is asked for.
     pub fn codes<T>(
         &mut self,
         path: &str,
-        rows: usize,
+        heights: &[usize],
         format: Option<Format>,
-        make: impl FnOnce(StoredCodes) -> Option<T>,
-    ) -> Result<Option<T>, CheckpointError> {
+        mut make: impl FnMut(StoredCodes) -> Option<T>,
+    ) -> Result<Option<Vec<T>>, CheckpointError> {
         let tensor = self.plan.get(path);
         let Some(tensor) = tensor.filter(|tensor| tensor.layout == Layout::AsStored) else {
             return Ok(None);
         };
-        let codes = match format {
-            Some(format) => self.shards.codes_as(&tensor.name, 0..rows, format)?,
-            None => self.shards.stored_codes(&tensor.name, 0..rows)?,
-        };
-        let Some(made) = codes.and_then(make) else {
-            return Ok(None);
-        };
+        let mut made = Vec::with_capacity(heights.len());
+        let mut first = 0;
+        for height in heights {
+            let rows = first..first + height;
+            first = rows.end;
+            let codes = match format {
+                Some(format) => self.shards.codes_as(&tensor.name, rows, format)?,
+                None => self.shards.stored_codes(&tensor.name, rows)?,
+            };
+            match codes.and_then(&mut make) {
+                Some(block) => made.push(block),
+                None => return Ok(None),
+            }
+        }
         let bytes = tensor.bytes;
         self.plan.remove(path);
         self.advance(bytes)?;

@@ -7,14 +7,17 @@
 //! | `awq` | 4 bits packed along the columns, less a zero, times a scale per group | AutoAWQ, `utils/packing_utils.py` |
 //! | `gptq` | 4 or 8 bits packed along the columns, the same, groups in any order | GPTQModel, `nn_modules/qlinear` |
 //! | – (GGUF) | blocks of a row with scales of their own | ggml, `ggml-quants.c` |
+//! | `reroute` | rows as products take them from memory, see [`own`] | – |
 
 mod blocks;
 mod columns;
 mod grid;
+pub(crate) mod own;
 mod rows;
 
 use std::collections::BTreeMap;
 
+use reroute_kernels::Format;
 use safetensors::Dtype;
 use serde::Deserialize;
 use serde_json::Value;
@@ -31,9 +34,20 @@ pub(crate) enum Coded {
     Grid(grid::Grid),
     Columns(columns::Columns),
     Blocks(Blocks),
+    Rows(own::Rows),
 }
 
 impl Coded {
+    /// The format in which products take its rows as they are, if they do.
+    pub(crate) fn format(&self) -> Option<Format> {
+        match self {
+            Self::Blocks(blocks) => blocks.format(),
+            Self::Grid(grid) => grid.format(),
+            Self::Rows(rows) => Some(rows.format),
+            Self::Arranged(_) | Self::Columns(_) => None,
+        }
+    }
+
     /// What people call it.
     pub(crate) fn name(&self) -> &'static str {
         match self {
@@ -41,6 +55,7 @@ impl Coded {
             Self::Grid(grid) => grid.name(),
             Self::Columns(columns) => columns.name(),
             Self::Blocks(blocks) => blocks.name(),
+            Self::Rows(rows) => rows.format.name(),
         }
     }
 }
@@ -197,6 +212,12 @@ fn put_together(config: &Quantization, tensors: &mut Tensors) -> Result<(), Stri
         "compressed-tensors" => compressed(config, tensors),
         "awq" => columns::awq(config, tensors),
         "gptq" => columns::gptq(config, tensors),
+        own::METHOD => match tensors.iter().find(|(_, info)| info.dtype == Dtype::U8) {
+            None => Ok(()),
+            Some((name, _)) => Err(format!(
+                "its file does not say what the codes of {name} are"
+            )),
+        },
         _ if tensors.values().all(|info| is_plain(info.dtype)) => Ok(()),
         "" => Err("quantization_config has no quant_method".to_owned()),
         other => Err(format!("weights quantised by {other} are not supported")),

@@ -10,20 +10,21 @@ use std::path::{Path, PathBuf};
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::backend::Backend;
-use burn::tensor::{DType, Tensor};
+use burn::tensor::{BasicOps, DType, Int, Tensor};
 use safetensors::Dtype;
 use serde_json::Value;
 
 pub use self::error::SaveError;
 use self::staging::Staging;
 use crate::convert::BLOCK_BYTES;
-use crate::inventory::{Path as ModulePath, inventory};
+use crate::inventory::{InCodes, Path as ModulePath, inventory, inventory_with};
 use crate::plan::plan;
 use crate::shards::is_weights_file;
 use crate::{
-    CONFIG, CONFIG_MAX_BYTES, CheckpointError, Companions, Folder, Format, INDEX, Layout,
-    NameTable, Narrow, NewTensor, Shards, TOKENIZER_MAX_BYTES, TensorInfo, WeightsFile, burnpack,
-    forget_quantization, is_weight, json_bytes, set_dtype, shard_index, shard_name, split,
+    CONFIG, CONFIG_MAX_BYTES, CheckpointError, CodeFormat, Companions, Folder, Format, INDEX,
+    Layout, NameTable, Narrow, NewTensor, Shards, TOKENIZER_MAX_BYTES, TensorInfo, WeightsFile,
+    burnpack, coded_tensor, codes_note, forget_quantization, is_weight, json_bytes, set_codes,
+    set_dtype, shard_index, shard_name, split,
 };
 
 /// Most numbers that are copied from a device at a time (8 MiB in f32), or one row of a tensor.
@@ -48,7 +49,10 @@ pub struct Save<'a, M> {
     /// what its weights hold for others that no such module needs ([`NameTable::ignore`]), as the norm behind
     /// the last layer of a vision tower.
     pub like: &'a Folder,
-    /// Type of the weights: F32, F16 or BF16.
+    /// Weights that are in codes of fewer bits, by path: their format and columns. They are written as
+    /// [`coded_tensor`] lays them out.
+    pub codes: BTreeMap<String, (CodeFormat, usize)>,
+    /// Type of all other weights: F32, F16 or BF16.
     pub dtype: DType,
     /// Largest file of weights, in bytes of data; one larger tensor is a file, too.
     pub max_shard_bytes: u64,
@@ -68,8 +72,11 @@ pub struct Saved {
 /// A tensor of `like` that no parameter stands for.
 struct Carried {
     stored_name: String,
-    dtype: Dtype,
+    from: Dtype,
 }
+
+/// What files say of the codes of a tensor, by its name.
+type Notes = BTreeMap<String, (String, String)>;
 
 /// One file of weights.
 struct NewFile {
@@ -105,8 +112,8 @@ impl<M> Save<'_, M> {
         let dtype = dtype.filter(|dtype| matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16));
         let dtype = dtype.ok_or(SaveError::Dtype { dtype: self.dtype })?;
         let weights = weights_of(self.like)?;
-        let (tensors, carried) = self.tensors::<B>(weights.as_ref(), dtype)?;
-        let files = self.files(tensors)?;
+        let (tensors, carried, notes) = self.tensors::<B>(weights.as_ref(), dtype)?;
+        let files = self.files(tensors, &notes)?;
         let companions = self.like.companions()?;
         let small = self.small_files(&companions, &files, dtype)?;
         let bytes = files.iter().map(|file| file.layout.bytes).sum();
@@ -120,6 +127,7 @@ impl<M> Save<'_, M> {
         let mut writer = Writer {
             file_name: self.file_name,
             linear: self.linear,
+            codes: &self.codes,
             files: FileWriter::new(&staging, dtype, files),
             path: ModulePath::default(),
             failure: None,
@@ -160,30 +168,43 @@ impl<M> Save<'_, M> {
         let mut config: Value = self.like.read_json(CONFIG, CONFIG_MAX_BYTES)?;
         set_dtype(&mut config, dtype);
         forget_quantization(&mut config);
+        let formats = self.codes.values().map(|(format, _)| *format);
+        set_codes(&mut config, formats.collect());
         small.insert(CONFIG.to_owned(), json_bytes(&config));
         Ok(small)
     }
 
-    /// Everything that will be written, in order: parameters, then what is carried over.
+    /// Everything that will be written, in order: parameters, then what is carried over; and what is said of
+    /// codes.
     fn tensors<B: Backend>(
         &self,
         weights: Option<&Shards>,
         dtype: Dtype,
-    ) -> Result<(Vec<NewTensor>, Vec<Carried>), SaveError>
+    ) -> Result<(Vec<NewTensor>, Vec<Carried>, Notes), SaveError>
     where
         M: Module<B>,
     {
         let mut tensors = Vec::new();
         let mut nameless = Vec::new();
-        for (path, parameter) in inventory(self.module, self.linear) {
-            match (self.file_name)(&path) {
-                Some(name) => tensors.push(NewTensor {
-                    name,
-                    dtype,
-                    shape: parameter.shape,
-                }),
-                None => nameless.push(path),
+        let (mut coded, mut notes) = (Vec::new(), Notes::new());
+        for (path, parameter) in inventory_with(self.module, self.linear, &self.codes) {
+            let Some(name) = (self.file_name)(&path) else {
+                nameless.push(path);
+                continue;
+            };
+            if let Some(&(format, columns)) = self.codes.get(&path) {
+                let Some(codes) = coded_tensor(&name, format, [parameter.shape[0], columns]) else {
+                    nameless.push(path);
+                    continue;
+                };
+                coded.push((tensors.len(), codes));
+                notes.insert(name.clone(), codes_note(&name, format, columns));
             }
+            tensors.push(NewTensor {
+                name,
+                dtype,
+                shape: parameter.shape,
+            });
         }
         let mut names: BTreeSet<String> =
             tensors.iter().map(|tensor| tensor.name.clone()).collect();
@@ -198,7 +219,7 @@ impl<M> Save<'_, M> {
             if names.insert(name.clone()) {
                 carried.push(Carried {
                     stored_name: stored_name.to_owned(),
-                    dtype: info.dtype,
+                    from: info.dtype,
                 });
                 tensors.push(NewTensor {
                     name,
@@ -208,7 +229,10 @@ impl<M> Save<'_, M> {
             }
         }
         self.check::<B>(&tensors, nameless)?;
-        Ok((tensors, carried))
+        for (at, codes) in coded {
+            tensors[at] = codes;
+        }
+        Ok((tensors, carried, notes))
     }
 
     /// What a tensor that no parameter stands for is called beside the names that are written.
@@ -253,13 +277,15 @@ impl<M> Save<'_, M> {
         })
     }
 
-    fn files(&self, tensors: Vec<NewTensor>) -> Result<Vec<NewFile>, SaveError> {
+    fn files(&self, tensors: Vec<NewTensor>, notes: &Notes) -> Result<Vec<NewFile>, SaveError> {
         let groups = split(tensors, self.max_shard_bytes, NewTensor::bytes)?;
         let count = groups.len();
         let file = |(at, tensors): (usize, Vec<NewTensor>)| {
+            let notes = tensors.iter().filter_map(|tensor| notes.get(&tensor.name));
+            let notes = notes.cloned().collect();
             Ok(NewFile {
                 name: shard_name(at, count),
-                layout: WeightsFile::new(Format::Safetensors, &tensors)?,
+                layout: WeightsFile::with_notes(Format::Safetensors, &tensors, &notes)?,
                 tensors,
             })
         };
@@ -280,6 +306,7 @@ fn weights_of(folder: &Folder) -> Result<Option<Shards>, SaveError> {
 struct Writer<'a> {
     file_name: &'a dyn Fn(&str) -> Option<String>,
     linear: Layout,
+    codes: &'a InCodes,
     files: FileWriter<'a>,
     path: ModulePath,
     failure: Option<SaveError>,
@@ -299,15 +326,27 @@ impl<B: Backend> ModuleVisitor<B> for Writer<'_> {
             self.failure = self.write(param).err();
         }
     }
+
+    fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<B, D, Int>>) {
+        let is_codes = self.codes.contains_key(&self.path.parameter().0);
+        if self.failure.is_none() && is_codes {
+            self.failure = self.write_codes(param.val()).err();
+        }
+    }
 }
 
 impl Writer<'_> {
+    /// What the current parameter is called.
+    fn name(&self) -> String {
+        let (path, _) = self.path.parameter();
+        (self.file_name)(&path).unwrap_or(path)
+    }
+
     fn write<B: Backend, const D: usize>(
         &mut self,
         param: &Param<Tensor<B, D>>,
     ) -> Result<(), SaveError> {
-        let (path, _) = self.path.parameter();
-        let name = (self.file_name)(&path).unwrap_or(path);
+        let name = self.name();
         let tensor = param.transform_for_save().val();
         let tensor = match self.path.layout(self.linear) {
             Layout::AsStored => tensor,
@@ -318,14 +357,37 @@ impl Writer<'_> {
         let Some(stored) = stored else {
             return Err(SaveError::Elements { name, dtype });
         };
+        let types = (stored, self.files.dtype);
+        self.copy(&name, tensor, types)
+    }
+
+    fn write_codes<B: Backend, const D: usize>(
+        &mut self,
+        words: Tensor<B, D, Int>,
+    ) -> Result<(), SaveError> {
+        let (name, dtype) = (self.name(), words.dtype());
+        match dtype {
+            // Their bytes are what is written.
+            DType::I32 => self.copy(&name, words, (Dtype::U8, Dtype::U8)),
+            _ => Err(SaveError::Elements { name, dtype }),
+        }
+    }
+
+    /// Writes a tensor, a few rows at a time, from elements of one type to those of another.
+    fn copy<B: Backend, const D: usize, K: BasicOps<B>>(
+        &mut self,
+        name: &str,
+        tensor: Tensor<B, D, K>,
+        types: (Dtype, Dtype),
+    ) -> Result<(), SaveError> {
         let (height, elements) = (tensor.dims()[0], tensor.shape().num_elements());
         let row = (elements / height.max(1)).max(1);
         let rows = (COPIED / row).clamp(1, height.max(1));
-        self.files.write(&name, stored, |each| {
+        self.files.write(name, types, |each| {
             for first in (0..height).step_by(rows) {
                 let part = tensor.clone().narrow(0, first, rows.min(height - first));
                 let data = part.try_into_data().map_err(|error| SaveError::Device {
-                    name: name.clone(),
+                    name: name.to_owned(),
                     problem: error.to_string(),
                 })?;
                 data.as_bytes()
@@ -364,10 +426,9 @@ impl<'a> FileWriter<'a> {
     fn write(
         &mut self,
         name: &str,
-        from: Dtype,
+        (from, dtype): (Dtype, Dtype),
         stream: impl FnOnce(&mut dyn FnMut(&[u8]) -> Result<(), SaveError>) -> Result<(), SaveError>,
     ) -> Result<(), SaveError> {
-        let dtype = self.dtype;
         let mut narrow = Narrow::new(from, dtype);
         let mut buffer = Vec::new();
         stream(&mut |block| self.append(narrow.block(block, &mut buffer)))?;
@@ -383,7 +444,7 @@ impl<'a> FileWriter<'a> {
 
     fn carry(&mut self, weights: &Shards, tensor: &Carried) -> Result<(), SaveError> {
         let name = &tensor.stored_name;
-        self.write(name, tensor.dtype, |each| {
+        self.write(name, (tensor.from, self.dtype), |each| {
             weights.for_each_block(name, each)
         })
     }

@@ -4,7 +4,7 @@ use serde_json::json;
 
 use crate::NewTensor;
 use crate::companions::json_bytes;
-use crate::shards::{SINGLE, numbered};
+use crate::shards::SINGLE;
 
 /// Groups of bounded size in bytes, in the order given; one larger thing is a group, too. There is one
 /// group at least.
@@ -48,4 +48,32 @@ pub fn shard_index<'a>(files: impl IntoIterator<Item = (&'a str, &'a [NewTensor]
         }
     }
     json_bytes(&json!({"metadata": {"total_size": total_size}, "weight_map": weight_map}))
+}
+
+/// A shard whose name says which of how many it is: `model-00002-of-00003.safetensors`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Numbered {
+    pub(crate) of: u32,
+    pub(crate) at: u32,
+}
+
+impl Numbered {
+    pub(crate) fn parse(name: &str) -> Option<Self> {
+        let numbers = name.strip_prefix("model-")?.strip_suffix(".safetensors")?;
+        let (at, of) = numbers.split_once("-of-")?;
+        let shard = Self {
+            of: of.parse().ok()?,
+            at: at.parse().ok()?,
+        };
+        (shard.name() == name).then_some(shard)
+    }
+
+    pub(crate) fn name(self) -> String {
+        numbered(u64::from(self.at), u64::from(self.of))
+    }
+}
+
+/// Name of one of several shards, counted from 1.
+fn numbered(at: u64, of: u64) -> String {
+    format!("model-{at:05}-of-{of:05}.safetensors")
 }

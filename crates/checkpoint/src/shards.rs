@@ -18,7 +18,8 @@ use crate::folder::{Source, is_plain_name};
 use crate::header::{self, Entries};
 use crate::mapped::Mapped;
 use crate::mismatch::IndexMismatch;
-use crate::quantised::{self, Coded};
+use crate::quantised::{self, Coded, own};
+use crate::sharding::Numbered;
 use crate::{CheckpointError, Folder, INDEX_MAX_BYTES, TensorError, burnpack};
 
 const BURNPACK: &str = "model.bpk";
@@ -342,7 +343,7 @@ impl Shards {
     ) -> Result<TensorData, CheckpointError> {
         let (whole, shard) = self.find(name)?;
         let part = part(whole);
-        if let (Some(mapped), Layout::AsStored) = (&shard.mapped, layout)
+        if let (Some(mapped), Layout::AsStored, None) = (&shard.mapped, layout, &whole.coded)
             && let Some(data) = mapped.tensor(name, whole, &part, dtype)
         {
             return Ok(data);
@@ -415,17 +416,24 @@ impl Shards {
     ) -> Result<Vec<(String, TensorInfo)>, CheckpointError> {
         let source = folder.locate(name)?;
         let file = folder.path_of(name);
-        let (form, mut tensors, mapped) = if name.ends_with(".bpk") {
+        let (form, contents, mapped) = if name.ends_with(".bpk") {
             let mut contents = burnpack::read(&source, &file)?;
             self.converted_from = contents.notes.remove(CONVERTED_FROM);
             let mapped = Mapped::open(&source, &file)?;
-            ("Burnpack", contents.tensors, mapped)
+            ("Burnpack", contents, mapped)
         } else {
             ("safetensors", header::read(&source, &file)?, None)
         };
+        let mut tensors = contents.tensors;
         for (_, info) in &mut tensors {
             info.shard = self.shards.len();
         }
+        let assembled = own::assemble(&contents.notes, &mut tensors);
+        assembled.map_err(|(name, source)| CheckpointError::Tensor {
+            name,
+            file: file.clone(),
+            source,
+        })?;
         tensors.sort_by(|(a, _), (b, _)| a.cmp(b));
         self.shards.push(Shard {
             file,
@@ -502,34 +510,6 @@ impl Shards {
 /// Whether a folder's weights are looked for in a file of this name.
 pub(crate) fn is_weights_file(name: &str) -> bool {
     [BURNPACK, SINGLE, INDEX].contains(&name) || Numbered::parse(name).is_some()
-}
-
-/// A shard whose name says which of how many it is: `model-00002-of-00003.safetensors`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-struct Numbered {
-    of: u32,
-    at: u32,
-}
-
-impl Numbered {
-    fn parse(name: &str) -> Option<Self> {
-        let numbers = name.strip_prefix("model-")?.strip_suffix(".safetensors")?;
-        let (at, of) = numbers.split_once("-of-")?;
-        let shard = Self {
-            of: of.parse().ok()?,
-            at: at.parse().ok()?,
-        };
-        (shard.name() == name).then_some(shard)
-    }
-
-    fn name(self) -> String {
-        numbered(u64::from(self.at), u64::from(self.of))
-    }
-}
-
-/// Name of one of several shards, counted from 1.
-pub(crate) fn numbered(at: u64, of: u64) -> String {
-    format!("model-{at:05}-of-{of:05}.safetensors")
 }
 
 impl Shard {

@@ -196,12 +196,17 @@ fn safetensors_header(
         };
         (tensor.name.clone(), info)
     });
+    let metadata = Metadata::new(None, entries.collect());
+    let metadata = metadata.map_err(|_| LayoutError::Header)?;
+    let tensors = serde_json::to_string(&metadata).map_err(|_| LayoutError::Header)?;
     // What transformers asks for before it loads a file.
     let format = ("format".to_owned(), "pt".to_owned());
-    let notes = notes.clone().into_iter().chain([format]).collect();
-    let metadata = Metadata::new(Some(notes), entries.collect());
-    let metadata = metadata.map_err(|_| LayoutError::Header)?;
-    let mut json = serde_json::to_vec(&metadata).map_err(|_| LayoutError::Header)?;
+    // In the same order whenever they are written.
+    let notes: BTreeMap<_, _> = notes.clone().into_iter().chain([format]).collect();
+    let notes = serde_json::to_string(&notes).map_err(|_| LayoutError::Header)?;
+    let rest = tensors.strip_prefix('{').unwrap_or_default();
+    let comma = if rest == "}" { "" } else { "," };
+    let mut json = format!(r#"{{"__metadata__":{notes}{comma}{rest}"#).into_bytes();
     json.resize(json.len().next_multiple_of(SAFETENSORS_ALIGNMENT), b' ');
     if json.len() as u64 > header::HEADER_MAX_BYTES {
         return Err(LayoutError::Header);

@@ -63,6 +63,7 @@ fn peak(count: usize, dtype: DType) -> usize {
         file_name: &|path| TABLE.file_name(path),
         linear: Layout::AsStored,
         like: &like,
+        codes: Default::default(),
         dtype,
         max_shard_bytes: 3 * TENSOR_BYTES as u64,
     };

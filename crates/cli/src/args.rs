@@ -64,6 +64,9 @@ pub struct ModelArgs {
     /// Type of keys and values in memory.
     #[arg(long, value_enum, default_value = "auto")]
     pub kv: Kv,
+    /// Which linear maps --dtype int8 and q4 are for.
+    #[arg(long, value_enum, default_value = "decoder")]
+    pub coded: CodedMaps,
     /// Pad images to a square instead of cropping them, as the original LLaVA code does, for models
     /// whose images are all of one size.
     #[arg(long)]
@@ -90,7 +93,7 @@ impl ModelArgs {
 
     /// How the checkpoint is opened.
     pub fn options(&self, folder: &Folder) -> anyhow::Result<OpenOptions> {
-        let (dtype, weights) = self.dtype.types(folder);
+        let (dtype, weights) = self.dtype.types(self.coded, folder);
         let adapters = self.adapter.iter().map(|path| hub::folder(path, None));
         Ok(OpenOptions {
             dtype,
@@ -169,8 +172,8 @@ impl Kv {
 /// Types that the weights of a model can have in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum WeightType {
-    /// As the file has them: f32, f16, bf16, and blocks of GGUF (Q8_0, Q4_0, Q4_1, Q4_K, Q6_K) as they are. What
-    /// is quantised otherwise becomes what its file has beside.
+    /// As the file has them: f32, f16, bf16; int8 and q4 of `convert`, and blocks of GGUF (Q8_0, Q4_0, Q4_1, Q4_K,
+    /// Q6_K) as they are. What is quantised otherwise becomes what its file has beside.
     Auto,
     /// 32-bit floats.
     F32,
@@ -197,10 +200,10 @@ impl WeightType {
     }
 
     /// The type of floats and activations for a checkpoint, and which weights stay in fewer bits.
-    pub fn types(self, folder: &Folder) -> (DType, Weights) {
+    pub fn types(self, coded: CodedMaps, folder: &Folder) -> (DType, Weights) {
         match (self, self.floats()) {
-            (Self::Int8, Some(floats)) => (floats, Weights::Decoder(CodeFormat::Int8)),
-            (Self::Q4, Some(floats)) => (floats, Weights::Decoder(CodeFormat::Int4)),
+            (Self::Int8, Some(floats)) => (floats, coded.weights(CodeFormat::Int8)),
+            (Self::Q4, Some(floats)) => (floats, coded.weights(CodeFormat::Int4)),
             (_, Some(floats)) => (floats, Weights::Floats),
             (_, None) => {
                 // What is wrong with it is told when it is opened.
@@ -208,6 +211,25 @@ impl WeightType {
                 let (floats, weights) = stored.unwrap_or((DType::F32, Weights::Floats));
                 (backend::or_f32(floats), weights)
             }
+        }
+    }
+}
+
+/// Linear maps whose weights become codes of fewer bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum CodedMaps {
+    /// Those of the decoder: boxes suffer first from what the vision tower loses.
+    Decoder,
+    /// Those of the vision tower and of what projects its features, too.
+    All,
+}
+
+impl CodedMaps {
+    /// These in a format.
+    pub fn weights(self, format: CodeFormat) -> Weights {
+        match self {
+            Self::Decoder => Weights::Decoder(format),
+            Self::All => Weights::All(format),
         }
     }
 }
@@ -481,10 +503,13 @@ pub struct ConvertArgs {
     /// open the name says: `hf` becomes a folder that transformers loads again.
     #[arg(long, value_name = "DIR|FILE")]
     pub to: PathBuf,
-    /// Type of the weights. Without it they stay as they are; those of fewer bits, which are widened, become
-    /// what config.json says.
+    /// Type of the weights. Without it they stay as they are; those of fewer bits that others have quantised are
+    /// widened and become what config.json says.
     #[arg(long, value_enum)]
-    pub dtype: Option<Dtype>,
+    pub dtype: Option<FileType>,
+    /// Which linear maps --dtype int8 and q4 are for.
+    #[arg(long, value_enum, default_value = "decoder")]
+    pub coded: CodedMaps,
     /// Make the largest value of the type of values beyond its range, instead of refusing them.
     #[arg(long)]
     pub clamp: bool,
@@ -507,6 +532,21 @@ pub struct ConvertArgs {
     /// List what would be written, and write nothing.
     #[arg(long)]
     pub dry_run: bool,
+}
+
+/// Types that weights can have in files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum FileType {
+    /// 32-bit floats.
+    F32,
+    /// 16-bit floats.
+    F16,
+    /// The same, with the range of f32 and a third of the digits of f16.
+    Bf16,
+    /// Bytes with a scale for each row; what is no linear map stays what it is.
+    Int8,
+    /// 4 bits with a scale for each group of 64; what is no linear map stays what it is.
+    Q4,
 }
 
 /// Families that are assembled of parts.

@@ -5,16 +5,19 @@ use std::io::{IsTerminal, Write, stderr};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use reroute_checkpoint::Dtype;
-use reroute_convert::{Assembly, Form, Job, Phase, Plan, Progress, Report};
-use reroute_zoo::{ModelConfig, ZooError};
+use reroute_convert::{Assembly, Codes, Form, Job, Phase, Plan, Progress, Report};
+use reroute_zoo::{CodeFormat, ModelConfig, ZooError};
 
-use crate::args::{self, Assemble, ConvertArgs, ConvertForm};
+use crate::args::{Assemble, ConvertArgs, ConvertForm, FileType};
+use crate::backend::{self, Backend};
 use crate::hub;
 
 /// How often progress is shown.
 const INTERVAL: Duration = Duration::from_millis(500);
+/// Weights that are named of those whose codes are off by most.
+const WORST: usize = 5;
 const MIB: f64 = (1 << 20) as f64;
 
 /// Runs the command.
@@ -30,11 +33,13 @@ pub fn run(args: &ConvertArgs, out: &mut dyn Write) -> Result<()> {
         from: hub::path(from.map_or(Path::new(""), PathBuf::as_path))?,
         mmproj: args.mmproj.clone(),
         to: args.to.clone(),
-        dtype: args.dtype.map(|dtype| match dtype {
-            args::Dtype::F32 => Dtype::F32,
-            args::Dtype::F16 => Dtype::F16,
-            args::Dtype::Bf16 => Dtype::BF16,
+        dtype: args.dtype.and_then(|dtype| match dtype {
+            FileType::F32 => Some(Dtype::F32),
+            FileType::F16 => Some(Dtype::F16),
+            FileType::Bf16 => Some(Dtype::BF16),
+            FileType::Int8 | FileType::Q4 => None,
         }),
+        codes: codes(args)?,
         form: args.format.map(|format| match format {
             ConvertForm::Burnpack => Form::Burnpack,
             ConvertForm::Safetensors => Form::Safetensors,
@@ -68,6 +73,33 @@ pub fn run(args: &ConvertArgs, out: &mut dyn Write) -> Result<()> {
         let _ = writeln!(text, "left out, for it is too large: {}", path.display());
     }
     Ok(out.write_all(text.as_bytes())?)
+}
+
+/// The weights that become codes of fewer bits.
+fn codes(args: &ConvertArgs) -> Result<Option<Codes>> {
+    let format = match args.dtype {
+        Some(FileType::Int8) => CodeFormat::Int8,
+        Some(FileType::Q4) => CodeFormat::Int4,
+        _ => return Ok(None),
+    };
+    let (Some(from), None) = (&args.from, &args.vision_tower) else {
+        bail!(
+            "--dtype int8 and q4 are for models that can be opened: convert the parts without it, then what that has \
+             written"
+        );
+    };
+    let config = ModelConfig::open(&hub::folder(from, args.mmproj.as_deref())?)?;
+    // Parameters that are never made need no driver.
+    let device = backend::Device::default();
+    let paths = args
+        .coded
+        .weights(format)
+        .coded_paths::<Backend>(&config, &device)?;
+    Ok(Some(Codes {
+        format,
+        names: config.names(),
+        paths,
+    }))
 }
 
 /// Refuses what nothing could open afterwards: a model of a family that is not known, by its name. A language model
@@ -132,8 +164,29 @@ fn tell(out: &mut String, plan: &Plan, report: &Report) -> fmt::Result {
             writeln!(out, "  {values:>8} {name}")?;
         }
     }
+    tell_errors(out, &report.errors)?;
     if let Some(kib) = peak_memory_kib() {
         writeln!(out, "peak memory: {:.1} MiB", kib as f64 / 1024.0)?;
+    }
+    Ok(())
+}
+
+/// What codes are off by, the worst of them by name.
+fn tell_errors(out: &mut String, errors: &[(String, f64)]) -> fmt::Result {
+    if errors.is_empty() {
+        return Ok(());
+    }
+    let mean = errors.iter().map(|(_, error)| error).sum::<f64>() / errors.len() as f64;
+    writeln!(
+        out,
+        "{} weights became codes, which are off by {:.3} % of their root mean square on average; most are",
+        errors.len(),
+        100.0 * mean
+    )?;
+    let mut worst: Vec<_> = errors.iter().collect();
+    worst.sort_by(|(_, a), (_, b)| b.total_cmp(a));
+    for (name, error) in worst.into_iter().take(WORST) {
+        writeln!(out, "  {:>7.3} % {name}", 100.0 * error)?;
     }
     Ok(())
 }

@@ -118,7 +118,7 @@ fn examine(args: &DoctorArgs) -> Report {
             return report;
         }
     };
-    report.dtype = args.model.dtype.types(&folder).0;
+    report.dtype = args.model.dtype.types(args.model.coded, &folder).0;
     report.check_dtype();
     report.check_kv(args.model.kv.chosen(), &device);
     let options = args.model.options(&folder).unwrap_or_else(|error| {
@@ -131,7 +131,9 @@ fn examine(args: &DoctorArgs) -> Report {
     let dtype = name(report.dtype);
     let widened = match (checkup.is_widened, options.weights) {
         (true, Weights::Stored) => {
-            format!("; blocks of linear maps stay as they are, others become {dtype}")
+            format!(
+                "; what products take as it is stays so, what is quantised otherwise is widened to {dtype} while it is read"
+            )
         }
         (true, _) => format!("; what is quantised is widened to {dtype} while it is read"),
         (false, _) => String::new(),

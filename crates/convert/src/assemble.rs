@@ -168,6 +168,7 @@ fn decoder_tensors(
             is_widened: decoder.is_widened(&stored_name),
             stored_name,
             made: Made::Stored(0),
+            codes: None,
         });
     }
     Ok(tensors)
@@ -185,6 +186,7 @@ fn projector(features: usize, hidden: usize, seed: u64) -> impl Iterator<Item = 
         is_widened: false,
         stored_name: String::new(),
         made,
+        codes: None,
     };
     [("linear_1", features), ("linear_2", hidden)]
         .into_iter()

@@ -97,6 +97,18 @@ pub enum ConvertError {
         dtype: Dtype,
     },
 
+    /// Numbers that codes cannot stand for.
+    #[error(
+        "tensor {name:?} holds numbers that are not finite, or too large for the scales of {format}; --dtype bf16 \
+         or f32 keeps them"
+    )]
+    NotCoded {
+        /// The tensor.
+        name: String,
+        /// The format.
+        format: &'static str,
+    },
+
     /// The target is the source, or it holds something else.
     #[error("{} is already there; choose another --to, or remove it", path.display())]
     Occupied {

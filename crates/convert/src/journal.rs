@@ -47,12 +47,14 @@ pub(crate) struct Own {
 }
 
 /// A tensor that is in its file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Done {
     /// XXH3 of its bytes.
     pub(crate) checksum: u64,
     /// Values that were beyond the range of its type.
     pub(crate) overflows: u64,
+    /// What it is off by since it became codes.
+    pub(crate) error: f64,
 }
 
 impl Journal {
@@ -267,12 +269,19 @@ fn present(plan: &Plan, done: usize) -> usize {
 
 impl Done {
     fn line(self) -> String {
-        format!("{:016x} {}\n", self.checksum, self.overflows)
+        let Self {
+            checksum,
+            overflows,
+            error,
+        } = self;
+        format!("{checksum:016x} {overflows} {error:e}\n")
     }
 
     fn parse(line: &str) -> Option<Self> {
-        let (checksum, overflows) = line.split_once(' ')?;
+        let (checksum, line) = line.split_once(' ')?;
+        let (overflows, error) = line.split_once(' ')?;
         Some(Self {
+            error: error.parse().ok()?,
             checksum: u64::from_str_radix(checksum, 16).ok()?,
             overflows: overflows.parse().ok()?,
         })

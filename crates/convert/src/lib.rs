@@ -10,9 +10,12 @@
 //! Everything is read and written in blocks of 1 MiB, so memory does not grow with the model; a matrix that is
 //! transposed on the way is held in memory.
 //!
+//! With [`Codes`], weights become codes of fewer bits on the way, and the report says what they are off by.
+//!
 //! [`Assembly`] makes a model of a vision tower, ONNX or a folder, and of a language model.
 
 mod assemble;
+mod codes;
 mod companions;
 mod error;
 mod journal;
@@ -25,6 +28,7 @@ mod source;
 mod write;
 
 pub use assemble::Assembly;
+pub use codes::Codes;
 pub use error::ConvertError;
 pub use plan::{Form, Job, Plan, PlannedFile};
 pub use write::{Phase, Progress, Report};

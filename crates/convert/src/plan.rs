@@ -6,18 +6,18 @@ use std::path::{Path, PathBuf};
 
 use reroute_checkpoint::{
     CONFIG, CONFIG_MAX_BYTES, CONVERTED_FROM, Dtype, Folder, Format, INDEX, NewTensor, WeightsFile,
-    dtype_of, forget_quantization, is_weight, json_bytes, set_dtype, shard_index, shard_name,
-    split,
+    coded_tensor, codes_note, dtype_of, forget_quantization, is_weight, json_bytes, set_codes,
+    set_dtype, shard_index, shard_name, split,
 };
 use serde_json::Value;
 
-use crate::ConvertError;
 use crate::assemble::{self, Assembled, Assembly};
 use crate::companions::Companions;
 use crate::journal::{self, Own};
 use crate::original::{OriginalConfig, TOWER_PREFIX, is_original};
-use crate::source::{Made, SourceTensor, Stamp, Weights};
+use crate::source::{Made, Recoded, SourceTensor, Stamp, Weights};
 use crate::write::partial;
+use crate::{Codes, ConvertError};
 
 /// What a folder is opened by; one of them would hide another.
 const WEIGHTS: [&str; 3] = ["model.bpk", "model.safetensors", INDEX];
@@ -47,6 +47,9 @@ pub struct Job {
     /// Type of the weights, F32, F16 or BF16. As it is if `None`; of weights in fewer bits, what `config.json`
     /// says, or F32.
     pub dtype: Option<Dtype>,
+    /// Weights that become codes of fewer bits. Without, those that `from` has in the form of
+    /// [`coded_tensor`](reroute_checkpoint::coded_tensor) stay codes, if no `dtype` is asked for.
+    pub codes: Option<Codes>,
     /// What to write; `None` means what the name of `to` says, or Burnpack.
     pub form: Option<Form>,
     /// What `from`, a decoder then, and `vision_tower` are assembled to.
@@ -73,6 +76,7 @@ impl Job {
             mmproj: None,
             to: to.into(),
             dtype: None,
+            codes: None,
             form: None,
             assembly: None,
             vision_tower: None,
@@ -154,6 +158,9 @@ impl Plan {
                 how: how.to_owned(),
             });
         }
+        for source in &mut tensors {
+            source.find_codes(job, &weights);
+        }
         // What a weight of fewer bits is, where nobody asks for another type.
         let said = dtype_of(&config);
         let mut companions = Companions::default();
@@ -174,6 +181,8 @@ impl Plan {
                 set_dtype(&mut config, dtype);
             }
             forget_quantization(&mut config);
+            let formats = tensors.iter().filter_map(|source| source.codes);
+            set_codes(&mut config, formats.map(Recoded::format).collect());
             let config = json_bytes(&config);
             companions.make(CONFIG, config);
         }
@@ -207,6 +216,11 @@ impl Plan {
         let count = shards.len();
         for (at, sources) in shards.into_iter().enumerate() {
             let tensors: Vec<_> = sources.iter().map(target_tensor).collect();
+            let codes = sources.iter().filter_map(|source| {
+                let (codes, columns) = (source.codes?, source.tensor.shape.last()?);
+                Some(codes_note(&source.tensor.name, codes.format(), *columns))
+            });
+            let notes = notes.clone().into_iter().chain(codes).collect();
             files.push(PlannedFile {
                 path: target.file(at, count),
                 layout: WeightsFile::with_notes(format, &tensors, &notes)?,
@@ -357,6 +371,7 @@ fn open(job: &Job, folder: &Folder) -> Result<Assembled, ConvertError> {
                     weights: at,
                     stored_name,
                     made: Made::Stored(added_rows),
+                    codes: None,
                 });
             }
         }
@@ -391,6 +406,11 @@ fn read_config(folder: &Folder) -> Result<Value, ConvertError> {
 /// A tensor as it will be written.
 fn target_tensor(source: &SourceTensor, dtype: Option<Dtype>) -> NewTensor {
     let mut tensor = source.tensor.clone();
+    if let (Some(codes), &[rows, columns]) = (source.codes, &tensor.shape[..])
+        && let Some(coded) = coded_tensor(&tensor.name, codes.format(), [rows, columns])
+    {
+        return coded;
+    }
     if let Some(dtype) = dtype.filter(|_| is_weight(tensor.dtype)) {
         tensor.dtype = dtype;
     }

@@ -5,15 +5,20 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use reroute_checkpoint::{CheckpointError, Folder, NewTensor, Shards, TensorInfo};
+use reroute_checkpoint::{
+    CheckpointError, CodeFormat, Folder, NewTensor, Shards, TensorInfo, coded_tensor, is_weight,
+};
 
-use crate::ConvertError;
 use crate::mean::MeanRow;
 use crate::pickle::Pickles;
 use crate::random;
+use crate::{ConvertError, Job};
 
 /// Bytes that are handed on at once; whole elements of every type.
 pub(crate) const BLOCK_BYTES: usize = 1 << 20;
+
+/// Rows of codes that are handed on at once: a MiB of long ones.
+const CODED_ROWS: usize = 64;
 
 /// The weights of one folder.
 pub(crate) enum Weights {
@@ -34,6 +39,49 @@ pub(crate) struct SourceTensor {
     pub(crate) is_widened: bool,
     /// How it is made of what is stored there.
     pub(crate) made: Made,
+    /// The codes that it is written in, if it is.
+    pub(crate) codes: Option<Recoded>,
+}
+
+/// Codes of a target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Recoded {
+    /// As the source has them.
+    Kept(CodeFormat),
+    /// Made of its numbers.
+    Made(CodeFormat),
+}
+
+impl Recoded {
+    pub(crate) fn format(self) -> CodeFormat {
+        match self {
+            Self::Kept(format) | Self::Made(format) => format,
+        }
+    }
+}
+
+impl SourceTensor {
+    /// Decides in which codes it is written.
+    pub(crate) fn find_codes(&mut self, job: &Job, weights: &[Weights]) {
+        let fits = |format: &CodeFormat| match self.tensor.shape[..] {
+            [rows, columns] => coded_tensor(&self.tensor.name, *format, [rows, columns]).is_some(),
+            _ => false,
+        };
+        let stored = match (&weights[self.weights], &self.made) {
+            (Weights::Shards(shards), Made::Stored(0)) => shards.info(&self.stored_name),
+            _ => None,
+        };
+        let format = stored.and_then(TensorInfo::code_format);
+        let is_own = stored.is_some_and(TensorInfo::is_in_own_codes);
+        let asked = job.codes.as_ref();
+        let asked = asked.and_then(|codes| codes.of(&self.tensor.name));
+        self.codes = match asked {
+            Some(_) if asked == format => format.map(Recoded::Kept),
+            Some(_) if is_weight(self.tensor.dtype) => asked.filter(fits).map(Recoded::Made),
+            None if is_own && job.dtype.is_none() => format.map(Recoded::Kept),
+            _ => None,
+        };
+    }
 }
 
 /// How a tensor is made of what is stored.
@@ -164,7 +212,7 @@ impl Weights {
     }
 
     /// Hands on the bytes of a tensor, rows that are not stored included, in blocks of whole
-    /// elements.
+    /// elements, or of rows of codes that are kept.
     pub(crate) fn stream(
         &self,
         tensor: &SourceTensor,
@@ -175,6 +223,9 @@ impl Weights {
             tensor: NewTensor { shape, dtype, .. },
             ..
         } = tensor;
+        if let Some(Recoded::Kept(_)) = tensor.codes {
+            return self.stream_codes(name, shape[0], sink);
+        }
         let elements = shape.iter().product();
         let columns = shape.last().copied().unwrap_or(1);
         let bytes = dtype.bitsize() / 8;
@@ -246,6 +297,25 @@ impl Weights {
             }
         }
         sink(&block)
+    }
+
+    /// Rows of codes as they are.
+    fn stream_codes(
+        &self,
+        name: &str,
+        rows: usize,
+        sink: &mut dyn FnMut(&[u8]) -> Result<(), ConvertError>,
+    ) -> Result<(), ConvertError> {
+        let Self::Shards(shards) = self else {
+            return Ok(());
+        };
+        for first in (0..rows).step_by(CODED_ROWS) {
+            let part = first..rows.min(first + CODED_ROWS);
+            if let Some(codes) = shards.stored_codes(name, part)? {
+                sink(codes.bytes())?;
+            }
+        }
+        Ok(())
     }
 
     fn stream_stored(

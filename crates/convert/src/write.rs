@@ -5,12 +5,13 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use reroute_checkpoint::Narrow;
+use reroute_checkpoint::{Dtype, Narrow};
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
+use crate::codes::Coder;
 use crate::journal::{Done, Journal};
 use crate::plan::PlannedFile;
-use crate::source::{BLOCK_BYTES, Weights};
+use crate::source::{BLOCK_BYTES, Recoded, Weights};
 use crate::{ConvertError, Plan};
 
 /// What is going on.
@@ -34,13 +35,16 @@ pub struct Progress {
 }
 
 /// What a conversion has come to.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Report {
     /// Tensors that an interrupted run had written before.
     pub resumed: usize,
     /// Tensors with finite values beyond the range of their new type, and how many. They became the
     /// largest value of that type, as [`Job::clamp`](crate::Job::clamp) asked.
     pub overflows: Vec<(String, u64)>,
+    /// Weights that became codes, and what the numbers that they stand for are off by: the root of the mean
+    /// square, as a share of that of the weight.
+    pub errors: Vec<(String, f64)>,
 }
 
 impl Plan {
@@ -87,18 +91,25 @@ impl Plan {
             self.check_sources()?;
             put(&self.folder.join(name), &content)?;
         }
-        let names = self.files.iter().flat_map(|file| &file.tensors);
-        let lost = names
-            .zip(&run.journal.done)
-            .filter(|(_, done)| done.overflows > 0);
+        let sources = self.files.iter().flat_map(|file| &file.sources);
+        let done = sources.zip(&run.journal.done);
+        let lost = done.clone().filter(|(_, done)| done.overflows > 0);
         let overflows = lost
-            .map(|(tensor, done)| (tensor.name.clone(), done.overflows))
+            .map(|(source, done)| (source.tensor.name.clone(), done.overflows))
+            .collect();
+        let made = done.filter(|(source, _)| matches!(source.codes, Some(Recoded::Made(_))));
+        let errors = made
+            .map(|(source, done)| (source.tensor.name.clone(), done.error))
             .collect();
         let resumed = run.resumed;
         // The names, too, must outlive a loss of power, where a system can be asked for that.
         let _ = File::open(&self.folder).and_then(|folder| folder.sync_all());
         run.journal.remove()?;
-        Ok(Report { resumed, overflows })
+        Ok(Report {
+            resumed,
+            overflows,
+            errors,
+        })
     }
 
     fn check_space(&self) -> Result<(), ConvertError> {
@@ -182,12 +193,28 @@ impl Run<'_> {
         at: usize,
     ) -> Result<Done, ConvertError> {
         let source = &planned.sources[at];
-        let mut narrow = Narrow::new(source.tensor.dtype, planned.tensors[at].dtype);
+        let (from, to) = (source.tensor.dtype, planned.tensors[at].dtype);
+        let columns = source.tensor.shape.last().copied().unwrap_or(0);
+        let mut coder = match source.codes {
+            Some(Recoded::Made(format)) => Some(Coder::new(from, format, columns)),
+            _ => None,
+        };
+        let mut narrow = match source.codes {
+            Some(_) => Narrow::new(to, to),
+            None => Narrow::new(from, to),
+        };
         let mut hasher = Xxh3::new();
         let mut buffer = Vec::new();
         let weights: &Weights = &self.plan.weights[source.weights];
         weights.stream(source, &mut |block| {
-            let block = narrow.block(block, &mut buffer);
+            let codes = match &mut coder {
+                Some(coder) => Some(coder.block(block).ok_or_else(|| ConvertError::NotCoded {
+                    name: source.tensor.name.clone(),
+                    format: coder.format().name(),
+                })?),
+                None => None,
+            };
+            let block = narrow.block(codes.as_deref().unwrap_or(block), &mut buffer);
             hasher.update(block);
             self.done_bytes += block.len() as u64;
             report(
@@ -199,16 +226,18 @@ impl Run<'_> {
             file.write_all(block)
                 .map_err(ConvertError::io(&planned.path))
         })?;
-        if narrow.overflows > 0 && !self.plan.clamp {
+        let values = narrow.overflows + coder.as_ref().map_or(0, Coder::overflows);
+        if values > 0 && !self.plan.clamp {
             return Err(ConvertError::Overflow {
                 name: source.tensor.name.clone(),
-                values: narrow.overflows,
-                dtype: planned.tensors[at].dtype,
+                values,
+                dtype: coder.map_or(to, |_| Dtype::F32),
             });
         }
         Ok(Done {
             checksum: hasher.digest(),
-            overflows: narrow.overflows,
+            overflows: values,
+            error: coder.map_or(0.0, |coder| coder.error()),
         })
     }
 

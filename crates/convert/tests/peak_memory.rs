@@ -8,21 +8,34 @@ use std::io::{self, Read, Write};
 use std::path::Path;
 use std::process::Command;
 
-use reroute_checkpoint::Dtype;
-use reroute_convert::{Form, Job, Plan};
+use reroute_checkpoint::{CodeFormat, Dtype, NameTable, Rule};
+use reroute_convert::{Codes, Form, Job, Plan};
 use tempfile::TempDir;
 use zip::CompressionMethod;
 use zip::write::{SimpleFileOptions, ZipWriter};
 
 const MIB: u64 = 1 << 20;
 
-/// A checkpoint of so many f32 tensors of so many bytes: a hole in a file, read as zeros.
+/// Columns of a large matrix.
+const COLUMNS: u64 = 1000;
+
+/// Every tensor is called what its parameter is.
+const NAMES: NameTable = NameTable {
+    rules: &[Rule {
+        module: "*",
+        file: &["*"],
+    }],
+    ignore: &[],
+};
+
+/// A checkpoint of so many f32 matrices of so many bytes: a hole in a file, read as zeros.
 fn checkpoint(folder: &Path, tensors: u64, bytes: u64) {
+    let columns = (bytes / 4).min(COLUMNS);
+    let rows = bytes / 4 / columns;
     let entries = (0..tensors).map(|at| {
         let (start, end) = (at * bytes, (at + 1) * bytes);
         format!(
-            r#""layers.{at}":{{"dtype":"F32","shape":[{}],"data_offsets":[{start},{end}]}}"#,
-            bytes / 4
+            r#""layers.{at}.weight":{{"dtype":"F32","shape":[{rows},{columns}],"data_offsets":[{start},{end}]}}"#
         )
     });
     let header = format!("{{{}}}", entries.collect::<Vec<_>>().join(","));
@@ -89,6 +102,13 @@ fn the_process_that_converts() {
     match env::var(HOW).unwrap().as_str() {
         "f16" => job.dtype = Some(Dtype::F16),
         "hf" => job.form = Some(Form::HuggingFace),
+        "int8" => {
+            job.codes = Some(Codes {
+                format: CodeFormat::Int8,
+                names: &NAMES,
+                paths: (0..99).map(|at| format!("layers.{at}.weight")).collect(),
+            });
+        }
         "pickle" => job.allow_pickle = true,
         _ => {}
     }
@@ -127,11 +147,11 @@ fn peak(make: impl Fn(&Path), how: &str) -> f64 {
 
 #[test]
 fn the_peak_is_that_of_one_tensor_whatever_the_size_of_the_model() {
-    let tensor = 8 * MIB;
-    for how in ["", "f16", "hf"] {
+    let tensor = 8 * 4 * 250 * COLUMNS;
+    for how in ["", "f16", "hf", "int8"] {
         let peak = |tensors, bytes| peak(|from| checkpoint(from, tensors, bytes), how);
         let (nothing, few, many) = (peak(1, 4), peak(2, tensor), peak(32, tensor));
-        let group = (tensor / MIB) as f64;
+        let group = tensor as f64 / MIB as f64;
         assert!(
             many - nothing <= 1.2 * group,
             "{nothing} → {many} MiB: {how:?}"

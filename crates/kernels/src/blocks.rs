@@ -8,6 +8,8 @@ mod quantise;
 
 pub(crate) use coding::{Codes, Coding, Place, ROOM, Span, with_coding};
 
+use half::f16;
+
 use crate::split::pieces;
 
 /// How a row is stored.
@@ -72,6 +74,29 @@ impl Format {
         }
     }
 
+    /// What people call so.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|format| format.name() == name)
+    }
+
+    /// Whether all numbers of a row are finite: of its scales none is NaN or infinite.
+    pub fn is_finite(self, row: &[u8]) -> bool {
+        let halves: &[usize] = match self {
+            Self::Int8 => {
+                let scale = row.first_chunk().copied().map(f32::from_le_bytes);
+                return scale.is_some_and(|scale| (scale * 128.0).is_finite());
+            }
+            Self::Q8_0 | Self::Q4_0 => &[0],
+            Self::Int4 | Self::Q4_1 | Self::Q4K => &[0, 2],
+            Self::Q6K => &[208],
+        };
+        let mut blocks = row.chunks_exact(self.block().1);
+        blocks.all(|block| {
+            let half = |at: usize| f16::from_le_bytes([block[at], block[at + 1]]);
+            halves.iter().all(|&at| half(at).is_finite())
+        })
+    }
+
     /// Numbers and bytes of a block; a row of `Int8` is one.
     fn block(self) -> (usize, usize) {
         match self {
@@ -89,9 +114,10 @@ impl Format {
     pub fn row_bytes(self, columns: usize) -> Option<usize> {
         let (numbers, bytes) = self.block();
         match self {
-            Self::Int8 => Some(4 + columns.next_multiple_of(4)),
-            Self::Int4 => Some(columns.div_ceil(numbers) * bytes),
-            _ => (columns.is_multiple_of(numbers)).then(|| columns / numbers * bytes),
+            Self::Int8 => columns.checked_next_multiple_of(4)?.checked_add(4),
+            Self::Int4 => columns.div_ceil(numbers).checked_mul(bytes),
+            _ if !columns.is_multiple_of(numbers) => None,
+            _ => (columns / numbers).checked_mul(bytes),
         }
     }
 }
@@ -185,5 +211,43 @@ impl<'a> Blocks<'a> {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::f16;
+
+    use super::Format;
+
+    #[test]
+    fn every_scale_of_a_row_is_looked_at() {
+        for format in Format::ALL {
+            assert_eq!(Format::named(format.name()), Some(format));
+            let length = format.row_bytes(512).expect("whole blocks");
+            let good = vec![0; length];
+            assert!(format.is_finite(&good), "{format:?}");
+            let (_, block) = format.block();
+            let of_block: &[usize] = match format {
+                Format::Int8 => &[],
+                Format::Q8_0 | Format::Q4_0 => &[0],
+                Format::Int4 | Format::Q4_1 | Format::Q4K => &[0, 2],
+                Format::Q6K => &[208],
+            };
+            let blocks = (0..length).step_by(block);
+            for at in blocks.flat_map(|start| of_block.iter().map(move |at| start + at)) {
+                let mut bad = good.clone();
+                bad[at..at + 2].copy_from_slice(&f16::NAN.to_le_bytes());
+                assert!(!format.is_finite(&bad), "{format:?} {at}");
+            }
+            if format == Format::Int8 {
+                for scale in [f32::NAN, f32::NEG_INFINITY, f32::MAX] {
+                    let mut bad = good.clone();
+                    bad[..4].copy_from_slice(&scale.to_le_bytes());
+                    assert!(!format.is_finite(&bad), "{scale}");
+                }
+            }
+        }
+        assert_eq!(Format::named("int3"), None);
     }
 }

@@ -1,17 +1,36 @@
+use std::slice::from_mut;
+
 use burn::tensor::backend::Backend;
 
-use crate::Linear;
+use crate::{Linear, Vocabulary, Weight};
 
 /// A module whose linear maps can be reached. Burn's mappers reach tensors; this reaches the maps
-/// themselves, to give them adapters. [`linears!`](crate::linears) writes it.
+/// themselves, to give them adapters, and their weights, to keep them in codes. [`linears!`](crate::linears)
+/// writes it.
 pub trait Linears<B: Backend> {
     /// Appends every linear map, with its path below `path`.
     fn linears<'a>(&'a mut self, path: &str, found: &mut Vec<(String, &'a mut Linear<B>)>);
+
+    /// Appends the weight of every linear map, and the blocks of every vocabulary table, with the path of the
+    /// parameter that it is.
+    fn weights<'a>(&'a mut self, path: &str, found: &mut Vec<(String, &'a mut [Weight<B>])>);
 }
 
 impl<B: Backend> Linears<B> for Linear<B> {
     fn linears<'a>(&'a mut self, path: &str, found: &mut Vec<(String, &'a mut Linear<B>)>) {
         found.push((path.to_owned(), self));
+    }
+
+    fn weights<'a>(&'a mut self, path: &str, found: &mut Vec<(String, &'a mut [Weight<B>])>) {
+        found.push((below(path, "weight"), from_mut(&mut self.weight)));
+    }
+}
+
+impl<B: Backend> Linears<B> for Vocabulary<B> {
+    fn linears<'a>(&'a mut self, _: &str, _: &mut Vec<(String, &'a mut Linear<B>)>) {}
+
+    fn weights<'a>(&'a mut self, path: &str, found: &mut Vec<(String, &'a mut [Weight<B>])>) {
+        found.push((below(path, "weight"), &mut self.weight));
     }
 }
 
@@ -21,12 +40,24 @@ impl<B: Backend, M: Linears<B>> Linears<B> for Option<M> {
             module.linears(path, found);
         }
     }
+
+    fn weights<'a>(&'a mut self, path: &str, found: &mut Vec<(String, &'a mut [Weight<B>])>) {
+        if let Some(module) = self {
+            module.weights(path, found);
+        }
+    }
 }
 
 impl<B: Backend, M: Linears<B>> Linears<B> for Vec<M> {
     fn linears<'a>(&'a mut self, path: &str, found: &mut Vec<(String, &'a mut Linear<B>)>) {
         for (index, module) in self.iter_mut().enumerate() {
             module.linears(&below(path, &index.to_string()), found);
+        }
+    }
+
+    fn weights<'a>(&'a mut self, path: &str, found: &mut Vec<(String, &'a mut [Weight<B>])>) {
+        for (index, module) in self.iter_mut().enumerate() {
+            module.weights(&below(path, &index.to_string()), found);
         }
     }
 }
@@ -40,7 +71,7 @@ pub fn below(path: &str, field: &str) -> String {
     }
 }
 
-/// Implements [`Linears`] for a module: all its fields in which there are linear maps.
+/// Implements [`Linears`] for a module: all its fields in which there are linear maps or vocabulary tables.
 ///
 /// ```
 /// use burn::module::Module;
@@ -67,6 +98,17 @@ macro_rules! linears {
                 $(
                     let path_of_field = $crate::below(path, stringify!($field));
                     $crate::Linears::linears(&mut self.$field, &path_of_field, found);
+                )+
+            }
+
+            fn weights<'a>(
+                &'a mut self,
+                path: &str,
+                found: &mut Vec<(String, &'a mut [$crate::Weight<B>])>,
+            ) {
+                $(
+                    let path_of_field = $crate::below(path, stringify!($field));
+                    $crate::Linears::weights(&mut self.$field, &path_of_field, found);
                 )+
             }
         }

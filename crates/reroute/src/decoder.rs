@@ -24,7 +24,7 @@ pub struct Decoder<B: Backend> {
     kv: Option<KvType>,
 }
 
-linears!(Decoder: layers);
+linears!(Decoder: embed_tokens, layers, lm_head);
 
 impl<B: Backend> Decoder<B> {
     pub(crate) fn new(config: &DecoderConfig, device: &B::Device) -> Self {

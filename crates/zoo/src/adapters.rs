@@ -89,7 +89,7 @@ impl<B: Backend> Model<B> {
     pub(crate) fn with_read(&self, stored: &[StoredAdapter]) -> Result<Self, ZooError> {
         let mut model = self.clone();
         for stored in stored {
-            model = model.put_whole(stored)?;
+            model = model.with_floats(stored).put_whole(stored)?;
         }
         let mut several = None;
         let changes = |path: &str, linear: &Linear<B>| {
@@ -118,7 +118,7 @@ impl<B: Backend> Model<B> {
         let maps = self.linear_maps();
         let read = |folder| {
             let stored = read_adapter(folder, self.config().names(), &maps)?;
-            self.check_whole(&stored)?;
+            self.with_floats(&stored).check_whole(&stored)?;
             // The head would need a table of its own.
             let has_table = stored.whole().any(|path| path.contains("embed_tokens"));
             if self.decoder().config().tie_word_embeddings && has_table {
@@ -219,6 +219,19 @@ impl<B: Backend> Model<B> {
             linear.adapter = adapter(&path, linear);
         }
         Ok(model)
+    }
+
+    /// The same with floats in the place of codes where the adapter has a whole weight.
+    fn with_floats(&self, stored: &StoredAdapter) -> Self {
+        let mut model = self.clone();
+        let mut weights = Vec::new();
+        model.weights("", &mut weights);
+        weights.retain(|(path, _)| stored.whole().any(|whole| whole == path));
+        let blocks = weights.into_iter().flat_map(|(_, blocks)| blocks);
+        for block in blocks.filter(|block| block.format().is_some()) {
+            *block = block.val().into();
+        }
+        model
     }
 
     /// All linear maps, and what checkpoints call them.

@@ -22,12 +22,6 @@ pub enum ZooError {
         /// The folder.
         like: String,
     },
-    /// A model is to be saved whose weights are in codes of fewer bits.
-    #[error(
-        "weights are kept in codes of fewer bits, of which no checkpoint is written: open the model with floats \
-         (--dtype bf16, f16 or f32) and save that"
-    )]
-    Coded,
     /// config.json names a family that the zoo does not have.
     #[error("config.json says model_type \"{found}\"; this zoo opens: {known}")]
     UnknownFamily {

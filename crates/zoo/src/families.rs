@@ -16,7 +16,7 @@ use reroute_family::{
     EncoderStep, FamilyConfig, FamilyModel, ModelType, PixelTensors, Sample, VisualTokens,
     kept_rows,
 };
-use reroute_layers::{Linear, Linears};
+use reroute_layers::{Linear, Linears, Weight};
 use serde::Deserialize;
 
 use crate::{Weights, ZooError};
@@ -80,6 +80,16 @@ macro_rules! families {
                     $(Self::$family(model) => model.linears(path, found),)+
                 }
             }
+
+            fn weights<'a>(
+                &'a mut self,
+                path: &str,
+                found: &mut Vec<(String, &'a mut [Weight<B>])>,
+            ) {
+                match self {
+                    $(Self::$family(model) => model.weights(path, found),)+
+                }
+            }
         }
 
         impl<B: Backend> Model<B> {
@@ -93,18 +103,20 @@ macro_rules! families {
 
             /// The same with the weights of a checkpoint.
             fn load(
-                self,
+                mut self,
                 shards: &Shards,
                 names: &NameTable,
                 (options, weights): (&LoadOptions, Weights),
                 progress: &mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
             ) -> Result<Self, CheckpointError> {
-                Ok(match self {
-                    $(Self::$family(mut model) => {
-                        let mut loading = Loading::begin(&model, shards, names, options, progress)?;
-                        weights.put(&mut model, &mut loading, options.dtype)?;
-                        Self::$family(loading.fill(model)?)
+                let mut loading = match &self {
+                    $(Self::$family(model) => {
+                        Loading::begin(model, shards, names, options, progress)?
                     })+
+                };
+                weights.put(&mut self, &mut loading, options.dtype)?;
+                Ok(match self {
+                    $(Self::$family(model) => Self::$family(loading.fill(model)?),)+
                 })
             }
 
@@ -130,6 +142,7 @@ macro_rules! families {
                 max_shard_bytes: u64,
             ) -> Result<Saved, ZooError> {
                 let (table, config) = (self.config().names(), self.config());
+                let codes = self.codes();
                 match (self, described) {
                     $((Self::$family(module), Self::$family(described)) => Ok(Save {
                         module,
@@ -138,6 +151,7 @@ macro_rules! families {
                         file_name: &|path| config.file_name(path),
                         linear: Layout::AsStored,
                         like,
+                        codes,
                         dtype,
                         max_shard_bytes,
                     }

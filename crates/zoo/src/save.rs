@@ -6,14 +6,13 @@ use burn::module::Module;
 use burn::tensor::DType;
 use burn::tensor::backend::Backend;
 use reroute_checkpoint::{Folder, Saved};
-use reroute_layers::Linears;
 
 use crate::{Model, ModelConfig, ZooError};
 
 /// How a model is written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SaveOptions {
-    /// Type of the weights, f32, f16 or bf16; that of the decoder if `None`.
+    /// Type of the weights that are floats, f32, f16 or bf16; that of the decoder if `None`.
     pub dtype: Option<DType>,
     /// Largest file of weights, in bytes of data; one larger tensor is a file, too.
     pub max_shard_bytes: u64,
@@ -39,13 +38,16 @@ impl<B: Backend> Model<B> {
     /// head is not written. Weights of `like` that nothing here computes with, but transformers looks for (the
     /// norm behind a tower's features, SigLIP's head), are taken over.
     ///
+    /// Weights in codes of fewer bits are written as they are, whatever the type of the others
+    /// ([`coded_tensor`](reroute_checkpoint::coded_tensor)); transformers cannot open such a folder.
+    ///
     /// Until everything is on the disk the folder is called `.NAME.partial-…`, beside `to`. A full disk, any
     /// other error or a kill leaves what is at `to` as it was: see
     /// [`Save::write`](reroute_checkpoint::Save::write). Only a checkpoint whose files all have a successor is
     /// replaced, or an empty folder.
     ///
     /// # Errors
-    /// [`ZooError::Save`]; [`ZooError::Coded`] for weights in fewer bits; [`ZooError::OtherFamily`] if `like` describes another kind of model, or what
+    /// [`ZooError::Save`]; [`ZooError::OtherFamily`] if `like` describes another kind of model, or what
     /// [`ModelConfig::open`] says of it.
     pub fn save(
         &self,
@@ -53,16 +55,6 @@ impl<B: Backend> Model<B> {
         like: &Folder,
         options: &SaveOptions,
     ) -> Result<Saved, ZooError> {
-        let mut linears = Vec::new();
-        // Clones share their numbers.
-        let mut clone = self.clone();
-        clone.linears("", &mut linears);
-        if linears
-            .iter()
-            .any(|(_, linear)| linear.weight.format().is_some())
-        {
-            return Err(ZooError::Coded);
-        }
         let device = self.devices().into_iter().next().unwrap_or_default();
         let described = Self::new(&ModelConfig::open(like)?, &device)?;
         let dtype = options.dtype.unwrap_or_else(|| self.decoder().dtype());

@@ -1,23 +1,26 @@
 //! Which weights stay in fewer bits.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use burn::tensor::DType;
 use burn::tensor::backend::Backend;
 use reroute_checkpoint::{CheckpointError, Dtype, Folder, Loading, NameTable, Shards};
-use reroute_layers::{CodeFormat, Coded, Linear, Linears, Weight};
+use reroute_layers::{CodeFormat, Coded, Linears, Weight};
 
-/// How the weights of linear maps are kept in memory.
+use crate::{Model, ModelConfig, ZooError};
+
+/// How the weights of linear maps and vocabulary tables are kept in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Weights {
     /// As floats of the type that everything else has.
     #[default]
     Floats,
-    /// As the checkpoint has them, where that is a format that can be multiplied with: Q8_0, Q4_0, Q4_1,
-    /// Q4_K and Q6_K of GGUF. Others are floats.
+    /// As the checkpoint has them, where that is a format that can be multiplied with: what was converted to
+    /// int8 or int4 or saved in codes; Q8_0, Q4_0, Q4_1, Q4_K and Q6_K of GGUF; int8 with a scale for each row of
+    /// compressed-tensors. Others are floats.
     Stored,
-    /// Those of the decoder in a format of fewer bits, made while they are read: a whole byte
+    /// Those of the decoder's linear maps in a format of fewer bits, made while they are read: a whole byte
     /// ([`CodeFormat::Int8`]) or 4 bits ([`CodeFormat::Int4`]). The vision tower and what projects its
     /// features stay floats: boxes suffer first from what they lose.
     Decoder(CodeFormat),
@@ -25,8 +28,9 @@ pub enum Weights {
     All(CodeFormat),
 }
 
-/// What the paths of the decoder's maps begin with.
+/// What the paths of the decoder's weights begin with, and of those its linear maps.
 const DECODER: &str = "language_model.";
+const LAYERS: &str = "language_model.layers.";
 
 impl Weights {
     /// What a checkpoint has: the type of most of its floats, and whether blocks can stay as they are.
@@ -61,35 +65,52 @@ impl Weights {
         Ok((dtype, weights))
     }
 
-    /// The format of the linear map at a path, `None` for floats; a file is known by the names of its shards.
+    /// The format of the weight at a path, `None` for floats; what a file has, `stored` says.
     fn format_at(
         self,
         path: &str,
-        stored: &dyn Fn(&str) -> Option<CodeFormat>,
+        stored: impl FnOnce() -> Option<CodeFormat>,
     ) -> Option<CodeFormat> {
+        let is_linear = path.starts_with(LAYERS) || !path.starts_with(DECODER);
         match self {
             Self::Floats => None,
-            Self::Stored => stored(path),
-            Self::Decoder(format) => path.starts_with(DECODER).then_some(format),
-            Self::All(format) => Some(format),
+            Self::Stored => stored(),
+            Self::Decoder(format) => path.starts_with(LAYERS).then_some(format),
+            Self::All(format) => is_linear.then_some(format),
         }
+    }
+
+    /// Paths of the weights that are in codes, whatever a file has: what conversions want to know.
+    pub fn coded_paths<B: Backend>(
+        self,
+        config: &ModelConfig,
+        device: &B::Device,
+    ) -> Result<BTreeSet<String>, ZooError> {
+        let mut model = Model::<B>::new(config, device)?;
+        let mut weights = Vec::new();
+        model.weights("", &mut weights);
+        let paths = weights.into_iter().map(|(path, _)| path);
+        Ok(paths
+            .filter(|path| self.format_at(path, || None).is_some())
+            .collect())
     }
 
     /// Numbers that stay in codes, and their bytes.
     pub(crate) fn sizes<B: Backend>(
         self,
-        model: &mut impl Linears<B>,
+        model: &mut Model<B>,
         shards: &Shards,
         names: &NameTable,
     ) -> (u64, u64) {
         let of_path = |name: &str| Some((names.module_path(name)?, shards.code_format(name)?));
         let stored: BTreeMap<_, _> = shards.names().filter_map(of_path).collect();
-        let stored = |path: &str| stored.get(&format!("{path}.weight")).copied();
-        let mut linears: Vec<(String, &mut Linear<B>)> = Vec::new();
-        model.linears("", &mut linears);
-        let sizes = linears.iter().filter_map(|(path, linear)| {
-            let [rows, columns] = linear.weight.dims();
-            let bytes = self.format_at(path, &stored)?.row_bytes(columns)?;
+        let mut weights = Vec::new();
+        model.weights("", &mut weights);
+        let sizes = weights.iter().filter_map(|(path, blocks)| {
+            let format = self.format_at(path, || stored.get(path).copied())?;
+            let rows: usize = blocks.iter().map(|block| block.dims()[0]).sum();
+            let [_, columns] = blocks.first()?.dims();
+            let bytes = format.row_bytes(columns)?;
             Some(((rows * columns) as u64, (rows * bytes) as u64))
         });
         sizes.fold((0, 0), |all, one| (all.0 + one.0, all.1 + one.1))
@@ -98,28 +119,44 @@ impl Weights {
     /// Puts codes in the place of weights that are not loaded yet.
     pub(crate) fn put<B: Backend>(
         self,
-        model: &mut impl Linears<B>,
+        model: &mut Model<B>,
         loading: &mut Loading<'_>,
         dtype: DType,
     ) -> Result<(), CheckpointError> {
         if self == Self::Floats {
             return Ok(());
         }
-        let mut linears: Vec<(String, &mut Linear<B>)> = Vec::new();
-        model.linears("", &mut linears);
-        for (path, linear) in linears {
-            let format = self.format_at(&path, &|_| None);
-            if format.is_none() && self != Self::Stored {
+        let mut weights = Vec::new();
+        model.weights("", &mut weights);
+        for (path, blocks) in weights {
+            let format = self.format_at(&path, || None);
+            let (Some(first), true) = (blocks.first(), format.is_some() || self == Self::Stored)
+            else {
                 continue;
-            }
-            let ([output, _], device) = (linear.weight.dims(), linear.weight.device());
-            let coded = loading.codes(&format!("{path}.weight"), output, format, |codes| {
+            };
+            let device = first.device();
+            let heights: Vec<usize> = blocks.iter().map(|block| block.dims()[0]).collect();
+            let coded = loading.codes(&path, &heights, format, |codes| {
                 Coded::new(codes.format, codes.columns, codes.words, (&device, dtype))
             })?;
-            if let Some(coded) = coded {
-                linear.weight = Weight::Coded(coded);
+            for (block, coded) in blocks.iter_mut().zip(coded.into_iter().flatten()) {
+                *block = Weight::Coded(coded);
             }
         }
         Ok(())
+    }
+}
+
+impl<B: Backend> Model<B> {
+    /// Format and columns of the weights that are in codes, by path.
+    pub(crate) fn codes(&self) -> BTreeMap<String, (CodeFormat, usize)> {
+        // Clones share their numbers.
+        let (mut model, mut weights) = (self.clone(), Vec::new());
+        model.weights("", &mut weights);
+        let coded = weights.into_iter().filter_map(|(path, blocks)| {
+            let first = blocks.first()?;
+            Some((path, (first.format()?, first.dims()[1])))
+        });
+        coded.collect()
     }
 }

@@ -1,16 +1,22 @@
 //! Codes in the order of the weight, each times the scale of its cell in a grid.
 
-use std::io::{self, Read};
+use std::io::{self, BufReader, Read};
+use std::ops::Range;
 
 use burn::tensor::DType;
+use reroute_kernels::Format;
 use safetensors::Dtype;
 
+use super::own::not_finite;
 use super::rows::Decoder;
 use super::{Cells, Coded, Tensors, matrix, put, stems, take, weight};
+use crate::convert::BLOCK_BYTES;
 use crate::shards::Shards;
 use crate::{Layout, TensorError, TensorInfo};
 
 const SCALES: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::BF16];
+/// Bytes of a scale of [`Format::Int8`].
+const SCALE: usize = size_of::<f32>();
 
 /// Codes and scales.
 #[derive(Debug, Clone)]
@@ -132,6 +138,31 @@ impl Grid {
         }
     }
 
+    /// Bytes with a scale for each row are those of [`Format::Int8`].
+    pub(super) fn format(&self) -> Option<Format> {
+        let by_row = self.kind == Codes::Int8 && self.cell == [1, self.columns];
+        by_row.then_some(Format::Int8)
+    }
+
+    /// Hands on some rows in that format, but for what fills them up.
+    pub(crate) fn int8_rows(
+        &self,
+        shards: &Shards,
+        rows: Range<usize>,
+        mut each: impl FnMut(&[u8]),
+    ) -> Result<(), TensorError> {
+        let scales = shards.scales(&self.scales)?;
+        let mut codes =
+            BufReader::with_capacity(BLOCK_BYTES, shards.stored(&self.codes.rows(rows.clone()))?);
+        let mut row = vec![0; SCALE + self.columns];
+        for scale in scales.get(rows).unwrap_or_default() {
+            row[..SCALE].copy_from_slice(&scale.to_le_bytes());
+            codes.read_exact(&mut row[SCALE..])?;
+            each(&row);
+        }
+        Ok(())
+    }
+
     /// From this row on.
     pub(super) fn open<'a>(
         &self,
@@ -224,9 +255,7 @@ impl Shards {
         let scales: Vec<f32> = data.iter().collect();
         match scales.iter().all(|scale| scale.is_finite()) {
             true => Ok(scales),
-            false => Err(TensorError::Quantised {
-                reason: "a scale of it is NaN or infinite".into(),
-            }),
+            false => Err(not_finite()),
         }
     }
 }

@@ -29,6 +29,7 @@ impl Coded {
             Self::Grid(grid) => Box::new(grid.open(shards, first)?),
             Self::Columns(columns) => Box::new(columns.open(shards, first)?),
             Self::Blocks(blocks) => Box::new(blocks.open(shards, info.shard, first)?),
+            Self::Rows(rows) => Box::new(rows.open(shards, info.shard, first)?),
         };
         let mut row = vec![0.0; decoder.columns()];
         let next = move |bytes: &mut Vec<u8>| {

@@ -37,6 +37,7 @@ fn job<'a>(
         file_name: &|path| TABLE.file_name(path),
         linear: Layout::Transposed,
         like,
+        codes: Default::default(),
         dtype: DType::F32,
         max_shard_bytes: u64::MAX,
     }
@@ -235,6 +236,7 @@ fn a_list_of_parameters_is_one_tensor() {
                 file_name: &|path| names.file_name(path),
                 linear: Layout::AsStored,
                 like: &like,
+                codes: Default::default(),
                 dtype: DType::F32,
                 max_shard_bytes: 24,
             };

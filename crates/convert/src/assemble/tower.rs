@@ -240,6 +240,7 @@ impl<'a> Source<'a> {
                     is_widened: self.weights.is_widened(stored),
                     stored_name: stored.to_owned(),
                     made,
+                    codes: None,
                 }),
                 None => missing.push(module),
             }

@@ -29,8 +29,11 @@ pub(crate) struct Coder {
     narrow: Narrow,
     format: CodeFormat,
     columns: usize,
-    /// Bytes of f32 that are no whole row yet.
-    begun: Vec<u8>,
+    /// What is no whole row yet.
+    begun: Vec<f32>,
+    /// What the codes of a block stand for.
+    decoded: Vec<f32>,
+    buffer: Vec<u8>,
     /// Sums of squares: of what the numbers are off by, and of the numbers.
     squares: [f64; 2],
 }
@@ -42,6 +45,8 @@ impl Coder {
             format,
             columns,
             begun: Vec::new(),
+            decoded: Vec::new(),
+            buffer: Vec::new(),
             squares: [0.0; 2],
         }
     }
@@ -57,20 +62,17 @@ impl Coder {
 
     /// The rows that are whole with a further block of elements; `None` if the format has no codes for one.
     pub(crate) fn block(&mut self, block: &[u8]) -> Option<Vec<u8>> {
-        let mut buffer = Vec::new();
+        let numbers = self.narrow.block(block, &mut self.buffer).as_chunks().0;
         self.begun
-            .extend_from_slice(self.narrow.block(block, &mut buffer));
-        let whole = self.begun.len() / (self.columns * 4).max(1) * self.columns;
-        let numbers: Vec<f32> = (self.begun.as_chunks().0.iter())
-            .take(whole)
-            .map(|&number| f32::from_le_bytes(number))
-            .collect();
-        self.begun.drain(..whole * 4);
-        let codes = self.format.quantise_rows(&numbers, self.columns)?;
+            .extend(numbers.iter().map(|&number| f32::from_le_bytes(number)));
+        let whole = self.begun.len() / self.columns.max(1) * self.columns;
+        let codes = self
+            .format
+            .quantise_rows(&self.begun[..whole], self.columns)?;
         let row_bytes = self.format.row_bytes(self.columns)?;
-        let mut decoded = vec![0.0; whole];
-        Blocks::new(self.format, self.columns, row_bytes, &codes)?.widen_all(&mut decoded);
-        for (&number, decoded) in numbers.iter().zip(decoded) {
+        self.decoded.resize(whole, 0.0);
+        Blocks::new(self.format, self.columns, row_bytes, &codes)?.widen_all(&mut self.decoded);
+        for (number, decoded) in self.begun.drain(..whole).zip(&self.decoded) {
             self.squares[0] += f64::from(number - decoded).powi(2);
             self.squares[1] += f64::from(number).powi(2);
         }

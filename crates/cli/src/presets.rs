@@ -9,7 +9,7 @@ use reducers::{Cost, KvType, Plan, ReducerError, Schedule, Support};
 use reroute_zoo::{Checkup, Folder, ModelConfig, OpenOptions, Part};
 use serde_json::{Value, json};
 
-use crate::args::{PresetsArgs, WeightType};
+use crate::args::{CodedMaps, PresetsArgs, WeightType};
 use crate::backend::{self, Backend};
 use crate::{hub, open, output};
 
@@ -47,7 +47,7 @@ pub fn run(args: &PresetsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
         visual + text > 0,
         "a prompt of no tokens costs nothing: give --visual-tokens or --text-tokens"
     );
-    let own = || KvType::from(WeightType::Auto.types(&folder).0);
+    let own = || KvType::from(WeightType::Auto.types(CodedMaps::Decoder, &folder).0);
     let kv = args.kv.chosen().unwrap_or_else(own);
     let cost = |plan: &Plan| plan.cost(&shape, visual, text, kv);
     let dense = cost(&Schedule::dense().into());

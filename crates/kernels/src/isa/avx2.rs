@@ -44,15 +44,20 @@ impl Bytes {
         found.then_some(Self(Kind::Avx512Vnni))
     }
 
-    /// The product of a row with inputs.
+    /// The products of rows with inputs. That of a row does not depend on how many are read at a time.
     #[inline(always)]
-    pub(crate) fn dot<C: Coding>(self, blocks: Blocks<'_>, row: usize, x: &ByteInputs) -> f32 {
+    pub(crate) fn dots<C: Coding, const N: usize>(
+        self,
+        blocks: Blocks<'_>,
+        rows: [usize; N],
+        x: &ByteInputs,
+    ) -> [f32; N] {
         // SAFETY: the processor has the instructions of this kind (`self`).
         unsafe {
             match self.0 {
-                Kind::Avx2 => dot_avx2::<C>(blocks, row, x),
-                Kind::AvxVnni => dot_avx_vnni::<C>(blocks, row, x),
-                Kind::Avx512Vnni => dot_avx512_vnni::<C>(blocks, row, x),
+                Kind::Avx2 => dots_avx2::<C, N>(blocks, rows, x),
+                Kind::AvxVnni => dots_avx_vnni::<C, N>(blocks, rows, x),
+                Kind::Avx512Vnni => dots_avx512_vnni::<C, N>(blocks, rows, x),
             }
         }
     }
@@ -76,7 +81,7 @@ impl Bytes {
         adds: bool,
     ) {
         assert_eq!(weight.0.len(), input.0.len());
-        // SAFETY: as in `dot`.
+        // SAFETY: as in `dots`.
         unsafe {
             match self.0 {
                 Kind::Avx2 => multiply_avx2::<C>(weight, input, sums, adds),
@@ -100,10 +105,14 @@ impl Bytes {
 
 /// Adds the products of four bytes each to sums, by every kind of instruction.
 macro_rules! kinds {
-    ($feature:literal, $dot:ident, $multiply:ident, $products:expr) => {
+    ($feature:literal, $dots:ident, $multiply:ident, $products:expr) => {
         #[target_feature(enable = $feature)]
-        fn $dot<C: Coding>(blocks: Blocks<'_>, row: usize, x: &ByteInputs) -> f32 {
-            dot::<C>(blocks, row, x, $products)
+        fn $dots<C: Coding, const N: usize>(
+            blocks: Blocks<'_>,
+            rows: [usize; N],
+            x: &ByteInputs,
+        ) -> [f32; N] {
+            dots::<C, N>(blocks, rows, x, $products)
         }
 
         #[target_feature(enable = $feature)]
@@ -120,7 +129,7 @@ macro_rules! kinds {
 
 kinds!(
     "avx2,fma,f16c",
-    dot_avx2,
+    dots_avx2,
     multiply_avx2,
     |sums, codes, x| {
         let ones = _mm256_set1_epi16(1);
@@ -141,14 +150,14 @@ kinds!(
 
 kinds!(
     "avx2,fma,f16c,avxvnni",
-    dot_avx_vnni,
+    dots_avx_vnni,
     multiply_avx_vnni,
     |sums, codes, x| _mm256_dpbusd_avx_epi32(sums, codes, x)
 );
 
 kinds!(
     "avx2,fma,f16c,avx512vnni,avx512vl",
-    dot_avx512_vnni,
+    dots_avx512_vnni,
     multiply_avx512_vnni,
     |sums, codes, x| _mm256_dpbusd_epi32(sums, codes, x)
 );
@@ -206,61 +215,65 @@ fn multiply<C: Coding>(
 /// Bytes that are fetched ahead.
 const AHEAD: usize = 4096;
 
-/// Independent sums: as many as an addition takes cycles.
-const SUMS: usize = 4;
+/// Independent sums of a row.
+const SUMS: usize = 2;
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn dot<C: Coding>(
+fn dots<C: Coding, const N: usize>(
     blocks: Blocks<'_>,
-    row: usize,
+    rows: [usize; N],
     x: &ByteInputs,
     multiply: impl Fn(__m256i, __m256i, __m256i) -> __m256i,
-) -> f32 {
+) -> [f32; N] {
     /// Chunks that share their scales.
     const fn shared(group: usize) -> usize {
         if group > CHUNK { group / CHUNK } else { 1 }
     }
-    let (bytes, start) = blocks.bytes_and_start(row);
     let mut room = [0; ROOM];
-    let mut totals = [_mm256_setzero_ps(); SUMS];
-    let mut leasts = _mm256_setzero_ps();
+    let mut totals = [[_mm256_setzero_ps(); SUMS]; N];
+    let mut leasts = [_mm256_setzero_ps(); N];
     for (index, (inputs, sides)) in x.spans.iter().enumerate() {
-        prefetch(some(bytes, start + index * C::BYTES + AHEAD, C::BYTES));
-        let span = Span::<C>::new(blocks, row, index, &mut room);
-        let (mut scale, least) = factors(span);
-        for half in 0..halves(C::GROUP) {
-            scale[half] = _mm256_mul_ps(scale[half], load(&sides.scale[half]));
-            leasts = _mm256_fmadd_ps(least[half], load(&sides.least[half]), leasts);
-        }
-        for group in 0..CHUNKS / shared(C::GROUP) {
-            let first = group * shared(C::GROUP);
-            let mut sums = _mm256_setzero_si256();
-            for chunk in first..first + shared(C::GROUP) {
-                // SAFETY: 32 bytes.
-                let inputs = unsafe { _mm256_loadu_si256(inputs[chunk].as_ptr().cast()) };
-                sums = multiply(sums, codes(span, chunk), inputs);
+        for ((&row, totals), leasts) in rows.iter().zip(&mut totals).zip(&mut leasts) {
+            let (bytes, start) = blocks.bytes_and_start(row);
+            prefetch(some(bytes, start + index * C::BYTES + AHEAD, C::BYTES));
+            let span = Span::<C>::new(blocks, row, index, &mut room);
+            let (mut scale, least) = factors(span);
+            for half in 0..halves(C::GROUP) {
+                scale[half] = _mm256_mul_ps(scale[half], load(&sides.scale[half]));
+                *leasts = _mm256_fmadd_ps(least[half], load(&sides.least[half]), *leasts);
             }
-            let at = _mm256_set1_epi32(first as i32);
-            let mut factor = _mm256_permutevar8x32_ps(scale[0], at);
-            if halves(C::GROUP) > 1 {
-                let upper = _mm256_permutevar8x32_ps(scale[1], at);
-                factor = _mm256_blend_ps::<0b1111_0000>(factor, upper);
+            for group in 0..CHUNKS / shared(C::GROUP) {
+                let first = group * shared(C::GROUP);
+                let mut sums = _mm256_setzero_si256();
+                for chunk in first..first + shared(C::GROUP) {
+                    // SAFETY: 32 bytes.
+                    let inputs = unsafe { _mm256_loadu_si256(inputs[chunk].as_ptr().cast()) };
+                    sums = multiply(sums, codes(span, chunk), inputs);
+                }
+                let at = _mm256_set1_epi32(first as i32);
+                let mut factor = _mm256_permutevar8x32_ps(scale[0], at);
+                if halves(C::GROUP) > 1 {
+                    let upper = _mm256_permutevar8x32_ps(scale[1], at);
+                    factor = _mm256_blend_ps::<0b1111_0000>(factor, upper);
+                }
+                let total = &mut totals[group % SUMS];
+                *total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums), factor, *total);
             }
-            let total = &mut totals[group % SUMS];
-            *total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums), factor, *total);
         }
     }
-    let [a, b, c, d] = totals;
-    let total = _mm256_add_ps(_mm256_add_ps(a, b), _mm256_add_ps(c, d));
-    let total = _mm256_add_ps(total, leasts);
-    let half = _mm_add_ps(
-        _mm256_castps256_ps128(total),
-        _mm256_extractf128_ps::<1>(total),
-    );
-    let half = _mm_add_ps(half, _mm_movehl_ps(half, half));
-    let half = _mm_add_ss(half, _mm_shuffle_ps::<1>(half, half));
-    _mm_cvtss_f32(half)
+    let mut sums = [0.0; N];
+    for ((sum, [even, odd]), leasts) in sums.iter_mut().zip(totals).zip(leasts) {
+        let total = _mm256_add_ps(_mm256_add_ps(even, odd), leasts);
+        let half = _mm_add_ps(
+            _mm256_castps256_ps128(total),
+            _mm256_extractf128_ps::<1>(total),
+        );
+        let half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+        let half = _mm_add_ss(half, _mm_shuffle_ps::<1>(half, half));
+        *sum = _mm_cvtss_f32(half);
+    }
+    sums
 }
 
 #[inline]

@@ -20,7 +20,12 @@ impl Bytes {
         None
     }
 
-    pub(crate) fn dot<C: Coding>(self, _: Blocks<'_>, _: usize, _: &ByteInputs) -> f32 {
+    pub(crate) fn dots<C: Coding, const N: usize>(
+        self,
+        _: Blocks<'_>,
+        _: [usize; N],
+        _: &ByteInputs,
+    ) -> [f32; N] {
         match self {}
     }
 

@@ -70,8 +70,16 @@ pub(super) fn matrix_vector_on(isa: Isa, weight: Weight, x: &[f32], output: usiz
                 ROWS,
                 #[inline(always)]
                 |index, y: &mut [f32]| {
-                    for (at, y) in y.iter_mut().enumerate() {
-                        *y = coded_dot::<C>(bytes, blocks, index * ROWS + at, &x);
+                    let (first, part) = (index * ROWS, y.len() / STREAMS);
+                    for at in 0..part {
+                        let rows = from_fn::<_, STREAMS, _>(|i| first + i * part + at);
+                        let sums = coded_dots::<C, STREAMS>(bytes, blocks, rows, &x);
+                        for (stream, sum) in sums.into_iter().enumerate() {
+                            y[stream * part + at] = sum;
+                        }
+                    }
+                    for (at, y) in y.iter_mut().enumerate().skip(part * STREAMS) {
+                        [*y] = coded_dots::<C, 1>(bytes, blocks, [first + at], &x);
                     }
                 },
             );
@@ -114,17 +122,17 @@ impl ByteInputs {
     }
 }
 
-/// The product of a row with inputs.
+/// The products of rows with inputs. That of a row does not depend on how many are read at a time.
 #[inline(always)]
-fn coded_dot<C: Coding>(
+fn coded_dots<C: Coding, const N: usize>(
     bytes: Option<isa::Bytes>,
     blocks: Blocks<'_>,
-    row: usize,
+    rows: [usize; N],
     x: &ByteInputs,
-) -> f32 {
+) -> [f32; N] {
     match bytes {
-        Some(bytes) => bytes.dot::<C>(blocks, row, x),
-        None => plain_dot::<C>(blocks, row, x),
+        Some(bytes) => bytes.dots::<C, N>(blocks, rows, x),
+        None => rows.map(|row| plain_dot::<C>(blocks, row, x)),
     }
 }
 

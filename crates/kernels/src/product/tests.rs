@@ -184,6 +184,11 @@ proptest! {
             for (y, plain) in y.iter().zip(&plain) {
                 prop_assert!((y - plain).abs() <= 1e-4 * (1.0 + plain.abs()), "{format:?} {isa:?} {y} {plain}");
             }
+            // Nor does it matter how many rows are read at a time.
+            for (y, row) in y.iter().zip(bytes.chunks(stride)) {
+                let alone = Blocks::new(format, features, stride, row).expect("whole rows");
+                prop_assert_eq!(matrix_vector_on(isa, Weight::Blocks(alone), &x, 1), [*y]);
+            }
         }
     }
 }

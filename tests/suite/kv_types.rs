@@ -155,8 +155,8 @@ fn gradients_pass_through_floats_alone() {
     refused(open(KvType::Int8).map(drop).expect_err("no gradients"));
     let question = Question::about(vec![read_image(&scene("063"))], "the cross");
     // A model that has become one to train.
-    let trained = self::open(&folder, KvType::Int8)
-        .map_model(|model| burn::module::AutodiffModule::<Ad>::from_inner(model));
+    let trained =
+        self::open(&folder, KvType::Int8).map_model(burn::module::AutodiffModule::<Ad>::from_inner);
     let logits = trained.logits(&question, &[5, 6], Schedule::dense());
     refused(logits.map(drop).expect_err("no gradients"));
     let gradient = |kv| {

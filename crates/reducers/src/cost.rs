@@ -244,7 +244,7 @@ mod tests {
 
     #[test]
     fn the_last_layer_takes_one_row_all_the_way() {
-        let cost = Cost::of(&TOY, &Schedule::dense(), 10, 5, 2);
+        let cost = Cost::of(&TOY, &Schedule::dense(), 10, 5, KvType::F16);
         let products = |outputs: &[(usize, usize)]| -> usize {
             outputs
                 .iter()
@@ -261,7 +261,7 @@ mod tests {
         let saved = TOY.layer_flops(15) - last;
         assert_eq!(cost.published_flops() - cost.total_flops(), saved);
         assert_eq!(
-            Cost::of(&TOY, &Schedule::dense(), 0, 0, 2).layer_flops,
+            Cost::of(&TOY, &Schedule::dense(), 0, 0, KvType::F16).layer_flops,
             [0.0; 4]
         );
     }

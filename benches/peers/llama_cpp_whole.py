@@ -214,8 +214,8 @@ def answer(job: dict) -> dict:
     model = llama_cpp.llama_model_load_from_file(job["language"].encode(), options)
     demand(model, "load the language model")
     options = llama_cpp.llama_context_default_params()
+    batch = options.n_batch
     options.n_ctx = rows + 2 * job["new_tokens"]
-    options.n_batch = options.n_ubatch = rows
     options.n_threads = options.n_threads_batch = protocol.threads()
     options.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
     context = demand(llama_cpp.llama_init_from_model(model, options), "run this model")
@@ -243,11 +243,11 @@ def answer(job: dict) -> dict:
             seen = mtmd_cpp.mtmd_get_output_embd(sight)
             nothing = mtmd_cpp.mtmd_helper_post_decode_callback()
             failed = mtmd_cpp.mtmd_helper_decode_image_chunk(
-                sight, context, chunk, seen, past, 0, rows, ctypes.byref(past), nothing, None
+                sight, context, chunk, seen, past, 0, batch, ctypes.byref(past), nothing, None
             )
         else:
             failed = mtmd_cpp.mtmd_helper_eval_chunk_single(
-                sight, context, chunk, past, 0, rows, True, ctypes.byref(past)
+                sight, context, chunk, past, 0, batch, True, ctypes.byref(past)
             )
         demand(failed == 0, "run the prompt")
     words = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
@@ -255,8 +255,8 @@ def answer(job: dict) -> dict:
     first = time.perf_counter()
     for _ in range(job["new_tokens"] - 1):
         token = (llama_cpp.llama_token * 1)(tokens[-1])
-        batch = llama_cpp.llama_batch_get_one(token, 1)
-        demand(llama_cpp.llama_decode(context, batch) == 0, "run a token")
+        one = llama_cpp.llama_batch_get_one(token, 1)
+        demand(llama_cpp.llama_decode(context, one) == 0, "run a token")
         tokens.append(best(context, words))
     return {
         "loading": loaded - started,

@@ -90,10 +90,7 @@ impl host::Loop for With<'_> {
         };
         match self.other.slice() {
             Some(other) => work(other),
-            None => {
-                let other = self.other.numbers();
-                work(&other.iter().map(|&x| E::of(x)).collect::<Vec<_>>());
-            }
+            None => work(&E::of_singles(self.other.numbers().into_owned())),
         }
     }
 }

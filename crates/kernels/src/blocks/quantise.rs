@@ -1,6 +1,7 @@
 //! Our own formats, made of f32.
 
 use half::f16;
+use pulp::Arch;
 use rayon::prelude::*;
 
 use super::Format;
@@ -13,6 +14,14 @@ impl Format {
     /// A row in this format, which is [`Format::Int8`] or [`Format::Int4`]; `None` for others, and for
     /// numbers that are not finite or too large for the format's scales.
     pub fn quantise(self, numbers: &[f32]) -> Option<Vec<u8>> {
+        Arch::new().dispatch(
+            #[inline(always)]
+            || self.quantised(numbers),
+        )
+    }
+
+    #[inline(always)]
+    fn quantised(self, numbers: &[f32]) -> Option<Vec<u8>> {
         let mut row = Vec::with_capacity(self.row_bytes(numbers.len())?);
         if !numbers.iter().all(|x| x.is_finite()) {
             return None;
@@ -39,6 +48,7 @@ impl Format {
     }
 }
 
+#[inline(always)]
 fn int8(numbers: &[f32], row: &mut Vec<u8>) {
     let largest = numbers.iter().fold(0f32, |most, x| most.max(x.abs()));
     let scale = largest / 127.0;
@@ -54,6 +64,7 @@ fn int8(numbers: &[f32], row: &mut Vec<u8>) {
     row.resize(4 + numbers.len().next_multiple_of(4), 0);
 }
 
+#[inline(always)]
 fn int4(group: &[f32], row: &mut Vec<u8>) -> Option<()> {
     let least = group.iter().copied().fold(f32::INFINITY, f32::min);
     let most = group.iter().copied().fold(f32::NEG_INFINITY, f32::max);
@@ -67,13 +78,7 @@ fn int4(group: &[f32], row: &mut Vec<u8>) -> Option<()> {
         if !scale.is_finite() || !low.is_finite() {
             return None;
         }
-        let error: f64 = group
-            .iter()
-            .map(|&x| {
-                f64::from(x - (f32::from(code(x, scale, low)) * scale.to_f32() + low.to_f32()))
-                    .powi(2)
-            })
-            .sum();
+        let error = square_error(group, scale.to_f32(), low.to_f32());
         if best.is_none_or(|(least, ..)| error < least) {
             best = Some((error, scale, low));
         }
@@ -81,18 +86,33 @@ fn int4(group: &[f32], row: &mut Vec<u8>) -> Option<()> {
     let (_, scale, low) = best?;
     row.extend(scale.to_le_bytes());
     row.extend(low.to_le_bytes());
-    let code = |at: usize| group.get(at).map_or(0, |&x| code(x, scale, low));
-    row.extend((0..32).map(|at| code(at) | code(at + 32) << 4));
+    let (scale, low) = (scale.to_f32(), low.to_f32());
+    let code = |at: usize| group.get(at).map_or(0, |&x| level(x, scale, low) as u8);
+    row.extend((0..32).map(
+        #[inline(always)]
+        |at| code(at) | code(at + 32) << 4,
+    ));
     Some(())
 }
 
+/// The squares of what codes are off by, in sums side by side.
+#[inline(always)]
+fn square_error(group: &[f32], scale: f32, least: f32) -> f64 {
+    let mut sums = [0.0; 8];
+    for numbers in group.chunks(sums.len()) {
+        for (sum, &x) in sums.iter_mut().zip(numbers) {
+            let error = f64::from(x - (level(x, scale, least) * scale + least));
+            *sum += error * error;
+        }
+    }
+    sums.iter().sum()
+}
+
 /// The nearest of 16 codes.
-fn code(x: f32, scale: f16, least: f16) -> u8 {
-    let scale = scale.to_f32();
+#[inline(always)]
+fn level(x: f32, scale: f32, least: f32) -> f32 {
     match scale > 0.0 {
-        true => ((x - least.to_f32()) / scale)
-            .round_ties_even()
-            .clamp(0.0, 15.0) as u8,
-        false => 0,
+        true => ((x - least) / scale).round_ties_even().clamp(0.0, 15.0),
+        false => 0.0,
     }
 }

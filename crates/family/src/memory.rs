@@ -196,7 +196,7 @@ impl LayerMemory {
             }
         };
         let activation = match (halves, self.gated) {
-            (true, true) => Saturating(3) * bytes * inner + widened(Saturating(2) * inner),
+            (true, true) => Saturating(2) * bytes * inner + widened(Saturating(2) * inner),
             (true, false) => Saturating(2) * bytes * inner + widened(inner),
             (false, _) => Saturating(2) * bytes * inner + gate,
         };

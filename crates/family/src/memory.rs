@@ -68,18 +68,17 @@ impl Memory {
         let visual = picture.visual_tokens;
         let cost = Cost::of(&shape, schedule, visual, text_tokens, kv);
         let rows = cost.rows.iter().copied().max().unwrap_or(0);
-        let layers = [
-            (config.tower_memory(), picture.patches),
-            (decoder_layer(config.decoder(), numbers, kv), rows),
-        ];
-        let largest = |of: &dyn Fn(&LayerMemory, usize) -> u64| {
-            let bytes = layers.iter().map(|(layer, rows)| of(layer, *rows));
-            bytes.max().unwrap_or(0)
-        };
+        let tower = (config.tower_memory(), picture.patches);
+        let decoder = (decoder_layer(config.decoder(), numbers, kv), rows);
+        let peaks = [&tower, &decoder].map(|(layer, rows)| layer.peak(*rows, numbers));
+        let products =
+            [&tower, &decoder].map(|(layer, rows)| layer.largest_product(*rows, numbers));
+        // In the last layer one row goes past keys and values: at the peak its own are not there yet.
+        let last = cost.kv_bytes.last().copied().unwrap_or(0);
         Self {
             kv: cost.total_kv_bytes(),
-            activations: largest(&|layer, rows| layer.peak(rows, numbers)),
-            largest: largest(&|layer, rows| layer.largest_product(rows, numbers)),
+            activations: peaks[0].max(peaks[1].saturating_sub(last)),
+            largest: products[0].max(products[1]),
         }
     }
 }

@@ -29,6 +29,10 @@ use many_rows::Kernel;
 /// Most numbers of a weight that are widened to f32 at a time (16 MiB).
 pub const WIDENED: usize = 4 << 20;
 
+/// Most rows of inputs that meet a weight as a single one does: where reading it from memory still takes
+/// longer than multiplying.
+const FEW: usize = 8;
+
 /// A matrix, row by row.
 #[derive(Debug, Clone, Copy)]
 #[non_exhaustive]
@@ -82,7 +86,8 @@ impl<'a, T: Number> Inputs<'a, T> {
     /// bf16 weights meet inputs that are rounded to bf16; codes meet the same where the processor
     /// multiplies tiles of them (AMX), and inputs that are rounded to 8 bits, with a scale for as many
     /// columns as share one of the weight, where it multiplies bytes (AVX512-VNNI, AVX-VNNI, AVX2 if they have
-    /// fewer than 8 bits). Anything else is computed in f32.
+    /// fewer than 8 bits). Anything else is computed in f32. A few rows meet halves and codes as a single one
+    /// does ([`matrix_vector`]), each to the bit as if it were alone.
     ///
     /// # Shapes
     /// - `weight`: `[output, features]`
@@ -104,7 +109,30 @@ impl<'a, T: Number> Inputs<'a, T> {
             numbers.is_multiple_of(self.features),
             "columns of the weight"
         );
-        let mut y = zeros(numbers / self.features * self.rows());
+        let output = numbers / self.features;
+        match weight {
+            Weight::F32(_) => self.of_many(weight, output),
+            _ if self.rows() > FEW => self.of_many(weight, output),
+            _ => {
+                let rows = self.by_row();
+                let rows: Vec<&[f32]> = rows.iter().map(Vec::as_slice).collect();
+                Y::of_singles(one_row::of_few(self.isa, weight, &rows, output))
+            }
+        }
+    }
+
+    /// The inputs row by row.
+    fn by_row(&self) -> Vec<Vec<f32>> {
+        let row = |row| {
+            let numbers = self.x.iter().skip(row).step_by(self.rows());
+            numbers.map(|x| x.to_f32()).collect()
+        };
+        (0..self.rows()).map(row).collect()
+    }
+
+    /// [`product`](Self::product) by the loops for many rows.
+    fn of_many<Y: Number>(&self, weight: Weight<'_>, output: usize) -> Vec<Y> {
+        let mut y = zeros(output * self.rows());
         if y.is_empty() {
             return y;
         }

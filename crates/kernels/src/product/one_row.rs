@@ -37,49 +37,68 @@ const REGISTERS: usize = 2;
 /// # Panics
 /// If the weight has fewer rows, or rows of another length.
 pub fn matrix_vector(weight: Weight, x: &[f32], output: usize) -> Vec<f32> {
-    matrix_vector_on(Isa::of_this_processor(), weight, x, output)
+    of_few(Isa::of_this_processor(), weight, &[x], output)
 }
 
-/// The same with certain instructions.
-pub(super) fn matrix_vector_on(isa: Isa, weight: Weight, x: &[f32], output: usize) -> Vec<f32> {
-    let columns = x.len();
-    let mut y = vec![0.0; output];
+/// The same for a few rows of inputs, all as long: what a row comes to does not depend on the others.
+///
+/// # Shapes
+/// - `xs`: at least one, `[features]` each
+/// - returns `[output, xs.len()]`
+pub(super) fn of_few(isa: Isa, weight: Weight, xs: &[&[f32]], output: usize) -> Vec<f32> {
+    let columns = xs[0].len();
+    let mut y = vec![0.0; output * xs.len()];
+    let piece = ROWS * xs.len();
     match weight {
         Weight::F32(weight) => {
             let numbers = Numbers { weight, columns };
-            pieces_on(reading(), &mut y, ROWS, &Product::new(numbers, x));
+            pieces_on(reading(), &mut y, piece, &Product::new(numbers, xs));
         }
         Weight::F16(weight) => {
             let numbers = Numbers { weight, columns };
-            pieces_on(Arch::new(), &mut y, ROWS, &Product::new(numbers, x));
+            pieces_on(Arch::new(), &mut y, piece, &Product::new(numbers, xs));
         }
         Weight::BF16(weight) => {
             let numbers = Numbers { weight, columns };
-            pieces_on(Arch::new(), &mut y, ROWS, &Product::new(numbers, x));
+            pieces_on(Arch::new(), &mut y, piece, &Product::new(numbers, xs));
         }
         Weight::Blocks(blocks) if blocks.format() == Format::Int8 => {
             assert_eq!(blocks.columns(), columns, "columns of the weight");
-            pieces_on(Arch::new(), &mut y, ROWS, &Product::<i8, _>::new(blocks, x));
+            pieces_on(
+                Arch::new(),
+                &mut y,
+                piece,
+                &Product::<i8, _>::new(blocks, xs),
+            );
         }
         Weight::Blocks(blocks) => with_coding!(blocks.format(), C => {
             assert_eq!(blocks.columns(), columns, "columns of the weight");
-            let x = Arch::new().dispatch(#[inline(always)] || ByteInputs::new(x, C::GROUP));
+            let bytes = |x: &&[f32]| {
+                Arch::new().dispatch(#[inline(always)] || ByteInputs::new(x, C::GROUP))
+            };
+            let xs: Vec<ByteInputs> = xs.iter().map(bytes).collect();
             let bytes = isa.bytes;
             pieces(
                 &mut y,
-                ROWS,
+                piece,
                 #[inline(always)]
                 |index, y: &mut [f32]| {
-                    let (first, part) = (index * ROWS, y.len() / STREAMS);
+                    let (first, count) = (index * ROWS, y.len() / xs.len());
+                    let part = count / STREAMS;
                     for at in 0..part {
                         let rows = from_fn::<_, STREAMS, _>(|i| first + i * part + at);
-                        let sums = coded_dots::<C, STREAMS>(bytes, blocks, rows, &x);
-                        for (stream, sum) in sums.into_iter().enumerate() {
-                            y[stream * part + at] = sum;
+                        for (column, x) in xs.iter().enumerate() {
+                            let sums = coded_dots::<C, STREAMS>(bytes, blocks, rows, x);
+                            for (stream, sum) in sums.into_iter().enumerate() {
+                                y[(stream * part + at) * xs.len() + column] = sum;
+                            }
                         }
                     }
-                    for (at, y) in y.iter_mut().enumerate().skip(part * STREAMS) {
-                        [*y] = coded_dots::<C, 1>(bytes, blocks, [first + at], &x);
+                    let rest = y.chunks_exact_mut(xs.len()).enumerate();
+                    for (at, y) in rest.skip(part * STREAMS) {
+                        for (y, x) in y.iter_mut().zip(&xs) {
+                            [*y] = coded_dots::<C, 1>(bytes, blocks, [first + at], x);
+                        }
                     }
                 },
             );
@@ -199,34 +218,39 @@ impl Scaled<i8> for Blocks<'_> {
 
 struct Product<'a, T, W> {
     weight: W,
-    x: &'a [f32],
+    xs: &'a [&'a [f32]],
     of: PhantomData<fn() -> T>,
 }
 
 impl<'a, T, W> Product<'a, T, W> {
-    fn new(weight: W, x: &'a [f32]) -> Self {
+    fn new(weight: W, xs: &'a [&'a [f32]]) -> Self {
         let of = PhantomData;
-        Self { weight, x, of }
+        Self { weight, xs, of }
     }
 }
 
 impl<T: Widen, W: Scaled<T>> Work<f32> for Product<'_, T, W> {
     #[inline(always)]
     fn run<S: Simd>(&self, simd: S, index: usize, y: &mut [f32]) {
-        let Self { weight, x, .. } = self;
+        let Self { weight, xs, .. } = self;
         let first = index * ROWS;
-        let part = y.len() / STREAMS;
+        let part = y.len() / xs.len() / STREAMS;
         for at in 0..part {
             let rows = from_fn::<_, STREAMS, _>(|i| weight.row(first + i * part + at));
-            let sums = dots(simd, rows, x);
-            for (stream, sum) in sums.into_iter().enumerate() {
-                let at = stream * part + at;
-                y[at] = sum * weight.scale(first + at);
+            for (column, x) in xs.iter().enumerate() {
+                let sums = dots(simd, rows, x);
+                for (stream, sum) in sums.into_iter().enumerate() {
+                    let at = stream * part + at;
+                    y[at * xs.len() + column] = sum * weight.scale(first + at);
+                }
             }
         }
-        for (at, y) in y.iter_mut().enumerate().skip(part * STREAMS) {
-            let [sum] = dots(simd, [weight.row(first + at)], x);
-            *y = sum * weight.scale(first + at);
+        let rest = y.chunks_exact_mut(xs.len()).enumerate();
+        for (at, y) in rest.skip(part * STREAMS) {
+            for (y, x) in y.iter_mut().zip(*xs) {
+                let [sum] = dots(simd, [weight.row(first + at)], x);
+                *y = sum * weight.scale(first + at);
+            }
         }
     }
 }

@@ -3,7 +3,8 @@
 use half::{bf16, f16};
 use proptest::prelude::*;
 
-use super::one_row::matrix_vector_on;
+use super::FEW;
+use super::one_row::of_few;
 use super::{Inputs, Weight};
 use crate::blocks::{Blocks, Coding, Format, with_coding};
 use crate::isa::Isa;
@@ -115,14 +116,14 @@ proptest! {
         for isa in Isa::all() {
             let what = format!("{isa:?} {output} {features} {rows}");
             let inputs = Inputs::on(isa, &x_upper, features).expect("whole rows");
-            assert_close(&inputs.product(Weight::BF16(&upper)), &of_upper, 1e-6, &what);
-            let rounded: Vec<bf16> = inputs.product(Weight::BF16(&upper));
+            assert_close(&inputs.of_many(Weight::BF16(&upper), output), &of_upper, 1e-6, &what);
+            let rounded: Vec<bf16> = inputs.of_many(Weight::BF16(&upper), output);
             assert_close(&single(&rounded), &of_upper, 5e-3, &what);
             let inputs = Inputs::on(isa, &x, features).expect("whole rows");
-            assert_close(&inputs.product(Weight::F16(&half)), &of_half, 1e-6, &what);
-            assert_close(&inputs.product(Weight::F32(&weight)), &of_single, 1e-6, &what);
+            assert_close(&inputs.of_many(Weight::F16(&half), output), &of_half, 1e-6, &what);
+            assert_close(&inputs.of_many(Weight::F32(&weight), output), &of_single, 1e-6, &what);
             // Other inputs are rounded to bf16 first, unless f32 is faster.
-            assert_close(&inputs.product(Weight::BF16(&upper)), &exact(&single(&upper), &x, features), 4e-3, &what);
+            assert_close(&inputs.of_many(Weight::BF16(&upper), output), &exact(&single(&upper), &x, features), 4e-3, &what);
         }
     }
 
@@ -150,18 +151,47 @@ proptest! {
             // Inputs of 8 bits are off by half a step of 127 of the largest of a group, at most 1/254 of it;
             // terms of half the largest size on average double that, and codes of 4 bits are rounded to bf16.
             let share = 1.2e-2;
-            assert_close(&inputs.product(Weight::Blocks(blocks)), &exact_products, share, &what);
-            let y = matrix_vector_on(isa, Weight::Blocks(blocks), &column, output);
+            assert_close(&inputs.of_many(Weight::Blocks(blocks), output), &exact_products, share, &what);
+            let y = of_few(isa, Weight::Blocks(blocks), &[&column], output);
             assert_close(&y, &exact_column, share, &what);
         }
         // However many rows there are beside it, and whatever they are: the same to the last bit.
         for isa in Isa::all() {
             let one = Inputs::on(isa, &column, features).expect("whole rows");
-            let one: Vec<f32> = one.product(Weight::Blocks(blocks));
+            let one: Vec<f32> = one.of_many(Weight::Blocks(blocks), output);
             let all = Inputs::on(isa, &x, features).expect("whole rows");
-            let all: Vec<f32> = all.product(Weight::Blocks(blocks));
+            let all: Vec<f32> = all.of_many(Weight::Blocks(blocks), output);
             if isa.quads_of(with_coding!(format, C => C::LARGEST)).is_some() {
                 prop_assert!(one.iter().eq(all.iter().step_by(rows)), "{format:?} {isa:?}");
+            }
+        }
+    }
+
+    /// A few rows are computed as each alone, to the bit, in whatever order they come.
+    #[test]
+    fn a_few_rows_are_each_as_alone(
+        [output, features, _] in sizes(),
+        rows in 1..=FEW,
+        format in proptest::sample::select(Format::ALL.to_vec()),
+        seed in 0..1000u64,
+    ) {
+        let features = whole_blocks(format, features);
+        let bytes = self::rows(format, output, features, seed);
+        let stride = format.row_bytes(features).expect("whole rows");
+        let blocks = Blocks::new(format, features, stride, &bytes).expect("whole rows");
+        let numbers = numbers(output * features, seed);
+        let upper: Vec<bf16> = numbers.iter().map(|x| bf16::from_f32(*x)).collect();
+        let half: Vec<f16> = numbers.iter().map(|x| f16::from_f32(*x)).collect();
+        let x = self::numbers(features * rows, seed + 1);
+        for isa in Isa::all() {
+            for weight in [Weight::Blocks(blocks), Weight::BF16(&upper), Weight::F16(&half)] {
+                let all = Inputs::on(isa, &x, features).expect("whole rows");
+                let all: Vec<f32> = all.product(weight);
+                for row in 0..rows {
+                    let column: Vec<f32> = x.iter().skip(row).step_by(rows).copied().collect();
+                    let alone = of_few(isa, weight, &[&column], output);
+                    prop_assert!(alone.iter().eq(all.iter().skip(row).step_by(rows)), "{isa:?} {row}");
+                }
             }
         }
     }
@@ -178,16 +208,16 @@ proptest! {
         let stride = format.row_bytes(features).expect("whole rows");
         let blocks = Blocks::new(format, features, stride, &bytes).expect("whole rows");
         let x = numbers(features, seed + 1);
-        let plain = matrix_vector_on(Isa::default(), Weight::Blocks(blocks), &x, 5);
+        let plain = of_few(Isa::default(), Weight::Blocks(blocks), &[&x], 5);
         for isa in Isa::all() {
-            let y = matrix_vector_on(isa, Weight::Blocks(blocks), &x, 5);
+            let y = of_few(isa, Weight::Blocks(blocks), &[&x], 5);
             for (y, plain) in y.iter().zip(&plain) {
                 prop_assert!((y - plain).abs() <= 1e-4 * (1.0 + plain.abs()), "{format:?} {isa:?} {y} {plain}");
             }
             // Nor does it matter how many rows are read at a time.
             for (y, row) in y.iter().zip(bytes.chunks(stride)) {
                 let alone = Blocks::new(format, features, stride, row).expect("whole rows");
-                prop_assert_eq!(matrix_vector_on(isa, Weight::Blocks(alone), &x, 1), [*y]);
+                prop_assert_eq!(of_few(isa, Weight::Blocks(alone), &[&x], 1), [*y]);
             }
         }
     }
@@ -217,7 +247,7 @@ fn what_is_undefined_is_not_lost() {
                 }
             }
             let column: Vec<f32> = x.iter().skip(33).step_by(rows).copied().collect();
-            let y = matrix_vector_on(isa, Weight::Blocks(blocks), &column, output);
+            let y = of_few(isa, Weight::Blocks(blocks), &[&column], output);
             assert!(y.iter().all(|y| !y.is_finite()), "{isa:?}");
         }
     }
@@ -249,7 +279,7 @@ fn an_undefined_scale_is_not_lost() {
                     "{isa:?} {bits:x}"
                 );
             }
-            let y = matrix_vector_on(isa, Weight::Blocks(blocks), &column, output);
+            let y = of_few(isa, Weight::Blocks(blocks), &[&column], output);
             for (row, y) in y.iter().enumerate() {
                 assert_eq!(y.is_finite(), row != 13, "{isa:?} {bits:x}");
             }

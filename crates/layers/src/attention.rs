@@ -135,21 +135,25 @@ fn on_host<B: Backend>(
     let (dtype, device) = (query.dtype(), query.device());
     let shape = [sizes.heads * sizes.head_dim, sizes.queries];
     let query = HostTensor::of(query).packed();
-    let [key, value] = [key, value].map(HostCached::of);
+    let mut cache = [key, value].map(HostCached::of);
+    // Parts of a cache that has room for more, or of a tower's segments. A row of bf16 shall not depend on how
+    // many there are beside it.
+    if sizes.queries >= MANY || (sizes.queries > 1 && dtype == DType::BF16) {
+        cache = cache.map(HostCached::packed);
+        if let Some(context) = of_pairs(&query, &cache, sizes, causal) {
+            let context = TensorData::new(context, shape);
+            return Some(Tensor::from_data(context, (&device, dtype)));
+        }
+    }
+    let query = query.singles()?;
     let context = match sizes.queries {
         0..MANY => {
-            let cache = where_they_lie(&key, &value)?;
-            reroute_kernels::attention_of_few(&query.singles()?, cache, sizes, causal)
+            let cache = where_they_lie(&cache[0], &cache[1])?;
+            reroute_kernels::attention_of_few(&query, cache, sizes, causal)
         }
         _ => {
-            // Parts of a cache that has room for more, or of a tower's segments.
-            let cache = [key, value].map(HostCached::packed);
-            if let Some(context) = of_pairs(&query, &cache, sizes, causal) {
-                let context = TensorData::new(context, shape);
-                return Some(Tensor::from_data(context, (&device, dtype)));
-            }
             let [key, value] = cache.each_ref().map(HostCached::singles);
-            reroute_kernels::attention(&query.singles()?, &key?, &value?, sizes, causal)
+            reroute_kernels::attention(&query, &key?, &value?, sizes, causal)
         }
     };
     Some(host::tensor(context, shape, dtype, &device))

@@ -44,20 +44,21 @@ impl Bytes {
         found.then_some(Self(Kind::Avx512Vnni))
     }
 
-    /// The products of rows with inputs. That of a row does not depend on how many are read at a time.
+    /// The products of rows with inputs, all as long: what is read of a row meets all of them. That of a row
+    /// and an input does not depend on the others.
     #[inline(always)]
-    pub(crate) fn dots<C: Coding, const N: usize>(
+    pub(crate) fn dots<C: Coding, const N: usize, const M: usize>(
         self,
         blocks: Blocks<'_>,
         rows: [usize; N],
-        x: &ByteInputs,
-    ) -> [f32; N] {
+        xs: [&ByteInputs; M],
+    ) -> [[f32; M]; N] {
         // SAFETY: the processor has the instructions of this kind (`self`).
         unsafe {
             match self.0 {
-                Kind::Avx2 => dots_avx2::<C, N>(blocks, rows, x),
-                Kind::AvxVnni => dots_avx_vnni::<C, N>(blocks, rows, x),
-                Kind::Avx512Vnni => dots_avx512_vnni::<C, N>(blocks, rows, x),
+                Kind::Avx2 => of_twos::dots::<C, N, M>(blocks, rows, xs),
+                Kind::AvxVnni => avx_vnni::dots::<C, N, M>(blocks, rows, xs),
+                Kind::Avx512Vnni => avx512_vnni::dots::<C, N, M>(blocks, rows, xs),
             }
         }
     }
@@ -84,9 +85,9 @@ impl Bytes {
         // SAFETY: as in `dots`.
         unsafe {
             match self.0 {
-                Kind::Avx2 => multiply_avx2::<C>(weight, input, sums, adds),
-                Kind::AvxVnni => multiply_avx_vnni::<C>(weight, input, sums, adds),
-                Kind::Avx512Vnni => multiply_avx512_vnni::<C>(weight, input, sums, adds),
+                Kind::Avx2 => of_twos::multiply::<C>(weight, input, sums, adds),
+                Kind::AvxVnni => avx_vnni::multiply::<C>(weight, input, sums, adds),
+                Kind::Avx512Vnni => avx512_vnni::multiply::<C>(weight, input, sums, adds),
             }
         }
     }
@@ -103,114 +104,8 @@ impl Bytes {
     }
 }
 
-/// Adds the products of four bytes each to sums, by every kind of instruction.
-macro_rules! kinds {
-    ($feature:literal, $dots:ident, $multiply:ident, $products:expr) => {
-        #[target_feature(enable = $feature)]
-        fn $dots<C: Coding, const N: usize>(
-            blocks: Blocks<'_>,
-            rows: [usize; N],
-            x: &ByteInputs,
-        ) -> [f32; N] {
-            dots::<C, N>(blocks, rows, x, $products)
-        }
-
-        #[target_feature(enable = $feature)]
-        fn $multiply<C: Coding>(
-            weight: QuadRows<'_, ROWS>,
-            input: QuadTokens<'_>,
-            sums: &mut Sums<ROWS>,
-            adds: bool,
-        ) {
-            multiply::<C>(weight, input, sums, adds, $products)
-        }
-    };
-}
-
-kinds!(
-    "avx2,fma,f16c",
-    dots_avx2,
-    multiply_avx2,
-    |sums, codes, x| {
-        let ones = _mm256_set1_epi16(1);
-        if C::LARGEST < 128 {
-            // At most 2 · 127 · 127: no sum of two saturates.
-            let products = _mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), ones);
-            return _mm256_add_epi32(sums, products);
-        }
-        // Either half of a code, for the same reason.
-        let low = _mm256_and_si256(codes, _mm256_set1_epi8(15));
-        let high = _mm256_and_si256(_mm256_srli_epi16::<4>(codes), _mm256_set1_epi8(15));
-        let low = _mm256_madd_epi16(_mm256_maddubs_epi16(low, x), ones);
-        let high = _mm256_madd_epi16(_mm256_maddubs_epi16(high, x), ones);
-        let products = _mm256_add_epi32(low, _mm256_slli_epi32::<4>(high));
-        _mm256_add_epi32(sums, products)
-    }
-);
-
-kinds!(
-    "avx2,fma,f16c,avxvnni",
-    dots_avx_vnni,
-    multiply_avx_vnni,
-    |sums, codes, x| _mm256_dpbusd_avx_epi32(sums, codes, x)
-);
-
-kinds!(
-    "avx2,fma,f16c,avx512vnni,avx512vl",
-    dots_avx512_vnni,
-    multiply_avx512_vnni,
-    |sums, codes, x| _mm256_dpbusd_epi32(sums, codes, x)
-);
-
 /// Rows of a weight in a register tile: with two registers of tokens, 12 of the 16 registers hold sums.
 pub(crate) const ROWS: usize = 6;
-
-#[expect(clippy::needless_range_loop, reason = "two arrays by one index")]
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn multiply<C: Coding>(
-    weight: QuadRows<'_, ROWS>,
-    input: QuadTokens<'_>,
-    sums: &mut Sums<ROWS>,
-    adds: bool,
-    multiply: impl Fn(__m256i, __m256i, __m256i) -> __m256i,
-) {
-    if !adds {
-        *sums = Sums::ZERO;
-    }
-    let words = weight.0.len() * WORDS;
-    let each = C::GROUP / 4;
-    for group in 0..words.div_ceil(each) {
-        let [scales, leasts] = &weight.1[group];
-        let [token_scales, token_sums] = &input.1[group];
-        // Sixteen tokens at a time.
-        for first in (0..TOKENS / 8).step_by(2) {
-            let mut products = [[_mm256_setzero_si256(); 2]; ROWS];
-            for word in group * each..words.min((group + 1) * each) {
-                let (chunk, word) = (word / WORDS, word % WORDS);
-                let (tokens, _) = input.0[chunk].0[word].as_chunks();
-                let tokens = [words_of(&tokens[first]), words_of(&tokens[first + 1])];
-                for row in 0..ROWS {
-                    let codes = _mm256_set1_epi32(weight.0[chunk].0[row][word] as i32);
-                    products[row][0] = multiply(products[row][0], codes, tokens[0]);
-                    products[row][1] = multiply(products[row][1], codes, tokens[1]);
-                }
-            }
-            for row in 0..ROWS {
-                let (scale, least) = (_mm256_set1_ps(scales[row]), _mm256_set1_ps(leasts[row]));
-                let (totals, _) = sums.0[row].as_chunks_mut();
-                for part in 0..2 {
-                    let product = _mm256_cvtepi32_ps(products[row][part]);
-                    let product = _mm256_mul_ps(product, scale);
-                    let by = load(&token_scales.as_chunks().0[first + part]);
-                    let of = load(&token_sums.as_chunks().0[first + part]);
-                    let total = _mm256_fmadd_ps(of, least, load(&totals[first + part]));
-                    totals[first + part] = store(_mm256_fmadd_ps(product, by, total));
-                }
-            }
-        }
-    }
-}
 
 /// Bytes that are fetched ahead.
 const AHEAD: usize = 4096;
@@ -218,62 +113,167 @@ const AHEAD: usize = 4096;
 /// Independent sums of a row.
 const SUMS: usize = 2;
 
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn dots<C: Coding, const N: usize>(
-    blocks: Blocks<'_>,
-    rows: [usize; N],
-    x: &ByteInputs,
-    multiply: impl Fn(__m256i, __m256i, __m256i) -> __m256i,
-) -> [f32; N] {
-    /// Chunks that share their scales.
-    const fn shared(group: usize) -> usize {
-        if group > CHUNK { group / CHUNK } else { 1 }
-    }
-    let mut room = [0; ROOM];
-    let mut totals = [[_mm256_setzero_ps(); SUMS]; N];
-    let mut leasts = [_mm256_setzero_ps(); N];
-    for (index, (inputs, sides)) in x.spans.iter().enumerate() {
-        for ((&row, totals), leasts) in rows.iter().zip(&mut totals).zip(&mut leasts) {
-            let (bytes, start) = blocks.bytes_and_start(row);
-            prefetch(some(bytes, start + index * C::BYTES + AHEAD, C::BYTES));
-            let span = Span::<C>::new(blocks, row, index, &mut room);
-            let (mut scale, least) = factors(span);
-            for half in 0..halves(C::GROUP) {
-                scale[half] = _mm256_mul_ps(scale[half], load(&sides.scale[half]));
-                *leasts = _mm256_fmadd_ps(least[half], load(&sides.least[half]), *leasts);
+/// The loops with the instructions of a kind. They are made once for each: what has more features is not
+/// inlined into what has fewer, and one call for every 32 products takes twice the time.
+macro_rules! kind {
+    ($name:ident, $feature:literal, |$sums:ident, $codes:ident, $x:ident| $products:expr) => {
+        mod $name {
+            use super::*;
+
+            /// Adds the products of four bytes each to sums.
+            #[inline]
+            #[target_feature(enable = $feature)]
+            fn products<C: Coding>($sums: __m256i, $codes: __m256i, $x: __m256i) -> __m256i {
+                $products
             }
-            for group in 0..CHUNKS / shared(C::GROUP) {
-                let first = group * shared(C::GROUP);
-                let mut sums = _mm256_setzero_si256();
-                for chunk in first..first + shared(C::GROUP) {
-                    // SAFETY: 32 bytes.
-                    let inputs = unsafe { _mm256_loadu_si256(inputs[chunk].as_ptr().cast()) };
-                    sums = multiply(sums, codes(span, chunk), inputs);
+
+            #[target_feature(enable = $feature)]
+            pub(super) fn multiply<C: Coding>(
+                weight: QuadRows<'_, ROWS>,
+                input: QuadTokens<'_>,
+                sums: &mut Sums<ROWS>,
+                adds: bool,
+            ) {
+                if !adds {
+                    *sums = Sums::ZERO;
                 }
-                let at = _mm256_set1_epi32(first as i32);
-                let mut factor = _mm256_permutevar8x32_ps(scale[0], at);
-                if halves(C::GROUP) > 1 {
-                    let upper = _mm256_permutevar8x32_ps(scale[1], at);
-                    factor = _mm256_blend_ps::<0b1111_0000>(factor, upper);
+                let words = weight.0.len() * WORDS;
+                let each = C::GROUP / 4;
+                for group in 0..words.div_ceil(each) {
+                    let [scales, leasts] = &weight.1[group];
+                    let [token_scales, token_sums] = &input.1[group];
+                    // Sixteen tokens at a time.
+                    for first in (0..TOKENS / 8).step_by(2) {
+                        let mut quads = [[_mm256_setzero_si256(); 2]; ROWS];
+                        for word in group * each..words.min((group + 1) * each) {
+                            let (chunk, word) = (word / WORDS, word % WORDS);
+                            let (tokens, _) = input.0[chunk].0[word].as_chunks();
+                            let tokens = [words_of(&tokens[first]), words_of(&tokens[first + 1])];
+                            for row in 0..ROWS {
+                                let codes = _mm256_set1_epi32(weight.0[chunk].0[row][word] as i32);
+                                quads[row][0] = products::<C>(quads[row][0], codes, tokens[0]);
+                                quads[row][1] = products::<C>(quads[row][1], codes, tokens[1]);
+                            }
+                        }
+                        for row in 0..ROWS {
+                            let (scale, least) =
+                                (_mm256_set1_ps(scales[row]), _mm256_set1_ps(leasts[row]));
+                            let (totals, _) = sums.0[row].as_chunks_mut();
+                            for part in 0..2 {
+                                let product = _mm256_cvtepi32_ps(quads[row][part]);
+                                let product = _mm256_mul_ps(product, scale);
+                                let by = load(&token_scales.as_chunks().0[first + part]);
+                                let of = load(&token_sums.as_chunks().0[first + part]);
+                                let total = _mm256_fmadd_ps(of, least, load(&totals[first + part]));
+                                totals[first + part] = store(_mm256_fmadd_ps(product, by, total));
+                            }
+                        }
+                    }
                 }
-                let total = &mut totals[group % SUMS];
-                *total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums), factor, *total);
+            }
+
+            #[target_feature(enable = $feature)]
+            pub(super) fn dots<C: Coding, const N: usize, const M: usize>(
+                blocks: Blocks<'_>,
+                rows: [usize; N],
+                xs: [&ByteInputs; M],
+            ) -> [[f32; M]; N] {
+                let mut room = [0; ROOM];
+                let mut totals = [[[_mm256_setzero_ps(); SUMS]; M]; N];
+                let mut leasts = [[_mm256_setzero_ps(); M]; N];
+                for index in 0..xs[0].spans.len() {
+                    let xs = xs.map(|x| &x.spans[index]);
+                    for ((&row, totals), leasts) in rows.iter().zip(&mut totals).zip(&mut leasts) {
+                        let (bytes, start) = blocks.bytes_and_start(row);
+                        prefetch(some(bytes, start + index * C::BYTES + AHEAD, C::BYTES));
+                        let span = Span::<C>::new(blocks, row, index, &mut room);
+                        let (scale, least) = factors(span);
+                        let mut scales = [scale; M];
+                        for (((_, sides), scale), leasts) in xs.iter().zip(&mut scales).zip(leasts)
+                        {
+                            for half in 0..halves(C::GROUP) {
+                                scale[half] = _mm256_mul_ps(scale[half], load(&sides.scale[half]));
+                                *leasts =
+                                    _mm256_fmadd_ps(least[half], load(&sides.least[half]), *leasts);
+                            }
+                        }
+                        for group in 0..CHUNKS / shared(C::GROUP) {
+                            let first = group * shared(C::GROUP);
+                            let mut sums = [_mm256_setzero_si256(); M];
+                            for chunk in first..first + shared(C::GROUP) {
+                                let codes = codes(span, chunk);
+                                for (sums, (inputs, _)) in sums.iter_mut().zip(xs) {
+                                    // SAFETY: 32 bytes.
+                                    let inputs = unsafe {
+                                        _mm256_loadu_si256(inputs[chunk].as_ptr().cast())
+                                    };
+                                    *sums = products::<C>(*sums, codes, inputs);
+                                }
+                            }
+                            let at = _mm256_set1_epi32(first as i32);
+                            for ((sums, scale), totals) in
+                                sums.iter().zip(scales).zip(totals.iter_mut())
+                            {
+                                let mut factor = _mm256_permutevar8x32_ps(scale[0], at);
+                                if halves(C::GROUP) > 1 {
+                                    let upper = _mm256_permutevar8x32_ps(scale[1], at);
+                                    factor = _mm256_blend_ps::<0b1111_0000>(factor, upper);
+                                }
+                                let total = &mut totals[group % SUMS];
+                                *total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(*sums), factor, *total);
+                            }
+                        }
+                    }
+                }
+                let mut sums = [[0.0; M]; N];
+                let of_rows = sums.iter_mut().zip(totals).zip(leasts);
+                for ((sums, totals), leasts) in of_rows {
+                    for ((sum, [even, odd]), leasts) in sums.iter_mut().zip(totals).zip(leasts) {
+                        let total = _mm256_add_ps(_mm256_add_ps(even, odd), leasts);
+                        let half = _mm_add_ps(
+                            _mm256_castps256_ps128(total),
+                            _mm256_extractf128_ps::<1>(total),
+                        );
+                        let half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+                        let half = _mm_add_ss(half, _mm_shuffle_ps::<1>(half, half));
+                        *sum = _mm_cvtss_f32(half);
+                    }
+                }
+                sums
             }
         }
+    };
+}
+
+kind!(of_twos, "avx2,fma,f16c", |sums, codes, x| {
+    let ones = _mm256_set1_epi16(1);
+    if C::LARGEST < 128 {
+        // At most 2 · 127 · 127: no sum of two saturates.
+        let products = _mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), ones);
+        return _mm256_add_epi32(sums, products);
     }
-    let mut sums = [0.0; N];
-    for ((sum, [even, odd]), leasts) in sums.iter_mut().zip(totals).zip(leasts) {
-        let total = _mm256_add_ps(_mm256_add_ps(even, odd), leasts);
-        let half = _mm_add_ps(
-            _mm256_castps256_ps128(total),
-            _mm256_extractf128_ps::<1>(total),
-        );
-        let half = _mm_add_ps(half, _mm_movehl_ps(half, half));
-        let half = _mm_add_ss(half, _mm_shuffle_ps::<1>(half, half));
-        *sum = _mm_cvtss_f32(half);
-    }
-    sums
+    // Either half of a code, for the same reason.
+    let low = _mm256_and_si256(codes, _mm256_set1_epi8(15));
+    let high = _mm256_and_si256(_mm256_srli_epi16::<4>(codes), _mm256_set1_epi8(15));
+    let low = _mm256_madd_epi16(_mm256_maddubs_epi16(low, x), ones);
+    let high = _mm256_madd_epi16(_mm256_maddubs_epi16(high, x), ones);
+    let products = _mm256_add_epi32(low, _mm256_slli_epi32::<4>(high));
+    _mm256_add_epi32(sums, products)
+});
+
+kind!(avx_vnni, "avx2,fma,f16c,avxvnni", |sums, codes, x| {
+    _mm256_dpbusd_avx_epi32(sums, codes, x)
+});
+
+kind!(
+    avx512_vnni,
+    "avx2,fma,f16c,avx512vnni,avx512vl",
+    |sums, codes, x| _mm256_dpbusd_epi32(sums, codes, x)
+);
+
+/// Chunks that share their scales.
+const fn shared(group: usize) -> usize {
+    if group > CHUNK { group / CHUNK } else { 1 }
 }
 
 #[inline]

@@ -20,12 +20,12 @@ impl Bytes {
         None
     }
 
-    pub(crate) fn dots<C: Coding, const N: usize>(
+    pub(crate) fn dots<C: Coding, const N: usize, const M: usize>(
         self,
         _: Blocks<'_>,
         _: [usize; N],
-        _: &ByteInputs,
-    ) -> [f32; N] {
+        _: [&ByteInputs; M],
+    ) -> [[f32; M]; N] {
         match self {}
     }
 

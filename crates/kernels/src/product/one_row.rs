@@ -25,6 +25,9 @@ pub(crate) const STREAMS: usize = 4;
 /// processor has, or they live in memory: 27 instead of 36 GB/s.
 const REGISTERS: usize = 2;
 
+/// Inputs that meet what is read of a row, or of two, together: their sums stay in registers.
+const TOGETHER: usize = 4;
+
 /// `W · x`, which reads `W` once at the speed of memory.
 ///
 /// Weights in codes of fewer than 8 bits or with scales of groups meet inputs that are rounded to 8 bits,
@@ -77,31 +80,15 @@ pub(super) fn of_few(isa: Isa, weight: Weight, xs: &[&[f32]], output: usize) -> 
                 Arch::new().dispatch(#[inline(always)] || ByteInputs::new(x, C::GROUP))
             };
             let xs: Vec<ByteInputs> = xs.iter().map(bytes).collect();
-            let bytes = isa.bytes;
-            pieces(
-                &mut y,
-                piece,
-                #[inline(always)]
-                |index, y: &mut [f32]| {
-                    let (first, count) = (index * ROWS, y.len() / xs.len());
-                    let part = count / STREAMS;
-                    for at in 0..part {
-                        let rows = from_fn::<_, STREAMS, _>(|i| first + i * part + at);
-                        for (column, x) in xs.iter().enumerate() {
-                            let sums = coded_dots::<C, STREAMS>(bytes, blocks, rows, x);
-                            for (stream, sum) in sums.into_iter().enumerate() {
-                                y[(stream * part + at) * xs.len() + column] = sum;
-                            }
-                        }
-                    }
-                    let rest = y.chunks_exact_mut(xs.len()).enumerate();
-                    for (at, y) in rest.skip(part * STREAMS) {
-                        for (y, x) in y.iter_mut().zip(&xs) {
-                            [*y] = coded_dots::<C, 1>(bytes, blocks, [first + at], x);
-                        }
-                    }
-                },
-            );
+            let xs: Vec<&ByteInputs> = xs.iter().collect();
+            let coded = Coded::<C> {
+                bytes: isa.bytes,
+                blocks,
+                of: PhantomData,
+            };
+            pieces(&mut y, piece, |index, y: &mut [f32]| {
+                coded.in_streams(index * ROWS, &xs, y);
+            });
         }),
     }
     y
@@ -141,21 +128,92 @@ impl ByteInputs {
     }
 }
 
-/// The products of rows with inputs. That of a row does not depend on how many are read at a time.
-#[inline(always)]
-fn coded_dots<C: Coding, const N: usize>(
-    bytes: Option<isa::Bytes>,
-    blocks: Blocks<'_>,
-    rows: [usize; N],
-    x: &ByteInputs,
-) -> [f32; N] {
-    match bytes {
-        Some(bytes) => bytes.dots::<C, N>(blocks, rows, x),
-        None => rows.map(|row| plain_dot::<C>(blocks, row, x)),
+/// The products of rows of a weight with inputs.
+trait Dots {
+    type Input: ?Sized;
+
+    /// What is read of a row meets all inputs, which are as long. The product of a row and an input does not
+    /// depend on the others.
+    fn dots<const N: usize, const M: usize>(
+        &self,
+        rows: [usize; N],
+        xs: [&Self::Input; M],
+    ) -> [[f32; M]; N];
+
+    /// Those of a piece: `y` is `[rows, xs.len()]` from the row `first` on.
+    #[inline(always)]
+    fn in_streams(&self, first: usize, xs: &[&Self::Input], y: &mut [f32]) {
+        let count = y.len() / xs.len();
+        let part = count / STREAMS;
+        for at in 0..part {
+            let rows = from_fn::<_, STREAMS, _>(|stream| stream * part + at);
+            self.of_rows(first, rows, xs, y);
+        }
+        for at in part * STREAMS..count {
+            self.of_rows(first, [at], xs, y);
+        }
+    }
+
+    #[inline(always)]
+    fn of_rows<const N: usize>(
+        &self,
+        first: usize,
+        rows: [usize; N],
+        xs: &[&Self::Input],
+        y: &mut [f32],
+    ) {
+        let (together, others) = xs.as_chunks::<TOGETHER>();
+        for (group, together) in together.iter().enumerate() {
+            let (twos, ones) = rows.as_chunks::<2>();
+            for &[one, other] in twos {
+                let sums = self.dots([first + one, first + other], *together);
+                for (at, sums) in [one, other].into_iter().zip(sums) {
+                    y[at * xs.len() + group * TOGETHER..][..TOGETHER].copy_from_slice(&sums);
+                }
+            }
+            for at in ones {
+                let [sums] = self.dots([first + at], *together);
+                y[at * xs.len() + group * TOGETHER..][..TOGETHER].copy_from_slice(&sums);
+            }
+        }
+        for (column, x) in others.iter().enumerate() {
+            let sums = self.dots(rows.map(|at| first + at), [*x]);
+            for (at, [sum]) in rows.into_iter().zip(sums) {
+                y[at * xs.len() + together.len() * TOGETHER + column] = sum;
+            }
+        }
     }
 }
 
-/// The same in plain Rust.
+/// Rows of codes.
+struct Coded<'a, C> {
+    bytes: Option<isa::Bytes>,
+    blocks: Blocks<'a>,
+    of: PhantomData<C>,
+}
+
+impl<C: Coding> Dots for Coded<'_, C> {
+    type Input = ByteInputs;
+
+    #[inline(always)]
+    fn dots<const N: usize, const M: usize>(
+        &self,
+        rows: [usize; N],
+        xs: [&ByteInputs; M],
+    ) -> [[f32; M]; N] {
+        match self.bytes {
+            // Sums of several rows and several inputs would not all stay in registers.
+            Some(bytes) if M > 1 => rows.map(|row| {
+                let [sums] = bytes.dots::<C, 1, M>(self.blocks, [row], xs);
+                sums
+            }),
+            Some(bytes) => bytes.dots::<C, N, M>(self.blocks, rows, xs),
+            None => rows.map(|row| xs.map(|x| plain_dot::<C>(self.blocks, row, x))),
+        }
+    }
+}
+
+/// [`Coded`] in plain Rust.
 fn plain_dot<C: Coding>(blocks: Blocks<'_>, row: usize, x: &ByteInputs) -> f32 {
     let part = CHUNK.min(C::GROUP);
     let mut room = [0; ROOM];
@@ -232,73 +290,97 @@ impl<'a, T, W> Product<'a, T, W> {
 impl<T: Widen, W: Scaled<T>> Work<f32> for Product<'_, T, W> {
     #[inline(always)]
     fn run<S: Simd>(&self, simd: S, index: usize, y: &mut [f32]) {
-        let Self { weight, xs, .. } = self;
-        let first = index * ROWS;
-        let part = y.len() / xs.len() / STREAMS;
-        for at in 0..part {
-            let rows = from_fn::<_, STREAMS, _>(|i| weight.row(first + i * part + at));
-            for (column, x) in xs.iter().enumerate() {
-                let sums = dots(simd, rows, x);
-                for (stream, sum) in sums.into_iter().enumerate() {
-                    let at = stream * part + at;
-                    y[at * xs.len() + column] = sum * weight.scale(first + at);
-                }
-            }
+        Plain { simd, of: self }.in_streams(index * ROWS, self.xs, y);
+    }
+}
+
+/// Rows of numbers, by certain instructions.
+struct Plain<'a, S, T, W> {
+    simd: S,
+    of: &'a Product<'a, T, W>,
+}
+
+impl<S: Simd, T: Widen, W: Scaled<T>> Dots for Plain<'_, S, T, W> {
+    type Input = [f32];
+
+    #[inline(always)]
+    fn dots<const N: usize, const M: usize>(
+        &self,
+        rows: [usize; N],
+        xs: [&[f32]; M],
+    ) -> [[f32; M]; N] {
+        let weight = &self.of.weight;
+        let mut sums = dots_of(self.simd, rows.map(|row| weight.row(row)), xs);
+        for (sums, row) in sums.iter_mut().zip(rows) {
+            let scale = weight.scale(row);
+            sums.iter_mut().for_each(|sum| *sum *= scale);
         }
-        let rest = y.chunks_exact_mut(xs.len()).enumerate();
-        for (at, y) in rest.skip(part * STREAMS) {
-            for (y, x) in y.iter_mut().zip(*xs) {
-                let [sum] = dots(simd, [weight.row(first + at)], x);
-                *y = sum * weight.scale(first + at);
-            }
-        }
+        sums
     }
 }
 
 /// The products of rows with `x`. The sum of a row does not depend on how many are read at a time.
-///
-/// Without closures: they are compiled for the oldest processor where they are not inlined.
 #[inline(always)]
 pub(crate) fn dots<S: Simd, T: Widen, const N: usize>(
     simd: S,
     rows: [&[T]; N],
     x: &[f32],
 ) -> [f32; N] {
+    let mut sums = [0.0; N];
+    for (sum, [of_row]) in sums.iter_mut().zip(dots_of(simd, rows, [x])) {
+        *sum = of_row;
+    }
+    sums
+}
+
+/// The same with several inputs, all as long: what is read of a row meets all of them.
+///
+/// Without closures: they are compiled for the oldest processor where they are not inlined.
+#[inline(always)]
+fn dots_of<S: Simd, T: Widen, const N: usize, const M: usize>(
+    simd: S,
+    rows: [&[T]; N],
+    xs: [&[f32]; M],
+) -> [[f32; M]; N] {
     let lanes = S::F32_LANES;
-    let mut sums = [[simd.splat_f32s(0.0); REGISTERS]; N];
+    let mut sums = [[[simd.splat_f32s(0.0); M]; REGISTERS]; N];
     let chunk = REGISTERS * lanes;
-    let whole = x.len() - x.len() % chunk;
+    let length = xs[0].len();
+    let whole = length - length % chunk;
     for start in (0..whole).step_by(chunk) {
-        let x = &x[start..][..chunk];
         for (sums, row) in sums.iter_mut().zip(rows) {
             let row = &row[start..][..chunk];
-            for (register, sum) in sums.iter_mut().enumerate() {
-                let start = register * lanes;
-                let w = T::load(simd, &row[start..][..lanes]);
-                let x = f32::load(simd, &x[start..][..lanes]);
-                *sum = simd.mul_add_e_f32s(w, x, *sum);
+            for (register, sums) in sums.iter_mut().enumerate() {
+                let at = register * lanes;
+                let w = T::load(simd, &row[at..][..lanes]);
+                for (sum, x) in sums.iter_mut().zip(xs) {
+                    let x = f32::load(simd, &x[start..][..chunk][at..][..lanes]);
+                    *sum = simd.mul_add_e_f32s(w, x, *sum);
+                }
             }
         }
     }
     // Behind them at most one whole register, as there are two, and then the last lanes of one that
     // ends with the row.
-    let rest = x.len() % lanes;
-    let x_last = f32::load_last(simd, x);
+    let rest = length % lanes;
     let is_rest = simd
         .mask_between_m32s((lanes - rest.max(1)) as u32, lanes as u32)
         .mask();
-    let mut totals = [0.0; N];
-    for ((total, [mut sum, other]), row) in totals.iter_mut().zip(sums).zip(rows) {
-        sum = simd.add_f32s(sum, other);
-        if whole + lanes <= x.len() {
-            let w = T::load(simd, &row[whole..][..lanes]);
-            sum = simd.mul_add_e_f32s(w, f32::load(simd, &x[whole..][..lanes]), sum);
+    let mut totals = [[0.0; M]; N];
+    for ((totals, [evens, odds]), row) in totals.iter_mut().zip(sums).zip(rows) {
+        for (((total, mut sum), other), x) in totals.iter_mut().zip(evens).zip(odds).zip(xs) {
+            sum = simd.add_f32s(sum, other);
+            if whole + lanes <= length {
+                let w = T::load(simd, &row[whole..][..lanes]);
+                sum = simd.mul_add_e_f32s(w, f32::load(simd, &x[whole..][..lanes]), sum);
+            }
+            if rest > 0 {
+                let x = f32::load_last(simd, x);
+                let with_rest = simd.mul_add_e_f32s(T::load_last(simd, row), x, sum);
+                sum = simd.select_f32s(is_rest, with_rest, sum);
+            }
+            *total = simd.reduce_sum_f32s(sum);
         }
-        if rest > 0 {
-            let with_rest = simd.mul_add_e_f32s(T::load_last(simd, row), x_last, sum);
-            sum = simd.select_f32s(is_rest, with_rest, sum);
-        }
-        *total = simd.reduce_sum_f32s(sum);
     }
     totals
 }

@@ -76,6 +76,23 @@ pub(super) fn exact(weight: &[f32], x: &[f32], features: usize) -> Vec<(f64, f64
         .collect()
 }
 
+/// `W · X` in f64, and how far off a sum may be whose inputs are rounded to 8 bits, each by half a step of
+/// 127 of the largest beside it, or with the weight to bf16.
+fn of_bytes(weight: &[f32], x: &[f32], features: usize) -> Vec<(f64, f64)> {
+    let rows = x.len() / features;
+    let largest = |row: usize| {
+        x.iter()
+            .skip(row)
+            .step_by(rows)
+            .fold(0.0, |a: f32, x| a.max(x.abs()))
+    };
+    let largest: Vec<f32> = (0..rows).map(largest).collect();
+    let steps = exact(weight, &largest.repeat(features), features);
+    let sums = exact(weight, x, features).into_iter().zip(steps);
+    sums.map(|((sum, size), (_, steps))| (sum, steps / 254.0 + size * 4e-3))
+        .collect()
+}
+
 #[track_caller]
 pub(super) fn assert_close(actual: &[f32], exact: &[(f64, f64)], share: f64, what: &str) {
     assert_eq!(actual.len(), exact.len(), "{what}");
@@ -142,18 +159,15 @@ proptest! {
             blocks.widen(row, numbers);
         }
         let x = numbers(features * rows, seed + 1);
-        let exact_products = exact(&weight, &x, features);
+        let exact_products = of_bytes(&weight, &x, features);
         let column: Vec<f32> = x.iter().step_by(rows).copied().collect();
-        let exact_column = exact(&weight, &column, features);
+        let exact_column = of_bytes(&weight, &column, features);
         for isa in Isa::all() {
             let what = format!("{format:?} {isa:?} {output} {features} {rows}");
             let inputs = Inputs::on(isa, &x, features).expect("whole rows");
-            // Inputs of 8 bits are off by half a step of 127 of the largest of a group, at most 1/254 of it;
-            // terms of half the largest size on average double that, and codes of 4 bits are rounded to bf16.
-            let share = 1.2e-2;
-            assert_close(&inputs.of_many(Weight::Blocks(blocks), output), &exact_products, share, &what);
+            assert_close(&inputs.of_many(Weight::Blocks(blocks), output), &exact_products, 1.0, &what);
             let y = of_few(isa, Weight::Blocks(blocks), &[&column], output);
-            assert_close(&y, &exact_column, share, &what);
+            assert_close(&y, &exact_column, 1.0, &what);
         }
         // However many rows there are beside it, and whatever they are: the same to the last bit.
         for isa in Isa::all() {
@@ -208,12 +222,14 @@ proptest! {
         let stride = format.row_bytes(features).expect("whole rows");
         let blocks = Blocks::new(format, features, stride, &bytes).expect("whole rows");
         let x = numbers(features, seed + 1);
+        let mut weight = vec![0.0; 5 * features];
+        blocks.widen_all(&mut weight);
         let plain = of_few(Isa::default(), Weight::Blocks(blocks), &[&x], 5);
+        let sizes = exact(&weight, &x, features);
+        let plain: Vec<(f64, f64)> = plain.iter().zip(sizes).map(|(y, (_, size))| (f64::from(*y), size)).collect();
         for isa in Isa::all() {
             let y = of_few(isa, Weight::Blocks(blocks), &[&x], 5);
-            for (y, plain) in y.iter().zip(&plain) {
-                prop_assert!((y - plain).abs() <= 1e-4 * (1.0 + plain.abs()), "{format:?} {isa:?} {y} {plain}");
-            }
+            assert_close(&y, &plain, 2e-6, &format!("{format:?} {isa:?}"));
             // Nor does it matter how many rows are read at a time.
             for (y, row) in y.iter().zip(bytes.chunks(stride)) {
                 let alone = Blocks::new(format, features, stride, row).expect("whole rows");

@@ -334,6 +334,9 @@ mod tests {
             let exact = |gradient: &[f32], x: &[f32]| exact(gradient, &turned(x, tokens), tokens);
             let of_single = exact(&gradient, &x);
             let of_upper = exact(&single(&upper_gradient), &single(&upper_x));
+            // Two operands and a sum are rounded, or are subnormal.
+            let of_half = of_single.iter().map(|&(sum, size)| (sum, size * 2e-3 + 3.0 * 2f64.powi(-25)));
+            let of_half: Vec<_> = of_half.collect();
             for isa in Isa::all() {
                 let what = format!("{isa:?} {output} {input} {tokens}");
                 let found = product_with_transposed_on(isa, &gradient, &x, tokens);
@@ -342,7 +345,7 @@ mod tests {
                 assert_close(&single(&found), &of_upper, 5e-3, &what);
                 let found = product_with_transposed_on(isa, &halves[0], &halves[1], tokens);
                 let found: Vec<f32> = found.iter().map(|x| x.to_f32()).collect();
-                assert_close(&found, &of_single, 2e-3, &what);
+                assert_close(&found, &of_half, 1.0, &what);
             }
         }
     }

@@ -47,3 +47,5 @@ mod templates;
 mod text;
 mod threads;
 mod training;
+#[cfg(feature = "flex")]
+mod tuned;

@@ -228,8 +228,9 @@ fn module_name(names: &NameTable, name: &str) -> String {
     module.unwrap_or_else(|| name.to_owned())
 }
 
-/// Whether a target means the map of this name.
-fn fits(target: &str, name: &str) -> bool {
+/// Whether a target means what has this name: the name, its end behind a dot, or a pattern with `*`
+/// ([`Targets::Named`]).
+pub fn fits(target: &str, name: &str) -> bool {
     let head = name.strip_suffix(target);
     head.is_some_and(|head| head.is_empty() || head.ends_with('.'))
         || target.contains('*') && matches(target, name)

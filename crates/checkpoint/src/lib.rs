@@ -53,7 +53,7 @@ mod weights_file;
 
 pub use adapter::{
     AdapterConfig, AdapterError, AdapterMismatch, LinearMap, NewAdapter, StoredAdapter,
-    StoredChange, Targets, read_adapter, write_adapter,
+    StoredChange, Targets, fits, read_adapter, write_adapter,
 };
 pub use codes::StoredCodes;
 pub use companions::{CONFIG, Companions, dtype_of, forget_quantization, json_bytes, set_dtype};

@@ -1,5 +1,6 @@
 //! The whole command-line grammar.
 
+mod tune;
 mod types;
 
 use std::path::PathBuf;
@@ -10,6 +11,7 @@ use reroute_zoo::{Folder, ImageOptions, OpenOptions};
 
 use crate::backend::version;
 use crate::{hub, open};
+pub use tune::{Decay, OnBad, TuneArgs};
 pub use types::{CodedMaps, Kv, WeightType};
 
 /// Ask vision-language models about images, with FastV, PyramidDrop or Reroute deciding which
@@ -41,6 +43,8 @@ pub enum Command {
     Presets(PresetsArgs),
     /// Convert a checkpoint into a form that loads fast, or back into one that transformers loads.
     Convert(ConvertArgs),
+    /// Train a model on examples: an adapter, the projector, or everything.
+    Tune(Box<TuneArgs>),
     /// Say what keeps a checkpoint from running here, and how much memory it needs.
     Doctor(DoctorArgs),
     /// Print what completes commands and flags in a shell.

@@ -21,6 +21,7 @@ pub mod presets;
 mod shell;
 mod source;
 pub mod trace;
+pub mod tune;
 
 use std::io::Write;
 
@@ -37,6 +38,7 @@ pub fn run(command: &Command, out: &mut dyn Write) -> anyhow::Result<()> {
         Command::Trace(args) => trace::run(args, out),
         Command::Presets(args) => presets::run(args, out),
         Command::Convert(args) => convert::run(args, out),
+        Command::Tune(args) => tune::run(args, out),
         Command::Doctor(args) => doctor::run(args, out),
         Command::Completions(args) => shell::completions(args, out),
         Command::Man => shell::manual(out),

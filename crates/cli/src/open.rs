@@ -6,6 +6,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
+use burn::tensor::backend::Backend as AnyBackend;
 use reducers::{Plan, presets};
 use reroute::{GenerationOptions, SamplingOptions};
 use reroute_zoo::embedded;
@@ -13,7 +14,7 @@ use reroute_zoo::{Folder, ModelConfig, Video, Visual, Vlm};
 use vision_encoder::{DecodeLimits, RgbImage, decode};
 
 use crate::args::{GenerationArgs, ModelArgs, VisualArgs};
-use crate::backend::{self, Backend};
+use crate::backend::{self, Backend, Device};
 use crate::source::{is_stdin, read, shown};
 use crate::{hub, natural};
 
@@ -44,6 +45,11 @@ pub(crate) fn folder(path: Option<&Path>, mmproj: Option<&Path>) -> anyhow::Resu
 }
 
 pub(crate) fn model(args: &ModelArgs) -> anyhow::Result<Vlm<Backend>> {
+    model_on(args)
+}
+
+/// The same on what is built on the backend.
+pub(crate) fn model_on<B: AnyBackend<Device = Device>>(args: &ModelArgs) -> anyhow::Result<Vlm<B>> {
     let device = backend::device()?;
     let folder = args.folder()?;
     let options = args.options(&folder)?;

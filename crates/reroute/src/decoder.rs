@@ -227,6 +227,18 @@ impl<B: Backend> Decoder<B> {
         tokens: &[(usize, u32)],
         cache: &mut KvCache<B>,
     ) -> Result<Tensor<B, 2>, RerouteError> {
+        self.logits(self.feed(tokens, cache)?)
+    }
+
+    /// [`decode`](Self::decode) up to the last layer's output, for [`logits`](Self::logits) of a few rows.
+    ///
+    /// # Shapes
+    /// - returns `[hidden_size, tokens]`
+    pub fn feed(
+        &self,
+        tokens: &[(usize, u32)],
+        cache: &mut KvCache<B>,
+    ) -> Result<Tensor<B, 2>, RerouteError> {
         self.check_tokens(tokens, cache)?;
         let _span = tracing::debug_span!("decode", tokens = tokens.len()).entered();
         let device = self.embed_tokens.device();
@@ -263,7 +275,7 @@ impl<B: Backend> Decoder<B> {
             hidden_states =
                 layer.forward(input, queries, &runs, cache.layer(index, kv), mask.as_ref())?;
         }
-        self.logits(hidden_states)
+        Ok(hidden_states)
     }
 
     /// The rotary table of tokens, which have one position on all axes.

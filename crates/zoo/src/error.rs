@@ -92,6 +92,16 @@ pub enum ZooError {
         /// Whether it was still speaking.
         cut_off: bool,
     },
+    /// Something cannot be trained.
+    #[error(
+        "{what} {reason}: name what is trained as the checkpoint does, and open the model in f32"
+    )]
+    NotTrained {
+        /// What was asked for.
+        what: String,
+        /// Why not.
+        reason: String,
+    },
     /// There is not enough memory, whatever else runs.
     #[error(
         "{what} would take {:.1} MiB of memory, of {:.1} MiB that there may be: {}",

@@ -108,6 +108,7 @@ pub use save::SaveOptions;
 pub use template::ChatTemplate;
 pub use tensors::{TensorInputs, TensorOutputs};
 pub use tokenizer::{TextStream, Tokenizer};
+pub use training::{AnswerLogits, Lesson, Trained, Tutor};
 pub use vision_encoder::{DecodeLimits, RgbImage, decode};
 pub use vlm::{OpenOptions, Vlm};
 pub use weights::Weights;

@@ -332,7 +332,7 @@ impl ChatTemplate {
         String::from_utf8(output.0).map_err(|_| self.unusable("renders text that is not UTF-8"))
     }
 
-    fn unusable(&self, reason: impl Into<String>) -> ZooError {
+    pub(crate) fn unusable(&self, reason: impl Into<String>) -> ZooError {
         ZooError::TemplateOutput {
             name: self.name.clone(),
             reason: reason.into(),

@@ -3,7 +3,8 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use burn::tensor::backend::Backend;
+use burn::module::AutodiffModule;
+use burn::tensor::backend::{AutodiffBackend, Backend};
 use burn::tensor::{DType, Tensor};
 use reducers::encoder::Tap;
 use reducers::{KvType, Plan, presets};
@@ -17,7 +18,7 @@ use crate::grounding::GroundingFormat;
 use crate::messages::{Message, Placeholders};
 use crate::{
     ChatTemplate, EncoderStep, ImageOptions, Modality, Model, ModelConfig, PixelTensors, Prepared,
-    Preprocessor, Question, Routing, Sample, Tokenizer, View, Visual, VisualTokens, Weights,
+    Preprocessor, Question, Routing, Sample, Tokenizer, Tutor, View, Visual, VisualTokens, Weights,
     ZooError,
 };
 
@@ -31,8 +32,8 @@ const MAX_ROWS: usize = 1 << 24;
 pub struct Vlm<B: Backend> {
     config: ModelConfig,
     model: Model<B>,
-    tokenizer: Tokenizer,
-    template: ChatTemplate,
+    tokenizer: Arc<Tokenizer>,
+    template: Arc<ChatTemplate>,
     preprocessor: Arc<dyn Preprocessor>,
     grounding: GroundingFormat,
     generation: GenerationOptions,
@@ -120,7 +121,7 @@ impl<B: Backend> Vlm<B> {
         let (ends, vocab_size) = (&generation.eos_token_id, config.decoder().vocab_size);
         let stop_tokens = end_tokens(folder, ends.as_ref(), vocab_size, &tokenizer, &template)?;
         Ok(Self {
-            template,
+            template: template.into(),
             generation: GenerationOptions {
                 max_new_tokens: generation.max_new_tokens.unwrap_or(256),
                 stop_tokens,
@@ -130,7 +131,7 @@ impl<B: Backend> Vlm<B> {
             device: device.clone(),
             config,
             model,
-            tokenizer,
+            tokenizer: tokenizer.into(),
             preprocessor,
             grounding,
             identity: identity(),
@@ -193,6 +194,25 @@ impl<B: Backend> Vlm<B> {
         }
     }
 
+    /// The same without gradients, for answers and for measuring; the weights are shared.
+    pub fn valid(&self) -> Vlm<B::InnerBackend>
+    where
+        B: AutodiffBackend,
+    {
+        Vlm {
+            dtype: self.dtype,
+            model: self.model.valid(),
+            config: self.config.clone(),
+            tokenizer: self.tokenizer.clone(),
+            template: self.template.clone(),
+            preprocessor: self.preprocessor.clone(),
+            grounding: self.grounding.clone(),
+            generation: self.generation.clone(),
+            device: self.device.clone(),
+            identity: identity(),
+        }
+    }
+
     /// What tells its weights from all others.
     pub(crate) fn identity(&self) -> u64 {
         self.identity
@@ -246,6 +266,18 @@ impl<B: Backend> Vlm<B> {
     /// Preprocessing of images and videos.
     pub fn preprocessor(&self) -> &dyn Preprocessor {
         self.preprocessor.as_ref()
+    }
+
+    /// What makes lessons for this model, in any thread.
+    pub fn tutor(&self) -> Tutor {
+        Tutor {
+            config: self.config.clone(),
+            tokenizer: self.tokenizer.clone(),
+            template: self.template.clone(),
+            preprocessor: self.preprocessor.clone(),
+            grounding: self.grounding.clone(),
+            end: self.generation.stop_tokens.first().copied(),
+        }
     }
 
     /// Token ids of a question, slots repeated once per visual token.

@@ -1,0 +1,266 @@
+//! `reroute tune`: trains a model on examples.
+
+use std::io::{IsTerminal, Write, stderr};
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, ensure};
+use burn::backend::Autodiff;
+use burn::tensor::DType;
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use rand::seq::SliceRandom;
+use reroute_finetune::data::{Data, Example, OnBadLine, read};
+use reroute_finetune::{Course, Event, OptimizerSettings, Run, Settings, Step, tune};
+use reroute_zoo::{AdapterConfig, SaveOptions, Targets, Trained};
+
+use crate::args::{Decay, OnBad, TuneArgs};
+use crate::backend::Backend;
+use crate::open;
+
+/// What of a run becomes an adapter, or a whole model.
+const ADAPTER: &str = "adapter";
+const MODEL: &str = "model";
+
+/// Runs the command.
+pub fn run(args: &TuneArgs, out: &mut dyn Write) -> anyhow::Result<()> {
+    let on_bad = match args.on_bad {
+        OnBad::Stop => OnBadLine::Stop,
+        OnBad::Skip => OnBadLine::Skip,
+    };
+    let mut examples = Vec::new();
+    for path in &args.data {
+        examples.extend(examples_of(path, args, on_bad)?);
+    }
+    let validation = match &args.validation {
+        Some(path) => examples_of(path, args, on_bad)?,
+        None => held_out(&mut examples, args)?,
+    };
+    ensure!(
+        args.warmup.is_finite() && (0.0..=1.0).contains(&args.warmup),
+        "--warmup is a share of the steps, from 0 to 1"
+    );
+    let settings = settings(args, examples.len());
+    let folder = args.model.folder()?;
+    let vlm = open::model_on::<Autodiff<Backend>>(&args.model)?;
+    let run = Run {
+        settings: &settings,
+        examples: &examples,
+        validation: &validation,
+        skips: args.on_bad == OnBad::Skip,
+        folder: &args.to,
+        resume: args.resume,
+    };
+    let mut shown = Shown::new(&settings.course);
+    let result = tune(vlm, &run, &mut |event| {
+        shown.show(&event);
+        ControlFlow::Continue(())
+    });
+    shown.close();
+    let model = result?.valid().map_model(|model| model);
+    let model = model.model();
+    // A whole model where more than an adapter was trained.
+    let is_whole = args.merge || settings.adapter.is_none() || !settings.trained.is_empty();
+    let to = args.to.join(if is_whole { MODEL } else { ADAPTER });
+    match is_whole {
+        true => {
+            let merged = model.clone().merge_adapters();
+            // Steps are smaller than what half precision tells apart.
+            let is_half = model.decoder().dtype() != DType::F32;
+            let options = SaveOptions {
+                dtype: (is_half && settings.adapter.is_none()).then_some(DType::F32),
+                ..SaveOptions::default()
+            };
+            merged.save(&to, &folder, &options)?;
+        }
+        false => model.save_adapter(&to)?,
+    }
+    writeln!(out, "{}", to.display())?;
+    Ok(())
+}
+
+fn examples_of(path: &Path, args: &TuneArgs, on_bad: OnBadLine) -> anyhow::Result<Vec<Example>> {
+    let beside = path.parent().unwrap_or(Path::new("."));
+    let images = args.images.as_deref().unwrap_or(beside);
+    let Data { examples, skipped } = read(path, images, on_bad)?;
+    for error in skipped {
+        let _ = writeln!(stderr(), "skipped: {error}");
+    }
+    Ok(examples)
+}
+
+/// Takes out what is set aside for measuring.
+fn held_out(examples: &mut Vec<Example>, args: &TuneArgs) -> anyhow::Result<Vec<Example>> {
+    let count = examples.len();
+    if args.hold_out >= count {
+        bail!(
+            "--hold-out {} leaves none of {count} examples to learn",
+            args.hold_out
+        );
+    }
+    if args.hold_out > 0 {
+        examples.shuffle(&mut StdRng::seed_from_u64(args.seed));
+    }
+    Ok(examples.split_off(count - args.hold_out))
+}
+
+fn settings(args: &TuneArgs, examples: usize) -> Settings {
+    let has_adapter = args.train.iter().any(|what| what == ADAPTER);
+    let others = args.train.iter().filter(|what| *what != ADAPTER);
+    let targets = match &args.target[..] {
+        [one] => Targets::from(one.as_str()),
+        several => Targets::from(several.to_vec()),
+    };
+    let adapter = AdapterConfig {
+        alpha: args.alpha.unwrap_or(2.0 * args.rank as f64),
+        rank_stabilized: args.rslora,
+        seed: args.seed,
+        ..AdapterConfig::new(targets, args.rank)
+    };
+    let a_step = args.batch.saturating_mul(args.accumulate);
+    let epochs = args.epochs.unwrap_or(1);
+    let steps = args
+        .steps
+        .unwrap_or_else(|| examples.saturating_mul(epochs).div_ceil(a_step));
+    Settings {
+        adapter: has_adapter.then_some(adapter),
+        trained: others.map(|name| Trained::named(name)).collect(),
+        routings: args.routing.clone(),
+        course: Course {
+            steps,
+            batch: args.batch,
+            accumulate: args.accumulate,
+            seed: args.seed,
+            validate_every: args.validate_every,
+            patience: args.patience,
+            save_every: args.save_every,
+            ..Course::default()
+        },
+        optimizer: OptimizerSettings {
+            learning_rate: args.learning_rate,
+            warmup: (args.warmup * steps as f64).ceil() as usize,
+            decay: match args.decay {
+                Decay::Cosine => reroute_finetune::Decay::Cosine,
+                Decay::Linear => reroute_finetune::Decay::Linear,
+                Decay::Constant => reroute_finetune::Decay::Constant,
+            },
+            weight_decay: args.weight_decay,
+            clip: args.clip,
+            ..OptimizerSettings::default()
+        },
+    }
+}
+
+/// Progress on stderr: a line that is written over on a terminal, a line now and then elsewhere.
+struct Shown {
+    steps: usize,
+    begun: usize,
+    started: Instant,
+    is_terminal: bool,
+    /// Something stands on the line.
+    is_open: bool,
+    tokens: usize,
+    last: Option<Instant>,
+}
+
+/// From one line to the next where nobody watches.
+const PAUSE: Duration = Duration::from_secs(10);
+/// Characters of the bar.
+const BAR: usize = 24;
+
+impl Shown {
+    fn new(course: &Course) -> Self {
+        Self {
+            steps: course.steps,
+            begun: 0,
+            started: Instant::now(),
+            is_terminal: stderr().is_terminal(),
+            is_open: false,
+            tokens: 0,
+            last: None,
+        }
+    }
+
+    fn show(&mut self, event: &Event) {
+        match event {
+            Event::Began { step, trained } => {
+                (self.begun, self.started) = (*step, Instant::now());
+                let numbers = trained.iter().map(|(_, numbers)| *numbers).sum::<usize>();
+                let count = trained.len();
+                self.line(&format!(
+                    "{numbers} numbers in {count} tensors are trained; {step} of {} steps are done",
+                    self.steps
+                ));
+            }
+            Event::Skipped(error) => self.line(&format!("skipped: {error}")),
+            Event::Step(step) => self.step(step),
+            Event::Validated(found) => {
+                let boxes = match (found.accuracy, found.mean_iou) {
+                    (Some(accuracy), Some(mean)) => format!(
+                        ", {:.1} % of {} boxes at IoU 0.5, mean IoU {mean:.3}",
+                        accuracy * 100.0,
+                        found.boxes
+                    ),
+                    _ => String::new(),
+                };
+                self.line(&format!(
+                    "step {}: validation loss {:.4}{boxes}",
+                    found.step, found.loss
+                ));
+            }
+            _ => {}
+        }
+    }
+
+    fn step(&mut self, step: &Step) {
+        self.tokens += step.tokens;
+        let is_due = self.last.is_none_or(|last| last.elapsed() >= PAUSE);
+        if !self.is_terminal && !is_due && step.step < self.steps {
+            return;
+        }
+        self.last = Some(Instant::now());
+        let passed = self.started.elapsed().as_secs_f64();
+        let done = (step.step - self.begun) as f64;
+        let left = passed / done * (self.steps - step.step) as f64;
+        let full = BAR * step.step / self.steps.max(1);
+        let text = format!(
+            "[{}{}] {}/{}  loss {:.4}  {:.1} tokens/s  {} left",
+            "=".repeat(full),
+            " ".repeat(BAR - full),
+            step.step,
+            self.steps,
+            step.loss,
+            self.tokens as f64 / passed,
+            time(left),
+        );
+        match self.is_terminal {
+            true => {
+                let _ = write!(stderr(), "\r\x1b[K{text}");
+                self.is_open = true;
+            }
+            false => self.line(&text),
+        }
+    }
+
+    fn line(&mut self, text: &str) {
+        self.close();
+        let _ = writeln!(stderr(), "{text}");
+    }
+
+    fn close(&mut self) {
+        if std::mem::take(&mut self.is_open) {
+            let _ = writeln!(stderr());
+        }
+    }
+}
+
+/// Seconds as people read them: `1:02:03`.
+fn time(seconds: f64) -> String {
+    let seconds = seconds.max(0.0).round() as u64;
+    let (hours, minutes) = (seconds / 3600, seconds / 60 % 60);
+    match hours {
+        0 => format!("{minutes}:{:02}", seconds % 60),
+        _ => format!("{hours}:{minutes:02}:{:02}", seconds % 60),
+    }
+}

@@ -1,0 +1,99 @@
+use std::io;
+use std::path::PathBuf;
+
+use reroute_zoo::ZooError;
+
+use crate::data::DataError;
+
+/// Why a model could not be trained.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TuneError {
+    /// The examples.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// The model.
+    #[error(transparent)]
+    Zoo(#[from] ZooError),
+    /// An example that the model cannot learn.
+    #[error(
+        "{place}: {reason}; mend the example, or skip those that cannot be used (--on-bad skip)"
+    )]
+    Example {
+        /// Where it stands.
+        place: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// None of the examples of a step can be used.
+    #[error("none of the examples of step {step} can be used; the last one: {reason}")]
+    NoExample {
+        /// Counted from 0.
+        step: usize,
+        /// What was wrong.
+        reason: String,
+    },
+    /// A setting that makes no sense.
+    #[error("{setting} {reason}")]
+    Setting {
+        /// Its name.
+        setting: &'static str,
+        /// What it may be.
+        reason: &'static str,
+    },
+    /// The loss is no number.
+    #[error(
+        "the loss of step {step} is {loss}: take a smaller learning rate, or a longer warm-up; the last \
+         checkpoint is unharmed"
+    )]
+    Diverged {
+        /// Counted from 0.
+        step: usize,
+        /// What it is.
+        loss: f32,
+    },
+    /// A file.
+    #[error("{path}: {source}; check the path, the rights and the space that is left")]
+    Io {
+        /// Which.
+        path: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// There is a run in the folder.
+    #[error("{path} has a run in it: go on with it (--resume), or name another folder")]
+    Taken {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// The run in the folder was begun with other settings.
+    #[error("{path} was begun with another {what}: go on with the same, or name another folder")]
+    OtherRun {
+        /// The folder.
+        path: PathBuf,
+        /// What differs.
+        what: String,
+    },
+    /// A checkpoint that cannot be read.
+    #[error("{path}: {reason}; remove it, and the one before is taken")]
+    Checkpoint {
+        /// Which.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// Whoever watches has stopped it.
+    #[error("stopped after step {step}: --resume goes on from the last checkpoint")]
+    Stopped {
+        /// Steps that were done.
+        step: usize,
+    },
+}
+
+impl TuneError {
+    /// An error of a file.
+    pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
+        let path = path.into();
+        |source| Self::Io { path, source }
+    }
+}

@@ -1,0 +1,405 @@
+//! A run: steps, validations, checkpoints.
+
+use std::collections::HashMap;
+use std::fs;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError};
+
+use burn::tensor::backend::AutodiffBackend;
+use reroute_zoo::grounding::iou;
+use reroute_zoo::{Lesson, Plan, Question, VisualTokens, Vlm};
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+
+use crate::data::Example;
+use crate::feed::{Feed, Portion, Seen, drawn};
+use crate::gradients::number;
+use crate::log::{Line, Log, Step, Validation};
+use crate::state::{self, Progress};
+use crate::{Pass, Preparation, Settings, Trainer, TuneError};
+
+/// File that says how a run was begun.
+const RUN: &str = "run.json";
+
+/// What is trained on, and where the run keeps itself.
+#[derive(Debug, Clone, Copy)]
+pub struct Run<'a> {
+    /// How.
+    pub settings: &'a Settings,
+    /// What is learnt.
+    pub examples: &'a [Example],
+    /// What it is measured on; none is no validation.
+    pub validation: &'a [Example],
+    /// Leave out examples that cannot be used, instead of stopping there.
+    pub skips: bool,
+    /// Log, plot and checkpoints.
+    pub folder: &'a Path,
+    /// Go on with the run that is in the folder, if one is.
+    pub resume: bool,
+}
+
+/// What happens in a run.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Event<'a> {
+    /// It begins, or goes on.
+    Began {
+        /// Steps that are done already.
+        step: usize,
+        /// Paths and numbers of the parameters that are trained.
+        trained: &'a [(String, usize)],
+    },
+    /// An example was left out.
+    Skipped(&'a TuneError),
+    /// A step is done.
+    Step(&'a Step),
+    /// A validation is done.
+    Validated(&'a Validation),
+    /// A checkpoint was written.
+    Saved(&'a Path),
+}
+
+/// Whoever watches a run; breaking stops it.
+pub type Watch<'w> = dyn FnMut(Event<'_>) -> ControlFlow<()> + 'w;
+
+/// Trains a model. With a validation the result is what answered it best, else what the last step left.
+///
+/// A kill at any moment costs what was done since the last checkpoint: resumed, a run goes on with the same
+/// losses.
+///
+/// # Errors
+/// [`TuneError`]; the last checkpoint is unharmed.
+pub fn tune<B: AutodiffBackend>(
+    vlm: Vlm<B>,
+    run: &Run,
+    watch: &mut Watch,
+) -> Result<Vlm<B>, TuneError> {
+    let Run {
+        settings, folder, ..
+    } = *run;
+    settings.check()?;
+    if run.examples.is_empty() {
+        return Err(TuneError::Setting {
+            setting: "examples",
+            reason: "are none",
+        });
+    }
+    let vlm = prepared(vlm, settings)?;
+    let plans = settings.routings.iter().map(|name| vlm.plan(name));
+    let plans: Vec<Plan> = plans.collect::<Result<_, _>>()?;
+    begin(run)?;
+    let device = vlm.device().clone();
+    let mut trainer = Trainer::new(&settings.optimizer, settings.course.steps);
+    let (model, optimizer, progress) =
+        state::resume(folder, vlm.model().clone(), trainer.optimizer, &device)?;
+    (trainer.optimizer, trainer.step) = (optimizer, progress.step);
+    let vlm = vlm.map_model(|_| model);
+    let trained = vlm.model().trained_parameters();
+    let began = Event::Began {
+        step: progress.step,
+        trained: &trained,
+    };
+    stop_if(watch(began), progress.step)?;
+    let is_frozen = trained
+        .iter()
+        .all(|(path, _)| path.starts_with("language_model."));
+    // What a reduction keeps depends on the question.
+    let is_plain = plans.iter().all(|plan| plan.encoder.is_none());
+    let mut running = Running {
+        run,
+        plans,
+        trainer,
+        log: Log::open(folder, progress.step)?,
+        progress,
+        seen: Default::default(),
+        visuals: HashMap::new(),
+        room: (is_frozen && is_plain).then_some(settings.course.cache_bytes),
+        watch,
+    };
+    running.go(vlm)
+}
+
+/// The model with what is trained, everything else frozen.
+fn prepared<B: AutodiffBackend>(vlm: Vlm<B>, settings: &Settings) -> Result<Vlm<B>, TuneError> {
+    let model = match &settings.adapter {
+        Some(adapter) => vlm.model().adapt(adapter)?,
+        None => vlm.model().clone(),
+    };
+    let model = model.train(&settings.trained)?;
+    Ok(vlm.map_model(|_| model))
+}
+
+/// Makes the folder, or compares how the run in it was begun.
+fn begin(run: &Run) -> Result<(), TuneError> {
+    let folder = run.folder;
+    fs::create_dir_all(folder).map_err(TuneError::io(folder))?;
+    let path = folder.join(RUN);
+    let described = described(run);
+    if !path.exists() {
+        let text = format!("{described:#}\n");
+        let partial = path.with_extension("json.partial");
+        fs::write(&partial, text).map_err(TuneError::io(&partial))?;
+        return fs::rename(&partial, &path).map_err(TuneError::io(&path));
+    }
+    if !run.resume {
+        let path = folder.to_owned();
+        return Err(TuneError::Taken { path });
+    }
+    let found = fs::read(&path).map_err(TuneError::io(&path))?;
+    let found: Value = serde_json::from_slice(&found).unwrap_or_default();
+    let differs = described.as_object().into_iter().flatten();
+    let differs = differs.filter(|(name, value)| found.get(name) != Some(value));
+    match differs.map(|(name, _)| name.clone()).next() {
+        Some(what) => Err(TuneError::OtherRun {
+            path: folder.to_owned(),
+            what,
+        }),
+        None => Ok(()),
+    }
+}
+
+/// All that decides what a run does.
+fn described(run: &Run) -> Value {
+    let Settings {
+        adapter,
+        trained,
+        routings,
+        course,
+        optimizer,
+    } = run.settings;
+    let of = |examples: &[Example]| {
+        let mut digest = Sha256::new();
+        for example in examples {
+            digest.update(format!("{example:?}"));
+        }
+        let digest = digest.finalize();
+        let text: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+        json!({"count": examples.len(), "sha256": text})
+    };
+    json!({
+        "adapter": adapter.as_ref().map(|adapter| format!("{adapter:?}")),
+        "trained": format!("{trained:?}"),
+        "routing": routings,
+        "course": course,
+        "optimizer": optimizer,
+        "examples": of(run.examples),
+        "validation": of(run.validation),
+    })
+}
+
+fn stop_if(flow: ControlFlow<()>, step: usize) -> Result<(), TuneError> {
+    match flow {
+        ControlFlow::Continue(()) => Ok(()),
+        ControlFlow::Break(()) => Err(TuneError::Stopped { step }),
+    }
+}
+
+struct Running<'a, 'w, 'f, B: AutodiffBackend> {
+    run: &'a Run<'a>,
+    plans: Vec<Plan>,
+    trainer: Trainer<B>,
+    log: Log,
+    progress: Progress,
+    /// Lessons whose visual tokens are known.
+    seen: Seen,
+    /// Their visual tokens.
+    visuals: HashMap<usize, VisualTokens<B>>,
+    /// Bytes that are left for them; `None` where every step sees anew.
+    room: Option<u64>,
+    watch: &'w mut Watch<'f>,
+}
+
+impl<B: AutodiffBackend> Running<'_, '_, '_, B> {
+    fn go(&mut self, mut vlm: Vlm<B>) -> Result<Vlm<B>, TuneError> {
+        let Run {
+            settings, examples, ..
+        } = *self.run;
+        let course = &settings.course;
+        let preparation = Preparation::new(vlm.tutor());
+        let feed = Feed {
+            preparation: preparation.clone(),
+            examples,
+            course,
+            skips: self.run.skips,
+            seen: self.seen.clone(),
+        };
+        let first = self.progress.step;
+        if self.has_had_its_chances() {
+            return self.best(vlm);
+        }
+        vlm = std::thread::scope(|scope| {
+            let portions = feed.start(scope, first);
+            for portion in portions {
+                let portion = portion?;
+                for error in &portion.skipped {
+                    self.tell(Event::Skipped(error))?;
+                }
+                vlm = self.step(vlm, portion)?;
+                let (step, mut ends) = (self.progress.step, false);
+                if is_due(course.validate_every, step) {
+                    ends = self.validate(&vlm, &preparation)?;
+                }
+                if is_due(course.save_every, step) && !ends {
+                    self.save(&vlm)?;
+                }
+                if ends {
+                    break;
+                }
+            }
+            Ok::<_, TuneError>(vlm)
+        })?;
+        let step = self.progress.step;
+        if step > first {
+            if !is_due(course.validate_every, step) {
+                self.validate(&vlm, &preparation)?;
+            }
+            self.save(&vlm)?;
+        }
+        // A plot is a kindness.
+        let _ = self.log.plot(self.run.folder);
+        self.best(vlm)
+    }
+
+    /// What answered the validation best.
+    fn best(&self, vlm: Vlm<B>) -> Result<Vlm<B>, TuneError> {
+        match self.progress.best {
+            Some((_, step)) if step != self.progress.step => {
+                let model = state::best(self.run.folder, vlm.model().clone())?;
+                Ok(vlm.map_model(|_| model))
+            }
+            _ => Ok(vlm),
+        }
+    }
+
+    fn has_had_its_chances(&self) -> bool {
+        let patience = self.run.settings.course.patience;
+        patience > 0 && self.progress.without_better >= patience
+    }
+
+    fn step(&mut self, vlm: Vlm<B>, portion: Portion) -> Result<Vlm<B>, TuneError> {
+        let Settings {
+            course, routings, ..
+        } = self.run.settings;
+        let which = drawn(course.seed, self.progress.step, self.plans.len());
+        let mut passes = Vec::new();
+        for pass in &portion.passes {
+            passes.push(Pass {
+                visuals: self.visuals_of(&vlm, pass)?,
+                lessons: pass.iter().map(|(_, lesson)| &**lesson).collect(),
+            });
+        }
+        let (vlm, mut line) = self.trainer.step(vlm, &passes, &self.plans[which])?;
+        line.routing.clone_from(&routings[which]);
+        self.progress.step = line.step;
+        self.log.push(Line::Step(line.clone()))?;
+        self.tell(Event::Step(&line))?;
+        Ok(vlm)
+    }
+
+    /// The visual tokens of lessons, if they are the same in every step.
+    fn visuals_of(
+        &mut self,
+        vlm: &Vlm<B>,
+        pass: &[(usize, Arc<Lesson>)],
+    ) -> Result<Option<Vec<VisualTokens<B>>>, TuneError> {
+        if self.room.is_none() {
+            return Ok(None);
+        }
+        let mut all = Vec::new();
+        for (index, lesson) in pass {
+            let visuals = match self.visuals.get(index) {
+                Some(visuals) => visuals.clone(),
+                None => {
+                    let visuals = vlm.seen(lesson)?;
+                    self.keep(*index, lesson, &visuals);
+                    visuals
+                }
+            };
+            all.push(visuals);
+        }
+        Ok(Some(all))
+    }
+
+    fn keep(&mut self, index: usize, lesson: &Lesson, visuals: &VisualTokens<B>) {
+        let outputs = [&visuals.images, &visuals.videos].into_iter().flatten();
+        let tensors = outputs.flat_map(|output| output.deepstack.iter().chain([&output.tokens]));
+        let bytes = tensors.map(|x| (x.shape().num_elements() * x.dtype().size()) as u64);
+        let Some(left) = self.room.and_then(|room| room.checked_sub(bytes.sum())) else {
+            return;
+        };
+        self.room = Some(left);
+        self.visuals.insert(index, visuals.clone());
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        seen.insert(index, lesson.clone().without_pixels().into());
+    }
+
+    /// Measures, and keeps what is best; whether training has had its chances.
+    fn validate(&mut self, vlm: &Vlm<B>, preparation: &Preparation) -> Result<bool, TuneError> {
+        if self.run.validation.is_empty() {
+            return Ok(false);
+        }
+        let found = self.measured(vlm, preparation)?;
+        self.log.push(Line::Validation(found.clone()))?;
+        let progress = &mut self.progress;
+        match progress.best {
+            Some((best, _)) if best <= found.loss => progress.without_better += 1,
+            _ => {
+                progress.best = Some((found.loss, progress.step));
+                progress.without_better = 0;
+                state::keep_best(self.run.folder, vlm.model())?;
+            }
+        }
+        self.tell(Event::Validated(&found))?;
+        Ok(self.has_had_its_chances())
+    }
+
+    fn measured(&self, vlm: &Vlm<B>, preparation: &Preparation) -> Result<Validation, TuneError> {
+        let (vlm, plan) = (vlm.valid(), &self.plans[0]);
+        let options = vlm.generation_defaults();
+        let (mut loss, mut tokens) = (0.0, 0);
+        let mut overlaps = Vec::new();
+        for example in self.run.validation {
+            let lesson = match preparation.lesson(example) {
+                Err(_) if self.run.skips => continue,
+                lesson => lesson?,
+            };
+            let answers = vlm.answer_logits(&[&lesson], None, plan)?;
+            loss += number(answers.losses().sum());
+            tokens += lesson.answer_tokens();
+            if let Some((sought, image)) = preparation.sought(example) {
+                let question = Question::about(vec![image], sought.text);
+                let answer = vlm.ask(&question, plan, &options, |_| {})?;
+                let found = vlm.answered_box(&answer);
+                overlaps.push(found.map_or(0.0, |found| iou(&found, &sought.corners)));
+            }
+        }
+        let boxes = overlaps.len();
+        let share = |sum: f64| (boxes > 0).then(|| sum / boxes as f64);
+        let hits = overlaps.iter().filter(|&&overlap| overlap >= 0.5).count();
+        Ok(Validation {
+            step: self.progress.step,
+            loss: loss / tokens.max(1) as f64,
+            boxes,
+            accuracy: share(hits as f64),
+            mean_iou: share(overlaps.iter().sum()),
+        })
+    }
+
+    fn save(&mut self, vlm: &Vlm<B>) -> Result<(), TuneError> {
+        let folder = self.run.folder;
+        let path: PathBuf =
+            state::save(folder, vlm.model(), &self.trainer.optimizer, &self.progress)?;
+        let _ = self.log.plot(folder);
+        self.tell(Event::Saved(&path))
+    }
+
+    fn tell(&mut self, event: Event) -> Result<(), TuneError> {
+        stop_if((self.watch)(event), self.progress.step)
+    }
+}
+
+/// Whether a step is one of those that come every so many.
+fn is_due(every: usize, step: usize) -> bool {
+    every > 0 && step.is_multiple_of(every)
+}

@@ -1,0 +1,314 @@
+//! Where a run stands, on the disk: what is trained, the moments of the optimizer, and the step.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
+use burn::optim::Optimizer;
+use burn::record::{BinBytesRecorder, FullPrecisionSettings, Recorder};
+use burn::tensor::backend::{AutodiffBackend, Backend};
+use burn::tensor::{DType, Tensor, TensorData};
+use reroute_zoo::Model;
+use safetensors::SafeTensors;
+use safetensors::tensor::TensorView;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::TuneError;
+
+const TRAINED: &str = "trained.safetensors";
+const MOMENTS: &str = "optimizer.bin";
+const PROGRESS: &str = "progress.json";
+/// What is trained, at its best.
+const BEST: &str = "best.safetensors";
+/// What the folder of a checkpoint is called, before its step.
+const PREFIX: &str = "checkpoint-";
+/// Checkpoints that are kept.
+const KEPT: usize = 2;
+
+type Moments = BinBytesRecorder<FullPrecisionSettings>;
+
+/// How far a run is.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Progress {
+    /// Steps that are done.
+    pub(crate) step: usize,
+    /// The best loss of a validation, and its step.
+    pub(crate) best: Option<(f64, usize)>,
+    /// Validations since then.
+    pub(crate) without_better: usize,
+    /// By what the optimizer knows parameters.
+    ids: BTreeMap<String, String>,
+    /// SHA-256 of the files beside it.
+    checksums: BTreeMap<String, String>,
+}
+
+/// Writes a checkpoint; one that is half written has another name. Of older ones the last stays.
+pub(crate) fn save<B: AutodiffBackend, O: Optimizer<Model<B>, B>>(
+    folder: &Path,
+    model: &Model<B>,
+    optimizer: &O,
+    progress: &Progress,
+) -> Result<PathBuf, TuneError> {
+    let (name, values) = (format!("{PREFIX}{}", progress.step), Values::of(model));
+    let (unfinished, to) = (folder.join(format!(".{name}.partial")), folder.join(name));
+    if unfinished.exists() {
+        fs::remove_dir_all(&unfinished).map_err(TuneError::io(&unfinished))?;
+    }
+    fs::create_dir_all(&unfinished).map_err(TuneError::io(&unfinished))?;
+    let broken = |reason: String| TuneError::Checkpoint {
+        path: to.clone(),
+        reason,
+    };
+    let moments = Moments::default().record(optimizer.to_record(), ());
+    let moments = moments.map_err(|error| broken(error.to_string()))?;
+    let mut progress = progress.clone();
+    progress.ids = values.ids();
+    for (file, bytes) in [
+        (TRAINED, values.bytes().map_err(broken)?),
+        (MOMENTS, moments),
+    ] {
+        put(&unfinished.join(file), &bytes)?;
+        progress.checksums.insert(file.into(), checksum(&bytes));
+    }
+    let described = serde_json::to_vec_pretty(&progress);
+    let described = described.map_err(|error| broken(error.to_string()))?;
+    put(&unfinished.join(PROGRESS), &described)?;
+    if to.exists() {
+        fs::remove_dir_all(&to).map_err(TuneError::io(&to))?;
+    }
+    fs::rename(&unfinished, &to).map_err(TuneError::io(&to))?;
+    sync(folder)?;
+    for (_, old) in all(folder)?.into_iter().rev().skip(KEPT) {
+        fs::remove_dir_all(&old).map_err(TuneError::io(&old))?;
+    }
+    Ok(to)
+}
+
+/// The last checkpoint whose files are what they were, in a model and an optimizer; the others as they are if
+/// there is none.
+pub(crate) fn resume<B: AutodiffBackend, O: Optimizer<Model<B>, B>>(
+    folder: &Path,
+    model: Model<B>,
+    optimizer: O,
+    device: &B::Device,
+) -> Result<(Model<B>, O, Progress), TuneError> {
+    let mut why = None;
+    for (_, path) in all(folder)?.into_iter().rev() {
+        match read(&path) {
+            Ok((progress, trained, moments)) => {
+                let broken = |reason: String| TuneError::Checkpoint {
+                    path: path.clone(),
+                    reason,
+                };
+                let model = Values::into(model, &trained, &progress.ids).map_err(broken)?;
+                let record = Moments::default().load(moments, device);
+                let record = record.map_err(|error| broken(error.to_string()))?;
+                return Ok((model, optimizer.load_record(record), progress));
+            }
+            Err(error) => {
+                why.get_or_insert(error);
+            }
+        }
+    }
+    match why {
+        Some(error) => Err(error),
+        None => Ok((model, optimizer, Progress::default())),
+    }
+}
+
+/// Keeps what is trained as the best so far.
+pub(crate) fn keep_best<B: Backend>(folder: &Path, model: &Model<B>) -> Result<(), TuneError> {
+    let to = folder.join(BEST);
+    let bytes = Values::of(model).bytes();
+    let bytes = bytes.map_err(|reason| TuneError::Checkpoint {
+        path: to.clone(),
+        reason,
+    })?;
+    let partial = folder.join(format!(".{BEST}.partial"));
+    put(&partial, &bytes)?;
+    fs::rename(&partial, &to).map_err(TuneError::io(&to))?;
+    sync(folder)
+}
+
+/// The model as it was at its best.
+pub(crate) fn best<B: Backend>(folder: &Path, model: Model<B>) -> Result<Model<B>, TuneError> {
+    let path = folder.join(BEST);
+    let bytes = fs::read(&path).map_err(TuneError::io(&path))?;
+    let ids = Values::of(&model).ids();
+    Values::into(model, &bytes, &ids).map_err(|reason| TuneError::Checkpoint { path, reason })
+}
+
+/// Checkpoints by their steps.
+fn all(folder: &Path) -> Result<Vec<(usize, PathBuf)>, TuneError> {
+    let entries = fs::read_dir(folder).map_err(TuneError::io(folder))?;
+    let step = |path: &Path| {
+        let name = path.file_name()?.to_str()?;
+        name.strip_prefix(PREFIX)?.parse().ok()
+    };
+    let paths = entries.flatten().map(|entry| entry.path());
+    let mut found: Vec<(usize, PathBuf)> = paths
+        .filter_map(|path| Some((step(&path)?, path)))
+        .collect();
+    found.sort();
+    Ok(found)
+}
+
+/// The files of a checkpoint.
+fn read(path: &Path) -> Result<(Progress, Vec<u8>, Vec<u8>), TuneError> {
+    let broken = |reason: String| TuneError::Checkpoint {
+        path: path.to_owned(),
+        reason,
+    };
+    let file = |name: &str| {
+        let path = path.join(name);
+        fs::read(&path).map_err(TuneError::io(path))
+    };
+    let progress = serde_json::from_slice::<Progress>(&file(PROGRESS)?);
+    let progress = progress.map_err(|error| broken(error.to_string()))?;
+    let checked = |name: &str| {
+        let bytes = file(name)?;
+        match progress.checksums.get(name) == Some(&checksum(&bytes)) {
+            true => Ok(bytes),
+            false => Err(broken(format!("{name} is not what was written"))),
+        }
+    };
+    let (trained, moments) = (checked(TRAINED)?, checked(MOMENTS)?);
+    Ok((progress, trained, moments))
+}
+
+fn checksum(bytes: &[u8]) -> String {
+    let digest = Sha256::digest(bytes);
+    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Writes a file to the disk.
+fn put(path: &Path, bytes: &[u8]) -> Result<(), TuneError> {
+    let mut file = File::create(path).map_err(TuneError::io(path))?;
+    let written = file.write_all(bytes).and_then(|()| file.sync_all());
+    written.map_err(TuneError::io(path))
+}
+
+/// What a folder is called to the disk, where folders can be synced.
+fn sync(folder: &Path) -> Result<(), TuneError> {
+    match cfg!(unix) {
+        true => File::open(folder)
+            .and_then(|folder| folder.sync_all())
+            .map_err(TuneError::io(folder)),
+        false => Ok(()),
+    }
+}
+
+/// What is trained, by path.
+#[derive(Default)]
+pub(crate) struct Values {
+    path: Vec<String>,
+    found: Vec<(String, ParamId, TensorData)>,
+}
+
+impl Values {
+    fn of<B: Backend>(model: &Model<B>) -> Self {
+        let mut values = Self::default();
+        model.visit(&mut values);
+        values
+    }
+
+    fn ids(&self) -> BTreeMap<String, String> {
+        let ids = self.found.iter();
+        ids.map(|(path, id, _)| (path.clone(), id.serialize()))
+            .collect()
+    }
+
+    fn bytes(&self) -> Result<Vec<u8>, String> {
+        let mut views = Vec::new();
+        for (path, _, data) in &self.found {
+            let shape = data.shape.iter().copied().collect();
+            let view = TensorView::new(safetensors::Dtype::F32, shape, data.as_bytes());
+            views.push((path.clone(), view.map_err(|error| error.to_string())?));
+        }
+        safetensors::serialize(views, None).map_err(|error| error.to_string())
+    }
+
+    /// The model with values that were saved, under the ids that they had.
+    fn into<B: Backend>(
+        model: Model<B>,
+        bytes: &[u8],
+        ids: &BTreeMap<String, String>,
+    ) -> Result<Model<B>, String> {
+        let tensors = SafeTensors::deserialize(bytes).map_err(|error| error.to_string())?;
+        let mut put = Put {
+            path: Vec::new(),
+            tensors,
+            ids,
+            wrong: None,
+        };
+        let model = model.map(&mut put);
+        match put.wrong {
+            Some(path) => Err(format!("{path} is not in it in the shape that it has now")),
+            None => Ok(model),
+        }
+    }
+}
+
+impl<B: Backend> ModuleVisitor<B> for Values {
+    fn enter_module(&mut self, name: &str, _: &str) {
+        self.path.push(name.into());
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+        if param.is_require_grad() {
+            let data = param.val().cast(DType::F32).into_data();
+            self.found.push((self.path.join("."), param.id, data));
+        }
+    }
+}
+
+struct Put<'a> {
+    path: Vec<String>,
+    tensors: SafeTensors<'a>,
+    ids: &'a BTreeMap<String, String>,
+    wrong: Option<String>,
+}
+
+impl<B: Backend> ModuleMapper<B> for Put<'_> {
+    fn enter_module(&mut self, name: &str, _: &str) {
+        self.path.push(name.into());
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.pop();
+    }
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
+        if !param.is_require_grad() {
+            return param;
+        }
+        let path = self.path.join(".");
+        let saved = self.tensors.tensor(&path).ok();
+        let id = self
+            .ids
+            .get(&path)
+            .and_then(|id| ParamId::try_deserialize(id));
+        let value = param.val();
+        let (shape, device) = (value.dims(), value.device());
+        match (saved.filter(|saved| saved.shape() == shape), id) {
+            (Some(saved), Some(id)) => {
+                let numbers = saved.data().as_chunks().0.iter();
+                let numbers: Vec<f32> = numbers.map(|&bytes| f32::from_le_bytes(bytes)).collect();
+                let data = TensorData::new(numbers, shape);
+                let value = Tensor::from_data(data, (&device, DType::F32));
+                Param::initialized(id, value.require_grad())
+            }
+            _ => {
+                self.wrong.get_or_insert(path);
+                param
+            }
+        }
+    }
+}

@@ -1,0 +1,92 @@
+//! Steps of training, for loops of one's own.
+
+use std::time::Instant;
+
+use burn::optim::adaptor::OptimizerAdaptor;
+use burn::optim::{AdamW, AdamWConfig, GradientsAccumulator, GradientsParams, Optimizer};
+use burn::tensor::backend::AutodiffBackend;
+use reroute_zoo::{Lesson, Model, Plan, VisualTokens, Vlm};
+
+use crate::TuneError;
+use crate::gradients::{clip, number};
+use crate::log::Step;
+use crate::settings::OptimizerSettings;
+
+/// The optimizer of a model, and how far it is.
+pub struct Trainer<B: AutodiffBackend> {
+    pub(crate) optimizer: OptimizerAdaptor<AdamW, Model<B>, B>,
+    settings: OptimizerSettings,
+    steps: usize,
+    pub(crate) step: usize,
+}
+
+/// What goes through a model at once.
+#[derive(Debug)]
+pub struct Pass<'a, B: AutodiffBackend> {
+    /// Rows of one prompt.
+    pub lessons: Vec<&'a Lesson>,
+    /// Their visual tokens, where these are known ([`Vlm::seen`]).
+    pub visuals: Option<Vec<VisualTokens<B>>>,
+}
+
+impl<B: AutodiffBackend> Trainer<B> {
+    /// Begins; the learning rate falls over so many steps.
+    pub fn new(settings: &OptimizerSettings, steps: usize) -> Self {
+        let [first, second] = settings.betas;
+        let optimizer = AdamWConfig::new()
+            .with_beta_1(first)
+            .with_beta_2(second)
+            .with_epsilon(settings.epsilon)
+            .with_weight_decay(settings.weight_decay);
+        Self {
+            optimizer: optimizer.init(),
+            settings: settings.clone(),
+            steps,
+            step: 0,
+        }
+    }
+
+    /// Takes a step towards the answers of all passes: on the mean cross-entropy of their tokens, with the
+    /// gradients of everything that is trained clipped together. Returns the model behind it.
+    ///
+    /// # Errors
+    /// [`TuneError::Diverged`], and what the model refuses.
+    pub fn step(
+        &mut self,
+        vlm: Vlm<B>,
+        passes: &[Pass<'_, B>],
+        plan: &Plan,
+    ) -> Result<(Vlm<B>, Step), TuneError> {
+        let started = Instant::now();
+        let lessons = || passes.iter().flat_map(|pass| &pass.lessons);
+        let tokens: usize = lessons().map(|lesson| lesson.answer_tokens()).sum();
+        let (mut sum, mut loss) = (GradientsAccumulator::new(), 0.0);
+        for pass in passes {
+            let answers = vlm.answer_logits(&pass.lessons, pass.visuals.as_deref(), plan)?;
+            let share = answers.losses().sum().div_scalar(tokens as f64);
+            loss += number(share.clone());
+            let gradients = GradientsParams::from_grads(share.backward(), vlm.model());
+            sum.accumulate(vlm.model(), gradients);
+        }
+        if !loss.is_finite() {
+            let (step, loss) = (self.step, loss as f32);
+            return Err(TuneError::Diverged { step, loss });
+        }
+        let (gradients, norm) = clip(vlm.model(), sum.grads(), self.settings.clip);
+        let rate = self.settings.rate(self.step, self.steps);
+        let vlm = vlm.map_model(|model| self.optimizer.step(rate, model, gradients));
+        self.step += 1;
+        let step = Step {
+            step: self.step,
+            loss,
+            norm,
+            rate,
+            routing: String::new(),
+            examples: lessons().count(),
+            tokens,
+            rows: lessons().map(|lesson| lesson.rows()).sum(),
+            seconds: started.elapsed().as_secs_f64(),
+        };
+        Ok((vlm, step))
+    }
+}

@@ -1,0 +1,374 @@
+//! Runs on the built-in model: what is trained, what a kill costs, what comes out.
+
+use std::fs;
+use std::ops::ControlFlow;
+use std::path::Path;
+
+use burn::backend::Autodiff;
+use burn_flex::Flex;
+use reroute_finetune::data::{BoxIn, Example, Exchange, ImageSource, Piece, Place};
+use reroute_finetune::{
+    Course, Event, Line, OptimizerSettings, Preparation, Run, Settings, Step, TuneError,
+    Validation, tune,
+};
+use reroute_zoo::{
+    AdapterConfig, Folder, OpenOptions, Question, Schedule, Trained, Vlm, decode, embedded,
+};
+
+type Ad = Autodiff<Flex>;
+
+fn open() -> Vlm<Ad> {
+    let (folder, options) = (embedded::checkpoint(), OpenOptions::default());
+    Vlm::open(&folder, &options, &Default::default()).expect("the built-in model")
+}
+
+/// What is asked for in the built-in scene by other words.
+fn example(line: usize, words: &str) -> Example {
+    let corners = [30.0 + line as f64, 40.0, 60.0, 80.0 + line as f64];
+    Example {
+        source: Place {
+            file: "made.jsonl".into(),
+            line,
+            entry: false,
+        },
+        images: vec![ImageSource::Bytes(embedded::SCENE.image.to_vec())],
+        system: None,
+        exchanges: vec![Exchange {
+            question: vec![Piece::Image(0), Piece::Label(words.into())],
+            answer: vec![Piece::Box {
+                corners,
+                image: 0,
+                unit: BoxIn::Pixels,
+            }],
+        }],
+    }
+}
+
+fn examples() -> Vec<Example> {
+    let words = [
+        "the red ring",
+        "a blue bar",
+        "the large one",
+        "that thing",
+        "a teal block",
+    ];
+    let words = words.iter().enumerate();
+    words.map(|(line, words)| example(line, words)).collect()
+}
+
+fn settings() -> Settings {
+    Settings {
+        adapter: Some(AdapterConfig::new(["q_proj", "v_proj", "down_proj"], 4)),
+        trained: Vec::new(),
+        routings: vec!["dense".into(), "reroute-pdrop@192".into()],
+        course: Course {
+            steps: 7,
+            batch: 2,
+            accumulate: 2,
+            save_every: 2,
+            ..Course::default()
+        },
+        optimizer: OptimizerSettings {
+            learning_rate: 3e-3,
+            warmup: 2,
+            ..OptimizerSettings::default()
+        },
+    }
+}
+
+/// What a run says, step by step; it is stopped behind one of them.
+fn run(
+    folder: &Path,
+    settings: &Settings,
+    examples: &[Example],
+    until: usize,
+) -> (Result<Vlm<Ad>, TuneError>, Vec<Step>) {
+    let run = Run {
+        settings,
+        examples,
+        validation: &[],
+        skips: false,
+        folder,
+        resume: true,
+    };
+    let mut steps = Vec::new();
+    let vlm = tune(open(), &run, &mut |event| match event {
+        Event::Step(step) => {
+            steps.push(step.clone());
+            match step.step >= until {
+                true => ControlFlow::Break(()),
+                false => ControlFlow::Continue(()),
+            }
+        }
+        _ => ControlFlow::Continue(()),
+    });
+    (vlm, steps)
+}
+
+/// All of a step but its time.
+fn said(step: &Step) -> (usize, u64, u64, &str) {
+    (
+        step.step,
+        step.loss.to_bits(),
+        step.norm.to_bits(),
+        &step.routing,
+    )
+}
+
+/// Through dense and routed passes, in portions that cross the ends of epochs.
+#[test]
+fn a_run_that_is_stopped_goes_on_with_the_same_losses() {
+    let (settings, examples) = (settings(), examples());
+    let whole = tempfile::tempdir().expect("a folder");
+    let (vlm, expected) = run(whole.path(), &settings, &examples, 100);
+    let vlm = vlm.expect("a run");
+    assert_eq!(expected.len(), 7);
+    assert!(expected.iter().any(|step| step.routing == "dense"));
+    assert!(expected.iter().any(|step| step.routing != "dense"));
+    assert!(expected.last().expect("steps").loss < expected[0].loss);
+
+    let cut = tempfile::tempdir().expect("a folder");
+    let (stopped, steps) = run(cut.path(), &settings, &examples, 5);
+    assert!(matches!(stopped, Err(TuneError::Stopped { step: 5 })));
+    assert_eq!(steps.len(), 5);
+    // The last checkpoint is that of step 4; one that a kill has spoilt is not taken.
+    let spoilt = cut.path().join("checkpoint-4/optimizer.bin");
+    let bytes = fs::read(&spoilt).expect("moments");
+    fs::write(&spoilt, &bytes[1..]).expect("can be written");
+    let (resumed, steps) = run(cut.path(), &settings, &examples, 100);
+    let resumed = resumed.expect("a run");
+    assert_eq!(steps.len(), 5);
+    for (step, expected) in steps.iter().zip(&expected[2..]) {
+        assert_eq!(said(step), said(expected));
+    }
+    let log = |folder: &Path| {
+        let text = fs::read_to_string(folder.join("log.jsonl")).expect("a log");
+        let lines = text
+            .lines()
+            .map(|line| serde_json::from_str(line).expect("a line"));
+        lines.collect::<Vec<Line>>()
+    };
+    for (line, expected) in log(cut.path()).iter().zip(log(whole.path())) {
+        let (Line::Step(line), Line::Step(expected)) = (line, &expected) else {
+            panic!("no validation");
+        };
+        assert_eq!(said(line), said(expected));
+    }
+    assert_eq!(log(cut.path()).len(), 7);
+    assert!(whole.path().join("loss.svg").exists());
+    // What comes out is the same, too.
+    let folders = [whole.path().join("adapter"), cut.path().join("adapter")];
+    for (vlm, folder) in [&vlm, &resumed].into_iter().zip(&folders) {
+        vlm.model().save_adapter(folder).expect("an adapter");
+    }
+    let tensors = folders.map(|folder| fs::read(folder.join("adapter_model.safetensors")));
+    let [whole_tensors, cut_tensors] = tensors.map(|tensors| tensors.expect("an adapter"));
+    assert_eq!(whole_tensors, cut_tensors);
+
+    let other = Settings {
+        course: Course {
+            seed: 1,
+            ..settings.course.clone()
+        },
+        ..settings.clone()
+    };
+    let (refused, _) = run(whole.path(), &other, &examples, 100);
+    assert!(matches!(refused, Err(TuneError::OtherRun { what, .. }) if what == "course"));
+}
+
+#[test]
+fn what_is_frozen_stays_and_what_answers_best_comes_out() {
+    let examples = examples();
+    let settings = Settings {
+        adapter: None,
+        trained: vec![Trained::Projector],
+        routings: vec!["dense".into()],
+        course: Course {
+            steps: 6,
+            validate_every: 1,
+            patience: 2,
+            save_every: 0,
+            ..Course::default()
+        },
+        optimizer: OptimizerSettings {
+            // So large that it gets worse.
+            learning_rate: 0.3,
+            ..OptimizerSettings::default()
+        },
+    };
+    let folder = tempfile::tempdir().expect("a folder");
+    let run = Run {
+        settings: &settings,
+        examples: &examples,
+        validation: &examples[..2],
+        skips: false,
+        folder: folder.path(),
+        resume: false,
+    };
+    let (mut found, mut trained): (Vec<Validation>, Vec<String>) = Default::default();
+    let vlm = tune(open(), &run, &mut |event| {
+        match event {
+            Event::Validated(validation) => found.push(validation.clone()),
+            Event::Began { trained: all, .. } => {
+                trained.extend(all.iter().map(|(path, _)| path.clone()));
+            }
+            _ => {}
+        }
+        ControlFlow::Continue(())
+    });
+    let vlm = vlm.expect("a run");
+    assert!(!trained.is_empty());
+    assert!(
+        trained
+            .iter()
+            .all(|path| path.starts_with("multi_modal_projector."))
+    );
+    let best = found
+        .iter()
+        .map(|one| one.loss)
+        .fold(f64::INFINITY, f64::min);
+    assert!(found.len() >= 3, "two chances behind the first: {found:?}");
+    assert!(best < found.last().expect("validations").loss, "{found:?}");
+    assert_eq!(found[0].boxes, 2);
+    // The result answers as the best did.
+    let preparation = Preparation::new(vlm.tutor());
+    let lessons = examples[..2]
+        .iter()
+        .map(|example| preparation.lesson(example));
+    let lessons: Vec<_> = lessons.map(|lesson| lesson.expect("a lesson")).collect();
+    let lessons: Vec<_> = lessons.iter().collect();
+    let answers = vlm.valid().answer_logits(&lessons, None, Schedule::dense());
+    let losses = answers.expect("logits").losses();
+    let loss: f32 = losses.mean().into_scalar();
+    assert!((f64::from(loss) - best).abs() < 1e-4, "{loss} {best}");
+    // A second run in the folder is none by accident.
+    let again = tune(open(), &run, &mut |_| ControlFlow::Continue(()));
+    assert!(matches!(again, Err(TuneError::Taken { .. })));
+    // Outside of the projector all is as it was.
+    let to = folder.path().join("model");
+    let like = embedded::checkpoint();
+    vlm.model()
+        .save(&to, &like, &Default::default())
+        .expect("a model");
+    let saved = Folder::open(&to).expect("a model");
+    let saved = Vlm::<Flex>::open(&saved, &OpenOptions::default(), &Default::default());
+    let text = |vlm: &Vlm<Flex>| {
+        let ids = [5, 9, 12];
+        let embedded = vlm.model().decoder().embed(&ids).expect("known tokens");
+        embedded.into_data()
+    };
+    let before = open().valid();
+    assert_eq!(text(&saved.expect("opens")), text(&before));
+}
+
+/// Boxes are written in the model's units; what is asked is its own question.
+#[test]
+fn lessons_say_what_the_model_is_to_say() {
+    let vlm = open();
+    let preparation = Preparation::new(vlm.tutor());
+    let image = decode(embedded::SCENE.image, &Default::default()).expect("a picture");
+    let (width, height) = (image.width() as f64, image.height() as f64);
+    let mut example = example(3, embedded::SCENE.expression);
+    let corners = [0.25 * width, 0.5 * height, 0.5 * width, 0.75 * height];
+    example.exchanges[0].answer = vec![Piece::Box {
+        corners,
+        image: 0,
+        unit: BoxIn::Pixels,
+    }];
+    let lesson = preparation.lesson(&example).expect("a lesson");
+    let answers = vlm
+        .answer_logits(&[&lesson], None, Schedule::dense())
+        .expect("logits");
+    let text = vlm.tokenizer().decode(&answers.tokens).expect("text");
+    assert_eq!(text.trim(), "[0.25, 0.50, 0.50, 0.75]");
+    let (sought, _) = preparation.sought(&example).expect("one box");
+    assert_eq!(sought.corners, corners);
+    let asked = vlm.grounding().question(embedded::SCENE.expression);
+    assert_eq!(sought.text, asked);
+    // The same logits as those of the question that a user asks.
+    let question = Question::about(vec![image], asked);
+    let known = &answers.tokens[..answers.tokens.len() - 1];
+    for preset in ["dense", "reroute-pdrop@192", "pdrop@128"] {
+        let plan = vlm.plan(preset).expect("a preset");
+        let expected = vlm
+            .logits(&question, known, &plan)
+            .expect("logits")
+            .into_data();
+        let seen = vlm.seen(&lesson).expect("visual tokens");
+        let blind = lesson.clone().without_pixels();
+        for (lesson, seen) in [(&lesson, None), (&blind, Some(&seen))] {
+            let seen = seen.map(std::slice::from_ref);
+            let found = vlm.answer_logits(&[lesson], seen, &plan).expect("logits");
+            found.logits.into_data().assert_eq(&expected, true);
+        }
+    }
+    // Of a box outside of its picture something is said.
+    example.exchanges[0].answer = vec![Piece::Box {
+        corners: [10.0, 10.0, width + 50.0, 20.0],
+        image: 0,
+        unit: BoxIn::Pixels,
+    }];
+    let refused = preparation
+        .lesson(&example)
+        .expect_err("outside")
+        .to_string();
+    assert!(
+        refused.contains("line 3") && refused.contains("lies outside"),
+        "{refused}"
+    );
+}
+
+/// Several turns in one sequence are those turns in a conversation, packed beside others or alone.
+#[test]
+fn turns_are_learnt_as_in_a_conversation() {
+    let vlm = open().valid();
+    let preparation = Preparation::new(vlm.tutor());
+    let mut several = example(0, "the red ring");
+    let more = [example(1, "a blue bar"), example(2, "the large one")];
+    for example in &more {
+        let mut exchange = example.exchanges[0].clone();
+        exchange.question.remove(0);
+        several.exchanges.push(exchange);
+    }
+    let several = preparation.lesson(&several).expect("a lesson");
+    let single = preparation
+        .lesson(&example(3, "that thing"))
+        .expect("a lesson");
+    let logits = |lessons: &[&reroute_zoo::Lesson], preset: &str| {
+        let plan = vlm.plan(preset).expect("a preset");
+        vlm.answer_logits(lessons, None, &plan).expect("logits")
+    };
+    for preset in ["dense", "reroute-pdrop@192"] {
+        let alone = [logits(&[&several], preset), logits(&[&single], preset)];
+        assert_eq!(alone[0].tokens.len(), several.answer_tokens());
+        let both = logits(&[&several, &single], preset);
+        for (index, alone) in alone.into_iter().enumerate() {
+            let rows = both
+                .lessons
+                .iter()
+                .enumerate()
+                .filter(|(_, of)| **of == index);
+            let rows: Vec<usize> = rows.map(|(row, _)| row).collect();
+            let tokens: Vec<u32> = rows.iter().map(|&row| both.tokens[row]).collect();
+            let mut expected: Vec<(u32, f32)> = Vec::new();
+            let tokens_of = alone.tokens.clone();
+            let losses = alone.losses().into_data().to_vec::<f32>().expect("floats");
+            expected.extend(tokens_of.into_iter().zip(losses));
+            let losses = both
+                .clone()
+                .losses()
+                .into_data()
+                .to_vec::<f32>()
+                .expect("floats");
+            let found = tokens.into_iter().zip(rows.iter().map(|&row| losses[row]));
+            let mut found: Vec<(u32, f32)> = found.collect();
+            let order = |a: &(u32, f32), b: &(u32, f32)| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1));
+            expected.sort_by(order);
+            found.sort_by(order);
+            for ((token, loss), (expected_token, expected)) in found.iter().zip(&expected) {
+                assert_eq!(token, expected_token);
+                assert!((loss - expected).abs() < 1e-3, "{preset} {loss} {expected}");
+            }
+        }
+    }
+}

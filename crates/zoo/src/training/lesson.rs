@@ -1,0 +1,201 @@
+//! A conversation whose answers are known, as the model reads it.
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::grounding::GroundingFormat;
+use crate::messages::{Content, Message, Role};
+use crate::vlm::encode_messages;
+use crate::{
+    ChatTemplate, ModelConfig, Prepared, Preprocessor, Question, Tokenizer, View, ZooError,
+};
+
+/// Makes lessons for a model, in any thread: all of it but its weights ([`Vlm::tutor`](crate::Vlm::tutor)).
+#[derive(Clone)]
+pub struct Tutor {
+    pub(crate) config: ModelConfig,
+    pub(crate) tokenizer: Arc<Tokenizer>,
+    pub(crate) template: Arc<ChatTemplate>,
+    pub(crate) preprocessor: Arc<dyn Preprocessor>,
+    pub(crate) grounding: GroundingFormat,
+    /// What ends an answer.
+    pub(crate) end: Option<u32>,
+}
+
+/// A conversation whose answers are known: a sequence of token ids of which only the answers, and the tokens
+/// that end them, are to be learnt.
+#[derive(Debug, Clone)]
+pub struct Lesson {
+    pub(crate) turns: Vec<Known>,
+    pub(crate) views: Vec<View>,
+    pub(crate) prepared: Vec<Prepared>,
+    end: Option<u32>,
+}
+
+/// A question with all that comes before it, and its answer.
+#[derive(Debug, Clone)]
+pub(crate) struct Known {
+    /// Token ids of the conversation up to the answer, slots repeated; it begins with that of the question
+    /// before and its answer.
+    pub(crate) prompt: Vec<u32>,
+    /// Without the token that ends it.
+    pub(crate) answer: Vec<u32>,
+    /// Images and videos up to here.
+    pub(crate) shown: usize,
+    /// What is said in the question.
+    pub(crate) text: String,
+}
+
+impl Tutor {
+    /// The preprocessing of images and videos.
+    pub fn preprocessor(&self) -> &dyn Preprocessor {
+        self.preprocessor.as_ref()
+    }
+
+    /// The tokenizer.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// How the model is asked for boxes.
+    pub fn grounding(&self) -> &GroundingFormat {
+        &self.grounding
+    }
+
+    /// The configuration of the model.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// A lesson of one question and the token ids of its answer, with what ends it if anything does.
+    ///
+    /// # Errors
+    /// Those of [`Vlm::encode`](crate::Vlm::encode).
+    pub fn question(&self, question: &Question, answer: &[u32]) -> Result<Lesson, ZooError> {
+        let shown = question
+            .visuals
+            .iter()
+            .map(|visual| self.preprocessor.prepare(visual));
+        let shown: Vec<(View, Prepared)> = shown.collect::<Result<_, _>>()?;
+        let views: Vec<View> = shown.iter().map(|(view, _)| view.clone()).collect();
+        let exchange = (question.message(&views), String::new());
+        let mut lesson = self.lesson(None, &[exchange], shown)?;
+        for turn in &mut lesson.turns {
+            turn.answer = answer.to_vec();
+        }
+        lesson.end = None;
+        Ok(lesson)
+    }
+
+    /// A lesson of questions and their answers. An answer is what [`Tokenizer::encode`] takes: special tokens
+    /// in it are themselves, unless [`Tokenizer::disarm`] has made them harmless. `shown` are the images and
+    /// videos in the order in which the questions show them.
+    ///
+    /// # Errors
+    /// Those of [`Vlm::encode_messages`](crate::Vlm::encode_messages); [`ZooError::TemplateOutput`] if the
+    /// template does not go on where an earlier answer ended.
+    pub fn lesson(
+        &self,
+        system: Option<&str>,
+        exchanges: &[(Message, String)],
+        shown: Vec<(View, Prepared)>,
+    ) -> Result<Lesson, ZooError> {
+        let (views, prepared): (Vec<View>, Vec<Prepared>) = shown.into_iter().unzip();
+        let mut messages: Vec<Message> = system
+            .map(|text| Message::text(Role::System, text))
+            .into_iter()
+            .collect();
+        let mut turns: Vec<Known> = Vec::new();
+        // What the template writes up to the end of the last answer.
+        let mut written = Vec::new();
+        let mut shown = 0;
+        for (question, answer) in exchanges {
+            messages.push(question.clone());
+            let visuals = question.content.iter();
+            shown += visuals
+                .filter(|part| !matches!(part, Content::Text(_)))
+                .count();
+            let views = &views[..shown.min(views.len())];
+            let (tokenizer, template) = (&self.tokenizer, &self.template);
+            let ids = encode_messages(&self.config, tokenizer, template, &messages, views)?;
+            let prompt = match turns.last() {
+                None => ids.clone(),
+                Some(last) => {
+                    let more = ids.strip_prefix(&written[..]).ok_or_else(|| {
+                        template.unusable(
+                            "writes an earlier answer otherwise than it is given: make an example of each of \
+                             its answers",
+                        )
+                    })?;
+                    [&last.prompt, &last.answer, more].concat()
+                }
+            };
+            let harmless = tokenizer.encode(&tokenizer.disarm(answer), false)?;
+            written = [ids, harmless].concat();
+            messages.push(Message::text(Role::Assistant, answer));
+            turns.push(Known {
+                prompt,
+                answer: tokenizer.encode(answer, false)?,
+                shown,
+                text: said(question),
+            });
+        }
+        Ok(Lesson {
+            turns,
+            views,
+            prepared,
+            end: self.end,
+        })
+    }
+}
+
+impl fmt::Debug for Tutor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut tutor = f.debug_struct("Tutor");
+        tutor.field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+fn said(question: &Message) -> String {
+    let text = question.content.iter().filter_map(|part| match part {
+        Content::Text(text) => Some(text.as_str()),
+        Content::Image | Content::Video { .. } => None,
+    });
+    text.collect()
+}
+
+impl Lesson {
+    /// How its images and videos are seen.
+    pub fn views(&self) -> &[View] {
+        &self.views
+    }
+
+    /// The same without pixels, for where its visual tokens are known ([`Vlm::seen`](crate::Vlm::seen)).
+    pub fn without_pixels(mut self) -> Self {
+        self.prepared = Vec::new();
+        self
+    }
+
+    /// Tokens to be learnt.
+    pub fn answer_tokens(&self) -> usize {
+        let answers = self.turns.iter();
+        answers.map(|turn| self.targets(turn).count()).sum()
+    }
+
+    /// Rows that the decoder reads.
+    pub fn rows(&self) -> usize {
+        let last = self.turns.last();
+        last.map_or(0, |turn| turn.prompt.len() + turn.answer.len())
+    }
+
+    /// The tokens of an answer, and the one that ends it.
+    pub(crate) fn targets<'t>(&self, turn: &'t Known) -> impl Iterator<Item = u32> + use<'t> {
+        turn.answer.iter().copied().chain(self.end)
+    }
+
+    /// Whether all is shown with the first question.
+    pub(crate) fn shows_first(&self) -> bool {
+        let first = self.turns.first();
+        first.is_none_or(|turn| turn.shown == self.views.len())
+    }
+}

@@ -32,6 +32,10 @@ proptest! {
         for (actual, expected) in actual.trace.decisions.iter().zip(&expected.decisions) {
             let difference = distance(&actual.scores, &expected.scores);
             assert!(difference < 1e-5, "scores at layer {}: {difference}", actual.layer);
+            if let Some(remembered) = &actual.remembered {
+                let difference = distance(remembered, &expected.ranked);
+                assert!(difference < 1e-4, "shares at layer {}: {difference}", actual.layer);
+            }
             assert_eq!(actual.selected, expected.selected, "layer {}", actual.layer);
         }
         let lengths: Vec<usize> = expected.active.iter().map(Vec::len).collect();

@@ -229,7 +229,8 @@ proptest! {
             let is_share = |s: &f32| (0.0..=1.0 + 1e-5).contains(s);
             assert!(decision.scores.iter().all(is_share));
             if !(case.schedule.monotonic() && case.schedule.action() == Action::Reroute) {
-                let best = top_k(&decision.scores, counts[stage]).unwrap();
+                let ranked = decision.remembered.as_ref().unwrap_or(&decision.scores);
+                let best = top_k(ranked, counts[stage]).unwrap();
                 let best: Vec<usize> = best.iter().map(|&i| decision.candidates[i]).collect();
                 assert_eq!(decision.selected, best);
             }

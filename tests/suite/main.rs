@@ -47,5 +47,6 @@ mod templates;
 mod text;
 mod threads;
 mod training;
+mod tune_program;
 #[cfg(feature = "flex")]
 mod tuned;

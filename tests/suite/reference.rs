@@ -14,7 +14,7 @@ use std::collections::HashMap;
 use burn::tensor::backend::Backend as AnyBackend;
 use reducers::{
     Action, Attention, Duplication, HeadReduce, Positions, Query, Schedule, Score, ScoreLayer,
-    SoftmaxKeys, Stage,
+    ScoreMemory, SoftmaxKeys, Stage,
 };
 use reroute::{Decoder, DecoderConfig, RopeScaling};
 
@@ -46,6 +46,8 @@ pub struct Outcome {
 pub struct Decision {
     /// Of every visual token that stood for selection.
     pub scores: Row,
+    /// What it was ranked by.
+    pub ranked: Row,
     /// In visual order, ascending.
     pub selected: Vec<usize>,
     /// By how much the last token in beat the first one out.
@@ -69,6 +71,8 @@ impl Reference {
         let mut outcome = Outcome::default();
         // What the layer before worked on.
         let mut before = (hidden.clone(), active.clone());
+        // What earlier decisions gave each visual token.
+        let mut shares: Vec<Vec<f64>> = vec![Vec::new(); visual.len()];
         for layer in 0..self.config.num_layers {
             let stage = schedule.stages().iter().position(|s| s.layer == layer);
             if let (Some(stage), false) = (stage, visual.is_empty()) {
@@ -113,7 +117,8 @@ impl Reference {
                     Some(n) => sample.layout.cells[token].iter().all(|side| side % n == 0),
                     None => false,
                 };
-                let mut decision = choose(&scores, visual, previous, &spread, count);
+                let ranked = remembered(schedule.memory(), &scores, visual, &mut shares);
+                let mut decision = choose([&scores, &ranked], visual, previous, &spread, count);
                 decision.margin = decision.margin.min(margin);
                 active = sample.text();
                 active.extend(gather(visual, &decision.selected));
@@ -415,10 +420,47 @@ fn scaled(frequency: f64, scaling: &RopeScaling) -> f64 {
     }
 }
 
+/// What tokens are ranked by: their scores, or what they come to with what they scored before.
+fn remembered(
+    memory: ScoreMemory,
+    scores: &HashMap<usize, f64>,
+    visual: &[usize],
+    shares: &mut [Vec<f64>],
+) -> HashMap<usize, f64> {
+    if memory == ScoreMemory::Off {
+        return scores.clone();
+    }
+    let stands = |row: &&usize| scores.contains_key(row);
+    let all: f64 = visual
+        .iter()
+        .filter(stands)
+        .map(|row| scores[row].abs())
+        .sum();
+    let mut ranked = HashMap::new();
+    for (row, shares) in visual.iter().zip(shares) {
+        let Some(score) = scores.get(row) else {
+            continue;
+        };
+        shares.push(if all > 0.0 { score / all } else { 0.0 });
+        let count = shares.len();
+        let faded = |rate: f32, at: usize| f64::from(rate).powi((count - 1 - at) as i32);
+        let value = match memory {
+            ScoreMemory::Max => shares.iter().copied().fold(f64::NEG_INFINITY, f64::max),
+            ScoreMemory::Decay(rate) => {
+                let all = shares.iter().enumerate();
+                all.map(|(at, share)| faded(rate, at) * share).sum()
+            }
+            _ => shares.iter().sum(),
+        };
+        ranked.insert(*row, value);
+    }
+    ranked
+}
+
 /// The best `count` of the visual tokens that have a score, lower index first among equals, those
 /// that a monotonic schedule has dismissed last.
 fn choose(
-    scores: &HashMap<usize, f64>,
+    [scores, ranked]: [&HashMap<usize, f64>; 2],
     visual: &[usize],
     previous: Option<&Decision>,
     spread: &dyn Fn(usize) -> bool,
@@ -429,7 +471,7 @@ fn choose(
     let rank = |token: usize| match previous {
         _ if spread(token) => f64::INFINITY,
         Some(previous) if !previous.selected.contains(&token) => f64::NEG_INFINITY,
-        _ => scores[&visual[token]],
+        _ => ranked[&visual[token]],
     };
     let mut order = candidates.clone();
     order.sort_by(|&a, &b| rank(b).total_cmp(&rank(a)).then(a.cmp(&b)));
@@ -441,6 +483,7 @@ fn choose(
     order.sort_unstable();
     Decision {
         scores: candidates.iter().map(|&t| scores[&visual[t]]).collect(),
+        ranked: candidates.iter().map(|&t| ranked[&visual[t]]).collect(),
         selected: order,
         margin,
     }

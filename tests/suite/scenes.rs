@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
 use burn::tensor::Tensor;
-use reducers::Schedule;
+use reducers::{Schedule, ScoreMemory};
 use reroute::{GenerationOptions, PrefillOptions, generate};
 use reroute_cli::backend::{Backend, Device};
 use reroute_zoo::embedded;
@@ -195,4 +195,38 @@ fn the_built_in_scene_is_found() {
     let found = found.first_box().expect("it is a box").normalized;
     let found = found.as_box().expect("it is a box");
     assert!(iou(&found, &truth) >= 0.5, "{found:?} instead of {truth:?}");
+}
+
+/// Shares of scenes in which the object is found, in percent, without a memory of scores and with.
+fn found_with(routing: &str, memory: ScoreMemory) -> f64 {
+    let schedule = EXPECTED[routing].routing.clone().expect("a routing");
+    let schedule = schedule.with_memory(memory).expect("a good memory");
+    let options = GenerationOptions {
+        max_new_tokens: ANSWER_TOKENS,
+        ..VLM.generation_defaults()
+    };
+    let mut hits = 0;
+    for batch in SCENES.chunks(7) {
+        let answers = answers(batch, &schedule, &options);
+        hits += { answers.into_iter().zip(batch) }
+            .filter(|(answer, scene)| {
+                let text = VLM.tokenizer().decode(answer).expect("known tokens");
+                parse_box(&text).is_some_and(|found| iou(&found, &scene.truth) >= 0.5)
+            })
+            .count();
+    }
+    100.0 * hits as f64 / SCENES.len() as f64
+}
+
+/// A decision that ranks by its own scores alone swaps out what the last row has read already.
+#[test]
+fn memory_keeps_what_was_read() {
+    for routing in ["reroute-fastv@0.33", "reroute-pdrop@0.33"] {
+        let [without, with] =
+            [ScoreMemory::Off, ScoreMemory::Sum].map(|memory| found_with(routing, memory));
+        assert!(
+            with >= without + 8.0,
+            "{routing}: {without} %, with memory {with} %"
+        );
+    }
 }

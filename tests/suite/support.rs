@@ -10,7 +10,7 @@ use proptest::sample::subsequence;
 use proptest::test_runner::RngSeed;
 use reducers::{
     Action, Attention, Duplication, HeadReduce, HiddenLayout, Keep, Positions, Query, Schedule,
-    Score, ScoreDtype, ScoreLayer, SoftmaxKeys, Stage,
+    Score, ScoreDtype, ScoreLayer, ScoreMemory, SoftmaxKeys, Stage,
 };
 use reroute::{
     Decision, Decoder, DecoderConfig, Prefill, PrefillOptions, Prompt, RopeConfig, SampleLayout,
@@ -390,7 +390,14 @@ pub fn schedule(
     ];
     let stages = subsequence((0..layers).collect::<Vec<_>>(), 1..=layers.min(4));
     let rules = prop::collection::vec((keep, attention()), 4);
-    (action, any::<bool>(), stages, rules).prop_map(|(action, monotonic, layers, rules)| {
+    let memory = prop_oneof![
+        3 => Just(ScoreMemory::Off),
+        1 => Just(ScoreMemory::Sum),
+        1 => Just(ScoreMemory::Max),
+        1 => (0.1..0.9f32).prop_map(ScoreMemory::Decay),
+    ];
+    let drawn = (action, any::<bool>(), memory, stages, rules);
+    drawn.prop_map(|(action, monotonic, memory, layers, rules)| {
         let stage = |(index, (layer, (keep, attention))): (usize, (usize, _))| {
             let attention: Attention = attention;
             let impossible = layer == 0 || (index > 0 && action == Action::Reroute);
@@ -404,7 +411,10 @@ pub fn schedule(
             }))
         };
         let stages = layers.into_iter().zip(rules).enumerate().map(stage);
-        Schedule::new(action, monotonic, stages.collect()).unwrap()
+        let schedule = Schedule::new(action, monotonic, stages.collect());
+        schedule
+            .and_then(|schedule| schedule.with_memory(memory))
+            .unwrap()
     })
 }
 
@@ -550,7 +560,8 @@ pub fn are_clear(decisions: &[Decision], monotonic: bool) -> bool {
     let mut previous: Option<&[usize]> = None;
     decisions.iter().all(|decision| {
         let (mut within, mut without) = (f32::INFINITY, f32::NEG_INFINITY);
-        for (token, &score) in decision.candidates.iter().zip(&decision.scores) {
+        let ranked = decision.remembered.as_ref().unwrap_or(&decision.scores);
+        for (token, &score) in decision.candidates.iter().zip(ranked) {
             if decision.selected.binary_search(token).is_ok() {
                 within = within.min(score);
             } else if !monotonic || previous.is_none_or(|p| p.binary_search(token).is_ok()) {

@@ -47,6 +47,48 @@ pub enum Positions {
     Renumber,
 }
 
+/// What a decision remembers of earlier ones: a candidate is ranked by what it scores here and what it scored
+/// before, each as its share of all candidates' scores at that decision (of their magnitudes, where some are
+/// negative). Costs nothing, and keeps what the last row has read already from being swapped out
+/// (`docs/routing.md`, memory).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ScoreMemory {
+    /// Nothing: every decision ranks by its own scores, as published.
+    #[default]
+    Off,
+    /// The sum of its shares so far.
+    Sum,
+    /// The largest of its shares so far.
+    Max,
+    /// Its share here, and so many times what was remembered before; between 0 and 1.
+    Decay(f32),
+}
+
+impl ScoreMemory {
+    /// What is remembered with this share.
+    pub fn with(self, before: Option<f32>, share: f32) -> f32 {
+        match (self, before) {
+            (Self::Off, _) | (_, None) => share,
+            (Self::Sum, Some(before)) => before + share,
+            (Self::Max, Some(before)) => before.max(share),
+            (Self::Decay(rate), Some(before)) => rate * before + share,
+        }
+    }
+
+    fn check(self) -> Result<(), ReducerError> {
+        match self {
+            Self::Decay(rate) if !(rate > 0.0 && rate < 1.0) => Err(ReducerError::Combination {
+                stage: 0,
+                reason: format!(
+                    "a memory that decays by {rate} is none; take a number between 0 and 1, or \"sum\""
+                ),
+            }),
+            _ => Ok(()),
+        }
+    }
+}
+
 /// In which form hidden states pass from layer to layer under [`Action::Reroute`]. Results are the
 /// same to the last bit.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -115,6 +157,7 @@ impl Stage {
 pub struct Schedule {
     action: Action,
     monotonic: bool,
+    memory: ScoreMemory,
     positions: Positions,
     layout: HiddenLayout,
     stages: Vec<Stage>,
@@ -171,6 +214,7 @@ impl Schedule {
         Ok(Self {
             action,
             monotonic,
+            memory: ScoreMemory::default(),
             positions: Positions::default(),
             layout: HiddenLayout::default(),
             stages,
@@ -194,6 +238,15 @@ impl Schedule {
         Ok(Self { positions, ..self })
     }
 
+    /// The same schedule with another memory of scores.
+    ///
+    /// # Errors
+    /// [`ReducerError::Combination`] for a decay that is not between 0 and 1.
+    pub fn with_memory(self, memory: ScoreMemory) -> Result<Self, ReducerError> {
+        memory.check()?;
+        Ok(Self { memory, ..self })
+    }
+
     /// The same schedule with another layout of hidden states.
     pub fn with_layout(self, layout: HiddenLayout) -> Self {
         Self { layout, ..self }
@@ -206,6 +259,7 @@ impl Schedule {
     /// As [`Schedule::new`] and [`Schedule::with_positions`].
     pub fn with_action(&self, action: Action) -> Result<Self, ReducerError> {
         Ok(Self::new(action, self.monotonic, self.stages.clone())?
+            .with_memory(self.memory)?
             .with_positions(self.positions)?
             .with_layout(self.layout))
     }
@@ -215,6 +269,7 @@ impl Schedule {
         Self {
             action: Action::Remove,
             monotonic: false,
+            memory: ScoreMemory::default(),
             positions: Positions::default(),
             layout: HiddenLayout::default(),
             stages: Vec::new(),
@@ -239,6 +294,11 @@ impl Schedule {
     /// Whether a rerouted token, once deferred, ranks behind all others at the next decision.
     pub fn monotonic(&self) -> bool {
         self.monotonic
+    }
+
+    /// What a decision remembers of earlier ones.
+    pub fn memory(&self) -> ScoreMemory {
+        self.memory
     }
 
     /// The positions of the tokens that are kept.

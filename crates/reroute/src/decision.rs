@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
-use reducers::{DecisionView, Embedded, ReducerError, ScoreLayer, top_k};
+use reducers::{DecisionView, Embedded, ReducerError, ScoreLayer, ScoreMemory, top_k};
 use reroute_layers::{RmsNorm, Rotary, indices};
 
 use crate::{Decision, SelfAttention};
@@ -166,19 +166,51 @@ impl<B: Backend> DecisionView<B> for SampleInput<'_, B> {
     }
 }
 
-/// Chooses among a sample's candidates: first the `spread` tokens, then by score. `previous` is its
-/// last selection; a monotonic schedule ranks what is not in it behind everything else.
+/// What of earlier decisions counts at this one.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Earlier<'a> {
+    /// The last selection.
+    pub(crate) selected: Option<&'a [usize]>,
+    /// Whether what is not in it ranks behind everything else.
+    pub(crate) monotonic: bool,
+    /// What becomes of earlier scores.
+    pub(crate) memory: ScoreMemory,
+    /// What is remembered of each visual token of the sample.
+    pub(crate) remembered: &'a [Option<f32>],
+}
+
+impl Earlier<'_> {
+    /// What tokens with these scores are ranked by, if it is not these.
+    fn remembered(&self, tokens: &[usize], scores: &[f32]) -> Option<Vec<f32>> {
+        if self.memory == ScoreMemory::Off {
+            return None;
+        }
+        let all: f32 = scores.iter().map(|score| score.abs()).sum();
+        let remembered = tokens.iter().zip(scores).map(|(&token, &score)| {
+            let share = if all > 0.0 || all.is_nan() {
+                score / all
+            } else {
+                0.0
+            };
+            self.memory.with(self.remembered[token], share)
+        });
+        Some(remembered.collect())
+    }
+}
+
+/// Chooses among a sample's candidates: first the `spread` tokens, then by score and what counts of earlier
+/// decisions.
 pub(crate) fn select(
     input: &SampleInput<'_, impl Backend>,
     scores: &[f32],
     spread: impl Fn(usize) -> bool,
-    previous: Option<&[usize]>,
-    monotonic: bool,
+    earlier: Earlier,
 ) -> Result<Decision, ReducerError> {
-    let tokens = &input.tokens;
+    let (tokens, previous) = (&input.tokens, earlier.selected);
     let scores: Vec<f32> = input.candidates.iter().map(|&row| scores[row]).collect();
-    let mut ranked = scores.clone();
-    if let (true, Some(previous)) = (monotonic, previous) {
+    let remembered = earlier.remembered(tokens, &scores);
+    let mut ranked = remembered.as_ref().unwrap_or(&scores).clone();
+    if let (true, Some(previous)) = (earlier.monotonic, previous) {
         for (score, token) in ranked.iter_mut().zip(tokens) {
             if previous.binary_search(token).is_err() && !score.is_nan() {
                 *score = f32::NEG_INFINITY;
@@ -199,6 +231,7 @@ pub(crate) fn select(
         returned: selected.iter().filter(was_deferred).copied().collect(),
         candidates: tokens.clone(),
         scores,
+        remembered,
         selected,
     })
 }

@@ -45,6 +45,8 @@ pub struct Router<'a, B: Backend> {
     keep_pool: bool,
     /// The last selection of each sample.
     selected: Vec<Option<Vec<usize>>>,
+    /// What decisions remember of each visual token of each sample.
+    remembered: Vec<Vec<Option<f32>>>,
 }
 
 /// Rows that bypass the current stage.
@@ -128,6 +130,7 @@ impl<'a, B: Backend> Router<'a, B> {
             candidates,
             pools: vec![None; samples.len()],
             selected: vec![None; visual.len()],
+            remembered: visual.iter().map(|rows| vec![None; rows.len()]).collect(),
             active,
             active_rope,
             deferred: (!deferred.is_empty()).then(|| Deferred {

@@ -22,6 +22,9 @@ pub struct Decision {
     pub candidates: Vec<usize>,
     /// Score of each candidate (mean attention of the last row, a probability).
     pub scores: Vec<f32>,
+    /// What each was ranked by, if the schedule remembers earlier scores
+    /// ([`ScoreMemory`](reducers::ScoreMemory)).
+    pub remembered: Option<Vec<f32>>,
     /// The selected tokens, as indices in visual order, ascending.
     pub selected: Vec<usize>,
     /// Those of the selected that the previous decision had deferred.

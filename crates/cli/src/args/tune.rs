@@ -46,7 +46,7 @@ pub struct TuneArgs {
         long,
         value_name = "NAME,…",
         value_delimiter = ',',
-        default_value = "language_model.*.q_proj,language_model.*.k_proj,language_model.*.v_proj,language_model.*.o_proj"
+        default_value = "model.language_model.*.q_proj,model.language_model.*.k_proj,model.language_model.*.v_proj,model.language_model.*.o_proj"
     )]
     pub target: Vec<String>,
     /// Rank of the adapter.

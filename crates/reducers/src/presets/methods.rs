@@ -6,7 +6,7 @@ use std::sync::LazyLock;
 use crate::encoder::{BuiltIn, EncoderMethod, EncoderShape, InPresets, Nuwa, VScan};
 use crate::{
     About, Action, Attention, Duplication, HeadReduce, Keep, Positions, Profile, Query, Random,
-    Score, ScoreDtype, ScoreLayer, SoftmaxKeys,
+    Score, ScoreDtype, ScoreLayer, ScoreMemory, SoftmaxKeys,
 };
 
 use super::Method;
@@ -16,6 +16,7 @@ use super::recipe::{DecoderRecipe, ENTERING, LateRecipe, NuwaForm, Recipe};
 const DECODER: DecoderRecipe = DecoderRecipe {
     action: Action::Remove,
     monotonic: false,
+    memory: ScoreMemory::Off,
     positions: Positions::Gap,
     layers: &[],
     keep: Keep::Ratio,
@@ -33,6 +34,19 @@ const ATTENTION: Attention = Attention {
     dtype: ScoreDtype::F32,
     rope: true,
     keys: SoftmaxKeys::All,
+};
+
+/// Reroute's pyramid, as released.
+const REROUTE_PDROP: DecoderRecipe = DecoderRecipe {
+    action: Action::Reroute,
+    layers: &[2, 7, 15, 23],
+    profile: Profile::Pyramid,
+    released: &[
+        (192, &[0.4502, 0.4502, 0.2251, 0.1126]),
+        (128, &[0.2655, 0.2655, 0.1328, 0.0664]),
+        (64, &[0.1392, 0.1392, 0.0696, 0.0348]),
+    ],
+    ..DECODER
 };
 
 /// PyramidDrop's keep ratios as released with Reroute.
@@ -317,16 +331,19 @@ const REROUTING: &[Method] = &[
             exact: "as released",
             ..About::NOTHING
         },
+        recipe: Recipe::Decoder(REROUTE_PDROP),
+    },
+    Method {
+        name: "reroute-pdrop-memory",
+        about: About {
+            description: "the same decisions, each ranking by the sum of what tokens have scored so far",
+            source: "ours, on the schedule of reroute-pdrop (docs/routing.md, memory)",
+            interpretation: "published decisions forget what earlier ones scored",
+            ..About::NOTHING
+        },
         recipe: Recipe::Decoder(DecoderRecipe {
-            action: Action::Reroute,
-            layers: &[2, 7, 15, 23],
-            profile: Profile::Pyramid,
-            released: &[
-                (192, &[0.4502, 0.4502, 0.2251, 0.1126]),
-                (128, &[0.2655, 0.2655, 0.1328, 0.0664]),
-                (64, &[0.1392, 0.1392, 0.0696, 0.0348]),
-            ],
-            ..DECODER
+            memory: ScoreMemory::Sum,
+            ..REROUTE_PDROP
         }),
     },
     Method {

@@ -5,7 +5,7 @@ use std::cmp::Reverse;
 use crate::encoder::{EncoderMethod, EncoderShape, Nuwa};
 use crate::{
     Action, Attention, EncoderPlan, HeadReduce, Keep, Plan, Positions, Profile, Query,
-    ReducerError, Rest, Schedule, Score, ScoreDtype, ScoreLayer, Stage, budget,
+    ReducerError, Rest, Schedule, Score, ScoreDtype, ScoreLayer, ScoreMemory, Stage, budget,
 };
 
 use super::Preset;
@@ -57,6 +57,8 @@ pub(super) struct DecoderRecipe {
     pub(super) action: Action,
     /// See [`Schedule::new`].
     pub(super) monotonic: bool,
+    /// See [`Schedule::with_memory`].
+    pub(super) memory: ScoreMemory,
     pub(super) positions: Positions,
     /// Decision layers in a decoder of 32 layers.
     pub(super) layers: &'static [usize],
@@ -202,7 +204,9 @@ impl DecoderRecipe {
         if let Some(first) = stages.first_mut() {
             first.stride = self.stride;
         }
-        Schedule::new(self.action, self.monotonic, stages)?.with_positions(self.positions)
+        Schedule::new(self.action, self.monotonic, stages)?
+            .with_memory(self.memory)?
+            .with_positions(self.positions)
     }
 }
 

@@ -4,7 +4,7 @@ use serde::de::Error;
 use serde::{Deserialize, Serialize};
 use serde_json::Number;
 
-use super::{Action, HiddenLayout, Positions, Schedule, Stage};
+use super::{Action, HiddenLayout, Positions, Schedule, ScoreMemory, Stage};
 use crate::keep::Rounding;
 use crate::plan::EncoderFile;
 use crate::{Keep, ReducerError, Score};
@@ -18,6 +18,8 @@ pub(crate) struct ScheduleFile {
     action: Action,
     #[serde(default)]
     monotonic: bool,
+    #[serde(default, skip_serializing_if = "is_default")]
+    memory: ScoreMemory,
     #[serde(default, skip_serializing_if = "is_default")]
     positions: Positions,
     #[serde(default, skip_serializing_if = "is_default")]
@@ -34,6 +36,8 @@ pub(crate) struct PlanFile {
     action: Option<Action>,
     #[serde(default)]
     monotonic: bool,
+    #[serde(default)]
+    memory: ScoreMemory,
     #[serde(default)]
     positions: Positions,
     #[serde(default)]
@@ -60,6 +64,7 @@ impl PlanFile {
         Ok(ScheduleFile {
             action: self.action.unwrap_or_default(),
             monotonic: self.monotonic,
+            memory: self.memory,
             positions: self.positions,
             layout: self.layout,
             stages,
@@ -101,6 +106,7 @@ impl TryFrom<ScheduleFile> for Schedule {
             .map(|(index, stage)| stage.resolve(index));
         let stages = stages.collect::<Result<_, _>>()?;
         Ok(Schedule::new(file.action, file.monotonic, stages)?
+            .with_memory(file.memory)?
             .with_positions(file.positions)?
             .with_layout(file.layout))
     }
@@ -151,6 +157,7 @@ impl From<Schedule> for ScheduleFile {
         Self {
             action: schedule.action,
             monotonic: schedule.monotonic,
+            memory: schedule.memory,
             positions: schedule.positions,
             layout: schedule.layout,
             stages: stages.collect(),
@@ -219,7 +226,8 @@ mod tests {
     #[test]
     fn every_setting_survives_its_json_form() {
         let text = concat!(
-            r#"{"action":"remove","monotonic":false,"positions":"renumber","layout":"per-layer","#,
+            r#"{"action":"remove","monotonic":false,"memory":{"decay":0.5},"positions":"renumber","#,
+            r#""layout":"per-layer","#,
             r#""stages":[{"layer":2,"keep_ratio":0.5,"rounding":"half-even","#,
             r#""score":{"attention":{"layer":"previous","query":{"last-mean":3},"heads":"max","#,
             r#""dtype":"model","rope":false,"keys":"candidates"}},"stride":3},"#,
@@ -277,6 +285,13 @@ mod tests {
                 [1, 2],
                 attention(""),
                 "needs its place",
+            ),
+            (
+                "reroute",
+                r#""memory": {"decay": 1.0},"#,
+                [1, 2],
+                attention(""),
+                "a number between 0 and 1",
             ),
         ] {
             let [first, second] =

@@ -9,7 +9,7 @@ use reroute_layers::indices;
 use tracing::field::Empty;
 
 use super::{Deferred, Router, split};
-use crate::decision::{self, DecisionInput, SampleInput};
+use crate::decision::{self, DecisionInput, Earlier, SampleInput};
 use crate::host::read_back;
 use crate::{Decision, DecoderLayer, KvCache, RerouteError, Routed};
 
@@ -49,6 +49,13 @@ impl<'a, B: Backend> Router<'a, B> {
                 }
             }
             self.selected[decision.sample] = Some(decision.selected.clone());
+            let remembered = decision
+                .candidates
+                .iter()
+                .zip(decision.remembered.iter().flatten());
+            for (&token, &score) in remembered {
+                self.remembered[decision.sample][token] = Some(score);
+            }
         }
         let sum = |of: &dyn Fn(&Decision) -> usize| decisions.iter().map(of).sum::<usize>();
         span.record("candidates", sum(&|decision| decision.candidates.len()));
@@ -174,15 +181,17 @@ impl<'a, B: Backend> Router<'a, B> {
         for sample in &samples {
             let (scores, others) = rest.split_at(sample.range.len());
             rest = others;
-            let previous = self.selected[sample.index].as_deref();
             let cells = &self.prompt.samples[sample.index].cells;
             let spread = |token: usize| {
                 stride.is_some_and(|n| cells[token].iter().all(|at| at.is_multiple_of(n)))
             };
-            let monotonic = self.schedule.monotonic();
-            decisions.push(decision::select(
-                sample, scores, spread, previous, monotonic,
-            )?);
+            let earlier = Earlier {
+                selected: self.selected[sample.index].as_deref(),
+                monotonic: self.schedule.monotonic(),
+                memory: self.schedule.memory(),
+                remembered: &self.remembered[sample.index],
+            };
+            decisions.push(decision::select(sample, scores, spread, earlier)?);
         }
         Ok(decisions)
     }

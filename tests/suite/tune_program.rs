@@ -9,7 +9,7 @@ use crate::program::{Scratch, refuses, reroute, scene};
 
 /// Examples of the built-in scenes in several forms, and their folder.
 fn data(scratch: &Scratch, lines: &[Value]) -> String {
-    let path = below(&scratch, "train.jsonl");
+    let path = below(scratch, "train.jsonl");
     let lines: Vec<String> = lines.iter().map(Value::to_string).collect();
     std::fs::write(&path, lines.join("\n")).expect("can be written");
     path

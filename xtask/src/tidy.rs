@@ -37,6 +37,7 @@ const READ_BACKS: &[&str] = &["to_data(", "into_scalar("];
 /// host tensors of `layers` are there already; the last two crates know files, not devices.
 const MAY_READ_BACK: &[&str] = &[
     "crates/layers/src/host.rs",
+    "crates/finetune/src/host.rs",
     "crates/reducers/src/device.rs",
     "crates/reroute/src/host.rs",
     "crates/checkpoint/",

@@ -52,6 +52,12 @@ pub enum TuneError {
         /// What it is.
         loss: f32,
     },
+    /// The device does not give back what it computed.
+    #[error("the device fails: {reason}")]
+    Device {
+        /// What it says.
+        reason: String,
+    },
     /// A file.
     #[error("{path}: {source}; check the path, the rights and the space that is left")]
     Io {

@@ -3,15 +3,20 @@
 use burn::module::{AutodiffModule, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::Tensor;
-use burn::tensor::backend::{AutodiffBackend, Backend};
+use burn::tensor::backend::AutodiffBackend;
+
+use crate::{TuneError, host};
 
 /// The length of all gradients as one vector. Where it is longer than `most`, they are shortened to it, as
 /// PyTorch's `clip_grad_norm_` does; 0 is no limit.
+///
+/// # Errors
+/// [`TuneError::Device`].
 pub(crate) fn clip<B: AutodiffBackend, M: AutodiffModule<B>>(
     module: &M,
     gradients: GradientsParams,
     most: f64,
-) -> (GradientsParams, f64) {
+) -> Result<(GradientsParams, f64), TuneError> {
     let mut squares = Squares::<B> {
         gradients: &gradients,
         sums: Vec::new(),
@@ -19,20 +24,19 @@ pub(crate) fn clip<B: AutodiffBackend, M: AutodiffModule<B>>(
     module.visit(&mut squares);
     let sums = squares.sums;
     if sums.is_empty() {
-        return (gradients, 0.0);
+        return Ok((gradients, 0.0));
     }
-    let sums = Tensor::cat(sums, 0).into_data();
-    let norm = sums.iter::<f64>().sum::<f64>().sqrt();
+    let norm = host::sum(Tensor::cat(sums, 0))?.sqrt();
     let share = most / (norm + 1e-6);
     if most == 0.0 || share >= 1.0 {
-        return (gradients, norm);
+        return Ok((gradients, norm));
     }
     let mut scale = Scale {
         gradients,
         by: share,
     };
     module.visit(&mut scale);
-    (scale.gradients, norm)
+    Ok((scale.gradients, norm))
 }
 
 /// Sums of the squares of each gradient.
@@ -61,10 +65,4 @@ impl<B: AutodiffBackend> ModuleVisitor<B> for Scale {
             gradients.register::<B::InnerBackend, D>(param.id, gradient.mul_scalar(self.by));
         }
     }
-}
-
-/// What is of rank 0 elsewhere.
-pub(crate) fn number<B: Backend>(tensor: Tensor<B, 1>) -> f64 {
-    let data = tensor.into_data();
-    data.iter::<f64>().next().unwrap_or(f64::NAN)
 }

@@ -50,6 +50,7 @@ pub mod data;
 mod error;
 mod feed;
 mod gradients;
+mod host;
 mod log;
 mod notation;
 mod prepare;

@@ -14,10 +14,9 @@ use sha2::{Digest, Sha256};
 
 use crate::data::Example;
 use crate::feed::{Feed, Portion, Seen, drawn};
-use crate::gradients::number;
 use crate::log::{Line, Log, Step, Validation};
 use crate::state::{self, Progress};
-use crate::{Pass, Preparation, Settings, Trainer, TuneError};
+use crate::{Pass, Preparation, Settings, Trainer, TuneError, host};
 
 /// File that says how a run was begun.
 const RUN: &str = "run.json";
@@ -365,7 +364,7 @@ impl<B: AutodiffBackend> Running<'_, '_, '_, B> {
                 lesson => lesson?,
             };
             let answers = vlm.answer_logits(&[&lesson], None, plan)?;
-            loss += number(answers.losses().sum());
+            loss += host::sum(answers.losses().sum())?;
             tokens += lesson.answer_tokens();
             if let Some((sought, image)) = preparation.sought(example) {
                 let question = Question::about(vec![image], sought.text);

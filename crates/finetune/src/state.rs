@@ -16,7 +16,7 @@ use safetensors::tensor::TensorView;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::TuneError;
+use crate::{TuneError, host};
 
 const TRAINED: &str = "trained.safetensors";
 const MOMENTS: &str = "optimizer.bin";
@@ -52,7 +52,7 @@ pub(crate) fn save<B: AutodiffBackend, O: Optimizer<Model<B>, B>>(
     optimizer: &O,
     progress: &Progress,
 ) -> Result<PathBuf, TuneError> {
-    let (name, values) = (format!("{PREFIX}{}", progress.step), Values::of(model));
+    let (name, values) = (format!("{PREFIX}{}", progress.step), Values::of(model)?);
     let (unfinished, to) = (folder.join(format!(".{name}.partial")), folder.join(name));
     if unfinished.exists() {
         fs::remove_dir_all(&unfinished).map_err(TuneError::io(&unfinished))?;
@@ -122,7 +122,7 @@ pub(crate) fn resume<B: AutodiffBackend, O: Optimizer<Model<B>, B>>(
 /// Keeps what is trained as the best so far.
 pub(crate) fn keep_best<B: Backend>(folder: &Path, model: &Model<B>) -> Result<(), TuneError> {
     let to = folder.join(BEST);
-    let bytes = Values::of(model).bytes();
+    let bytes = Values::of(model)?.bytes();
     let bytes = bytes.map_err(|reason| TuneError::Checkpoint {
         path: to.clone(),
         reason,
@@ -137,7 +137,7 @@ pub(crate) fn keep_best<B: Backend>(folder: &Path, model: &Model<B>) -> Result<(
 pub(crate) fn best<B: Backend>(folder: &Path, model: Model<B>) -> Result<Model<B>, TuneError> {
     let path = folder.join(BEST);
     let bytes = fs::read(&path).map_err(TuneError::io(&path))?;
-    let ids = Values::of(&model).ids();
+    let ids = Values::of(&model)?.ids();
     Values::into(model, &bytes, &ids).map_err(|reason| TuneError::Checkpoint { path, reason })
 }
 
@@ -206,13 +206,17 @@ fn sync(folder: &Path) -> Result<(), TuneError> {
 pub(crate) struct Values {
     path: Vec<String>,
     found: Vec<(String, ParamId, TensorData)>,
+    failed: Option<TuneError>,
 }
 
 impl Values {
-    fn of<B: Backend>(model: &Model<B>) -> Self {
+    fn of<B: Backend>(model: &Model<B>) -> Result<Self, TuneError> {
         let mut values = Self::default();
         model.visit(&mut values);
-        values
+        match values.failed.take() {
+            Some(error) => Err(error),
+            None => Ok(values),
+        }
     }
 
     fn ids(&self) -> BTreeMap<String, String> {
@@ -263,8 +267,12 @@ impl<B: Backend> ModuleVisitor<B> for Values {
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
         if param.is_require_grad() {
-            let data = param.val().cast(DType::F32).into_data();
-            self.found.push((self.path.join("."), param.id, data));
+            match host::data(param.val()) {
+                Ok(data) => self.found.push((self.path.join("."), param.id, data)),
+                Err(error) => {
+                    self.failed.get_or_insert(error);
+                }
+            }
         }
     }
 }

@@ -7,8 +7,8 @@ use burn::optim::{AdamW, AdamWConfig, GradientsAccumulator, GradientsParams, Opt
 use burn::tensor::backend::AutodiffBackend;
 use reroute_zoo::{Lesson, Model, Plan, VisualTokens, Vlm};
 
-use crate::TuneError;
-use crate::gradients::{clip, number};
+use crate::{TuneError, host};
+use crate::gradients::clip;
 use crate::log::Step;
 use crate::settings::OptimizerSettings;
 
@@ -64,7 +64,7 @@ impl<B: AutodiffBackend> Trainer<B> {
         for pass in passes {
             let answers = vlm.answer_logits(&pass.lessons, pass.visuals.as_deref(), plan)?;
             let share = answers.losses().sum().div_scalar(tokens as f64);
-            loss += number(share.clone());
+            loss += host::sum(share.clone())?;
             let gradients = GradientsParams::from_grads(share.backward(), vlm.model());
             sum.accumulate(vlm.model(), gradients);
         }
@@ -72,7 +72,7 @@ impl<B: AutodiffBackend> Trainer<B> {
             let (step, loss) = (self.step, loss as f32);
             return Err(TuneError::Diverged { step, loss });
         }
-        let (gradients, norm) = clip(vlm.model(), sum.grads(), self.settings.clip);
+        let (gradients, norm) = clip(vlm.model(), sum.grads(), self.settings.clip)?;
         let rate = self.settings.rate(self.step, self.steps);
         let vlm = vlm.map_model(|model| self.optimizer.step(rate, model, gradients));
         self.step += 1;

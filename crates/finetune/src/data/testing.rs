@@ -1,5 +1,6 @@
 //! What the tests of this module share: folders with images and data in them.
 
+#[cfg(test)]
 use std::fs;
 use std::path::PathBuf;
 

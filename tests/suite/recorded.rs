@@ -90,6 +90,7 @@ impl Block {
                         down: parameter(next().cast(DType::F32).reshape([2, input])),
                         up: parameter(next().cast(DType::F32).reshape([output, 2])),
                         gain: None,
+                        dropout: 0.0,
                         scaling: Scaling {
                             alpha: 3.0,
                             rank_stabilized: false,

@@ -44,6 +44,8 @@ pub struct AdapterConfig {
     pub rank_pattern: Vec<(String, usize)>,
     /// Their alphas.
     pub alpha_pattern: Vec<(String, f64)>,
+    /// Share of the inputs that are left out while it is trained (`lora_dropout`), below 1. It is not saved.
+    pub dropout: f64,
     /// Seed of the numbers that training starts from. It is not saved.
     pub seed: u64,
 }
@@ -58,6 +60,7 @@ impl AdapterConfig {
             rank_stabilized: false,
             rank_pattern: Vec::new(),
             alpha_pattern: Vec::new(),
+            dropout: 0.0,
             seed: 0,
         }
     }
@@ -66,13 +69,17 @@ impl AdapterConfig {
     ///
     /// # Errors
     /// [`AdapterError::NoTargets`], [`AdapterError::Vocabulary`], [`AdapterError::UnknownTarget`],
-    /// [`AdapterError::Rank`], [`AdapterError::Alpha`].
+    /// [`AdapterError::Rank`], [`AdapterError::Alpha`], [`AdapterError::Dropout`].
     pub fn choose(
         &self,
         linears: &[LinearMap],
         vocabularies: &[String],
     ) -> Result<BTreeMap<String, (usize, f64)>, AdapterError> {
         self.check_names(linears, vocabularies)?;
+        if !(0.0..1.0).contains(&self.dropout) {
+            let dropout = self.dropout;
+            return Err(AdapterError::Dropout { dropout });
+        }
         let chosen = linears.iter().filter(|map| self.targets.mean(map));
         chosen
             .map(|map| {

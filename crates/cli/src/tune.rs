@@ -23,6 +23,15 @@ use crate::open;
 const ADAPTER: &str = "adapter";
 const MODEL: &str = "model";
 
+/// What an adapter changes that nothing else is said of.
+const ATTENTION: [&str; 4] = [
+    "model.language_model.*.q_proj",
+    "model.language_model.*.k_proj",
+    "model.language_model.*.v_proj",
+    "model.language_model.*.o_proj",
+];
+const RANK: usize = 16;
+
 /// Runs the command.
 pub fn run(args: &TuneArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let on_bad = match args.on_bad {
@@ -37,6 +46,7 @@ pub fn run(args: &TuneArgs, out: &mut dyn Write) -> anyhow::Result<()> {
         Some(path) => examples_of(path, args, on_bad)?,
         None => held_out(&mut examples, args)?,
     };
+    check(args, examples.len(), validation.len())?;
     ensure!(
         args.warmup.is_finite() && (0.0..=1.0).contains(&args.warmup),
         "--warmup is a share of the steps, from 0 to 1"
@@ -44,6 +54,13 @@ pub fn run(args: &TuneArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let settings = settings(args, examples.len());
     let folder = args.model.folder()?;
     let vlm = open::model_on::<Autodiff<Backend>>(&args.model)?;
+    // A whole model where more than an adapter was trained.
+    let is_whole = args.merge || settings.adapter.is_none() || !settings.trained.is_empty();
+    ensure!(
+        !args.merge || vlm.model().coded().is_empty(),
+        "--merge adds the adapter to the weights, which are in codes of fewer bits here: leave it out, or open the \
+         model in floats (--dtype bf16)"
+    );
     let run = Run {
         settings: &settings,
         examples: &examples,
@@ -60,8 +77,9 @@ pub fn run(args: &TuneArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     shown.close();
     let model = result?.valid().map_model(|model| model);
     let model = model.model();
-    // A whole model where more than an adapter was trained.
-    let is_whole = args.merge || settings.adapter.is_none() || !settings.trained.is_empty();
+    if settings.adapter.is_some() && settings.trained.is_empty() && is_whole {
+        model.save_adapter(args.to.join(ADAPTER))?;
+    }
     let to = args.to.join(if is_whole { MODEL } else { ADAPTER });
     match is_whole {
         true => {
@@ -80,6 +98,32 @@ pub fn run(args: &TuneArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Refuses flags that would mean nothing.
+fn check(args: &TuneArgs, examples: usize, validation: usize) -> anyhow::Result<()> {
+    let has_adapter = args.train.iter().any(|what| what == ADAPTER);
+    let is_about_adapter = args.rank.is_some()
+        || args.alpha.is_some()
+        || args.rslora
+        || args.dropout.is_some()
+        || !args.target.is_empty()
+        || args.merge;
+    ensure!(examples > 0, "there is no example to learn from");
+    ensure!(
+        has_adapter || !is_about_adapter,
+        "--target, --rank, --alpha, --rslora, --dropout and --merge are about an adapter: name it in --train"
+    );
+    ensure!(
+        validation > 0 || args.validate_every == 0 && args.patience == 0,
+        "--validate-every and --patience need examples to measure on: add --validation FILE or --hold-out N"
+    );
+    ensure!(
+        args.model.adapter.is_empty() || args.model.merge_adapter && args.merge,
+        "an adapter that is trained beside another is worth nothing without it: add --merge-adapter, and --merge \
+         for a whole model of both"
+    );
+    Ok(())
+}
+
 fn examples_of(path: &Path, args: &TuneArgs, on_bad: OnBadLine) -> anyhow::Result<Vec<Example>> {
     let beside = path.parent().unwrap_or(Path::new("."));
     let images = args.images.as_deref().unwrap_or(beside);
@@ -93,7 +137,7 @@ fn examples_of(path: &Path, args: &TuneArgs, on_bad: OnBadLine) -> anyhow::Resul
 /// Takes out what is set aside for measuring.
 fn held_out(examples: &mut Vec<Example>, args: &TuneArgs) -> anyhow::Result<Vec<Example>> {
     let count = examples.len();
-    if args.hold_out >= count {
+    if args.hold_out > 0 && args.hold_out >= count {
         bail!(
             "--hold-out {} leaves none of {count} examples to learn",
             args.hold_out
@@ -109,14 +153,17 @@ fn settings(args: &TuneArgs, examples: usize) -> Settings {
     let has_adapter = args.train.iter().any(|what| what == ADAPTER);
     let others = args.train.iter().filter(|what| *what != ADAPTER);
     let targets = match &args.target[..] {
+        [] => Targets::from(ATTENTION.map(String::from).to_vec()),
         [one] => Targets::from(one.as_str()),
         several => Targets::from(several.to_vec()),
     };
+    let rank = args.rank.unwrap_or(RANK);
     let adapter = AdapterConfig {
-        alpha: args.alpha.unwrap_or(2.0 * args.rank as f64),
+        alpha: args.alpha.unwrap_or(2.0 * rank as f64),
         rank_stabilized: args.rslora,
+        dropout: args.dropout.unwrap_or(0.0),
         seed: args.seed,
-        ..AdapterConfig::new(targets, args.rank)
+        ..AdapterConfig::new(targets, rank)
     };
     let a_step = args.batch.saturating_mul(args.accumulate);
     let epochs = args.epochs.unwrap_or(1);
@@ -139,7 +186,8 @@ fn settings(args: &TuneArgs, examples: usize) -> Settings {
         },
         optimizer: OptimizerSettings {
             learning_rate: args.learning_rate,
-            warmup: (args.warmup * steps as f64).ceil() as usize,
+            // A single step is not taken at a rate of 0.
+            warmup: ((args.warmup * steps as f64).ceil() as usize).min(steps.saturating_sub(1)),
             decay: match args.decay {
                 Decay::Cosine => reroute_finetune::Decay::Cosine,
                 Decay::Linear => reroute_finetune::Decay::Linear,

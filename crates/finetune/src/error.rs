@@ -17,7 +17,8 @@ pub enum TuneError {
     Zoo(#[from] ZooError),
     /// An example that the model cannot learn.
     #[error(
-        "{place}: {reason}; mend the example, or skip those that cannot be used (--on-bad skip)"
+        "{place}: {reason}; mend the example and begin in a new folder, or leave out those that cannot be used \
+         (--on-bad skip)"
     )]
     Example {
         /// Where it stands.
@@ -25,11 +26,11 @@ pub enum TuneError {
         /// What is wrong.
         reason: String,
     },
-    /// None of the examples of a step can be used.
-    #[error("none of the examples of step {step} can be used; the last one: {reason}")]
+    /// None of the examples can be used.
+    #[error("none of the {what} can be used; the last one: {reason}")]
     NoExample {
-        /// Counted from 0.
-        step: usize,
+        /// Which.
+        what: &'static str,
         /// What was wrong.
         reason: String,
     },
@@ -41,16 +42,18 @@ pub enum TuneError {
         /// What it may be.
         reason: &'static str,
     },
-    /// The loss is no number.
+    /// The loss or its gradient is no number.
     #[error(
-        "the loss of step {step} is {loss}: take a smaller learning rate, or a longer warm-up; the last \
-         checkpoint is unharmed"
+        "the {what} of step {step} is {value}: begin in a new folder with a smaller learning rate or a longer \
+         warm-up, in f32 or bf16; the last checkpoint is unharmed"
     )]
     Diverged {
+        /// The loss, the gradient, or the validation loss.
+        what: &'static str,
         /// Counted from 0.
         step: usize,
         /// What it is.
-        loss: f32,
+        value: f64,
     },
     /// The device does not give back what it computed.
     #[error("the device fails: {reason}")]

@@ -1,6 +1,6 @@
 //! The lessons of each step, made in a thread of their own while the step before is computed.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::Scope;
@@ -54,8 +54,9 @@ impl<'a> Feed<'a> {
 
     fn run(&self, first: usize, sender: &SyncSender<Result<Portion, TuneError>>) {
         let mut order = Order::new(self.examples.len(), self.course.seed);
+        let mut bad = HashSet::new();
         for step in first..self.course.steps {
-            let portion = self.portion(step, &mut order);
+            let portion = self.portion(step, &mut order, &mut bad);
             let failed = portion.is_err();
             // Nobody listens where a run has ended.
             if sender.send(portion).is_err() || failed {
@@ -64,7 +65,13 @@ impl<'a> Feed<'a> {
         }
     }
 
-    fn portion(&self, step: usize, order: &mut Order) -> Result<Portion, TuneError> {
+    /// What is bad is named once; a step may have nothing to learn from.
+    fn portion(
+        &self,
+        step: usize,
+        order: &mut Order,
+        bad: &mut HashSet<usize>,
+    ) -> Result<Portion, TuneError> {
         let Course {
             batch, accumulate, ..
         } = *self.course;
@@ -73,9 +80,15 @@ impl<'a> Feed<'a> {
             let mut lessons = Vec::new();
             for place in 0..batch {
                 let index = order.example((step * accumulate + pass) * batch + place);
+                if bad.contains(&index) {
+                    continue;
+                }
                 match self.lesson(index) {
                     Ok(lesson) => lessons.push((index, lesson)),
-                    Err(error) if self.skips => skipped.push(error),
+                    Err(error) if self.skips => {
+                        bad.insert(index);
+                        skipped.push(error);
+                    }
                     Err(error) => return Err(error),
                 }
             }
@@ -83,9 +96,9 @@ impl<'a> Feed<'a> {
                 passes.push(lessons);
             }
         }
-        match (passes.is_empty(), skipped.last()) {
-            (true, Some(error)) => Err(TuneError::NoExample {
-                step,
+        match skipped.last() {
+            Some(error) if bad.len() == self.examples.len() => Err(TuneError::NoExample {
+                what: "examples",
                 reason: error.to_string(),
             }),
             _ => Ok(Portion { passes, skipped }),
@@ -142,6 +155,11 @@ impl Order {
 pub(crate) fn drawn(seed: u64, step: usize, of: usize) -> usize {
     // Another stream than that of the epochs.
     random(!seed, step).random_range(0..of)
+}
+
+/// A seed of its own for a step.
+pub(crate) fn mixed(seed: u64, step: usize) -> u64 {
+    random(seed.rotate_left(32), step).random()
 }
 
 fn random(seed: u64, index: usize) -> StdRng {

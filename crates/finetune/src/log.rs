@@ -62,15 +62,6 @@ pub struct Validation {
     pub mean_iou: Option<f64>,
 }
 
-impl Line {
-    fn step(&self) -> usize {
-        match self {
-            Self::Step(line) => line.step,
-            Self::Validation(line) => line.step,
-        }
-    }
-}
-
 /// The log of a run.
 pub(crate) struct Log {
     path: PathBuf,
@@ -79,15 +70,18 @@ pub(crate) struct Log {
 }
 
 impl Log {
-    /// Goes on behind a step: what was written of later ones is forgotten.
-    pub(crate) fn open(folder: &Path, step: usize) -> Result<Self, TuneError> {
+    /// Goes on behind a step and a validation: what was written of later ones is forgotten.
+    pub(crate) fn open(folder: &Path, step: usize, validated: usize) -> Result<Self, TuneError> {
         let path = folder.join(LINES);
         let mut lines = Vec::new();
         if let Ok(file) = File::open(&path) {
             // A kill may have cut the last one.
             let read = BufReader::new(file).lines().map_while(Result::ok);
             let read = read.map_while(|line| serde_json::from_str::<Line>(&line).ok());
-            lines.extend(read.filter(|line| line.step() <= step));
+            lines.extend(read.filter(|line| match line {
+                Line::Step(line) => line.step <= step,
+                Line::Validation(line) => line.step <= validated,
+            }));
         }
         let partial = path.with_extension("jsonl.partial");
         let mut file = File::create(&partial).map_err(TuneError::io(&partial))?;

@@ -93,31 +93,39 @@ impl Preparation {
         lesson.map_err(|error| refused(error.to_string()))
     }
 
-    /// What is sought, if an example is one question about one picture whose answer is one box.
+    /// What is sought, if an example is one question about one picture, which comes first, and its answer is
+    /// one box.
     pub fn sought(&self, example: &Example) -> Option<(Sought, RgbImage)> {
-        let ([exchange], [image]) = (&example.exchanges[..], &example.images[..]) else {
+        let ([exchange], [image], None) =
+            (&example.exchanges[..], &example.images[..], &example.system)
+        else {
             return None;
         };
-        let mut boxes = exchange.answer.iter().filter_map(|piece| match piece {
-            Piece::Box { corners, unit, .. } => Some((*corners, *unit)),
-            _ => None,
-        });
-        let (Some((corners, unit)), None) = (boxes.next(), boxes.next()) else {
-            return None;
-        };
-        let image = picture(image).ok()?;
-        let corners = in_pixels(corners, unit, [image.width(), image.height()]);
-        let pieces = self.asked(&exchange.question);
-        let mut text = String::new();
-        for piece in pieces.as_ref() {
+        let (mut boxes, mut text) = (Vec::new(), String::new());
+        for piece in &exchange.answer {
             match piece {
-                Piece::Text(part) => text.push_str(part),
-                Piece::Label(label) => text.push_str(label),
-                Piece::Image(_) => {}
-                Piece::Box { .. } => return None,
+                Piece::Box { corners, unit, .. } => boxes.push((*corners, *unit)),
+                Piece::Label(_) => {}
+                Piece::Text(text) if !text.contains(char::is_alphanumeric) => {}
+                _ => return None,
             }
         }
-        let text = text.trim_start_matches('\n').to_owned();
+        let &[(corners, unit)] = &boxes[..] else {
+            return None;
+        };
+        let asked = self.asked(&exchange.question);
+        let spoken = match asked.as_ref() {
+            [Piece::Image(_), spoken @ ..] => spoken,
+            spoken => spoken,
+        };
+        for piece in spoken {
+            match piece {
+                Piece::Text(part) | Piece::Label(part) => text.push_str(part),
+                Piece::Image(_) | Piece::Box { .. } => return None,
+            }
+        }
+        let image = picture(image).ok()?;
+        let corners = in_pixels(corners, unit, [image.width(), image.height()]);
         Some((Sought { text, corners }, image))
     }
 
@@ -178,7 +186,11 @@ impl Preparation {
             .ok_or("a box is in a picture that is not shown")?;
         let corners = in_pixels(corners, unit, view.original);
         let [width, height] = view.original.map(|side| side as f64);
-        if corners[2] > width + 1.0 || corners[3] > height + 1.0 {
+        let is_beyond = |at: f64, end: f64| at < -1.0 || at > end + 1.0;
+        let [x1, y1, x2, y2] = corners;
+        if [x1, x2].iter().any(|&x| is_beyond(x, width))
+            || [y1, y2].iter().any(|&y| is_beyond(y, height))
+        {
             return Err(format!(
                 "the box {corners:?} lies outside of its picture of {width}×{height} pixels: boxes are in \
                  pixels of the picture as given, x1 y1 x2 y2"
@@ -186,7 +198,10 @@ impl Preparation {
         }
         let geometry: Geometry = self.tutor.preprocessor().geometry(view);
         let shares = seen(&geometry, corners).ok_or_else(|| {
-            format!("the model sees nothing of the box {corners:?}: pad pictures to a square (--pad-to-square)")
+            format!(
+                "the model sees nothing of the box {corners:?}, where pictures are cropped: pad them to a square \
+                 (--pad-to-square)"
+            )
         })?;
         let resized = view.resized.map(|side| side as f64);
         let units = self.tutor.grounding().units;

@@ -8,14 +8,15 @@ use std::sync::{Arc, PoisonError};
 
 use burn::tensor::backend::AutodiffBackend;
 use reroute_zoo::grounding::iou;
-use reroute_zoo::{Lesson, Plan, Question, VisualTokens, Vlm};
+use reroute_zoo::{Lesson, Plan, Question, Trained, VisualTokens, Vlm};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use crate::data::Example;
+use crate::data::{Example, ImageSource};
 use crate::feed::{Feed, Portion, Seen, drawn};
 use crate::log::{Line, Log, Step, Validation};
 use crate::state::{self, Progress};
+use crate::trainer::diverged;
 use crate::{Pass, Preparation, Settings, Trainer, TuneError, host};
 
 /// File that says how a run was begun.
@@ -65,7 +66,7 @@ pub type Watch<'w> = dyn FnMut(Event<'_>) -> ControlFlow<()> + 'w;
 /// Trains a model. With a validation the result is what answered it best, else what the last step left.
 ///
 /// A kill at any moment costs what was done since the last checkpoint: resumed, a run goes on with the same
-/// losses.
+/// losses. Dropout draws from the backend's generator, which a step seeds: nothing else may draw from it meanwhile.
 ///
 /// # Errors
 /// [`TuneError`]; the last checkpoint is unharmed.
@@ -84,12 +85,20 @@ pub fn tune<B: AutodiffBackend>(
             reason: "are none",
         });
     }
+    let course = &settings.course;
+    if run.validation.is_empty() && (course.validate_every > 0 || course.patience > 0) {
+        return Err(TuneError::Setting {
+            setting: "validate_every and patience",
+            reason: "mean nothing without examples to measure on",
+        });
+    }
+    let base = base(&vlm)?;
     let vlm = prepared(vlm, settings)?;
     let plans = settings.routings.iter().map(|name| vlm.plan(name));
     let plans: Vec<Plan> = plans.collect::<Result<_, _>>()?;
-    begin(run)?;
+    begin(run, base)?;
     let device = vlm.device().clone();
-    let mut trainer = Trainer::new(&settings.optimizer, settings.course.steps);
+    let mut trainer = Trainer::new(&settings.optimizer, course.steps).with_seed(course.seed);
     let (model, optimizer, progress) =
         state::resume(folder, vlm.model().clone(), trainer.optimizer, &device)?;
     (trainer.optimizer, trainer.step) = (optimizer, progress.step);
@@ -109,11 +118,12 @@ pub fn tune<B: AutodiffBackend>(
         run,
         plans,
         trainer,
-        log: Log::open(folder, progress.step)?,
+        log: Log::open(folder, progress.step, progress.validated)?,
         progress,
         seen: Default::default(),
         visuals: HashMap::new(),
         room: (is_frozen && is_plain).then_some(settings.course.cache_bytes),
+        validation: Vec::new(),
         watch,
     };
     running.go(vlm)
@@ -125,17 +135,34 @@ fn prepared<B: AutodiffBackend>(vlm: Vlm<B>, settings: &Settings) -> Result<Vlm<
         Some(adapter) => vlm.model().adapt(adapter)?,
         None => vlm.model().clone(),
     };
-    let model = model.train(&settings.trained)?;
+    let adapter = settings.adapter.as_ref().map(|_| Trained::Adapter);
+    let trained: Vec<Trained> = adapter
+        .into_iter()
+        .chain(settings.trained.clone())
+        .collect();
+    let model = model.train(&trained)?;
     Ok(vlm.map_model(|_| model))
 }
 
-/// Makes the folder, or compares how the run in it was begun.
-fn begin(run: &Run) -> Result<(), TuneError> {
+/// What a run begins with, to tell it from another model, or from the same that sees pictures otherwise.
+fn base<B: AutodiffBackend>(vlm: &Vlm<B>) -> Result<Value, TuneError> {
+    Ok(json!({
+        "config": format!("{:?}", vlm.config()),
+        "preprocessor": format!("{:?}", vlm.preprocessor()),
+        "type": vlm.dtype().name(),
+        "codes": vlm.model().coded().len(),
+        "weights": state::fingerprint(vlm.model())?,
+    }))
+}
+
+/// Makes the folder, or compares how the run in it was begun. A run without a checkpoint has lost nothing.
+fn begin(run: &Run, base: Value) -> Result<(), TuneError> {
     let folder = run.folder;
     fs::create_dir_all(folder).map_err(TuneError::io(folder))?;
     let path = folder.join(RUN);
-    let described = described(run);
-    if !path.exists() {
+    let mut described = described(run);
+    described["base"] = base;
+    if !path.exists() || !state::has_any(folder)? {
         let text = format!("{described:#}\n");
         let partial = path.with_extension("json.partial");
         fs::write(&partial, text).map_err(TuneError::io(&partial))?;
@@ -170,7 +197,23 @@ fn described(run: &Run) -> Value {
     let of = |examples: &[Example]| {
         let mut digest = Sha256::new();
         for example in examples {
-            digest.update(format!("{example:?}"));
+            // Wherever it is written, and however its pictures are called.
+            let Example {
+                images,
+                system,
+                exchanges,
+                ..
+            } = example;
+            for image in images {
+                match image {
+                    ImageSource::File(path) => {
+                        let path = path.canonicalize().unwrap_or_else(|_| path.clone());
+                        digest.update(format!("{path:?}"));
+                    }
+                    ImageSource::Bytes(bytes) => digest.update(Sha256::digest(bytes)),
+                }
+            }
+            digest.update(format!("{system:?}{exchanges:?}"));
         }
         let digest = digest.finalize();
         let text: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
@@ -206,16 +249,19 @@ struct Running<'a, 'w, 'f, B: AutodiffBackend> {
     visuals: HashMap<usize, VisualTokens<B>>,
     /// Bytes that are left for them; `None` where every step sees anew.
     room: Option<u64>,
+    /// Examples that are measured on.
+    validation: Vec<&'a Example>,
     watch: &'w mut Watch<'f>,
 }
 
-impl<B: AutodiffBackend> Running<'_, '_, '_, B> {
+impl<'a, B: AutodiffBackend> Running<'a, '_, '_, B> {
     fn go(&mut self, mut vlm: Vlm<B>) -> Result<Vlm<B>, TuneError> {
         let Run {
             settings, examples, ..
         } = *self.run;
         let course = &settings.course;
         let preparation = Preparation::new(vlm.tutor());
+        self.choose_validation(&preparation)?;
         let feed = Feed {
             preparation: preparation.clone(),
             examples,
@@ -224,40 +270,60 @@ impl<B: AutodiffBackend> Running<'_, '_, '_, B> {
             seen: self.seen.clone(),
         };
         let first = self.progress.step;
-        if self.has_had_its_chances() {
-            return self.best(vlm);
+        if is_due(course.validate_every, first) {
+            self.validate(&vlm, &preparation)?;
         }
         vlm = std::thread::scope(|scope| {
-            let portions = feed.start(scope, first);
+            let portions = match self.has_had_its_chances() {
+                true => return Ok(vlm),
+                false => feed.start(scope, first),
+            };
             for portion in portions {
                 let portion = portion?;
                 for error in &portion.skipped {
                     self.tell(Event::Skipped(error))?;
                 }
                 vlm = self.step(vlm, portion)?;
-                let (step, mut ends) = (self.progress.step, false);
-                if is_due(course.validate_every, step) {
-                    ends = self.validate(&vlm, &preparation)?;
-                }
-                if is_due(course.save_every, step) && !ends {
+                let step = self.progress.step;
+                if is_due(course.save_every, step) {
                     self.save(&vlm)?;
                 }
-                if ends {
-                    break;
+                if is_due(course.validate_every, step) {
+                    self.validate(&vlm, &preparation)?;
+                    if self.has_had_its_chances() {
+                        break;
+                    }
                 }
             }
             Ok::<_, TuneError>(vlm)
         })?;
-        let step = self.progress.step;
-        if step > first {
-            if !is_due(course.validate_every, step) {
-                self.validate(&vlm, &preparation)?;
-            }
-            self.save(&vlm)?;
-        }
-        // A plot is a kindness.
-        let _ = self.log.plot(self.run.folder);
+        // What was learnt is safe before it is measured.
+        self.save(&vlm)?;
+        self.validate(&vlm, &preparation)?;
+        self.save(&vlm)?;
         self.best(vlm)
+    }
+
+    /// The examples to measure on that can be used.
+    fn choose_validation(&mut self, preparation: &Preparation) -> Result<(), TuneError> {
+        let mut last = None;
+        for example in self.run.validation {
+            match preparation.lesson(example) {
+                Ok(_) => self.validation.push(example),
+                Err(error) if self.run.skips => {
+                    self.tell(Event::Skipped(&error))?;
+                    last = Some(error.to_string());
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        match last.filter(|_| self.validation.is_empty()) {
+            Some(reason) => Err(TuneError::NoExample {
+                what: "examples to measure on",
+                reason,
+            }),
+            None => Ok(()),
+        }
     }
 
     /// What answered the validation best.
@@ -280,6 +346,11 @@ impl<B: AutodiffBackend> Running<'_, '_, '_, B> {
         let Settings {
             course, routings, ..
         } = self.run.settings;
+        if portion.passes.is_empty() {
+            self.progress.step += 1;
+            self.trainer.step += 1;
+            return Ok(vlm);
+        }
         let which = drawn(course.seed, self.progress.step, self.plans.len());
         let mut passes = Vec::new();
         for pass in &portion.passes {
@@ -309,6 +380,8 @@ impl<B: AutodiffBackend> Running<'_, '_, '_, B> {
         for (index, lesson) in pass {
             let visuals = match self.visuals.get(index) {
                 Some(visuals) => visuals.clone(),
+                // Those of a later turn are seen when it comes.
+                None if !lesson.shows_first() => VisualTokens::default(),
                 None => {
                     let visuals = vlm.seen(lesson)?;
                     self.keep(*index, lesson, &visuals);
@@ -333,24 +406,28 @@ impl<B: AutodiffBackend> Running<'_, '_, '_, B> {
         seen.insert(index, lesson.clone().without_pixels().into());
     }
 
-    /// Measures, and keeps what is best; whether training has had its chances.
-    fn validate(&mut self, vlm: &Vlm<B>, preparation: &Preparation) -> Result<bool, TuneError> {
-        if self.run.validation.is_empty() {
-            return Ok(false);
+    /// Measures, unless that is done, and keeps what is best.
+    fn validate(&mut self, vlm: &Vlm<B>, preparation: &Preparation) -> Result<(), TuneError> {
+        let step = self.progress.step;
+        if self.validation.is_empty() || step == 0 || self.progress.validated == step {
+            return Ok(());
         }
         let found = self.measured(vlm, preparation)?;
+        if !found.loss.is_finite() {
+            return Err(diverged("validation loss", step, found.loss));
+        }
         self.log.push(Line::Validation(found.clone()))?;
         let progress = &mut self.progress;
+        progress.validated = step;
         match progress.best {
             Some((best, _)) if best <= found.loss => progress.without_better += 1,
             _ => {
-                progress.best = Some((found.loss, progress.step));
+                progress.best = Some((found.loss, step));
                 progress.without_better = 0;
                 state::keep_best(self.run.folder, vlm.model())?;
             }
         }
-        self.tell(Event::Validated(&found))?;
-        Ok(self.has_had_its_chances())
+        self.tell(Event::Validated(&found))
     }
 
     fn measured(&self, vlm: &Vlm<B>, preparation: &Preparation) -> Result<Validation, TuneError> {
@@ -358,11 +435,8 @@ impl<B: AutodiffBackend> Running<'_, '_, '_, B> {
         let options = vlm.generation_defaults();
         let (mut loss, mut tokens) = (0.0, 0);
         let mut overlaps = Vec::new();
-        for example in self.run.validation {
-            let lesson = match preparation.lesson(example) {
-                Err(_) if self.run.skips => continue,
-                lesson => lesson?,
-            };
+        for &example in &self.validation {
+            let lesson = preparation.lesson(example)?;
             let answers = vlm.answer_logits(&[&lesson], None, plan)?;
             loss += host::sum(answers.losses().sum())?;
             tokens += lesson.answer_tokens();
@@ -378,7 +452,7 @@ impl<B: AutodiffBackend> Running<'_, '_, '_, B> {
         let hits = overlaps.iter().filter(|&&overlap| overlap >= 0.5).count();
         Ok(Validation {
             step: self.progress.step,
-            loss: loss / tokens.max(1) as f64,
+            loss: loss / tokens as f64,
             boxes,
             accuracy: share(hits as f64),
             mean_iou: share(overlaps.iter().sum()),

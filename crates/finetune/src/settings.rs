@@ -8,7 +8,7 @@ use crate::TuneError;
 pub struct Settings {
     /// A low-rank adapter, in f32 whatever the type of the weights.
     pub adapter: Option<AdapterConfig>,
-    /// What is trained besides, in f32.
+    /// What is trained besides the adapter, in f32.
     pub trained: Vec<Trained>,
     /// Presets of the forward pass; of several one is drawn for every step.
     pub routings: Vec<String>,

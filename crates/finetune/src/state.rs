@@ -25,6 +25,8 @@ const PROGRESS: &str = "progress.json";
 const BEST: &str = "best.safetensors";
 /// What the folder of a checkpoint is called, before its step.
 const PREFIX: &str = "checkpoint-";
+/// And behind it, if the model was measured there.
+const VALIDATED: &str = "-validated";
 /// Checkpoints that are kept.
 const KEPT: usize = 2;
 
@@ -35,6 +37,8 @@ type Moments = BinBytesRecorder<FullPrecisionSettings>;
 pub(crate) struct Progress {
     /// Steps that are done.
     pub(crate) step: usize,
+    /// Those that were done at the last validation.
+    pub(crate) validated: usize,
     /// The best loss of a validation, and its step.
     pub(crate) best: Option<(f64, usize)>,
     /// Validations since then.
@@ -52,8 +56,16 @@ pub(crate) fn save<B: AutodiffBackend, O: Optimizer<Model<B>, B>>(
     optimizer: &O,
     progress: &Progress,
 ) -> Result<PathBuf, TuneError> {
-    let (name, values) = (format!("{PREFIX}{}", progress.step), Values::of(model)?);
+    let mut name = format!("{PREFIX}{}", progress.step);
+    if progress.validated == progress.step {
+        name.push_str(VALIDATED);
+    }
     let (unfinished, to) = (folder.join(format!(".{name}.partial")), folder.join(name));
+    // The same step is the same, unless a kill or a hand has spoilt it.
+    if to.exists() && read(&to).is_ok() {
+        return Ok(to);
+    }
+    let values = Values::of(model)?;
     if unfinished.exists() {
         fs::remove_dir_all(&unfinished).map_err(TuneError::io(&unfinished))?;
     }
@@ -81,7 +93,7 @@ pub(crate) fn save<B: AutodiffBackend, O: Optimizer<Model<B>, B>>(
     }
     fs::rename(&unfinished, &to).map_err(TuneError::io(&to))?;
     sync(folder)?;
-    for (_, old) in all(folder)?.into_iter().rev().skip(KEPT) {
+    for old in all(folder)?.into_values().rev().skip(KEPT) {
         fs::remove_dir_all(&old).map_err(TuneError::io(&old))?;
     }
     Ok(to)
@@ -96,7 +108,7 @@ pub(crate) fn resume<B: AutodiffBackend, O: Optimizer<Model<B>, B>>(
     device: &B::Device,
 ) -> Result<(Model<B>, O, Progress), TuneError> {
     let mut why = None;
-    for (_, path) in all(folder)?.into_iter().rev() {
+    for path in all(folder)?.into_values().rev() {
         match read(&path) {
             Ok((progress, trained, moments)) => {
                 let broken = |reason: String| TuneError::Checkpoint {
@@ -141,19 +153,35 @@ pub(crate) fn best<B: Backend>(folder: &Path, model: Model<B>) -> Result<Model<B
     Values::into(model, &bytes, &ids).map_err(|reason| TuneError::Checkpoint { path, reason })
 }
 
-/// Checkpoints by their steps.
-fn all(folder: &Path) -> Result<Vec<(usize, PathBuf)>, TuneError> {
+/// Whether there is a checkpoint.
+pub(crate) fn has_any(folder: &Path) -> Result<bool, TuneError> {
+    Ok(!all(folder)?.is_empty())
+}
+
+/// Numbers of a model's beginning: the first of every parameter that is not trained.
+pub(crate) fn fingerprint<B: Backend>(model: &Model<B>) -> Result<String, TuneError> {
+    let mut first = First::default();
+    model.visit(&mut first);
+    match first.failed {
+        Some(error) => Err(error),
+        None => Ok(checksum(&first.bytes)),
+    }
+}
+
+/// Checkpoints by their steps, those that were measured behind those of the same step that were not.
+fn all(folder: &Path) -> Result<BTreeMap<(usize, bool), PathBuf>, TuneError> {
     let entries = fs::read_dir(folder).map_err(TuneError::io(folder))?;
     let step = |path: &Path| {
-        let name = path.file_name()?.to_str()?;
-        name.strip_prefix(PREFIX)?.parse().ok()
+        let name = path.file_name()?.to_str()?.strip_prefix(PREFIX)?;
+        match name.strip_suffix(VALIDATED) {
+            Some(step) => Some((step.parse().ok()?, true)),
+            None => Some((name.parse().ok()?, false)),
+        }
     };
     let paths = entries.flatten().map(|entry| entry.path());
-    let mut found: Vec<(usize, PathBuf)> = paths
+    Ok(paths
         .filter_map(|path| Some((step(&path)?, path)))
-        .collect();
-    found.sort();
-    Ok(found)
+        .collect())
 }
 
 /// The files of a checkpoint.
@@ -316,6 +344,30 @@ impl<B: Backend> ModuleMapper<B> for Put<'_> {
             _ => {
                 self.wrong.get_or_insert(path);
                 param
+            }
+        }
+    }
+}
+
+/// The first numbers of every parameter.
+#[derive(Default)]
+struct First {
+    bytes: Vec<u8>,
+    failed: Option<TuneError>,
+}
+
+/// Of a parameter.
+const FIRST: usize = 64;
+
+impl<B: Backend> ModuleVisitor<B> for First {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+        let value = param.val().detach();
+        let count = value.shape().num_elements();
+        let first = value.reshape([count]).narrow(0, 0, count.min(FIRST));
+        match host::data(first) {
+            Ok(data) => self.bytes.extend(data.as_bytes()),
+            Err(error) => {
+                self.failed.get_or_insert(error);
             }
         }
     }

@@ -7,10 +7,11 @@ use burn::optim::{AdamW, AdamWConfig, GradientsAccumulator, GradientsParams, Opt
 use burn::tensor::backend::AutodiffBackend;
 use reroute_zoo::{Lesson, Model, Plan, VisualTokens, Vlm};
 
-use crate::{TuneError, host};
+use crate::feed::mixed;
 use crate::gradients::clip;
 use crate::log::Step;
 use crate::settings::OptimizerSettings;
+use crate::{TuneError, host};
 
 /// The optimizer of a model, and how far it is.
 pub struct Trainer<B: AutodiffBackend> {
@@ -18,6 +19,7 @@ pub struct Trainer<B: AutodiffBackend> {
     settings: OptimizerSettings,
     steps: usize,
     pub(crate) step: usize,
+    seed: u64,
 }
 
 /// What goes through a model at once.
@@ -43,7 +45,13 @@ impl<B: AutodiffBackend> Trainer<B> {
             settings: settings.clone(),
             steps,
             step: 0,
+            seed: 0,
         }
+    }
+
+    /// The same with another seed of what is drawn in a step (dropout).
+    pub fn with_seed(self, seed: u64) -> Self {
+        Self { seed, ..self }
     }
 
     /// Takes a step towards the answers of all passes: on the mean cross-entropy of their tokens, with the
@@ -58,6 +66,8 @@ impl<B: AutodiffBackend> Trainer<B> {
         plan: &Plan,
     ) -> Result<(Vlm<B>, Step), TuneError> {
         let started = Instant::now();
+        // A step draws the same wherever a run has begun.
+        B::seed(vlm.device(), mixed(self.seed, self.step));
         let lessons = || passes.iter().flat_map(|pass| &pass.lessons);
         let tokens: usize = lessons().map(|lesson| lesson.answer_tokens()).sum();
         let (mut sum, mut loss) = (GradientsAccumulator::new(), 0.0);
@@ -69,10 +79,12 @@ impl<B: AutodiffBackend> Trainer<B> {
             sum.accumulate(vlm.model(), gradients);
         }
         if !loss.is_finite() {
-            let (step, loss) = (self.step, loss as f32);
-            return Err(TuneError::Diverged { step, loss });
+            return Err(diverged("loss", self.step, loss));
         }
         let (gradients, norm) = clip(vlm.model(), sum.grads(), self.settings.clip)?;
+        if !norm.is_finite() {
+            return Err(diverged("gradient", self.step, norm));
+        }
         let rate = self.settings.rate(self.step, self.steps);
         let vlm = vlm.map_model(|model| self.optimizer.step(rate, model, gradients));
         self.step += 1;
@@ -89,4 +101,8 @@ impl<B: AutodiffBackend> Trainer<B> {
         };
         Ok((vlm, step))
     }
+}
+
+pub(crate) fn diverged(what: &'static str, step: usize, value: f64) -> TuneError {
+    TuneError::Diverged { what, step, value }
 }

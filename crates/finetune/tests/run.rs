@@ -3,6 +3,7 @@
 use std::fs;
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use burn::backend::Autodiff;
 use burn_flex::Flex;
@@ -16,6 +17,13 @@ use reroute_zoo::{
 };
 
 type Ad = Autodiff<Flex>;
+
+/// All runs of a process draw from one generator, that of the backend.
+static GENERATOR: Mutex<()> = Mutex::new(());
+
+fn alone() -> MutexGuard<'static, ()> {
+    GENERATOR.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 fn open() -> Vlm<Ad> {
     let (folder, options) = (embedded::checkpoint(), OpenOptions::default());
@@ -58,7 +66,10 @@ fn examples() -> Vec<Example> {
 
 fn settings() -> Settings {
     Settings {
-        adapter: Some(AdapterConfig::new(["q_proj", "v_proj", "down_proj"], 4)),
+        adapter: Some(AdapterConfig {
+            dropout: 0.1,
+            ..AdapterConfig::new(["q_proj", "v_proj", "down_proj"], 4)
+        }),
         trained: Vec::new(),
         routings: vec!["dense".into(), "reroute-pdrop@192".into()],
         course: Course {
@@ -118,6 +129,7 @@ fn said(step: &Step) -> (usize, u64, u64, &str) {
 /// Through dense and routed passes, in portions that cross the ends of epochs.
 #[test]
 fn a_run_that_is_stopped_goes_on_with_the_same_losses() {
+    let _alone = alone();
     let (settings, examples) = (settings(), examples());
     let whole = tempfile::tempdir().expect("a folder");
     let (vlm, expected) = run(whole.path(), &settings, &examples, 100);
@@ -165,6 +177,26 @@ fn a_run_that_is_stopped_goes_on_with_the_same_losses() {
     let [whole_tensors, cut_tensors] = tensors.map(|tensors| tensors.expect("an adapter"));
     assert_eq!(whole_tensors, cut_tensors);
 
+    // What is left out is drawn in training alone.
+    let lesson = Preparation::new(vlm.tutor())
+        .lesson(&examples[0])
+        .expect("a lesson");
+    let drawn = || {
+        vlm.answer_logits(&[&lesson], None, Schedule::dense())
+            .expect("logits")
+    };
+    let plain = vlm.valid();
+    let whole_input = || {
+        plain
+            .answer_logits(&[&lesson], None, Schedule::dense())
+            .expect("logits")
+    };
+    assert_ne!(drawn().logits.into_data(), drawn().logits.into_data());
+    assert_eq!(
+        whole_input().logits.into_data(),
+        whole_input().logits.into_data()
+    );
+
     let other = Settings {
         course: Course {
             seed: 1,
@@ -178,6 +210,7 @@ fn a_run_that_is_stopped_goes_on_with_the_same_losses() {
 
 #[test]
 fn what_is_frozen_stays_and_what_answers_best_comes_out() {
+    let _alone = alone();
     let examples = examples();
     let settings = Settings {
         adapter: None,
@@ -371,4 +404,60 @@ fn turns_are_learnt_as_in_a_conversation() {
             }
         }
     }
+}
+
+/// What is kept of pictures from one epoch to the next holds for those of a later turn, too; and an example
+/// that cannot be used costs a step its update at most.
+#[test]
+fn pictures_of_later_turns_and_bad_ones_go_on() {
+    let _alone = alone();
+    let mut later = example(0, "the red ring");
+    later
+        .images
+        .push(ImageSource::Bytes(embedded::SCENE.image.to_vec()));
+    let mut exchange = example(1, "a blue bar").exchanges.remove(0);
+    exchange.question[0] = Piece::Image(1);
+    later.exchanges.push(exchange);
+    let mut bad = example(2, "the large one");
+    bad.images = vec![ImageSource::Bytes(vec![1, 2, 3])];
+    let examples = [later, bad, example(3, "that thing")];
+    let settings = Settings {
+        course: Course {
+            steps: 6,
+            validate_every: 2,
+            ..Course::default()
+        },
+        ..settings()
+    };
+    let folder = tempfile::tempdir().expect("a folder");
+    let run = |skips| {
+        let run = Run {
+            settings: &settings,
+            examples: &examples,
+            validation: &examples[1..],
+            skips,
+            folder: folder.path(),
+            resume: true,
+        };
+        let (mut steps, mut skipped, mut measured) = (0, 0, 0);
+        let vlm = tune(open(), &run, &mut |event| {
+            match event {
+                Event::Step(_) => steps += 1,
+                Event::Skipped(_) => skipped += 1,
+                Event::Validated(_) => measured += 1,
+                _ => {}
+            }
+            ControlFlow::Continue(())
+        });
+        (vlm.map(drop), steps, skipped, measured)
+    };
+    assert!(matches!(run(false).0, Err(TuneError::Example { .. })));
+    // Of two epochs; named once among those that are learnt, once among those that are measured on.
+    let (result, steps, skipped, measured) = run(true);
+    result.expect("a run");
+    assert_eq!((steps, skipped, measured), (4, 2, 3));
+    // Nothing is left to do.
+    let (result, steps, _, measured) = run(true);
+    result.expect("the same run");
+    assert_eq!((steps, measured), (0, 0));
 }

@@ -1,6 +1,6 @@
 use burn::module::{Module, Param};
 use burn::tensor::backend::Backend;
-use burn::tensor::{DType, Tensor, TensorData};
+use burn::tensor::{DType, Distribution, Tensor, TensorData};
 use half::{bf16, f16};
 use reroute_kernels::{Inputs, Weight, product_with_transposed};
 
@@ -25,6 +25,9 @@ pub struct LowRank<B: Backend> {
     /// How much it counts.
     #[module(skip)]
     pub scaling: Scaling,
+    /// Share of the inputs that are left out while it is trained, on a backend with gradients.
+    #[module(skip)]
+    pub dropout: f64,
 }
 
 /// How much a low-rank change counts.
@@ -59,7 +62,14 @@ impl<B: Backend> LowRank<B> {
             up: Param::from_tensor(up),
             gain: None,
             scaling,
+            dropout: 0.0,
         }
+    }
+
+    /// The same with a share of the inputs left out while it is trained: others in every forward pass, drawn
+    /// by the backend, and what is left made larger by as much.
+    pub fn with_dropout(self, dropout: f64) -> Self {
+        Self { dropout, ..self }
     }
 
     /// The same where the rows of the changed weight have these lengths: the gain of row `i` is
@@ -106,6 +116,14 @@ impl<B: Backend> LowRank<B> {
     /// - `x`: `[in, rows]`
     /// - returns `[out, rows]`, of the type of `x`
     pub fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        let x = match self.dropout > 0.0 && B::ad_enabled(&x.device()) {
+            true => {
+                let kept = 1.0 - self.dropout;
+                let drawn = x.random_like(Distribution::Bernoulli(kept));
+                x * drawn.div_scalar(kept)
+            }
+            false => x,
+        };
         let (dtype, down, up) = (x.dtype(), self.down.val(), self.up.val());
         let change = Change {
             sizes: [up.dims()[0], down.dims()[0], down.dims()[1]],

@@ -185,12 +185,13 @@ impl Earlier<'_> {
         if self.memory == ScoreMemory::Off {
             return None;
         }
-        let all: f32 = scores.iter().map(|score| score.abs()).sum();
+        let sizes = scores.iter().map(|&score| f64::from(score.abs()));
+        let all: f64 = sizes.filter(|size| size.is_finite()).sum();
         let remembered = tokens.iter().zip(scores).map(|(&token, &score)| {
-            let share = if all > 0.0 || all.is_nan() {
-                score / all
-            } else {
-                0.0
+            // What a rule excludes or demands stays so; what is no number is refused when it is ranked.
+            let share = match score.is_finite() && all > 0.0 {
+                true => (f64::from(score) / all) as f32,
+                false => score,
             };
             self.memory.with(self.remembered[token], share)
         });

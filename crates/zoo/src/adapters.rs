@@ -62,7 +62,7 @@ impl<B: Backend> Model<B> {
                 Tensor::from_data(down, options),
                 Tensor::zeros([output, rank], options),
             );
-            Some(LowRank::new(down, up, scaling))
+            Some(LowRank::new(down, up, scaling).with_dropout(config.dropout))
         })
     }
 
@@ -157,6 +157,7 @@ impl<B: Backend> Model<B> {
                     up,
                     scaling,
                     gain,
+                    dropout: _,
                 } = linear.adapter.take()?;
                 has_gains |= gain.is_some();
                 Some(NewAdapter {

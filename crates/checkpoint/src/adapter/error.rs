@@ -29,6 +29,13 @@ pub enum AdapterError {
         alpha: f64,
     },
 
+    /// Everything, or less than nothing, is left out.
+    #[error("dropout is {dropout}; give a share of the inputs, from 0 to below 1")]
+    Dropout {
+        /// What was asked for.
+        dropout: f64,
+    },
+
     /// A stored number is none.
     #[error(
         "tensor {} of the adapter has NaN or infinity in it: its training has diverged",

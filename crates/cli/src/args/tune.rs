@@ -42,22 +42,21 @@ pub struct TuneArgs {
     )]
     pub train: Vec<String>,
     /// Linear maps that the adapter changes: ends of names, patterns with `*`, or `all-linear`.
-    #[arg(
-        long,
-        value_name = "NAME,…",
-        value_delimiter = ',',
-        default_value = "model.language_model.*.q_proj,model.language_model.*.k_proj,model.language_model.*.v_proj,model.language_model.*.o_proj"
-    )]
+    /// The attention of the decoder by default.
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',')]
     pub target: Vec<String>,
-    /// Rank of the adapter.
-    #[arg(long, value_name = "N", default_value_t = 16, value_parser = one_or_more)]
-    pub rank: usize,
+    /// Rank of the adapter; 16 by default.
+    #[arg(long, value_name = "N", value_parser = one_or_more)]
+    pub rank: Option<usize>,
     /// The adapter counts alpha / rank times; twice by default.
     #[arg(long, value_name = "X")]
     pub alpha: Option<f64>,
     /// Or alpha / √rank times (rsLoRA).
     #[arg(long)]
     pub rslora: bool,
+    /// Share of the adapter's inputs that are left out in training.
+    #[arg(long, value_name = "SHARE")]
+    pub dropout: Option<f64>,
     /// Presets of the forward pass, `dense` for none; of several one is drawn for every step.
     #[arg(
         long,

@@ -3,9 +3,11 @@
 use std::fmt;
 use std::sync::Arc;
 
+use reroute::RerouteError;
+
 use crate::grounding::GroundingFormat;
 use crate::messages::{Content, Message, Role};
-use crate::vlm::encode_messages;
+use crate::vlm::{encode_messages, sample};
 use crate::{
     ChatTemplate, ModelConfig, Prepared, Preprocessor, Question, Tokenizer, View, ZooError,
 };
@@ -70,20 +72,30 @@ impl Tutor {
     /// A lesson of one question and the token ids of its answer, with what ends it if anything does.
     ///
     /// # Errors
-    /// Those of [`Vlm::encode`](crate::Vlm::encode).
+    /// Those of [`Vlm::encode`](crate::Vlm::encode); [`RerouteError::NoTokens`] for no answer.
     pub fn question(&self, question: &Question, answer: &[u32]) -> Result<Lesson, ZooError> {
-        let shown = question
-            .visuals
-            .iter()
-            .map(|visual| self.preprocessor.prepare(visual));
-        let shown: Vec<(View, Prepared)> = shown.collect::<Result<_, _>>()?;
-        let views: Vec<View> = shown.iter().map(|(view, _)| view.clone()).collect();
-        let exchange = (question.message(&views), String::new());
-        let mut lesson = self.lesson(None, &[exchange], shown)?;
-        for turn in &mut lesson.turns {
-            turn.answer = answer.to_vec();
+        if answer.is_empty() {
+            return Err(RerouteError::NoTokens.into());
         }
-        lesson.end = None;
+        let prepare = |visual| self.preprocessor.prepare(visual);
+        let shown = question.visuals.iter().map(prepare);
+        let shown = shown.collect::<Result<Vec<_>, _>>()?;
+        let (views, prepared): (Vec<View>, Vec<Prepared>) = shown.into_iter().unzip();
+        let message = question.message(&views);
+        let (tokenizer, template) = (&self.tokenizer, &self.template);
+        let known = Known {
+            prompt: encode_messages(&self.config, tokenizer, template, &[message], &views)?,
+            answer: answer.to_vec(),
+            shown: views.len(),
+            text: question.text.clone(),
+        };
+        let lesson = Lesson {
+            turns: vec![known],
+            views,
+            prepared,
+            end: None,
+        };
+        self.check(&lesson)?;
         Ok(lesson)
     }
 
@@ -140,12 +152,41 @@ impl Tutor {
                 text: said(question),
             });
         }
-        Ok(Lesson {
+        let lesson = Lesson {
             turns,
             views,
             prepared,
             end: self.end,
-        })
+        };
+        let says = |turn: &Known| lesson.targets(turn).next().is_some();
+        if !lesson.turns.iter().all(says) {
+            return Err(RerouteError::NoTokens.into());
+        }
+        self.check(&lesson)?;
+        Ok(lesson)
+    }
+}
+
+impl Tutor {
+    /// Whether a lesson is no longer than the model reads.
+    fn check(&self, lesson: &Lesson) -> Result<(), ZooError> {
+        let Some(last) = lesson.turns.last() else {
+            return Ok(());
+        };
+        let positions = self
+            .config
+            .positions(&sample(&last.prompt, &lesson.views))?;
+        let next = usize::try_from(positions.next).unwrap_or(usize::MAX);
+        let needed = next.saturating_add(last.answer.len());
+        let (available, limit) = self.config.decoder().context();
+        match needed > available {
+            true => Err(ZooError::Reroute(RerouteError::ContextLength {
+                needed,
+                available,
+                limit,
+            })),
+            false => Ok(()),
+        }
     }
 }
 
@@ -193,8 +234,8 @@ impl Lesson {
         turn.answer.iter().copied().chain(self.end)
     }
 
-    /// Whether all is shown with the first question.
-    pub(crate) fn shows_first(&self) -> bool {
+    /// Whether all is shown with the first question: only then its visual tokens can be known before.
+    pub fn shows_first(&self) -> bool {
         let first = self.turns.first();
         first.is_none_or(|turn| turn.shown == self.views.len())
     }

@@ -6,12 +6,15 @@ use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
 use reroute_checkpoint::fits;
+use reroute_layers::{Linears, Weight};
 
 use crate::{Model, ZooError};
 
-/// What of a model is trained beside its adapters.
+/// What of a model is trained.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Trained {
+    /// The factors of its adapters.
+    Adapter,
     /// What makes visual tokens of the tower's features: projector or merger.
     Projector,
     /// The vision tower without it.
@@ -26,9 +29,10 @@ pub enum Trained {
 }
 
 impl Trained {
-    /// What people write: `projector`, `tower`, `decoder`, `all`, or a name.
+    /// What people write: `adapter`, `projector`, `tower`, `decoder`, `all`, or a name.
     pub fn named(name: &str) -> Self {
         match name {
+            "adapter" => Self::Adapter,
             "projector" | "merger" => Self::Projector,
             "tower" => Self::Tower,
             "decoder" => Self::Decoder,
@@ -39,9 +43,14 @@ impl Trained {
 
     /// Whether it means the parameter at a path, which checkpoints call `name`.
     fn means(&self, path: &str, name: &str) -> bool {
+        if path.contains(".adapter.") {
+            // Lengths of rows are made of the weight.
+            return *self == Self::Adapter && !path.ends_with(".gain");
+        }
         let is_decoder = path.starts_with("language_model.");
         let is_projector = path.starts_with("multi_modal_projector.") || path.contains("merger");
         match self {
+            Self::Adapter => false,
             Self::Projector => is_projector,
             Self::Tower => !is_decoder && !is_projector,
             Self::Decoder => is_decoder,
@@ -56,21 +65,25 @@ impl Trained {
 }
 
 impl<B: Backend> Model<B> {
-    /// The same model where these parameters are trained, and of the others only the adapters; what is frozen
-    /// gets no gradient.
+    /// The same model where these parameters are trained and all others frozen: they get no gradient.
     ///
     /// # Errors
-    /// [`ZooError::NotTrained`] for one that means no parameter in floats of f32.
+    /// [`ZooError::NotTrained`] for one that means no parameter, or one that is not in floats of f32.
     pub fn train(self, trained: &[Trained]) -> Result<Self, ZooError> {
-        let mut chosen = BTreeSet::new();
+        let (mut chosen, coded) = (BTreeSet::new(), self.coded());
         for one in trained {
             let found = Parameters::of(&self).found.into_iter();
             let meant: Vec<Found> = found
                 .filter(|found| one.means(&found.path, &self.parameter_name(&found.path)))
                 .collect();
             let refused = |what: String, reason: String| Err(ZooError::NotTrained { what, reason });
+            let means = |path: &&String| one.means(path, &self.parameter_name(path));
+            if let Some(path) = coded.iter().find(means) {
+                let reason = "is in codes of fewer bits, beside which only an adapter is trained";
+                return refused(path.clone(), reason.into());
+            }
             if meant.is_empty() {
-                let reason = "means no parameter of this model in floats".into();
+                let reason = "means no parameter of this model".into();
                 return refused(format!("{one:?}"), reason);
             }
             if let Some(half) = meant.iter().find(|found| found.dtype.size() < 4) {
@@ -85,6 +98,15 @@ impl<B: Backend> Model<B> {
             path: Path::default(),
         };
         Ok(self.map(&mut walk))
+    }
+
+    /// Paths of the weights that are in codes of fewer bits.
+    pub fn coded(&self) -> Vec<String> {
+        let (mut model, mut weights) = (self.clone(), Vec::new());
+        model.weights("", &mut weights);
+        let is_coded = |blocks: &[Weight<B>]| blocks.iter().any(|block| block.format().is_some());
+        let coded = weights.into_iter().filter(|(_, blocks)| is_coded(blocks));
+        coded.map(|(path, _)| path).collect()
     }
 
     /// Paths and numbers of the parameters that are trained, in their order.
@@ -161,7 +183,7 @@ impl<B: Backend> ModuleVisitor<B> for Parameters {
     }
 }
 
-/// Freezes all parameters but those of these paths and of adapters.
+/// Freezes all parameters but those of these paths.
 struct Choose {
     chosen: BTreeSet<String>,
     path: Path,
@@ -177,10 +199,6 @@ impl<B: Backend> ModuleMapper<B> for Choose {
     }
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
-        let path = self.path.joined();
-        // Lengths of rows are made of the weight.
-        let is_adapter = path.contains(".adapter.") && !path.ends_with(".gain");
-        let is_trained = is_adapter || self.chosen.contains(&path);
-        param.set_require_grad(is_trained)
+        param.set_require_grad(self.chosen.contains(&self.path.joined()))
     }
 }

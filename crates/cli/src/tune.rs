@@ -117,7 +117,9 @@ fn check(args: &TuneArgs, examples: usize, validation: usize) -> anyhow::Result<
         "--validate-every and --patience need examples to measure on: add --validation FILE or --hold-out N"
     );
     ensure!(
-        args.model.adapter.is_empty() || args.model.merge_adapter && args.merge,
+        args.model.adapter.is_empty()
+            || args.model.merge_adapter
+                && (args.merge || args.train.iter().any(|what| what != ADAPTER)),
         "an adapter that is trained beside another is worth nothing without it: add --merge-adapter, and --merge \
          for a whole model of both"
     );

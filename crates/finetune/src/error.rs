@@ -17,8 +17,7 @@ pub enum TuneError {
     Zoo(#[from] ZooError),
     /// An example that the model cannot learn.
     #[error(
-        "{place}: {reason}; mend the example and begin in a new folder, or leave out those that cannot be used \
-         (--on-bad skip)"
+        "{place}: {reason}; mend the example, or leave out those that cannot be used (--on-bad skip)"
     )]
     Example {
         /// Where it stands.
@@ -44,13 +43,13 @@ pub enum TuneError {
     },
     /// The loss or its gradient is no number.
     #[error(
-        "the {what} of step {step} is {value}: begin in a new folder with a smaller learning rate or a longer \
+        "the {what} is {value} at step {step}: begin in a new folder with a smaller learning rate or a longer \
          warm-up, in f32 or bf16; the last checkpoint is unharmed"
     )]
     Diverged {
-        /// The loss, the gradient, or the validation loss.
+        /// The loss, the gradient, the validation loss, or the model.
         what: &'static str,
-        /// Counted from 0.
+        /// Counted from 1.
         step: usize,
         /// What it is.
         value: f64,
@@ -84,12 +83,38 @@ pub enum TuneError {
         what: String,
     },
     /// A checkpoint that cannot be read.
-    #[error("{path}: {reason}; remove it, and the one before is taken")]
+    #[error(
+        "{path}: {reason}; remove this checkpoint's folder, and the one before is taken, or the beginning if there \
+         is none"
+    )]
     Checkpoint {
         /// Which.
         path: PathBuf,
         /// What is wrong.
         reason: String,
+    },
+    /// What answered the validation best cannot be read.
+    #[error(
+        "{path}: {reason}; take that file from a copy, or train again in a new folder: what the last step left is \
+         in the last checkpoint"
+    )]
+    Best {
+        /// Which.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The folder is somebody else's.
+    #[error("{path} has files in it that are no run's: name a new folder, or an empty one")]
+    NotEmpty {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// Another process trains there.
+    #[error("{path} is in use by another run: wait for it, or name another folder")]
+    Busy {
+        /// The folder.
+        path: PathBuf,
     },
     /// Whoever watches has stopped it.
     #[error("stopped after step {step}: --resume goes on from the last checkpoint")]

@@ -75,9 +75,9 @@ impl Log {
         let path = folder.join(LINES);
         let mut lines = Vec::new();
         if let Ok(file) = File::open(&path) {
-            // A kill may have cut the last one.
+            // A kill may have cut the last one, a hand any other.
             let read = BufReader::new(file).lines().map_while(Result::ok);
-            let read = read.map_while(|line| serde_json::from_str::<Line>(&line).ok());
+            let read = read.filter_map(|line| serde_json::from_str::<Line>(&line).ok());
             lines.extend(read.filter(|line| match line {
                 Line::Step(line) => line.step <= step,
                 Line::Validation(line) => line.step <= validated,

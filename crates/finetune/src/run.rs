@@ -1,7 +1,8 @@
 //! A run: steps, validations, checkpoints.
 
 use std::collections::HashMap;
-use std::fs;
+use std::ffi::OsString;
+use std::fs::{self, File, TryLockError};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError};
@@ -21,6 +22,11 @@ use crate::{Pass, Preparation, Settings, Trainer, TuneError, host};
 
 /// File that says how a run was begun.
 const RUN: &str = "run.json";
+/// File that is locked while somebody trains.
+const LOCK: &str = ".lock";
+
+/// Most forward passes of a step.
+const MOST_PASSES: usize = 1 << 16;
 
 /// What is trained on, and where the run keeps itself.
 #[derive(Debug, Clone, Copy)]
@@ -86,6 +92,18 @@ pub fn tune<B: AutodiffBackend>(
         });
     }
     let course = &settings.course;
+    if course.patience > 0 && course.validate_every == 0 {
+        return Err(TuneError::Setting {
+            setting: "patience",
+            reason: "counts validations on the way: set validate_every, too",
+        });
+    }
+    if course.batch > run.examples.len() || course.accumulate > MOST_PASSES {
+        return Err(TuneError::Setting {
+            setting: "batch and accumulate",
+            reason: "are at most the number of examples, and 65536",
+        });
+    }
     if run.validation.is_empty() && (course.validate_every > 0 || course.patience > 0) {
         return Err(TuneError::Setting {
             setting: "validate_every and patience",
@@ -96,7 +114,7 @@ pub fn tune<B: AutodiffBackend>(
     let vlm = prepared(vlm, settings)?;
     let plans = settings.routings.iter().map(|name| vlm.plan(name));
     let plans: Vec<Plan> = plans.collect::<Result<_, _>>()?;
-    begin(run, base)?;
+    let _lock = begin(run, base)?;
     let device = vlm.device().clone();
     let mut trainer = Trainer::new(&settings.optimizer, course.steps).with_seed(course.seed);
     let (model, optimizer, progress) =
@@ -155,33 +173,59 @@ fn base<B: AutodiffBackend>(vlm: &Vlm<B>) -> Result<Value, TuneError> {
     }))
 }
 
-/// Makes the folder, or compares how the run in it was begun. A run without a checkpoint has lost nothing.
-fn begin(run: &Run, base: Value) -> Result<(), TuneError> {
+/// Makes the folder, or compares how the run in it was begun. A run without a checkpoint has lost nothing. The
+/// folder is this process's as long as the file that is returned is open.
+fn begin(run: &Run, base: Value) -> Result<File, TuneError> {
     let folder = run.folder;
     fs::create_dir_all(folder).map_err(TuneError::io(folder))?;
     let path = folder.join(RUN);
+    if !path.exists() {
+        let entries = fs::read_dir(folder).map_err(TuneError::io(folder))?;
+        let names = entries.flatten().map(|entry| entry.file_name());
+        let is_strange = |name: &OsString| {
+            let name = name.to_string_lossy();
+            !name.starts_with(RUN) && name != LOCK
+        };
+        if { names }.any(|name| is_strange(&name)) {
+            let path = folder.to_owned();
+            return Err(TuneError::NotEmpty { path });
+        }
+    }
+    let lock = folder.join(LOCK);
+    let file = File::create(&lock).map_err(TuneError::io(&lock))?;
+    match file.try_lock() {
+        Err(TryLockError::WouldBlock) => {
+            let path = folder.to_owned();
+            return Err(TuneError::Busy { path });
+        }
+        // Where files cannot be locked nobody is kept out.
+        Ok(()) | Err(TryLockError::Error(_)) => {}
+    }
     let mut described = described(run);
     described["base"] = base;
     if !path.exists() || !state::has_any(folder)? {
         let text = format!("{described:#}\n");
         let partial = path.with_extension("json.partial");
         fs::write(&partial, text).map_err(TuneError::io(&partial))?;
-        return fs::rename(&partial, &path).map_err(TuneError::io(&path));
+        fs::rename(&partial, &path).map_err(TuneError::io(&path))?;
+        return Ok(file);
     }
     if !run.resume {
         let path = folder.to_owned();
         return Err(TuneError::Taken { path });
     }
     let found = fs::read(&path).map_err(TuneError::io(&path))?;
-    let found: Value = serde_json::from_slice(&found).unwrap_or_default();
+    let other = |what: String| TuneError::OtherRun {
+        path: folder.to_owned(),
+        what,
+    };
+    let found: Value = serde_json::from_slice(&found)
+        .map_err(|error| other(format!("{RUN}, or it is damaged ({error})")))?;
     let differs = described.as_object().into_iter().flatten();
     let differs = differs.filter(|(name, value)| found.get(name) != Some(value));
     match differs.map(|(name, _)| name.clone()).next() {
-        Some(what) => Err(TuneError::OtherRun {
-            path: folder.to_owned(),
-            what,
-        }),
-        None => Ok(()),
+        Some(what) => Err(other(what)),
+        None => Ok(file),
     }
 }
 
@@ -197,7 +241,7 @@ fn described(run: &Run) -> Value {
     let of = |examples: &[Example]| {
         let mut digest = Sha256::new();
         for example in examples {
-            // Wherever it is written, and however its pictures are called.
+            // Wherever it is written, and its pictures lie.
             let Example {
                 images,
                 system,
@@ -207,8 +251,8 @@ fn described(run: &Run) -> Value {
             for image in images {
                 match image {
                     ImageSource::File(path) => {
-                        let path = path.canonicalize().unwrap_or_else(|_| path.clone());
-                        digest.update(format!("{path:?}"));
+                        let bytes = fs::metadata(path).map_or(0, |file| file.len());
+                        digest.update(format!("{:?} {bytes}", path.file_name()));
                     }
                     ImageSource::Bytes(bytes) => digest.update(Sha256::digest(bytes)),
                 }
@@ -279,7 +323,14 @@ impl<'a, B: AutodiffBackend> Running<'a, '_, '_, B> {
                 false => feed.start(scope, first),
             };
             for portion in portions {
-                let portion = portion?;
+                let portion = match portion {
+                    Ok(portion) => portion,
+                    // What was learnt until then is not lost.
+                    Err(error) => {
+                        self.save(&vlm)?;
+                        return Err(error);
+                    }
+                };
                 for error in &portion.skipped {
                     self.tell(Event::Skipped(error))?;
                 }
@@ -330,7 +381,8 @@ impl<'a, B: AutodiffBackend> Running<'a, '_, '_, B> {
     fn best(&self, vlm: Vlm<B>) -> Result<Vlm<B>, TuneError> {
         match self.progress.best {
             Some((_, step)) if step != self.progress.step => {
-                let model = state::best(self.run.folder, vlm.model().clone())?;
+                let model = vlm.model().clone();
+                let model = state::best(self.run.folder, model, &self.progress)?;
                 Ok(vlm.map_model(|_| model))
             }
             _ => Ok(vlm),
@@ -424,7 +476,8 @@ impl<'a, B: AutodiffBackend> Running<'a, '_, '_, B> {
             _ => {
                 progress.best = Some((found.loss, step));
                 progress.without_better = 0;
-                state::keep_best(self.run.folder, vlm.model())?;
+                let checksum = state::keep_best(self.run.folder, vlm.model())?;
+                progress.best_checksum = checksum;
             }
         }
         self.tell(Event::Validated(&found))
@@ -460,6 +513,9 @@ impl<'a, B: AutodiffBackend> Running<'a, '_, '_, B> {
     }
 
     fn save(&mut self, vlm: &Vlm<B>) -> Result<(), TuneError> {
+        if self.progress.step == 0 {
+            return Ok(());
+        }
         let folder = self.run.folder;
         let path: PathBuf =
             state::save(folder, vlm.model(), &self.trainer.optimizer, &self.progress)?;

@@ -16,6 +16,7 @@ use safetensors::tensor::TensorView;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::trainer::diverged;
 use crate::{TuneError, host};
 
 const TRAINED: &str = "trained.safetensors";
@@ -41,6 +42,8 @@ pub(crate) struct Progress {
     pub(crate) validated: usize,
     /// The best loss of a validation, and its step.
     pub(crate) best: Option<(f64, usize)>,
+    /// SHA-256 of what was trained then.
+    pub(crate) best_checksum: String,
     /// Validations since then.
     pub(crate) without_better: usize,
     /// By what the optimizer knows parameters.
@@ -66,6 +69,9 @@ pub(crate) fn save<B: AutodiffBackend, O: Optimizer<Model<B>, B>>(
         return Ok(to);
     }
     let values = Values::of(model)?;
+    if !values.are_finite() {
+        return Err(diverged("model", progress.step, f64::NAN));
+    }
     if unfinished.exists() {
         fs::remove_dir_all(&unfinished).map_err(TuneError::io(&unfinished))?;
     }
@@ -131,8 +137,8 @@ pub(crate) fn resume<B: AutodiffBackend, O: Optimizer<Model<B>, B>>(
     }
 }
 
-/// Keeps what is trained as the best so far.
-pub(crate) fn keep_best<B: Backend>(folder: &Path, model: &Model<B>) -> Result<(), TuneError> {
+/// Keeps what is trained as the best so far; returns its SHA-256.
+pub(crate) fn keep_best<B: Backend>(folder: &Path, model: &Model<B>) -> Result<String, TuneError> {
     let to = folder.join(BEST);
     let bytes = Values::of(model)?.bytes();
     let bytes = bytes.map_err(|reason| TuneError::Checkpoint {
@@ -142,15 +148,26 @@ pub(crate) fn keep_best<B: Backend>(folder: &Path, model: &Model<B>) -> Result<(
     let partial = folder.join(format!(".{BEST}.partial"));
     put(&partial, &bytes)?;
     fs::rename(&partial, &to).map_err(TuneError::io(&to))?;
-    sync(folder)
+    sync(folder)?;
+    Ok(checksum(&bytes))
 }
 
 /// The model as it was at its best.
-pub(crate) fn best<B: Backend>(folder: &Path, model: Model<B>) -> Result<Model<B>, TuneError> {
-    let path = folder.join(BEST);
-    let bytes = fs::read(&path).map_err(TuneError::io(&path))?;
+pub(crate) fn best<B: Backend>(
+    folder: &Path,
+    model: Model<B>,
+    progress: &Progress,
+) -> Result<Model<B>, TuneError> {
+    let lost = |reason: String| TuneError::Best {
+        path: folder.join(BEST),
+        reason,
+    };
+    let bytes = fs::read(folder.join(BEST)).map_err(|error| lost(error.to_string()))?;
+    if progress.best_checksum != checksum(&bytes) {
+        return Err(lost("it is not what was written".into()));
+    }
     let ids = Values::of(&model)?.ids();
-    Values::into(model, &bytes, &ids).map_err(|reason| TuneError::Checkpoint { path, reason })
+    Values::into(model, &bytes, &ids).map_err(lost)
 }
 
 /// Whether there is a checkpoint.
@@ -191,8 +208,8 @@ fn read(path: &Path) -> Result<(Progress, Vec<u8>, Vec<u8>), TuneError> {
         reason,
     };
     let file = |name: &str| {
-        let path = path.join(name);
-        fs::read(&path).map_err(TuneError::io(path))
+        let read = fs::read(path.join(name));
+        read.map_err(|error| broken(format!("{name}: {error}")))
     };
     let progress = serde_json::from_slice::<Progress>(&file(PROGRESS)?);
     let progress = progress.map_err(|error| broken(error.to_string()))?;
@@ -245,6 +262,11 @@ impl Values {
             Some(error) => Err(error),
             None => Ok(values),
         }
+    }
+
+    fn are_finite(&self) -> bool {
+        let all = self.found.iter();
+        { all }.all(|(_, _, data)| data.iter::<f32>().all(f32::is_finite))
     }
 
     fn ids(&self) -> BTreeMap<String, String> {

@@ -79,11 +79,11 @@ impl<B: AutodiffBackend> Trainer<B> {
             sum.accumulate(vlm.model(), gradients);
         }
         if !loss.is_finite() {
-            return Err(diverged("loss", self.step, loss));
+            return Err(diverged("loss", self.step + 1, loss));
         }
         let (gradients, norm) = clip(vlm.model(), sum.grads(), self.settings.clip)?;
         if !norm.is_finite() {
-            return Err(diverged("gradient", self.step, norm));
+            return Err(diverged("gradient", self.step + 1, norm));
         }
         let rate = self.settings.rate(self.step, self.steps);
         let vlm = vlm.map_model(|model| self.optimizer.step(rate, model, gradients));

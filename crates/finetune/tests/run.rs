@@ -461,3 +461,80 @@ fn pictures_of_later_turns_and_bad_ones_go_on() {
     result.expect("the same run");
     assert_eq!((steps, measured), (0, 0));
 }
+
+/// A folder is a run's own: it takes none that has other files in it, none of a run whose settings are lost, and
+/// none that another process trains in.
+#[test]
+fn folders_are_not_taken_from_others() {
+    let _alone = alone();
+    let examples = examples();
+    let settings = Settings {
+        course: Course {
+            steps: 2,
+            validate_every: 1,
+            save_every: 1,
+            ..Course::default()
+        },
+        ..settings()
+    };
+    let go = |folder: &Path, watch: &mut dyn FnMut()| {
+        let run = Run {
+            settings: &settings,
+            examples: &examples[..3],
+            validation: &examples[3..],
+            skips: false,
+            folder,
+            resume: true,
+        };
+        let result = tune(open(), &run, &mut |_| {
+            watch();
+            ControlFlow::Continue(())
+        });
+        result.map(drop)
+    };
+    let strange = tempfile::tempdir().expect("a folder");
+    fs::write(strange.path().join("log.jsonl"), "somebody's data").expect("can be written");
+    let refused = go(strange.path(), &mut || {});
+    assert!(matches!(refused, Err(TuneError::NotEmpty { .. })));
+    let kept = fs::read_to_string(strange.path().join("log.jsonl")).expect("is there");
+    assert_eq!(kept, "somebody's data");
+
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut others = Vec::new();
+    let second = || {
+        let run = Run {
+            settings: &settings,
+            examples: &examples[..3],
+            validation: &examples[3..],
+            skips: false,
+            folder: folder.path(),
+            resume: true,
+        };
+        tune(open(), &run, &mut |_| ControlFlow::Continue(())).map(drop)
+    };
+    go(folder.path(), &mut || others.push(second())).expect("a run");
+    assert!(
+        others
+            .iter()
+            .all(|other| matches!(other, Err(TuneError::Busy { .. })))
+    );
+    assert!(!others.is_empty());
+
+    // What answered best is what was written, or nothing.
+    let best = folder.path().join("best.safetensors");
+    let mut bytes = fs::read(&best).expect("the best");
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    fs::write(&best, bytes).expect("can be written");
+    let progress = folder.path().join("checkpoint-2-validated/progress.json");
+    let text = fs::read_to_string(&progress).expect("progress");
+    let progress: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    let again = go(folder.path(), &mut || {});
+    match progress["best"][1] == 2 {
+        true => again.expect("the last is the best"),
+        false => assert!(matches!(again, Err(TuneError::Best { .. }))),
+    }
+    fs::remove_file(folder.path().join("run.json")).expect("is there");
+    let refused = go(folder.path(), &mut || {});
+    assert!(matches!(refused, Err(TuneError::NotEmpty { .. })));
+}

@@ -93,9 +93,7 @@ pub enum ZooError {
         cut_off: bool,
     },
     /// Something cannot be trained.
-    #[error(
-        "{what} {reason}: name what is trained as the checkpoint does, and open the model in f32"
-    )]
+    #[error("{what} {reason}")]
     NotTrained {
         /// What was asked for.
         what: String,

@@ -33,7 +33,7 @@ pub struct TuneArgs {
     #[arg(long)]
     pub resume: bool,
     /// What is trained in f32: adapter, projector, tower, decoder, all, or names of parameters as the checkpoint
-    /// has them (`mm_projector.*`, `lm_head`).
+    /// has them (`lm_head`, `multi_modal_projector.linear_2`).
     #[arg(
         long,
         value_name = "WHAT,…",
@@ -41,7 +41,8 @@ pub struct TuneArgs {
         default_value = "adapter"
     )]
     pub train: Vec<String>,
-    /// Linear maps that the adapter changes: ends of names, patterns with `*`, or `all-linear`.
+    /// Linear maps that the adapter changes: ends of names, patterns in which a `*`
+    /// stands for whole parts between dots (`model.language_model.*.q_proj`), or `all-linear`.
     /// The attention of the decoder by default.
     #[arg(long, value_name = "NAME,…", value_delimiter = ',')]
     pub target: Vec<String>,

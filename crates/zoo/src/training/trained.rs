@@ -1,6 +1,7 @@
 //! Which parameters of a model are trained.
 
 use std::collections::BTreeSet;
+use std::fmt;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::backend::Backend;
@@ -64,6 +65,19 @@ impl Trained {
     }
 }
 
+impl fmt::Display for Trained {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Adapter => "adapter",
+            Self::Projector => "projector",
+            Self::Tower => "tower",
+            Self::Decoder => "decoder",
+            Self::All => "all",
+            Self::Named(name) => name,
+        })
+    }
+}
+
 impl<B: Backend> Model<B> {
     /// The same model where these parameters are trained and all others frozen: they get no gradient.
     ///
@@ -79,16 +93,20 @@ impl<B: Backend> Model<B> {
             let refused = |what: String, reason: String| Err(ZooError::NotTrained { what, reason });
             let means = |path: &&String| one.means(path, &self.parameter_name(path));
             if let Some(path) = coded.iter().find(means) {
-                let reason = "is in codes of fewer bits, beside which only an adapter is trained";
+                let reason = "is in codes of fewer bits, beside which only an adapter is trained: open the model in \
+                              f32 (--dtype f32)";
                 return refused(path.clone(), reason.into());
             }
             if meant.is_empty() {
-                let reason = "means no parameter of this model".into();
-                return refused(format!("{one:?}"), reason);
+                let reason = "means no parameter of this model: names are those of the checkpoint, their ends, or \
+                              patterns in which a * stands for whole parts between dots";
+                return refused(one.to_string(), reason.into());
             }
             if let Some(half) = meant.iter().find(|found| found.dtype.size() < 4) {
                 let (path, dtype) = (half.path.clone(), half.dtype.name());
-                let reason = format!("is {dtype}, in which the steps of an optimizer are lost");
+                let reason = format!(
+                    "is {dtype}, in which the steps of an optimizer are lost: open the model in f32 (--dtype f32)"
+                );
                 return refused(path, reason);
             }
             chosen.extend(meant.into_iter().map(|found| found.path));

@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure};
 use burn::backend::Autodiff;
-use burn::tensor::DType;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
@@ -75,8 +74,8 @@ pub fn run(args: &TuneArgs, out: &mut dyn Write) -> anyhow::Result<()> {
         ControlFlow::Continue(())
     });
     shown.close();
-    let model = result?.valid().map_model(|model| model);
-    let model = model.model();
+    let vlm = result?.valid();
+    let model = vlm.model();
     if settings.adapter.is_some() && settings.trained.is_empty() && is_whole {
         model.save_adapter(args.to.join(ADAPTER))?;
     }
@@ -84,13 +83,7 @@ pub fn run(args: &TuneArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     match is_whole {
         true => {
             let merged = model.clone().merge_adapters();
-            // Steps are smaller than what half precision tells apart.
-            let is_half = model.decoder().dtype() != DType::F32;
-            let options = SaveOptions {
-                dtype: (is_half && settings.adapter.is_none()).then_some(DType::F32),
-                ..SaveOptions::default()
-            };
-            merged.save(&to, &folder, &options)?;
+            merged.save(&to, &folder, &SaveOptions::default())?;
         }
         false => model.save_adapter(&to)?,
     }

@@ -20,6 +20,21 @@ pub struct GroundingFormat {
     pub prompt: String,
     /// Units of the answered box.
     pub units: BoxUnits,
+    /// How the answer writes it.
+    pub notation: BoxNotation,
+}
+
+/// How a model writes boxes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BoxNotation {
+    /// `[0.12, 0.30, 0.56, 0.98]`, or whole numbers (LLaVA).
+    #[default]
+    Brackets,
+    /// `<|box_start|>(120,300),(560,980)<|box_end|>`, and labels between tokens of their own (Qwen2-VL).
+    Marks,
+    /// Brackets; an answer that is a box alone is a list in JSON (Qwen2.5-VL, Qwen3-VL).
+    Json,
 }
 
 /// `grounding.json`.
@@ -27,6 +42,8 @@ pub struct GroundingFormat {
 struct GroundingFile {
     prompt: String,
     r#box: BoxUnits,
+    #[serde(default)]
+    notation: BoxNotation,
 }
 
 impl TryFrom<GroundingFile> for GroundingFormat {
@@ -34,7 +51,7 @@ impl TryFrom<GroundingFile> for GroundingFormat {
 
     fn try_from(file: GroundingFile) -> Result<Self, String> {
         match file.prompt.contains(EXPRESSION) {
-            true => Ok(Self::new(file.prompt, file.r#box)),
+            true => Ok(Self::new(file.prompt, file.r#box).written_as(file.notation)),
             false => Err(format!("the prompt has no {EXPRESSION} in it")),
         }
     }
@@ -53,10 +70,18 @@ pub enum BoxUnits {
 }
 
 impl GroundingFormat {
-    /// A wording with `{expression}` in it, and the units of the box that it is answered with.
+    /// A wording with `{expression}` in it, and the units of the box that it is answered with, in brackets.
     pub fn new(prompt: impl Into<String>, units: BoxUnits) -> Self {
-        let prompt = prompt.into();
-        Self { prompt, units }
+        Self {
+            prompt: prompt.into(),
+            units,
+            notation: BoxNotation::default(),
+        }
+    }
+
+    /// The same with boxes written otherwise.
+    pub fn written_as(self, notation: BoxNotation) -> Self {
+        Self { notation, ..self }
     }
 
     /// The question for an expression.

@@ -24,7 +24,7 @@ pub use dialect::Dialect;
 pub use error::FamilyError;
 pub use family::{FamilyConfig, FamilyModel, Look, ModelType, SlotTokens};
 pub use grounding::{
-    BoundingBox, BoxUnits, GroundingFormat, Named, Place, parse_box, parse_places,
+    BoundingBox, BoxNotation, BoxUnits, GroundingFormat, Named, Place, parse_box, parse_places,
 };
 pub use memory::{Arithmetic, LayerMemory, Memory, Picture};
 pub use pixels::{Pictures, PixelTensors};

@@ -1,69 +1,51 @@
 //! How boxes and labels are written in what a model reads and answers.
 
-use reroute_zoo::Tutor;
-use reroute_zoo::grounding::{BoundingBox, BoxUnits};
+use reroute_zoo::grounding::{BoundingBox, BoxNotation, BoxUnits, GroundingFormat};
 use reroute_zoo::vision_encoder::Geometry;
 
-/// How a model writes boxes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Notation {
-    /// `[0.12, 0.30, 0.56, 0.98]`, or whole numbers.
-    Brackets,
-    /// `<|box_start|>(120,300),(560,980)<|box_end|>`, and labels between tokens of their own: Qwen2-VL.
-    Marks,
-    /// Brackets; an answer that is a box alone is a list in JSON: Qwen2.5-VL, Qwen3-VL.
-    Json,
+/// A box in shares of what the model sees, as it writes it.
+///
+/// `resized` is the width and height of the image as the model sees it, in pixels.
+pub(crate) fn written(
+    format: &GroundingFormat,
+    shares: BoundingBox,
+    [width, height]: [f64; 2],
+) -> String {
+    let numbers: Vec<String> = match format.units {
+        BoxUnits::Normalized => shares.iter().map(|x| format!("{x:.2}")).collect(),
+        BoxUnits::Thousandths => shares.iter().map(|x| whole(x * 1000.0)).collect(),
+        BoxUnits::ResizedPixels => {
+            let sides = [width, height, width, height];
+            let pixels = shares.iter().zip(sides);
+            pixels.map(|(x, side)| whole(x * side)).collect()
+        }
+    };
+    match format.notation {
+        BoxNotation::Marks => {
+            let [x1, y1, x2, y2] = [0, 1, 2, 3].map(|at| &numbers[at]);
+            format!("<|box_start|>({x1},{y1}),({x2},{y2})<|box_end|>")
+        }
+        BoxNotation::Brackets | BoxNotation::Json => format!("[{}]", numbers.join(", ")),
+    }
 }
 
-impl Notation {
-    pub(crate) fn of(tutor: &Tutor) -> Self {
-        let has_marks = tutor.tokenizer().id("<|box_start|>").is_some();
-        match tutor.grounding().prompt.contains("JSON") {
-            true => Self::Json,
-            false if has_marks && tutor.grounding().units == BoxUnits::Thousandths => Self::Marks,
-            false => Self::Brackets,
-        }
+/// A label as the model writes it.
+pub(crate) fn label(notation: BoxNotation, label: &str) -> String {
+    match notation {
+        BoxNotation::Marks => format!("<|object_ref_start|>{label}<|object_ref_end|>"),
+        BoxNotation::Brackets | BoxNotation::Json => label.to_owned(),
     }
+}
 
-    /// A box in shares of what the model sees.
-    pub(crate) fn written(self, shares: BoundingBox, units: BoxUnits, resized: [f64; 2]) -> String {
-        let [width, height] = resized;
-        let numbers: Vec<String> = match units {
-            BoxUnits::Normalized => shares.iter().map(|x| format!("{x:.2}")).collect(),
-            BoxUnits::Thousandths => shares.iter().map(|x| whole(x * 1000.0)).collect(),
-            BoxUnits::ResizedPixels => {
-                let sides = [width, height, width, height];
-                let pixels = shares.iter().zip(sides);
-                pixels.map(|(x, side)| whole(x * side)).collect()
-            }
-        };
-        match self {
-            Self::Marks => {
-                let [x1, y1, x2, y2] = [0, 1, 2, 3].map(|at| &numbers[at]);
-                format!("<|box_start|>({x1},{y1}),({x2},{y2})<|box_end|>")
-            }
-            Self::Brackets | Self::Json => format!("[{}]", numbers.join(", ")),
+/// An answer that is nothing but a box.
+pub(crate) fn alone(notation: BoxNotation, written: String, of: &str) -> String {
+    match notation {
+        BoxNotation::Json => {
+            let of = serde_json::Value::from(of);
+            format!("```json\n[\n\t{{\"bbox_2d\": {written}, \"label\": {of}}}\n]\n```")
         }
-    }
-
-    /// A label.
-    pub(crate) fn label(self, label: &str) -> String {
-        match self {
-            Self::Marks => format!("<|object_ref_start|>{label}<|object_ref_end|>"),
-            Self::Brackets | Self::Json => label.to_owned(),
-        }
-    }
-
-    /// An answer that is nothing but a box.
-    pub(crate) fn alone(self, written: String, label: &str) -> String {
-        match self {
-            Self::Json => {
-                let label = serde_json::Value::from(label);
-                format!("```json\n[\n\t{{\"bbox_2d\": {written}, \"label\": {label}}}\n]\n```")
-            }
-            Self::Marks => self.label(label) + &written,
-            Self::Brackets => written,
-        }
+        BoxNotation::Marks => label(notation, of) + &written,
+        BoxNotation::Brackets => written,
     }
 }
 
@@ -94,8 +76,11 @@ mod tests {
         let shares = seen(&geometry, [75.0, 25.0, 180.0, 50.0]).expect("is seen");
         assert_eq!(shares, [0.25, 0.25, 1.0, 0.5]);
         assert_eq!(seen(&geometry, [0.0, 0.0, 50.0, 100.0]), None);
-        let written = |notation: Notation, units| notation.written(shares, units, [84.0, 84.0]);
-        let brackets = Notation::Brackets;
+        let written = |notation, units| {
+            let format = GroundingFormat::new("{expression}", units).written_as(notation);
+            written(&format, shares, [84.0, 84.0])
+        };
+        let brackets = BoxNotation::Brackets;
         assert_eq!(
             written(brackets, BoxUnits::Normalized),
             "[0.25, 0.25, 1.00, 0.50]"
@@ -105,11 +90,11 @@ mod tests {
             "[21, 21, 84, 42]"
         );
         assert_eq!(
-            written(Notation::Marks, BoxUnits::Thousandths),
+            written(BoxNotation::Marks, BoxUnits::Thousandths),
             "<|box_start|>(250,250),(1000,500)<|box_end|>"
         );
         assert_eq!(
-            Notation::Json.alone("[1, 2, 3, 4]".into(), "a \"cat\""),
+            alone(BoxNotation::Json, "[1, 2, 3, 4]".into(), "a \"cat\""),
             "```json\n[\n\t{\"bbox_2d\": [1, 2, 3, 4], \"label\": \"a \\\"cat\\\"\"}\n]\n```"
         );
     }

@@ -8,14 +8,13 @@ use reroute_zoo::vision_encoder::Geometry;
 use reroute_zoo::{DecodeLimits, Lesson, Prepared, RgbImage, Tutor, View, Visual, decode};
 
 use crate::TuneError;
-use crate::data::{BoxIn, Example, ImageSource, Piece};
-use crate::notation::{Notation, seen};
+use crate::data::{BoxIn, Example, Exchange, ImageSource, Piece};
+use crate::notation::{alone, label, seen, written};
 
 /// Makes lessons of examples, in any thread.
 #[derive(Debug, Clone)]
 pub struct Preparation {
     tutor: Tutor,
-    notation: Notation,
 }
 
 /// What is asked about one picture, and the box that is the right answer.
@@ -30,8 +29,7 @@ pub struct Sought {
 impl Preparation {
     /// For a model.
     pub fn new(tutor: Tutor) -> Self {
-        let notation = Notation::of(&tutor);
-        Self { tutor, notation }
+        Self { tutor }
     }
 
     /// The lesson of an example.
@@ -143,24 +141,22 @@ impl Preparation {
 
     /// An answer as the tokenizer takes it: what people wrote holds no special tokens, what marks boxes may be
     /// some.
-    fn answer(&self, exchange: &crate::data::Exchange, views: &[&View]) -> Result<String, String> {
-        let tokenizer = self.tutor.tokenizer();
+    fn answer(&self, exchange: &Exchange, views: &[&View]) -> Result<String, String> {
+        let (tokenizer, notation) = (self.tutor.tokenizer(), self.tutor.grounding().notation);
         if let [Piece::Box { .. }] = &exchange.answer[..] {
             let written = self.text(&exchange.answer[0], views)?;
-            let label = exchange.question.iter().find_map(|piece| match piece {
+            let of = exchange.question.iter().find_map(|piece| match piece {
                 Piece::Label(label) => Some(label.as_str()),
                 _ => None,
             });
-            let label = tokenizer.disarm(label.unwrap_or("object"));
-            return Ok(self.notation.alone(written, &label));
+            let of = tokenizer.disarm(of.unwrap_or("object"));
+            return Ok(alone(notation, written, &of));
         }
         let mut answer = String::new();
         for piece in &exchange.answer {
             match piece {
                 Piece::Text(text) => answer.push_str(&tokenizer.disarm(text)),
-                Piece::Label(label) => {
-                    answer.push_str(&self.notation.label(&tokenizer.disarm(label)));
-                }
+                Piece::Label(of) => answer.push_str(&label(notation, &tokenizer.disarm(of))),
                 Piece::Image(_) => {
                     return Err("an answer shows a picture: models answer in text".into());
                 }
@@ -204,8 +200,7 @@ impl Preparation {
             )
         })?;
         let resized = view.resized.map(|side| side as f64);
-        let units = self.tutor.grounding().units;
-        Ok(self.notation.written(shares, units, resized))
+        Ok(written(self.tutor.grounding(), shares, resized))
     }
 }
 

@@ -25,9 +25,6 @@ const RUN: &str = "run.json";
 /// File that is locked while somebody trains.
 const LOCK: &str = ".lock";
 
-/// Most forward passes of a step.
-const MOST_PASSES: usize = 1 << 16;
-
 /// What is trained on, and where the run keeps itself.
 #[derive(Debug, Clone, Copy)]
 pub struct Run<'a> {
@@ -84,39 +81,15 @@ pub fn tune<B: AutodiffBackend>(
     let Run {
         settings, folder, ..
     } = *run;
-    settings.check()?;
-    if run.examples.is_empty() {
-        return Err(TuneError::Setting {
-            setting: "examples",
-            reason: "are none",
-        });
-    }
-    let course = &settings.course;
-    if course.patience > 0 && course.validate_every == 0 {
-        return Err(TuneError::Setting {
-            setting: "patience",
-            reason: "counts validations on the way: set validate_every, too",
-        });
-    }
-    if course.batch > run.examples.len() || course.accumulate > MOST_PASSES {
-        return Err(TuneError::Setting {
-            setting: "batch and accumulate",
-            reason: "are at most the number of examples, and 65536",
-        });
-    }
-    if run.validation.is_empty() && (course.validate_every > 0 || course.patience > 0) {
-        return Err(TuneError::Setting {
-            setting: "validate_every and patience",
-            reason: "mean nothing without examples to measure on",
-        });
-    }
+    settings.check(run.examples.len(), run.validation.len())?;
     let base = base(&vlm)?;
     let vlm = prepared(vlm, settings)?;
     let plans = settings.routings.iter().map(|name| vlm.plan(name));
     let plans: Vec<Plan> = plans.collect::<Result<_, _>>()?;
     let _lock = begin(run, base)?;
     let device = vlm.device().clone();
-    let mut trainer = Trainer::new(&settings.optimizer, course.steps).with_seed(course.seed);
+    let mut trainer =
+        Trainer::new(&settings.optimizer, settings.course.steps).with_seed(settings.course.seed);
     let (model, optimizer, progress) =
         state::resume(folder, vlm.model().clone(), trainer.optimizer, &device)?;
     (trainer.optimizer, trainer.step) = (optimizer, progress.step);
@@ -142,6 +115,7 @@ pub fn tune<B: AutodiffBackend>(
         visuals: HashMap::new(),
         room: (is_frozen && is_plain).then_some(settings.course.cache_bytes),
         validation: Vec::new(),
+        saved: None,
         watch,
     };
     running.go(vlm)
@@ -259,9 +233,7 @@ fn described(run: &Run) -> Value {
             }
             digest.update(format!("{system:?}{exchanges:?}"));
         }
-        let digest = digest.finalize();
-        let text: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
-        json!({"count": examples.len(), "sha256": text})
+        json!({"count": examples.len(), "sha256": state::hex(&digest.finalize())})
     };
     json!({
         "adapter": adapter.as_ref().map(|adapter| format!("{adapter:?}")),
@@ -295,6 +267,8 @@ struct Running<'a, 'w, 'f, B: AutodiffBackend> {
     room: Option<u64>,
     /// Examples that are measured on.
     validation: Vec<&'a Example>,
+    /// Steps that were done at the last checkpoint, and at the validation before it.
+    saved: Option<(usize, usize)>,
     watch: &'w mut Watch<'f>,
 }
 
@@ -513,9 +487,11 @@ impl<'a, B: AutodiffBackend> Running<'a, '_, '_, B> {
     }
 
     fn save(&mut self, vlm: &Vlm<B>) -> Result<(), TuneError> {
-        if self.progress.step == 0 {
+        let now = (self.progress.step, self.progress.validated);
+        if now.0 == 0 || self.saved == Some(now) {
             return Ok(());
         }
+        self.saved = Some(now);
         let folder = self.run.folder;
         let path: PathBuf =
             state::save(folder, vlm.model(), &self.trainer.optimizer, &self.progress)?;

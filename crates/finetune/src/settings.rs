@@ -3,6 +3,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::TuneError;
 
+/// Most forward passes of a step.
+const MOST_PASSES: usize = 1 << 16;
+
 /// How a model is trained.
 #[derive(Debug, Clone)]
 pub struct Settings {
@@ -118,8 +121,8 @@ impl OptimizerSettings {
 }
 
 impl Settings {
-    /// Whether they make sense.
-    pub(crate) fn check(&self) -> Result<(), TuneError> {
+    /// Whether they make sense for so many examples, learnt and measured on.
+    pub(crate) fn check(&self, examples: usize, validation: usize) -> Result<(), TuneError> {
         let Self {
             course, optimizer, ..
         } = self;
@@ -135,6 +138,27 @@ impl Settings {
         }
         if course.steps == 0 || course.batch == 0 || course.accumulate == 0 {
             return refused("steps, batch and accumulate", "are 1 at least");
+        }
+        if examples == 0 {
+            return refused("examples", "are none");
+        }
+        if course.batch > examples || course.accumulate > MOST_PASSES {
+            return refused(
+                "batch and accumulate",
+                "are at most the number of examples, and 65536",
+            );
+        }
+        if course.patience > 0 && course.validate_every == 0 {
+            return refused(
+                "patience",
+                "counts validations on the way: set validate_every, too",
+            );
+        }
+        if course.validate_every > 0 && validation == 0 {
+            return refused(
+                "validate_every",
+                "means nothing without examples to measure on",
+            );
         }
         if !is_rate(optimizer.learning_rate) {
             return refused("learning_rate", "is a finite number, 0 at least");

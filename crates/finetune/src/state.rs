@@ -175,7 +175,7 @@ pub(crate) fn has_any(folder: &Path) -> Result<bool, TuneError> {
     Ok(!all(folder)?.is_empty())
 }
 
-/// Numbers of a model's beginning: the first of every parameter that is not trained.
+/// Tells a model from others: SHA-256 of the first numbers of every parameter in floats.
 pub(crate) fn fingerprint<B: Backend>(model: &Model<B>) -> Result<String, TuneError> {
     let mut first = First::default();
     model.visit(&mut first);
@@ -225,8 +225,12 @@ fn read(path: &Path) -> Result<(Progress, Vec<u8>, Vec<u8>), TuneError> {
 }
 
 fn checksum(bytes: &[u8]) -> String {
-    let digest = Sha256::digest(bytes);
-    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+    hex(&Sha256::digest(bytes))
+}
+
+/// Bytes as people write them.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Writes a file to the disk.

@@ -3,7 +3,7 @@
 use std::fs;
 use std::ops::ControlFlow;
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use burn::backend::Autodiff;
 use burn_flex::Flex;
@@ -12,8 +12,11 @@ use reroute_finetune::{
     Course, Event, Line, OptimizerSettings, Preparation, Run, Settings, Step, TuneError,
     Validation, tune,
 };
+use reroute_zoo::messages::{Content, Message, Role};
+use reroute_zoo::reducers::{Attention, Scorer};
 use reroute_zoo::{
-    AdapterConfig, Folder, OpenOptions, Question, Schedule, Trained, Vlm, decode, embedded,
+    AdapterConfig, Conversation, Folder, GenerationOptions, OpenOptions, Question, Routing,
+    Schedule, Trained, Visual, Vlm, decode, embedded,
 };
 
 type Ad = Autodiff<Flex>;
@@ -460,6 +463,76 @@ fn pictures_of_later_turns_and_bad_ones_go_on() {
     let (result, steps, _, measured) = run(true);
     result.expect("the same run");
     assert_eq!((steps, measured), (0, 0));
+}
+
+/// Questions that are asked in turn, and answered, are learnt with the logits that these answers had; and all at
+/// once with the same as one by one.
+#[test]
+fn lessons_are_conversations_as_they_were_held() {
+    let vlm = open().valid();
+    let image = decode(embedded::SCENE.image, &Default::default()).expect("a picture");
+    let tutor = vlm.tutor();
+    let options = GenerationOptions {
+        logits: true,
+        ..vlm.generation_defaults()
+    };
+    for preset in ["dense", "reroute-pdrop@192", "reroute-pdrop-memory@128"] {
+        let plan = vlm.plan(preset).expect("a preset");
+        let mut held = Conversation::new(&vlm, plan.clone(), options.clone());
+        let (mut exchanges, mut expected, mut tokens) = (Vec::new(), Vec::new(), Vec::new());
+        for (turn, text) in ["find the red ring", "find a blue bar", "find the large one"]
+            .into_iter()
+            .enumerate()
+        {
+            let images = if turn == 0 {
+                vec![image.clone()]
+            } else {
+                vec![]
+            };
+            let question = Question::about(images, text);
+            let answer = held.ask(&question, |_| {}).expect("an answer");
+            let mut content = vec![Content::Text(text.into())];
+            if turn == 0 {
+                content.insert(0, Content::Image);
+            }
+            let role = Role::User;
+            exchanges.push((Message { role, content }, answer.text.clone()));
+            tokens.extend(answer.tokens);
+            expected.extend(answer.logits);
+        }
+        let visual = Visual::Image(image.clone());
+        let shown = tutor.preprocessor().prepare(&visual).expect("a picture");
+        let lesson = tutor
+            .lesson(None, &exchanges, vec![shown])
+            .expect("a lesson");
+        let in_turn = |routing: Routing<'_, Flex>| {
+            let found = vlm
+                .answer_logits(&[&lesson], None, routing)
+                .expect("logits");
+            assert_eq!(found.tokens, tokens, "{preset}");
+            found.logits.into_data().to_vec::<f32>().expect("floats")
+        };
+        let mut found = vec![in_turn((&plan).into())];
+        if preset == "dense" {
+            // A rule of one's own, which is never asked: turn by turn instead of at once.
+            let scorer: Arc<dyn Scorer<Flex>> = Arc::new(Attention::default());
+            found.push(in_turn(Routing {
+                scorer: Some(scorer),
+                ..(&plan).into()
+            }));
+        }
+        for found in found {
+            let expected = expected.iter().flatten();
+            assert_eq!(found.len(), expected.clone().count());
+            for (found, expected) in found.iter().zip(expected) {
+                let most = 2e-3 * (1.0 + expected.abs());
+                assert!(
+                    (found - expected).abs() <= most,
+                    "{preset}: {found} {expected}"
+                );
+            }
+        }
+    }
 }
 
 /// A folder is a run's own: it takes none that has other files in it, none of a run whose settings are lost, and

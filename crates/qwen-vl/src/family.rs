@@ -4,8 +4,8 @@ use reducers::encoder::{EncoderShape, Tower};
 use reroute::DecoderConfig;
 use reroute_checkpoint::{CONFIG_MAX_BYTES, Folder, NameTable};
 use reroute_family::{
-    BoxUnits, Dialect, FamilyConfig, FamilyError, GroundingFormat, ImageOptions, LayerMemory,
-    ModelType, Preprocessor, RowPositions, Sample, SlotTokens,
+    BoxNotation, BoxUnits, Dialect, FamilyConfig, FamilyError, GroundingFormat, ImageOptions,
+    LayerMemory, ModelType, Preprocessor, RowPositions, Sample, SlotTokens,
 };
 use vision_encoder::qwen::QwenGeneration;
 
@@ -105,12 +105,12 @@ impl FamilyConfig for QwenVlConfig {
     }
 
     fn grounding(&self) -> GroundingFormat {
-        let (prompt, units) = match self.vision.generation {
-            QwenGeneration::Qwen2 => (QWEN2_GROUNDING, BoxUnits::Thousandths),
-            QwenGeneration::Qwen2_5 => (JSON_GROUNDING, BoxUnits::ResizedPixels),
-            QwenGeneration::Qwen3 => (JSON_GROUNDING, BoxUnits::Thousandths),
+        let (prompt, units, notation) = match self.vision.generation {
+            QwenGeneration::Qwen2 => (QWEN2_GROUNDING, BoxUnits::Thousandths, BoxNotation::Marks),
+            QwenGeneration::Qwen2_5 => (JSON_GROUNDING, BoxUnits::ResizedPixels, BoxNotation::Json),
+            QwenGeneration::Qwen3 => (JSON_GROUNDING, BoxUnits::Thousandths, BoxNotation::Json),
         };
-        GroundingFormat::new(prompt, units)
+        GroundingFormat::new(prompt, units).written_as(notation)
     }
 
     fn preprocessor(

@@ -7,7 +7,7 @@ use vision_encoder::{Geometry, RgbImage};
 use crate::{Answer, Question, Routing, Vlm, ZooError};
 
 pub use reroute_family::{
-    BoundingBox, BoxUnits, GroundingFormat, Named, Place, parse_box, parse_places,
+    BoundingBox, BoxNotation, BoxUnits, GroundingFormat, Named, Place, parse_box, parse_places,
 };
 
 /// Something that an answer names in a picture.

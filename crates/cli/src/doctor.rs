@@ -18,11 +18,6 @@ use crate::output;
 use fit::{Answer, LEAST_TEXT, Need, less_text, tensor_bytes};
 use remedy::{Contents, HOLDS_CONFIG};
 
-/// What the program and each of its threads take once they compute, in bytes: code that nothing else
-/// touches, stacks, and the allocator's own pages. Measured.
-const RUNNING: u64 = 18 << 20;
-const THREAD: u64 = 256 << 10;
-
 /// The remedy where nothing else helps.
 const LARGER: &str = "use a smaller model, or a machine with more memory";
 
@@ -151,8 +146,7 @@ fn examine(args: &DoctorArgs) -> Report {
     }
     if let Some(own) = backend::own_memory().filter(|_| backend::ON_HOST) {
         // By now it has read everything but the weights, and gives it back when it ends.
-        let threads = rayon::current_num_threads() as u64;
-        report.program = own + RUNNING + threads * THREAD;
+        report.program = fit::computing(own);
         let free = &mut report.adapter.available_bytes;
         *free = free.map(|free| free.saturating_add(own));
     }

@@ -14,7 +14,7 @@ use std::collections::HashMap;
 use burn::tensor::backend::Backend as AnyBackend;
 use reducers::{
     Action, Attention, Duplication, HeadReduce, Positions, Query, Schedule, Score, ScoreLayer,
-    ScoreMemory, SoftmaxKeys, Stage,
+    ScoreMemory, SoftmaxKeys, Stage, Waiting,
 };
 use reroute::{Decoder, DecoderConfig, RopeScaling};
 
@@ -73,6 +73,8 @@ impl Reference {
         let mut before = (hidden.clone(), active.clone());
         // What earlier decisions gave each visual token.
         let mut shares: Vec<Vec<f64>> = vec![Vec::new(); visual.len()];
+        // What the layers since then have added to an active visual row, on average.
+        let mut ride = vec![0.0; self.config.hidden_size];
         for layer in 0..self.config.num_layers {
             let stage = schedule.stages().iter().position(|s| s.layer == layer);
             if let (Some(stage), false) = (stage, visual.is_empty()) {
@@ -124,6 +126,7 @@ impl Reference {
                 active.extend(gather(visual, &decision.selected));
                 active.sort_unstable();
                 outcome.decisions.push(decision);
+                ride.fill(0.0);
                 if schedule.positions() == Positions::Renumber {
                     for (position, &row) in active.iter().enumerate() {
                         positions[row] = vec![position as i64];
@@ -133,8 +136,23 @@ impl Reference {
             before = (hidden.clone(), active.clone());
             let of_active = gather(&positions, &active);
             let output = self.layer(layer, &gather(&hidden, &active), &of_active, &|_| true);
+            let (on, off): (Vec<usize>, Vec<usize>) =
+                visual.iter().copied().partition(|row| active.contains(row));
             for (&row, output) in active.iter().zip(output) {
+                if on.contains(&row) {
+                    for (ride, (after, before)) in
+                        ride.iter_mut().zip(output.iter().zip(&hidden[row]))
+                    {
+                        *ride += (after - before) / on.len() as f64;
+                    }
+                }
                 hidden[row] = output;
+            }
+            if schedule.waiting() == Waiting::RideAlong && schedule.decision_at(layer + 1).is_some()
+            {
+                for row in off {
+                    hidden[row] = add(&hidden[row], &ride);
+                }
             }
             outcome.active.push(active.clone());
             outcome.positions.push(positions.clone());
@@ -212,6 +230,11 @@ impl Reference {
             let score = match rule.heads {
                 HeadReduce::Mean => of_heads.sum::<f64>() / heads.len() as f64,
                 HeadReduce::Max => of_heads.fold(0.0, f64::max),
+                HeadReduce::Only(only) => {
+                    let of_heads: Vec<f64> = of_heads.collect();
+                    let only: Vec<f64> = only.iter().map(|head| of_heads[head]).collect();
+                    only.iter().sum::<f64>() / only.len() as f64
+                }
             };
             (row, score)
         };

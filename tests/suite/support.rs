@@ -9,8 +9,8 @@ use proptest::prelude::*;
 use proptest::sample::subsequence;
 use proptest::test_runner::RngSeed;
 use reducers::{
-    Action, Attention, Duplication, HeadReduce, HiddenLayout, Keep, Positions, Query, Schedule,
-    Score, ScoreDtype, ScoreLayer, ScoreMemory, SoftmaxKeys, Stage,
+    Action, Attention, Duplication, HeadReduce, Heads, HiddenLayout, Keep, Positions, Query,
+    Schedule, Score, ScoreDtype, ScoreLayer, ScoreMemory, SoftmaxKeys, Stage, Waiting,
 };
 use reroute::{
     Decision, Decoder, DecoderConfig, Prefill, PrefillOptions, Prompt, RopeConfig, SampleLayout,
@@ -396,8 +396,8 @@ pub fn schedule(
         1 => Just(ScoreMemory::Max),
         1 => (0.1..0.9f32).prop_map(ScoreMemory::Decay),
     ];
-    let drawn = (action, any::<bool>(), memory, stages, rules);
-    drawn.prop_map(|(action, monotonic, memory, layers, rules)| {
+    let drawn = (action, any::<[bool; 2]>(), memory, stages, rules);
+    drawn.prop_map(|(action, [monotonic, rides], memory, layers, rules)| {
         let stage = |(index, (layer, (keep, attention))): (usize, (usize, _))| {
             let attention: Attention = attention;
             let impossible = layer == 0 || (index > 0 && action == Action::Reroute);
@@ -414,8 +414,17 @@ pub fn schedule(
         let schedule = Schedule::new(action, monotonic, stages.collect());
         schedule
             .and_then(|schedule| schedule.with_memory(memory))
+            .and_then(|schedule| schedule.with_waiting(waiting(action, rides)))
             .unwrap()
     })
+}
+
+/// What becomes of deferred rows, where there are any.
+fn waiting(action: Action, rides: bool) -> Waiting {
+    match (action, rides) {
+        (Action::Reroute, true) => Waiting::RideAlong,
+        _ => Waiting::Untouched,
+    }
 }
 
 fn attention() -> impl Strategy<Value = Attention> {
@@ -425,7 +434,13 @@ fn attention() -> impl Strategy<Value = Attention> {
         1 => (1..5usize).prop_map(Query::LastMean),
         1 => Just(Query::Raters),
     ];
-    let heads = prop_oneof![Just(HeadReduce::Mean), Just(HeadReduce::Max)];
+    // Every decoder here has four of them.
+    let only = subsequence(vec![0, 1, 2, 3], 1..=4);
+    let heads = prop_oneof![
+        2 => Just(HeadReduce::Mean),
+        2 => Just(HeadReduce::Max),
+        1 => only.prop_map(|heads| HeadReduce::Only(Heads::new(heads).unwrap())),
+    ];
     let dtype = prop_oneof![Just(ScoreDtype::F32), Just(ScoreDtype::Model)];
     let keys = prop_oneof![Just(SoftmaxKeys::All), Just(SoftmaxKeys::Candidates)];
     (layer, query, heads, dtype, keys).prop_map(|(layer, query, heads, dtype, keys)| Attention {
@@ -469,7 +484,11 @@ pub fn unusual(action: impl Strategy<Value = Action> + Clone + 'static) -> Boxed
                 };
                 let (action, monotonic) = (case.schedule.action(), case.schedule.monotonic());
                 let stages = case.schedule.stages().iter().enumerate().map(score);
-                let schedule = Schedule::new(action, monotonic, stages.collect()).unwrap();
+                let (memory, waiting) = (case.schedule.memory(), case.schedule.waiting());
+                let schedule = Schedule::new(action, monotonic, stages.collect())
+                    .and_then(|schedule| schedule.with_memory(memory))
+                    .and_then(|schedule| schedule.with_waiting(waiting))
+                    .unwrap();
                 let schedule = match per_layer {
                     true => schedule.with_layout(HiddenLayout::PerLayer),
                     false => schedule,

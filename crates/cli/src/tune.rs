@@ -3,6 +3,8 @@
 use std::io::{IsTerminal, Write, stderr};
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure};
@@ -69,9 +71,13 @@ pub fn run(args: &TuneArgs, out: &mut dyn Write) -> anyhow::Result<()> {
         resume: args.resume,
     };
     let mut shown = Shown::new(&settings.course);
+    let is_told = stop_when_told();
     let result = tune(vlm, &run, &mut |event| {
         shown.show(&event);
-        ControlFlow::Continue(())
+        match is_told.load(Ordering::Relaxed) {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        }
     });
     shown.close();
     let vlm = result?.valid();
@@ -89,6 +95,23 @@ pub fn run(args: &TuneArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     }
     writeln!(out, "{}", to.display())?;
     Ok(())
+}
+
+/// Becomes true when somebody interrupts or ends the program; at the second time it ends at once.
+fn stop_when_told() -> Arc<AtomicBool> {
+    let is_told = Arc::new(AtomicBool::new(false));
+    let told = is_told.clone();
+    // Where signals cannot be caught, the last checkpoint is as good as after any other end.
+    let _ = ctrlc::set_handler(move || match told.swap(true, Ordering::Relaxed) {
+        true => std::process::exit(130),
+        false => {
+            let _ = writeln!(
+                stderr(),
+                "stopping behind this step, with a checkpoint; once more to stop at once"
+            );
+        }
+    });
+    is_told
 }
 
 /// Refuses flags that would mean nothing.

@@ -237,6 +237,67 @@ fn the_doctor_counts_the_program_itself() {
     );
 }
 
+/// An interrupt costs nothing: what was learnt until then is a checkpoint, and the run goes on from there.
+#[cfg(all(unix, feature = "flex"))]
+#[test]
+fn an_interrupted_run_leaves_a_checkpoint() {
+    use std::io::{BufRead, BufReader};
+    let folder = tempfile::tempdir().expect("a folder");
+    let scene = Path::new(env!("CARGO_MANIFEST_DIR")).join("../zoo/assets/scenes/063.png");
+    let image = scene.canonicalize().expect("the scene exists");
+    let line = serde_json::json!({"image": image, "expression": "it", "box": [20, 30, 50, 60]});
+    std::fs::write(folder.path().join("data.jsonl"), line.to_string()).expect("can be written");
+    let flags = [
+        "tune",
+        "--data",
+        "data.jsonl",
+        "--to",
+        "run",
+        "--batch",
+        "1",
+        "--accumulate",
+        "1",
+    ];
+    let mut program = Command::new(env!("CARGO_BIN_EXE_reroute"))
+        .args(flags)
+        .args(["--steps", "100000"])
+        .current_dir(folder.path())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the program starts");
+    let mut lines = BufReader::new(program.stderr.take().expect("a pipe")).lines();
+    let has_stepped = |line: std::io::Result<String>| line.expect("text").contains("tokens/s");
+    assert!(lines.any(has_stepped));
+    let interrupt = Command::new("kill")
+        .args(["-INT", &program.id().to_string()])
+        .status();
+    assert!(interrupt.expect("it is sent").success());
+    let said: Vec<String> = lines.map(|line| line.expect("text")).collect();
+    assert_eq!(program.wait().expect("it ends").code(), Some(2));
+    let last = said.last().expect("an error");
+    assert!(
+        last.contains("stopped after step") && last.contains("--resume"),
+        "{last}"
+    );
+    let is_checkpoint = |name: &str| name.starts_with("checkpoint-");
+    let entries = std::fs::read_dir(folder.path().join("run")).expect("a run");
+    let names: Vec<String> = { entries }
+        .map(|entry| {
+            entry
+                .expect("a name")
+                .file_name()
+                .to_string_lossy()
+                .into_owned()
+        })
+        .filter(|name| is_checkpoint(name))
+        .collect();
+    let [checkpoint] = &names[..] else {
+        panic!("one checkpoint, not {names:?}");
+    };
+    let step = checkpoint.trim_start_matches("checkpoint-");
+    assert!(last.contains(&format!("step {step}:")), "{last}");
+}
+
 /// The limits of the system, not ours, would end these: no memory, no stack.
 #[test]
 fn checkpoints_made_to_exhaust_memory_or_stack_exit_with_2() {

@@ -63,7 +63,7 @@ pub enum Event<'a> {
     Saved(&'a Path),
 }
 
-/// Whoever watches a run; breaking stops it.
+/// Whoever watches a run; breaking stops it behind the step that it is at, with a checkpoint.
 pub type Watch<'w> = dyn FnMut(Event<'_>) -> ControlFlow<()> + 'w;
 
 /// Trains a model. With a validation the result is what answered it best, else what the last step left.
@@ -99,7 +99,7 @@ pub fn tune<B: AutodiffBackend>(
         step: progress.step,
         trained: &trained,
     };
-    stop_if(watch(began), progress.step)?;
+    let is_stopping = watch(began).is_break();
     let is_frozen = trained
         .iter()
         .all(|(path, _)| path.starts_with("language_model."));
@@ -116,6 +116,7 @@ pub fn tune<B: AutodiffBackend>(
         room: (is_frozen && is_plain).then_some(settings.course.cache_bytes),
         validation: Vec::new(),
         saved: None,
+        is_stopping,
         watch,
     };
     running.go(vlm)
@@ -195,12 +196,23 @@ fn begin(run: &Run, base: Value) -> Result<File, TuneError> {
     };
     let found: Value = serde_json::from_slice(&found)
         .map_err(|error| other(format!("{RUN}, or it is damaged ({error})")))?;
-    let differs = described.as_object().into_iter().flatten();
-    let differs = differs.filter(|(name, value)| found.get(name) != Some(value));
-    match differs.map(|(name, _)| name.clone()).next() {
+    match difference(&found, &described) {
         Some(what) => Err(other(what)),
         None => Ok(file),
     }
+}
+
+/// What of a value is not as it was found, by name: `course.batch`.
+fn difference(found: &Value, value: &Value) -> Option<String> {
+    let differs = |(name, value): (&String, &Value)| {
+        let found = found.get(name).unwrap_or(&Value::Null);
+        match (found.is_object() && value.is_object(), found == value) {
+            (_, true) => None,
+            (true, false) => Some(format!("{name}.{}", difference(found, value)?)),
+            (false, false) => Some(name.clone()),
+        }
+    };
+    value.as_object()?.iter().find_map(differs)
 }
 
 /// All that decides what a run does.
@@ -246,13 +258,6 @@ fn described(run: &Run) -> Value {
     })
 }
 
-fn stop_if(flow: ControlFlow<()>, step: usize) -> Result<(), TuneError> {
-    match flow {
-        ControlFlow::Continue(()) => Ok(()),
-        ControlFlow::Break(()) => Err(TuneError::Stopped { step }),
-    }
-}
-
 struct Running<'a, 'w, 'f, B: AutodiffBackend> {
     run: &'a Run<'a>,
     plans: Vec<Plan>,
@@ -269,6 +274,8 @@ struct Running<'a, 'w, 'f, B: AutodiffBackend> {
     validation: Vec<&'a Example>,
     /// Steps that were done at the last checkpoint, and at the validation before it.
     saved: Option<(usize, usize)>,
+    /// Whoever watches has had enough.
+    is_stopping: bool,
     watch: &'w mut Watch<'f>,
 }
 
@@ -291,6 +298,7 @@ impl<'a, B: AutodiffBackend> Running<'a, '_, '_, B> {
         if is_due(course.validate_every, first) {
             self.validate(&vlm, &preparation)?;
         }
+        self.stop_if_told()?;
         vlm = std::thread::scope(|scope| {
             let portions = match self.has_had_its_chances() {
                 true => return Ok(vlm),
@@ -306,15 +314,20 @@ impl<'a, B: AutodiffBackend> Running<'a, '_, '_, B> {
                     }
                 };
                 for error in &portion.skipped {
-                    self.tell(Event::Skipped(error))?;
+                    self.tell(Event::Skipped(error));
                 }
                 vlm = self.step(vlm, portion)?;
                 let step = self.progress.step;
-                if is_due(course.save_every, step) {
+                if self.is_stopping || is_due(course.save_every, step) {
                     self.save(&vlm)?;
                 }
+                self.stop_if_told()?;
                 if is_due(course.validate_every, step) {
                     self.validate(&vlm, &preparation)?;
+                    if self.is_stopping {
+                        self.save(&vlm)?;
+                    }
+                    self.stop_if_told()?;
                     if self.has_had_its_chances() {
                         break;
                     }
@@ -326,6 +339,7 @@ impl<'a, B: AutodiffBackend> Running<'a, '_, '_, B> {
         self.save(&vlm)?;
         self.validate(&vlm, &preparation)?;
         self.save(&vlm)?;
+        self.stop_if_told()?;
         self.best(vlm)
     }
 
@@ -336,7 +350,7 @@ impl<'a, B: AutodiffBackend> Running<'a, '_, '_, B> {
             match preparation.lesson(example) {
                 Ok(_) => self.validation.push(example),
                 Err(error) if self.run.skips => {
-                    self.tell(Event::Skipped(&error))?;
+                    self.tell(Event::Skipped(&error));
                     last = Some(error.to_string());
                 }
                 Err(error) => return Err(error),
@@ -389,7 +403,7 @@ impl<'a, B: AutodiffBackend> Running<'a, '_, '_, B> {
         line.routing.clone_from(&routings[which]);
         self.progress.step = line.step;
         self.log.push(Line::Step(line.clone()))?;
-        self.tell(Event::Step(&line))?;
+        self.tell(Event::Step(&line));
         Ok(vlm)
     }
 
@@ -454,7 +468,8 @@ impl<'a, B: AutodiffBackend> Running<'a, '_, '_, B> {
                 progress.best_checksum = checksum;
             }
         }
-        self.tell(Event::Validated(&found))
+        self.tell(Event::Validated(&found));
+        Ok(())
     }
 
     fn measured(&self, vlm: &Vlm<B>, preparation: &Preparation) -> Result<Validation, TuneError> {
@@ -496,11 +511,21 @@ impl<'a, B: AutodiffBackend> Running<'a, '_, '_, B> {
         let path: PathBuf =
             state::save(folder, vlm.model(), &self.trainer.optimizer, &self.progress)?;
         let _ = self.log.plot(folder);
-        self.tell(Event::Saved(&path))
+        self.tell(Event::Saved(&path));
+        Ok(())
     }
 
-    fn tell(&mut self, event: Event) -> Result<(), TuneError> {
-        stop_if((self.watch)(event), self.progress.step)
+    fn tell(&mut self, event: Event) {
+        self.is_stopping |= (self.watch)(event).is_break();
+    }
+
+    fn stop_if_told(&self) -> Result<(), TuneError> {
+        match self.is_stopping {
+            false => Ok(()),
+            true => Err(TuneError::Stopped {
+                step: self.progress.step,
+            }),
+        }
     }
 }
 

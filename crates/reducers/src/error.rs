@@ -100,6 +100,18 @@ pub enum ReducerError {
         index: usize,
     },
 
+    /// A score asks a head that the layer does not have.
+    #[error(
+        "head {head} is beyond this model, whose {num_heads} query heads are counted from 0; \
+         leave it out of \"only\""
+    )]
+    Head {
+        /// The head.
+        head: usize,
+        /// Query heads of the layer.
+        num_heads: usize,
+    },
+
     /// The target of the budget solver is not a share.
     #[error(
         "the target {share} is not a share of the visual tokens; use a number above 0 and at most 1"

@@ -91,9 +91,9 @@ pub use keep::Keep;
 pub use kv::KvType;
 pub use plan::{EncoderPlan, Plan, Rest};
 pub use presets::{Method, Preset};
-pub use schedule::{Action, HiddenLayout, Positions, Schedule, ScoreMemory, Stage};
+pub use schedule::{Action, HiddenLayout, Positions, Schedule, ScoreMemory, Stage, Waiting};
 pub use score::{
-    Attention, DecisionRows, DecisionView, Duplication, Embedded, HeadReduce, Query, Random, Score,
-    ScoreDtype, ScoreLayer, Scorer, SoftmaxKeys, last_row_scores,
+    Attention, DecisionRows, DecisionView, Duplication, Embedded, HeadReduce, Heads, Query, Random,
+    Score, ScoreDtype, ScoreLayer, Scorer, SoftmaxKeys, last_row_scores,
 };
 pub use topk::top_k;

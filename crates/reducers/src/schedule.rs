@@ -89,6 +89,18 @@ impl ScoreMemory {
     }
 }
 
+/// What becomes of a deferred token's hidden state while it waits, under [`Action::Reroute`].
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Waiting {
+    /// It bypasses the layers of the stage unchanged, as published.
+    #[default]
+    Untouched,
+    /// It rides along: at the end of the stage it receives the mean of what the stage's layers have added to
+    /// the sample's active visual tokens (`docs/routing.md`, waiting).
+    RideAlong,
+}
+
 /// In which form hidden states pass from layer to layer under [`Action::Reroute`]. Results are the
 /// same to the last bit.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -158,6 +170,7 @@ pub struct Schedule {
     action: Action,
     monotonic: bool,
     memory: ScoreMemory,
+    waiting: Waiting,
     positions: Positions,
     layout: HiddenLayout,
     stages: Vec<Stage>,
@@ -215,6 +228,7 @@ impl Schedule {
             action,
             monotonic,
             memory: ScoreMemory::default(),
+            waiting: Waiting::default(),
             positions: Positions::default(),
             layout: HiddenLayout::default(),
             stages,
@@ -247,19 +261,39 @@ impl Schedule {
         Ok(Self { memory, ..self })
     }
 
+    /// The same schedule with something else that becomes of what waits.
+    ///
+    /// # Errors
+    /// [`ReducerError::Combination`] for [`Waiting::RideAlong`] with [`Action::Remove`], where nothing waits.
+    pub fn with_waiting(self, waiting: Waiting) -> Result<Self, ReducerError> {
+        if (self.action, waiting) == (Action::Remove, Waiting::RideAlong) {
+            return Err(ReducerError::Combination {
+                stage: 0,
+                reason: "what is removed does not wait, so nothing rides along; reroute, or leave \
+                         \"waiting\" out"
+                    .into(),
+            });
+        }
+        Ok(Self { waiting, ..self })
+    }
+
     /// The same schedule with another layout of hidden states.
     pub fn with_layout(self, layout: HiddenLayout) -> Self {
         Self { layout, ..self }
     }
 
     /// The same decisions with another action: *reroute* makes the recoverable twin of a removal,
-    /// of equal tokens per layer, operations and cache.
+    /// of equal tokens per layer, operations and cache. Nothing rides along under *remove*.
     ///
     /// # Errors
     /// As [`Schedule::new`] and [`Schedule::with_positions`].
     pub fn with_action(&self, action: Action) -> Result<Self, ReducerError> {
         Ok(Self::new(action, self.monotonic, self.stages.clone())?
             .with_memory(self.memory)?
+            .with_waiting(match action {
+                Action::Reroute => self.waiting,
+                Action::Remove => Waiting::Untouched,
+            })?
             .with_positions(self.positions)?
             .with_layout(self.layout))
     }
@@ -270,6 +304,7 @@ impl Schedule {
             action: Action::Remove,
             monotonic: false,
             memory: ScoreMemory::default(),
+            waiting: Waiting::default(),
             positions: Positions::default(),
             layout: HiddenLayout::default(),
             stages: Vec::new(),
@@ -299,6 +334,11 @@ impl Schedule {
     /// What a decision remembers of earlier ones.
     pub fn memory(&self) -> ScoreMemory {
         self.memory
+    }
+
+    /// What becomes of a deferred token's hidden state.
+    pub fn waiting(&self) -> Waiting {
+        self.waiting
     }
 
     /// The positions of the tokens that are kept.

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::{DecoderShape, ReducerError};
 
 pub use attention::{
-    Attention, HeadReduce, Query, ScoreDtype, ScoreLayer, SoftmaxKeys, last_row_scores,
+    Attention, HeadReduce, Heads, Query, ScoreDtype, ScoreLayer, SoftmaxKeys, last_row_scores,
 };
 pub use duplication::Duplication;
 pub use random::Random;

@@ -109,7 +109,7 @@ impl<'a, B: Backend> Prefilling<'a, B> {
         let (mask, kv) = (Some(&self.mask), self.decoder.kv_type());
         let output = layer.forward(input, queries, &runs, cache.layer(index, kv), mask)?;
         if observe {
-            self.observed.push(router.observe(output.clone()));
+            self.observed.push(router.observe(index, output.clone()));
         }
         self.hidden_states = router.leave(index, output);
         self.next += 1;

@@ -1,4 +1,5 @@
 mod decide;
+mod riding;
 
 use std::ops::Range;
 
@@ -11,12 +12,13 @@ use crate::block::Run;
 use crate::pool::{Past, Pool};
 use crate::prompt::ranges;
 use crate::{Decision, Decoder, HiddenStates, KvCache, Prompt, RerouteError, SampleLayout};
+use riding::Riding;
 
 /// Walks the rows of a prompt through the stages of a schedule.
 ///
 /// Between decisions only *active* rows exist for the layers. *Deferred* rows wait with the hidden
-/// state they had when they were last active (Reroute, arXiv 2606.12412) and stand again at the
-/// next decision; under [`Action::Remove`](reducers::Action::Remove) they are forgotten.
+/// state they had when they were last active (Reroute, arXiv 2606.12412), unless they
+/// [ride along](reducers::Waiting::RideAlong), and stand again at the next decision; under [`Action::Remove`](reducers::Action::Remove) they are forgotten.
 pub struct Router<'a, B: Backend> {
     decoder: &'a Decoder<B>,
     prompt: Prompt<B>,
@@ -36,6 +38,8 @@ pub struct Router<'a, B: Backend> {
     /// Packed rows that the layers work on, ascending.
     active: Vec<usize>,
     deferred: Option<Deferred<B>>,
+    /// Where the active rows began, if those that are deferred ride along.
+    riding: Option<Riding<B>>,
     /// Between two layers under [`HiddenLayout::PerLayer`]: active and deferred rows, all in place.
     scattered: Option<Vec<usize>>,
     /// Queries of the active rows in the layer before, if the next decision asks for them.
@@ -52,7 +56,7 @@ pub struct Router<'a, B: Backend> {
 /// Rows that bypass the current stage.
 #[derive(Debug)]
 struct Deferred<B: Backend> {
-    /// `[hidden_size, rows]`, untouched since the rows were last active.
+    /// `[hidden_size, rows]`, untouched since the rows were last active unless they ride along.
     hidden_states: Tensor<B, 2>,
     /// Packed rows, ascending.
     rows: Vec<usize>,
@@ -137,6 +141,7 @@ impl<'a, B: Backend> Router<'a, B> {
                 hidden_states: Tensor::cat(deferred, 1),
                 rows: deferred_rows,
             }),
+            riding: None,
             scattered: None,
             executed: None,
             keep_pool: false,
@@ -251,6 +256,9 @@ impl<'a, B: Backend> Router<'a, B> {
     /// - `hidden_states`: `[hidden_size, active rows]`
     /// - returns `[hidden_size, active rows]`, deferred ones among them under [`HiddenLayout::PerLayer`]
     pub(crate) fn leave(&mut self, index: usize, hidden_states: Tensor<B, 2>) -> Tensor<B, 2> {
+        if let Some(arrived) = self.arrived(index, &hidden_states) {
+            (self.deferred, self.riding) = (Some(arrived), None);
+        }
         let hidden_states = self.add_deepstack(index, hidden_states);
         match self.schedule.layout() {
             HiddenLayout::Stagewise => hidden_states,
@@ -347,10 +355,10 @@ impl<'a, B: Backend> Router<'a, B> {
         // Column 0 is what text rows receive.
         let nothing = features.clone().narrow(1, 0, 1).zeros_like();
         let features = Tensor::cat(vec![nothing, features.clone()], 1);
-        let add = |hidden_states: Tensor<B, 2>, rows: &[usize]| {
+        let of = |rows: &[usize]| {
             let column = |row: &usize| visual.binary_search(row).map_or(0, |at| at + 1);
             let columns: Vec<usize> = rows.iter().map(column).collect();
-            hidden_states + features.clone().select(1, indices(&columns, &device))
+            features.clone().select(1, indices(&columns, &device))
         };
         let decided = self
             .schedule
@@ -359,12 +367,14 @@ impl<'a, B: Backend> Router<'a, B> {
             .any(|stage| stage.layer <= index);
         self.deferred = self.deferred.take().map(|deferred| match decided {
             true => Deferred {
-                hidden_states: add(deferred.hidden_states, &deferred.rows),
+                hidden_states: deferred.hidden_states + of(&deferred.rows),
                 ..deferred
             },
             false => deferred,
         });
-        add(hidden_states, &self.active)
+        let features = of(&self.active);
+        self.discount(&features);
+        hidden_states + features
     }
 
     /// The rotary table of the active rows of each sample, numbered from 0.
@@ -399,14 +409,15 @@ impl<'a, B: Backend> Router<'a, B> {
         (all.select(1, indices(&order, &device)), pool)
     }
 
-    /// A layer's output as people inspect it.
+    /// The output of layer `index` as people inspect it.
     ///
     /// # Shapes
     /// - `hidden_states`: `[hidden_size, active rows]`
-    pub(crate) fn observe(&self, hidden_states: Tensor<B, 2>) -> HiddenStates<B> {
+    pub(crate) fn observe(&self, index: usize, hidden_states: Tensor<B, 2>) -> HiddenStates<B> {
         let per_layer = self.schedule.layout() == HiddenLayout::PerLayer;
-        let deferred = self.deferred.as_ref().filter(|_| per_layer);
-        let (values, rows) = self.merge(hidden_states, deferred);
+        let arrived = self.arrived(index, &hidden_states);
+        let deferred = arrived.as_ref().or(self.deferred.as_ref());
+        let (values, rows) = self.merge(hidden_states, deferred.filter(|_| per_layer));
         HiddenStates { rows, values }
     }
 

@@ -4,7 +4,7 @@ use serde::de::Error;
 use serde::{Deserialize, Serialize};
 use serde_json::Number;
 
-use super::{Action, HiddenLayout, Positions, Schedule, ScoreMemory, Stage};
+use super::{Action, HiddenLayout, Positions, Schedule, ScoreMemory, Stage, Waiting};
 use crate::keep::Rounding;
 use crate::plan::EncoderFile;
 use crate::{Keep, ReducerError, Score};
@@ -20,6 +20,8 @@ pub(crate) struct ScheduleFile {
     monotonic: bool,
     #[serde(default, skip_serializing_if = "is_default")]
     memory: ScoreMemory,
+    #[serde(default, skip_serializing_if = "is_default")]
+    waiting: Waiting,
     #[serde(default, skip_serializing_if = "is_default")]
     positions: Positions,
     #[serde(default, skip_serializing_if = "is_default")]
@@ -38,6 +40,8 @@ pub(crate) struct PlanFile {
     monotonic: bool,
     #[serde(default)]
     memory: ScoreMemory,
+    #[serde(default)]
+    waiting: Waiting,
     #[serde(default)]
     positions: Positions,
     #[serde(default)]
@@ -65,6 +69,7 @@ impl PlanFile {
             action: self.action.unwrap_or_default(),
             monotonic: self.monotonic,
             memory: self.memory,
+            waiting: self.waiting,
             positions: self.positions,
             layout: self.layout,
             stages,
@@ -107,6 +112,7 @@ impl TryFrom<ScheduleFile> for Schedule {
         let stages = stages.collect::<Result<_, _>>()?;
         Ok(Schedule::new(file.action, file.monotonic, stages)?
             .with_memory(file.memory)?
+            .with_waiting(file.waiting)?
             .with_positions(file.positions)?
             .with_layout(file.layout))
     }
@@ -158,6 +164,7 @@ impl From<Schedule> for ScheduleFile {
             action: schedule.action,
             monotonic: schedule.monotonic,
             memory: schedule.memory,
+            waiting: schedule.waiting,
             positions: schedule.positions,
             layout: schedule.layout,
             stages: stages.collect(),
@@ -167,7 +174,7 @@ impl From<Schedule> for ScheduleFile {
 
 #[cfg(test)]
 mod tests {
-    use super::Schedule;
+    use super::{Action, Schedule, Waiting};
     use crate::ReducerError;
 
     #[test]
@@ -231,6 +238,8 @@ mod tests {
             r#""stages":[{"layer":2,"keep_ratio":0.5,"rounding":"half-even","#,
             r#""score":{"attention":{"layer":"previous","query":{"last-mean":3},"heads":"max","#,
             r#""dtype":"model","rope":false,"keys":"candidates"}},"stride":3},"#,
+            r#"{"layer":3,"keep_count":9,"score":{"attention":{"layer":"this","query":"last","#,
+            r#""heads":{"only":[0,5,127]},"dtype":"f32","rope":true,"keys":"all"}}},"#,
             r#"{"layer":4,"keep_count":9,"score":{"duplication":{"layer":"this","#,
             r#""visual_pivots":2,"text_pivots":1}}},"#,
             r#"{"layer":5,"keep_count":8,"score":{"random":{"seed":7}}},"#,
@@ -238,6 +247,14 @@ mod tests {
         );
         let schedule = Schedule::from_json(text).unwrap();
         assert_eq!(serde_json::to_string(&schedule).unwrap(), text);
+        let text = concat!(
+            r#"{"action":"reroute","monotonic":false,"waiting":"ride-along","#,
+            r#""stages":[{"layer":2,"keep_ratio":0.5}]}"#
+        );
+        let schedule = Schedule::from_json(text).unwrap();
+        assert_eq!(serde_json::to_string(&schedule).unwrap(), text);
+        let removing = schedule.with_action(Action::Remove).unwrap();
+        assert_eq!(removing.waiting(), Waiting::Untouched);
     }
 
     #[test]
@@ -287,6 +304,20 @@ mod tests {
                 "needs its place",
             ),
             (
+                "remove",
+                r#""waiting": "ride-along","#,
+                [1, 2],
+                attention(""),
+                "nothing rides along",
+            ),
+            (
+                "reroute",
+                "",
+                [1, 2],
+                attention(r#""heads": {"only": []}"#),
+                "stage 0: without a head",
+            ),
+            (
                 "reroute",
                 r#""memory": {"decay": 1.0},"#,
                 [1, 2],
@@ -314,6 +345,7 @@ mod tests {
             r#"{"action": "remove", "stages": [], "note": "typo"}"#,
             r#"{"action": "remove", "stages": [{"layer": 2, "keep_ratio": 1e999}]}"#,
             r#"{"action": "remove", "stages": [{"layer": 2, "keep_ratio": NaN}]}"#,
+            r#"{"stages": [{"layer": 2, "keep_count": 1, "score": {"attention": {"heads": {"only": [128]}}}}]}"#,
         ] {
             let error = Schedule::from_json(text).unwrap_err();
             assert!(

@@ -80,6 +80,45 @@ pub enum HeadReduce {
     Mean,
     /// The highest of them (Nüwa on Qwen2.5-VL).
     Max,
+    /// The mean of these alone, such as those that were seen to look at what is asked for.
+    Only(Heads),
+}
+
+/// Some of the query heads of a layer, counted from 0: at most [`Heads::MAX`]. Written as a list.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "Vec<usize>", into = "Vec<usize>")]
+pub struct Heads(u128);
+
+impl Heads {
+    /// One more than the highest head that can be named.
+    pub const MAX: usize = u128::BITS as usize;
+
+    /// These heads; one that is named twice counts once. `None` if one of them is not below
+    /// [`Heads::MAX`].
+    pub fn new(heads: impl IntoIterator<Item = usize>) -> Option<Self> {
+        let add = |all: u128, head: usize| (head < Self::MAX).then(|| all | 1 << head);
+        heads.into_iter().try_fold(0, add).map(Self)
+    }
+
+    /// The heads, ascending.
+    pub fn iter(self) -> impl Iterator<Item = usize> {
+        (0..Self::MAX).filter(move |head| self.0 >> head & 1 == 1)
+    }
+}
+
+impl TryFrom<Vec<usize>> for Heads {
+    type Error = String;
+
+    fn try_from(heads: Vec<usize>) -> Result<Self, String> {
+        let most = Self::MAX - 1;
+        Self::new(heads).ok_or_else(|| format!("heads are counted from 0 to {most}"))
+    }
+}
+
+impl From<Heads> for Vec<usize> {
+    fn from(heads: Heads) -> Self {
+        heads.iter().collect()
+    }
 }
 
 /// The type in which probabilities are reduced and ranked.
@@ -103,8 +142,13 @@ impl Rule for Attention {
     }
 
     fn check(&self) -> Result<(), &'static str> {
-        match self.query {
-            Query::LastMean(0) => Err("the mean of the last 0 rows is nothing; use at least 1"),
+        match (self.query, self.heads) {
+            (Query::LastMean(0), _) => {
+                Err("the mean of the last 0 rows is nothing; use at least 1")
+            }
+            (_, HeadReduce::Only(heads)) if heads.iter().next().is_none() => {
+                Err("without a head there is no score; name at least one, or use \"mean\"")
+            }
             _ => Ok(()),
         }
     }
@@ -166,6 +210,7 @@ impl<B: Backend> Scorer<B> for Attention {
             return Ok(Tensor::zeros([rows], (&keys.device(), DType::F32)));
         }
         let queries = view.queries(self.layer, &asking, self.rope)?;
+        self.check_heads(queries.dims()[0])?;
         let mask = hidden_keys(&asking, earlier, rows, candidates, &keys);
         let scores = self.reduce(queries.swap_dims(1, 2), keys, mask, count);
         Ok(scores.narrow(0, earlier, rows))
@@ -215,8 +260,23 @@ impl Attention {
         let scores = match self.heads {
             HeadReduce::Mean => scores.mean_dim(0),
             HeadReduce::Max => scores.max_dim(0),
+            HeadReduce::Only(heads) => {
+                let heads = indices(heads.iter(), &scores.device());
+                scores.select(0, heads).mean_dim(0)
+            }
         };
         self.round(scores.reshape([rows]), model)
+    }
+
+    /// Whether a layer of so many query heads has those that are named.
+    fn check_heads(&self, num_heads: usize) -> Result<(), ReducerError> {
+        let HeadReduce::Only(heads) = self.heads else {
+            return Ok(());
+        };
+        match heads.iter().find(|&head| head >= num_heads) {
+            Some(head) => Err(ReducerError::Head { head, num_heads }),
+            None => Ok(()),
+        }
     }
 
     /// Rounds to the model's type if that is the type to rank in.

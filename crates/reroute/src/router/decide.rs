@@ -106,7 +106,7 @@ impl<'a, B: Backend> Router<'a, B> {
         rejected: Vec<usize>,
         decisions: Vec<Decision>,
     ) -> Routed<B> {
-        self.deferred = None;
+        (self.deferred, self.riding) = (None, None);
         if rejected.is_empty() {
             self.active = input.rows;
             self.active_rope = input.rope;
@@ -130,6 +130,8 @@ impl<'a, B: Backend> Router<'a, B> {
         }
         self.active = of(&kept);
         let kept = indices(&kept, &device);
+        let hidden_states = input.hidden_states.select(1, kept.clone());
+        self.mount(&hidden_states);
         let keys = match self.schedule.positions() {
             Positions::Gap => {
                 self.active_rope = input.rope.select(kept.clone());
@@ -142,7 +144,7 @@ impl<'a, B: Backend> Router<'a, B> {
             }
         };
         Routed {
-            hidden_states: input.hidden_states.select(1, kept.clone()),
+            hidden_states,
             normed: input.normed.select(1, kept),
             keys,
             decisions,

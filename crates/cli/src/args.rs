@@ -1,5 +1,6 @@
 //! The whole command-line grammar.
 
+mod serve;
 mod tune;
 mod types;
 
@@ -11,6 +12,7 @@ use reroute_zoo::{Folder, ImageOptions, OpenOptions};
 
 use crate::backend::version;
 use crate::{hub, open};
+pub use serve::{LimitArgs, ServeArgs};
 pub use tune::{Decay, OnBad, TuneArgs};
 pub use types::{CodedMaps, Kv, WeightType};
 
@@ -45,6 +47,8 @@ pub enum Command {
     Convert(ConvertArgs),
     /// Train a model on examples: an adapter, the projector, or everything.
     Tune(Box<TuneArgs>),
+    /// Answer over HTTP, as OpenAI's chat completions, many requests side by side.
+    Serve(Box<ServeArgs>),
     /// Say what keeps a checkpoint from running here, and how much memory it needs.
     Doctor(DoctorArgs),
     /// Print what completes commands and flags in a shell.
@@ -54,7 +58,7 @@ pub enum Command {
 }
 
 /// Which model, and how it is loaded.
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Clone, clap::Args)]
 pub struct ModelArgs {
     /// Checkpoint folder in Hugging Face layout, or OWNER/NAME of one that the Hugging Face cache has; or a
     /// language model in GGUF, or a folder that has it and its tower. Without it: a tiny built-in model that

@@ -141,7 +141,7 @@ fn print_table(out: &mut dyn Write, vlm: &Vlm<Backend>, rows: &[Row]) -> anyhow:
         "routing", "enter and selected"
     )?;
     for (index, row) in rows.iter().enumerate() {
-        let (cost, dense) = output::costs(vlm, &row.plan, &row.answer);
+        let (cost, dense) = vlm.costs(&row.plan.schedule, &row.answer);
         let kv = row.answer.kv_bytes.iter().sum::<u64>() as f64 / 1024.0;
         let decisions = row.answer.trace.decisions.iter();
         let mut counts = vec![row.answer.visual_tokens.to_string()];
@@ -203,14 +203,14 @@ fn picture(
     let mut grid = Vec::new();
     for row in rows {
         let mut cells = vec![answered(visual, &seen, row)?];
-        let mut states = Vec::new();
+        let (mut states, action) = (Vec::new(), row.plan.schedule.action());
         if row.plan.encoder.is_some() {
             let all: Vec<usize> = (0..row.answer.visual_tokens).collect();
-            states.push(draw::states(&row.answer, &all, &[]));
+            states.push(row.answer.states(&all, &[], action));
         }
         for decision in &row.answer.trace.decisions {
             let (selected, returned) = (&decision.selected, &decision.returned);
-            states.push(draw::states(&row.answer, selected, returned));
+            states.push(row.answer.states(selected, returned, action));
         }
         for states in &states {
             cells.push(draw::tokens(&seen, &states[..tokens], columns)?);

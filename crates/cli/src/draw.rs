@@ -9,7 +9,7 @@ use noto_sans_mono_bitmap::{
     FontWeight, RasterHeight, RasterizedChar, get_raster, get_raster_width,
 };
 use reroute_zoo::grounding::Place;
-use reroute_zoo::{Answer, View};
+use reroute_zoo::TokenState;
 use vision_encoder::{Canvas, RgbImage, Window, resize_bicubic};
 
 /// Colour of a found box.
@@ -22,41 +22,6 @@ const RETURNED: [u8; 3] = [52, 199, 89];
 pub(crate) const NO_GRID: &str = "the visual tokens of this model are not the patches of the picture \
     (vision_feature_select_strategy of config.json), so that there is nothing to draw on it; \
     `trace` tells what was selected";
-
-/// What a stage does with a visual token.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum TokenState {
-    /// The layers of the stage work on it.
-    Active,
-    /// Active, after the stage before had deferred it.
-    Returned,
-    /// It bypasses the stage, or is gone.
-    Deferred,
-}
-
-/// The state of every visual token of the views, when these of the prompt are selected and those of
-/// them have returned.
-pub(crate) fn states(answer: &Answer, selected: &[usize], returned: &[usize]) -> Vec<TokenState> {
-    let counts = answer.views.iter().map(View::token_count);
-    let mut starts = vec![0];
-    starts.extend(counts.scan(0, |end, count| {
-        *end += count;
-        Some(*end)
-    }));
-    let mut states = vec![TokenState::Deferred; starts.pop().unwrap_or(0)];
-    let marks = [
-        (selected, TokenState::Active),
-        (returned, TokenState::Returned),
-    ];
-    for (tokens, state) in marks {
-        for &token in tokens {
-            if let (view, Some(cell)) = answer.cells[token] {
-                states[starts[view] + cell] = state;
-            }
-        }
-    }
-    states
-}
 
 /// Forms in which pictures are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -206,8 +171,10 @@ pub(crate) fn tokens(
         ];
         match state {
             TokenState::Active => {}
-            TokenState::Deferred => fill(&mut picture, area, darken),
             TokenState::Returned => rectangle(&mut picture, &area, RETURNED),
+            TokenState::Deferred | TokenState::Removed | TokenState::Absent => {
+                fill(&mut picture, area, darken);
+            }
         }
     }
     Ok(picture)

@@ -123,14 +123,14 @@ fn pictures(
             frames.push((picture, rows * columns, columns, which));
         }
     }
-    let mut stages = Vec::new();
+    let (mut stages, action) = (Vec::new(), plan.schedule.action());
     if answer.cells.len() < answer.views.iter().map(View::token_count).sum() {
         let all: Vec<usize> = (0..answer.visual_tokens).collect();
-        stages.push(("encoder".to_string(), draw::states(answer, &all, &[])));
+        stages.push(("encoder".to_string(), answer.states(&all, &[], action)));
     }
     for (stage, decision) in answer.trace.decisions.iter().enumerate() {
         let name = format!("stage-{}-layer-{}", stage + 1, decision.layer);
-        let states = draw::states(answer, &decision.selected, &decision.returned);
+        let states = answer.states(&decision.selected, &decision.returned, action);
         stages.push((name, states));
     }
     for (stage, states) in stages {
@@ -247,7 +247,7 @@ impl Layer {
 
 fn layers(vlm: &Vlm<Backend>, plan: &Plan, answer: &Answer) -> Vec<Layer> {
     let shape = vlm.config().decoder().shape();
-    let (cost, _) = output::costs(vlm, plan, answer);
+    let (cost, _) = vlm.costs(&plan.schedule, answer);
     let layer = |index: usize| {
         let rows = answer.trace.rows[index][0];
         Layer {

@@ -14,10 +14,10 @@ pub mod ground;
 pub mod heap;
 mod hub;
 mod known;
-mod natural;
 mod open;
 mod output;
 pub mod presets;
+pub mod serve;
 mod shell;
 mod source;
 pub mod trace;
@@ -39,6 +39,7 @@ pub fn run(command: &Command, out: &mut dyn Write) -> anyhow::Result<()> {
         Command::Presets(args) => presets::run(args, out),
         Command::Convert(args) => convert::run(args, out),
         Command::Tune(args) => tune::run(args, out),
+        Command::Serve(args) => serve::run(args, out),
         Command::Doctor(args) => doctor::run(args, out),
         Command::Completions(args) => shell::completions(args, out),
         Command::Man => shell::manual(out),

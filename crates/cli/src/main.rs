@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use mimalloc::MiMalloc;
-use reroute_cli::args::Args;
+use reroute_cli::args::{Args, Command};
 use reroute_cli::heap;
 
 #[global_allocator]
@@ -17,12 +17,17 @@ const BAD_INPUT: u8 = 2;
 fn main() -> ExitCode {
     heap::keep_freed_memory();
     let args = Args::parse();
-    // From one of the pool's own threads a CPU operation starts several times faster than from outside.
-    let result = rayon::scope(|_| {
+    let run = || {
         let mut out = io::stdout().lock();
         reroute_cli::run(&args.command, &mut out)?;
         anyhow::Ok(out.flush()?)
-    });
+    };
+    let result = match args.command {
+        // It waits, and would take one of the pool's threads to do so.
+        Command::Serve(_) => run(),
+        // From one of the pool's own threads a CPU operation starts several times faster than from outside.
+        _ => rayon::scope(|_| run()),
+    };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         // A reader that has seen enough (`| head`) is no failure.

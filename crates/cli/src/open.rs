@@ -10,13 +10,13 @@ use burn::tensor::backend::Backend as AnyBackend;
 use reducers::{Plan, presets};
 use reroute::{GenerationOptions, SamplingOptions};
 use reroute_zoo::embedded;
-use reroute_zoo::{Folder, ModelConfig, Video, Visual, Vlm};
+use reroute_zoo::{Folder, ModelConfig, Video, Visual, Vlm, natural};
 use vision_encoder::{DecodeLimits, RgbImage, decode};
 
 use crate::args::{GenerationArgs, ModelArgs, VisualArgs};
 use crate::backend::{self, Backend, Device};
 use crate::source::{is_stdin, read, shown};
-use crate::{hub, natural};
+use crate::hub;
 
 /// Largest image and schedule files that are read.
 const MAX_IMAGE_BYTES: u64 = 256 << 20;

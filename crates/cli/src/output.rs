@@ -5,7 +5,7 @@ use std::io::{Write, stderr};
 use std::path::Path;
 
 use anyhow::Context;
-use reducers::{Cost, Plan, Schedule};
+use reducers::Plan;
 use reroute::{Drift, FinishReason, KvError};
 use reroute_zoo::{Answer, View, Vlm};
 use serde_json::{Value, json};
@@ -55,22 +55,9 @@ pub(crate) fn print_json(out: &mut dyn Write, value: &Value) -> anyhow::Result<(
     Ok(writeln!(out, "{}", serde_json::to_string_pretty(value)?)?)
 }
 
-/// Predicted cost of a plan for an answered prompt, and of the dense model.
-pub(crate) fn costs(vlm: &Vlm<Backend>, plan: &Plan, answer: &Answer) -> (Cost, Cost) {
-    let shape = vlm.config().decoder().shape();
-    let text = answer.prompt_rows - answer.visual_tokens;
-    let kv = vlm.kv_type();
-    let cost = |schedule, visual| Cost::of(&shape, schedule, visual, text, kv);
-    let seen = answer.views.iter().map(View::token_count).sum();
-    (
-        cost(&plan.schedule, answer.visual_tokens),
-        cost(&Schedule::dense(), seen),
-    )
-}
-
 /// One line about what routing and generation did.
 pub(crate) fn summary(vlm: &Vlm<Backend>, plan: &Plan, answer: &Answer) -> String {
-    let (cost, dense) = costs(vlm, plan, answer);
+    let (cost, dense) = vlm.costs(&plan.schedule, answer);
     let milliseconds = |time: std::time::Duration| time.as_secs_f64() * 1e3;
     format!(
         "{} text + {} visual tokens, {:.1} visual on average per layer; decoder prefill {:.0} % of \
@@ -152,7 +139,7 @@ pub(crate) fn drift_json(drift: &Drift) -> Value {
 pub(crate) fn turn_summary(vlm: &Vlm<Backend>, plan: &Plan, answer: &Answer) -> String {
     let computed: Vec<usize> = answer.trace.rows.iter().map(|rows| rows[0]).collect();
     let (least, most) = (computed.iter().min(), computed.iter().max());
-    let (fresh, _) = costs(vlm, plan, answer);
+    let (fresh, _) = vlm.costs(&plan.schedule, answer);
     format!(
         "layers computed {} to {} of {} rows, {:.0} % of the FLOPs of reading all again; {}",
         least.unwrap_or(&0),
@@ -200,7 +187,7 @@ pub(crate) fn print_notices(answer: &Answer) {
 
 /// What every answering command reports as JSON.
 pub(crate) fn answer_json(vlm: &Vlm<Backend>, plan: &Plan, answer: &Answer) -> Value {
-    let (cost, dense) = costs(vlm, plan, answer);
+    let (cost, dense) = vlm.costs(&plan.schedule, answer);
     let rows: Vec<usize> = answer.trace.rows.iter().map(|rows| rows[0]).collect();
     let decisions = answer.trace.decisions.iter().map(|decision| {
         json!({

@@ -84,7 +84,7 @@ pub use event::{Event, RequestId};
 pub use memory::MemoryLimit;
 pub use past::Past;
 pub use request::{Part, Request, Turn};
-pub use service::{Answers, Service};
+pub use service::{Answers, Asking, Service};
 
 /// How a session runs.
 #[derive(Debug, Clone)]

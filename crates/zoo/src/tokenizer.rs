@@ -114,7 +114,7 @@ impl Tokenizer {
     }
 
     /// The text of token ids, special tokens written out.
-    pub(crate) fn decode_all(&self, ids: &[u32]) -> Result<String, ZooError> {
+    pub fn decode_all(&self, ids: &[u32]) -> Result<String, ZooError> {
         guarded("it cannot decode the answer", || {
             self.inner.decode(ids, false)
         })

@@ -194,6 +194,30 @@ impl<B: Backend> Vlm<B> {
         }
     }
 
+    /// The same beside another model, such as its own with an adapter; what both have in common is shared.
+    ///
+    /// ```
+    /// # use reroute_zoo::{Folder, Vlm, ZooError};
+    /// # fn adapted<B: burn::tensor::backend::Backend>(vlm: &Vlm<B>) -> Result<Vlm<B>, ZooError> {
+    /// let adapter = Folder::open("my-adapter")?;
+    /// Ok(vlm.with_model(vlm.model().load_adapter(&adapter)?))
+    /// # }
+    /// ```
+    pub fn with_model(&self, model: Model<B>) -> Self {
+        Self {
+            dtype: model.decoder().dtype(),
+            model,
+            config: self.config.clone(),
+            tokenizer: self.tokenizer.clone(),
+            template: self.template.clone(),
+            preprocessor: self.preprocessor.clone(),
+            grounding: self.grounding.clone(),
+            generation: self.generation.clone(),
+            device: self.device.clone(),
+            identity: identity(),
+        }
+    }
+
     /// The same without gradients, for answers and for measuring; the weights are shared.
     pub fn valid(&self) -> Vlm<B::InnerBackend>
     where

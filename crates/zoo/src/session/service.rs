@@ -2,7 +2,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::ops::Deref;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
@@ -36,6 +36,8 @@ struct Load {
     /// What [`Session::load`] said last.
     waiting: AtomicUsize,
     running: AtomicUsize,
+    /// What [`Session::bytes`] said last.
+    bytes: AtomicU64,
 }
 
 impl Load {
@@ -60,13 +62,28 @@ impl Drop for Place {
     }
 }
 
+/// Who is told of events, in the thread of the session.
+type OnEvent<B> = Box<dyn FnMut(Event<B>) + Send>;
+
 /// A request on its way to the session, and back.
 struct Asked<B: Backend> {
     ready: Ready<'static, B>,
     answers: usize,
     place: Place,
-    events: Sender<Event<B>>,
+    on_event: OnEvent<B>,
     gone: Arc<AtomicBool>,
+}
+
+/// A request that somebody waits for; see [`Service::ask_with`]. Dropped, it cancels the request.
+#[derive(Debug)]
+pub struct Asking {
+    gone: Arc<AtomicBool>,
+}
+
+impl Drop for Asking {
+    fn drop(&mut self) {
+        self.gone.store(true, Ordering::Relaxed);
+    }
 }
 
 /// What becomes of a request, as it comes: an iterator that ends with the request. Every answer ends with
@@ -74,7 +91,7 @@ struct Asked<B: Backend> {
 /// before, it cancels the request.
 pub struct Answers<B: Backend> {
     events: Receiver<Event<B>>,
-    gone: Arc<AtomicBool>,
+    _asking: Asking,
     /// Answers that are still to end.
     left: usize,
 }
@@ -121,6 +138,27 @@ impl<B: Backend> Service<B> {
     /// event.
     pub fn ask(&self, request: Request<'static, B>) -> Answers<B> {
         let (events, received) = channel();
+        let answers = request.answers;
+        let tell = move |event| {
+            // Whoever has gone is noticed by the session.
+            let _ = events.send(event);
+        };
+        Answers {
+            _asking: self.ask_with(request, tell),
+            events: received,
+            left: answers.max(1),
+        }
+    }
+
+    /// The same where nobody waits in a thread: `on_event` is called for each event, in the thread of the session,
+    /// whose steps wait for it; for that of a request that is refused before this returns. It is dropped when the
+    /// request ends, also where a service ends before, and then was not called for the end of every answer.
+    pub fn ask_with(
+        &self,
+        request: Request<'static, B>,
+        on_event: impl FnMut(Event<B>) + Send + 'static,
+    ) -> Asking {
+        let mut on_event: OnEvent<B> = Box::new(on_event);
         let gone = Arc::new(AtomicBool::new(false));
         let answers = request.answers;
         let place = Place::of(&self.load);
@@ -132,19 +170,15 @@ impl<B: Backend> Service<B> {
                 ready,
                 answers,
                 place,
-                events,
+                on_event,
                 gone: gone.clone(),
             }),
             Err(error) => {
                 let id = RequestId::none();
-                let _ = events.send(Event::Failed { id, error });
+                on_event(Event::Failed { id, error });
             }
         }
-        Answers {
-            events: received,
-            gone,
-            left: answers.max(1),
-        }
+        Asking { gone }
     }
 
     /// Requests that wait, and answers that are being generated, as of the last step.
@@ -152,6 +186,11 @@ impl<B: Backend> Service<B> {
         let load = &self.load;
         let waiting = Load::of(&load.asked) + Load::of(&load.waiting);
         (waiting, Load::of(&load.running))
+    }
+
+    /// Bytes of keys and values of running answers, and of caches, as of the last step.
+    pub fn bytes(&self) -> u64 {
+        self.load.bytes.load(Ordering::Relaxed)
     }
 
     fn send(&self, asked: Asked<B>) {
@@ -198,15 +237,9 @@ impl<B: Backend> Iterator for Answers<B> {
     }
 }
 
-impl<B: Backend> Drop for Answers<B> {
-    fn drop(&mut self) {
-        self.gone.store(true, Ordering::Relaxed);
-    }
-}
-
 /// Those who wait for events of a request.
 struct Listener<B: Backend> {
-    events: Sender<Event<B>>,
+    on_event: OnEvent<B>,
     gone: Arc<AtomicBool>,
     /// Answers that are still to end.
     answers: usize,
@@ -225,6 +258,7 @@ fn serve<B: Backend>(
         load.queued.store(session.waiting.len(), Ordering::Relaxed);
         load.waiting.store(waiting, Ordering::Relaxed);
         load.running.store(running, Ordering::Relaxed);
+        load.bytes.store(session.bytes(), Ordering::Relaxed);
         loop {
             let asked = match session.is_idle() {
                 true => inbox.recv().map_err(|_| TryRecvError::Disconnected),
@@ -237,7 +271,7 @@ fn serve<B: Backend>(
                         load.queued.fetch_add(1, Ordering::Relaxed);
                         load.waiting.fetch_add(1, Ordering::Relaxed);
                         let listener = Listener {
-                            events: asked.events,
+                            on_event: asked.on_event,
                             gone: asked.gone,
                             answers: asked.answers,
                         };
@@ -267,8 +301,7 @@ fn serve<B: Backend>(
                 Event::Token { .. } => {}
             }
             let ended = listener.answers == 0;
-            // Whoever has gone is noticed above.
-            let _ = listener.events.send(event);
+            (listener.on_event)(event);
             if ended {
                 listeners.remove(&id);
             }

@@ -4,14 +4,15 @@ use std::path::{Path, PathBuf};
 
 /// A piece of a name. Digits are compared as the number that they write, however long it is.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Part {
+pub enum Part {
     /// Its length without leading zeros, and its digits.
     Number(usize, String),
+    /// What is between digits.
     Text(String),
 }
 
 /// What to sort a path by: the parts of its name, then the path itself.
-pub(crate) fn key(path: &Path) -> (Vec<Part>, PathBuf) {
+pub fn key(path: &Path) -> (Vec<Part>, PathBuf) {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let chars: Vec<char> = name.chars().collect();
     let runs = chars.chunk_by(|a, b| a.is_ascii_digit() == b.is_ascii_digit());

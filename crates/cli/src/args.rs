@@ -1,5 +1,6 @@
 //! The whole command-line grammar.
 
+mod eval;
 mod tune;
 mod types;
 
@@ -11,6 +12,7 @@ use reroute_zoo::{Folder, ImageOptions, OpenOptions};
 
 use crate::backend::version;
 use crate::{hub, open};
+pub use eval::{BootstrapArgs, EvalArgs, EvalCommand, OnErrorArg, PromptArg, UnitsArg};
 pub use tune::{Decay, OnBad, TuneArgs};
 pub use types::{CodedMaps, Kv, WeightType};
 
@@ -45,6 +47,8 @@ pub enum Command {
     Convert(ConvertArgs),
     /// Train a model on examples: an adapter, the projector, or everything.
     Tune(Box<TuneArgs>),
+    /// Measure routings on RefCOCO, POPE, GQA, TextVQA or data of one's own.
+    Eval(Box<EvalArgs>),
     /// Say what keeps a checkpoint from running here, and how much memory it needs.
     Doctor(DoctorArgs),
     /// Print what completes commands and flags in a shell.

@@ -9,6 +9,7 @@ pub mod compare;
 pub mod convert;
 pub mod doctor;
 mod draw;
+pub mod eval;
 pub mod explain;
 pub mod ground;
 pub mod heap;
@@ -18,6 +19,7 @@ mod natural;
 mod open;
 mod output;
 pub mod presets;
+mod progress;
 mod shell;
 mod source;
 pub mod trace;
@@ -39,6 +41,7 @@ pub fn run(command: &Command, out: &mut dyn Write) -> anyhow::Result<()> {
         Command::Presets(args) => presets::run(args, out),
         Command::Convert(args) => convert::run(args, out),
         Command::Tune(args) => tune::run(args, out),
+        Command::Eval(args) => eval::run(args, out),
         Command::Doctor(args) => doctor::run(args, out),
         Command::Completions(args) => shell::completions(args, out),
         Command::Man => shell::manual(out),

@@ -16,6 +16,7 @@ mod convert;
 mod corpus;
 mod doctor;
 mod early;
+mod eval_program;
 mod gguf;
 mod gguf_models;
 mod golden;

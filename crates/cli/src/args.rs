@@ -1,5 +1,6 @@
 //! The whole command-line grammar.
 
+mod eval;
 mod serve;
 mod tune;
 mod types;
@@ -12,6 +13,7 @@ use reroute_zoo::{Folder, ImageOptions, OpenOptions};
 
 use crate::backend::version;
 use crate::{hub, open};
+pub use eval::{BootstrapArgs, EvalArgs, EvalCommand, OnErrorArg, PromptArg, UnitsArg};
 pub use serve::{LimitArgs, ServeArgs};
 pub use tune::{Decay, OnBad, TuneArgs};
 pub use types::{CodedMaps, Kv, WeightType};
@@ -49,6 +51,8 @@ pub enum Command {
     Tune(Box<TuneArgs>),
     /// Answer over HTTP, as OpenAI's chat completions, many requests side by side.
     Serve(Box<ServeArgs>),
+    /// Measure routings on RefCOCO, POPE, GQA, TextVQA or data of one's own.
+    Eval(Box<EvalArgs>),
     /// Say what keeps a checkpoint from running here, and how much memory it needs.
     Doctor(DoctorArgs),
     /// Print what completes commands and flags in a shell.

@@ -49,7 +49,7 @@ fn found(path: &Path) -> anyhow::Result<PathBuf> {
 }
 
 /// The cache, where `huggingface_hub` has it.
-fn cache() -> PathBuf {
+pub(crate) fn cache() -> PathBuf {
     let set = |name| env::var_os(name).filter(|value| !value.is_empty());
     let home = || env::home_dir().unwrap_or_default();
     let user = || set("XDG_CACHE_HOME").map_or_else(|| home().join(".cache"), PathBuf::from);

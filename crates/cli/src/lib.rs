@@ -9,6 +9,7 @@ pub mod compare;
 pub mod convert;
 pub mod doctor;
 mod draw;
+pub mod eval;
 pub mod explain;
 pub mod ground;
 pub mod heap;
@@ -17,6 +18,7 @@ mod known;
 mod open;
 mod output;
 pub mod presets;
+mod progress;
 pub mod serve;
 mod shell;
 mod source;
@@ -40,6 +42,7 @@ pub fn run(command: &Command, out: &mut dyn Write) -> anyhow::Result<()> {
         Command::Convert(args) => convert::run(args, out),
         Command::Tune(args) => tune::run(args, out),
         Command::Serve(args) => serve::run(args, out),
+        Command::Eval(args) => eval::run(args, out),
         Command::Doctor(args) => doctor::run(args, out),
         Command::Completions(args) => shell::completions(args, out),
         Command::Man => shell::manual(out),

@@ -71,7 +71,10 @@ pub fn run(args: &ServeArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     });
     let mut models = vec![(name(args), vlm.clone())];
     for (name, folder) in adapters {
-        models.push((name, Arc::new(adapted(&vlm, &folder, args.model.merge_adapter)?)));
+        models.push((
+            name,
+            Arc::new(adapted(&vlm, &folder, args.model.merge_adapter)?),
+        ));
     }
     let server = Server::new(models, settings)?;
     runtime.block_on(async {
@@ -122,7 +125,10 @@ fn shutdown() -> anyhow::Result<impl Future<Output = ()>> {
     let mut told = told()?;
     Ok(async move {
         told.recv().await;
-        let _ = writeln!(stderr(), "ending when running answers have; once more ends at once");
+        let _ = writeln!(
+            stderr(),
+            "ending when running answers have; once more ends at once"
+        );
         tokio::spawn(async move {
             told.recv().await;
             std::process::exit(1);

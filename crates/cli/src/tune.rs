@@ -1,11 +1,10 @@
 //! `reroute tune`: trains a model on examples.
 
-use std::io::{IsTerminal, Write, stderr};
+use std::io::{Write, stderr};
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure};
 use burn::backend::Autodiff;
@@ -19,6 +18,7 @@ use reroute_zoo::{AdapterConfig, SaveOptions, Targets, Trained};
 use crate::args::{Decay, OnBad, TuneArgs};
 use crate::backend::Backend;
 use crate::open;
+use crate::progress::Progress;
 
 /// What of a run becomes an adapter, or a whole model.
 const ADAPTER: &str = "adapter";
@@ -79,7 +79,7 @@ pub fn run(args: &TuneArgs, out: &mut dyn Write) -> anyhow::Result<()> {
             false => ControlFlow::Continue(()),
         }
     });
-    shown.close();
+    shown.bar.close();
     let vlm = result?.valid();
     let model = vlm.model();
     if settings.adapter.is_some() && settings.trained.is_empty() && is_whole {
@@ -218,48 +218,34 @@ fn settings(args: &TuneArgs, examples: usize) -> Settings {
     }
 }
 
-/// Progress on stderr: a line that is written over on a terminal, a line now and then elsewhere.
+/// Progress on stderr.
 struct Shown {
+    bar: Progress,
     steps: usize,
-    begun: usize,
-    started: Instant,
-    is_terminal: bool,
-    /// Something stands on the line.
-    is_open: bool,
     tokens: usize,
-    last: Option<Instant>,
 }
-
-/// From one line to the next where nobody watches.
-const PAUSE: Duration = Duration::from_secs(10);
-/// Characters of the bar.
-const BAR: usize = 24;
 
 impl Shown {
     fn new(course: &Course) -> Self {
         Self {
+            bar: Progress::new(course.steps),
             steps: course.steps,
-            begun: 0,
-            started: Instant::now(),
-            is_terminal: stderr().is_terminal(),
-            is_open: false,
             tokens: 0,
-            last: None,
         }
     }
 
     fn show(&mut self, event: &Event) {
         match event {
             Event::Began { step, trained } => {
-                (self.begun, self.started) = (*step, Instant::now());
+                self.bar.begin(*step, self.steps);
                 let numbers = trained.iter().map(|(_, numbers)| *numbers).sum::<usize>();
                 let count = trained.len();
-                self.line(&format!(
+                self.bar.line(&format!(
                     "{numbers} numbers in {count} tensors are trained; {step} of {} steps are done",
                     self.steps
                 ));
             }
-            Event::Skipped(error) => self.line(&format!("skipped: {error}")),
+            Event::Skipped(error) => self.bar.line(&format!("skipped: {error}")),
             Event::Step(step) => self.step(step),
             Event::Validated(found) => {
                 let boxes = match (found.accuracy, found.mean_iou) {
@@ -270,7 +256,7 @@ impl Shown {
                     ),
                     _ => String::new(),
                 };
-                self.line(&format!(
+                self.bar.line(&format!(
                     "step {}: validation loss {:.4}{boxes}",
                     found.step, found.loss
                 ));
@@ -281,52 +267,9 @@ impl Shown {
 
     fn step(&mut self, step: &Step) {
         self.tokens += step.tokens;
-        let is_due = self.last.is_none_or(|last| last.elapsed() >= PAUSE);
-        if !self.is_terminal && !is_due && step.step < self.steps {
-            return;
-        }
-        self.last = Some(Instant::now());
-        let passed = self.started.elapsed().as_secs_f64();
-        let done = (step.step - self.begun) as f64;
-        let left = passed / done * (self.steps - step.step) as f64;
-        let full = BAR * step.step / self.steps.max(1);
-        let text = format!(
-            "[{}{}] {}/{}  loss {:.4}  {:.1} tokens/s  {} left",
-            "=".repeat(full),
-            " ".repeat(BAR - full),
-            step.step,
-            self.steps,
-            step.loss,
-            self.tokens as f64 / passed,
-            time(left),
-        );
-        match self.is_terminal {
-            true => {
-                let _ = write!(stderr(), "\r\x1b[K{text}");
-                self.is_open = true;
-            }
-            false => self.line(&text),
-        }
-    }
-
-    fn line(&mut self, text: &str) {
-        self.close();
-        let _ = writeln!(stderr(), "{text}");
-    }
-
-    fn close(&mut self) {
-        if std::mem::take(&mut self.is_open) {
-            let _ = writeln!(stderr());
-        }
-    }
-}
-
-/// Seconds as people read them: `1:02:03`.
-fn time(seconds: f64) -> String {
-    let seconds = seconds.max(0.0).round() as u64;
-    let (hours, minutes) = (seconds / 3600, seconds / 60 % 60);
-    match hours {
-        0 => format!("{minutes}:{:02}", seconds % 60),
-        _ => format!("{hours}:{minutes:02}:{:02}", seconds % 60),
+        let tokens = self.tokens as f64;
+        self.bar.show(step.step, |passed| {
+            format!("loss {:.4}  {:.1} tokens/s", step.loss, tokens / passed)
+        });
     }
 }

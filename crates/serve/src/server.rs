@@ -109,10 +109,7 @@ impl<B: Backend> Server<B> {
     ///
     /// # Errors
     /// [`ServeError`]
-    pub fn new(
-        models: Vec<(String, Arc<Vlm<B>>)>,
-        settings: Settings,
-    ) -> Result<Self, ServeError> {
+    pub fn new(models: Vec<(String, Arc<Vlm<B>>)>, settings: Settings) -> Result<Self, ServeError> {
         let ids = models.iter().map(|(id, _)| id);
         let unique: std::collections::HashSet<&String> = ids.collect();
         if unique.len() < models.len() || models.is_empty() {

@@ -6,9 +6,13 @@ const MOST_ROUTINGS = 4;
 const DECODED = ["image/png", "image/jpeg", "image/webp"];
 // What a picture is scaled down to, its longer side in pixels, one step for each agreement.
 const SIDES = [4096, 2048, 1280, 768, 512, 256, 128];
-// The question that is known to have an answer on the built-in scene.
+// A question that has an answer on the built-in scene.
 const EXAMPLE = { mode: "find", text: "the large cyan square" };
 
+const MODES = {
+  ask: { label: "A question about the picture", hint: "What is on the table?", send: "Ask", title: (text) => text },
+  find: { label: "What to find in the picture", hint: "the red cross", send: "Find", title: (text) => `Find ${text}` },
+};
 const KINDS = {
   none: "Nothing is routed",
   reroute: "Deferred tokens can come back",
@@ -22,13 +26,9 @@ const STATES = [
   ["r", "removed", "gone for the layers that follow"],
   ["n", "not in the prompt", "never entered the decoder"],
 ];
-const MODES = {
-  ask: { label: "A question about the picture", hint: "What is on the table?", send: "Ask", asked: (text) => text },
-  find: { label: "What to find in the picture", hint: "the red cross", send: "Find", asked: (text) => `Find ${text}` },
-};
 
 const page = {
-  model: null, // its name
+  ready: false, // whether the server said what it has
   known: new Map(), // what /v1/routings says, by id
   usual: "dense",
   key: "", // in memory only
@@ -39,58 +39,51 @@ const page = {
 };
 
 const $ = (id) => document.getElementById(id);
-const make = (tag, text, name) => Object.assign(document.createElement(tag), { textContent: text ?? "", className: name ?? "" });
+const on = (target, type, run) => target.addEventListener(type, run);
+const make = (tag, text = "", name = "") => Object.assign(document.createElement(tag), { textContent: text, className: name });
 const fromTemplate = (id) => $(id).content.firstElementChild.cloneNode(true);
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const dots = () => window.devicePixelRatio || 1;
 
 // ---------------------------------------------------------------- the server
 
-// An answer that is no success, with its status.
+// An answer that is no success: its HTTP status, 0 where none came, -1 where nothing was asked.
 class Refusal extends Error {
-  constructor(status, message, after) {
+  constructor(status, message, more = {}) {
     super(message);
-    Object.assign(this, { status, after });
+    Object.assign(this, { status, ...more });
   }
 }
 
 async function call(path, options = {}) {
-  const headers = { ...options.headers };
-  if (page.key) headers.authorization = `Bearer ${page.key}`;
-  let response;
+  const key = page.key ? { authorization: `Bearer ${page.key}` } : {};
+  const response = await fetch(path, { ...options, headers: { ...options.headers, ...key } }).catch((error) => {
+    throw error.name === "AbortError" ? error : new Refusal(0, "The server cannot be reached.");
+  });
+  if (response.ok) return response;
+  let error = { message: (await response.text()).slice(0, 2000) };
   try {
-    response = await fetch(path, { ...options, headers });
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new Refusal(0, "The server cannot be reached.");
-  }
-  if (!response.ok) throw await refusal(response);
-  return response;
+    ({ error } = JSON.parse(error.message));
+  } catch { /* what a proxy says is shown as it is */ }
+  const more = { param: error.param, wait: response.headers.get("retry-after") };
+  throw new Refusal(response.status, error.message || response.statusText, more);
 }
 
-async function refusal(response) {
-  const text = await response.text();
-  let message = text.slice(0, 500);
-  try {
-    message = JSON.parse(text).error.message;
-  } catch { /* what a proxy between says is shown as it is */ }
-  return new Refusal(response.status, message || response.statusText, response.headers.get("retry-after"));
-}
+// What went wrong within a stream has no status.
+const STATUS = { rate_limit_exceeded: 429, shutting_down: 503, timeout: 504 };
 
-// The events of a stream of them, each as the object that it carries.
+// The events of a stream, each as the object that it carries.
 async function* events(response) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) break;
-    rest += value;
-    const lines = rest.split(/\r?\n/);
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let part = await reader.read(); !part.done; part = await reader.read()) {
+    const lines = (rest + part.value).split(/\r?\n/);
     rest = lines.pop();
     for (const line of lines.filter((line) => line.startsWith("data:"))) {
       const data = line.slice(5).trim();
       if (data === "[DONE]") return;
       const event = JSON.parse(data);
-      if (event.error) throw new Refusal(event.error.code ?? 500, event.error.message);
+      if (event.error) throw new Refusal(STATUS[event.error.code] ?? 500, event.error.message);
       yield event;
     }
   }
@@ -99,15 +92,16 @@ async function* events(response) {
 
 const asDataUri = (blob) => new Promise((resolve, reject) => {
   const reader = new FileReader();
-  reader.onload = () => resolve(reader.result);
-  reader.onerror = () => reject(new Refusal(-1, "The picture cannot be read any more; choose it again."));
+  on(reader, "load", () => resolve(reader.result));
+  on(reader, "error", () => reject(new Refusal(-1, "The picture cannot be read any more. Choose it again.")));
   reader.readAsDataURL(blob);
 });
 
 async function requestFor({ routing, mode, text, picture }) {
   const content = [{ type: "image_url", image_url: { url: await asDataUri(picture.blob) } }, { type: "text", text }];
-  const messages = [{ role: "user", content }];
-  return { model: page.model, messages, stream: true, stream_options: { include_usage: true }, routing, trace: true, grounding: mode === "find" };
+  const extended = { routing, trace: true, grounding: mode === "find" };
+  const streamed = { stream: true, stream_options: { include_usage: true } };
+  return JSON.stringify({ model: $("model").value, messages: [{ role: "user", content }], ...streamed, ...extended });
 }
 
 // ---------------------------------------------------------------- what went wrong
@@ -116,23 +110,27 @@ const REMEDIES = {
   "-1": "",
   0: "See whether reroute serve still runs, and ask again.",
   400: "Change the question, the picture or the routing accordingly, and ask again.",
-  401: "Give the API key at the left, and ask again.",
+  401: "Give the API key beside the question, and ask again.",
   404: "Load this page again: it then knows what the server has.",
-  413: "Agree to scale the picture down here, or choose a smaller one.",
+  413: "Choose a smaller picture, or agree to have it scaled down here.",
   429: "The server has too much to do. Ask again in a moment.",
-  503: "The server is starting, stopping or out of memory. Ask again in a moment.",
+  503: "The server is starting or stopping. Ask again in a moment.",
+  504: "",
 };
 
-function showError(place, error, actions) {
-  const later = error.after ? ` It asks to wait ${error.after} s.` : "";
-  const remedy = (REMEDIES[error.status] ?? "This is a fault of the server; what it printed says more.") + later;
-  place.replaceChildren(make("strong", error.message), remedy, ...actions.filter(Boolean));
+function showError(place, error, button) {
+  const wait = error.wait ? ` It asks to wait ${error.wait} s.` : "";
+  const remedy = (REMEDIES[error.status] ?? "This is a fault of the server; what it printed says more.") + wait;
+  place.replaceChildren(make("strong", error.message), remedy, button ?? "");
   place.hidden = false;
 }
 
+const asRefusal = (error) => (error instanceof Refusal ? error : new Refusal(500, String(error)));
+const complain = (message) => showError($("notice"), new Refusal(-1, message));
+
 function action(text, run) {
   const button = Object.assign(make("button", text), { type: "button" });
-  button.addEventListener("click", run);
+  on(button, "click", run);
   return button;
 }
 
@@ -141,32 +139,32 @@ function showKeyField() {
   $("key").focus();
 }
 
+// ---------------------------------------------------------------- the picture
+
+const size = ({ width, height }) => `${width} × ${height}`;
+
+// A picture drawn anew at a size: as JPEG if it was one, otherwise without loss.
+async function redrawn({ name, blob, bitmap }, width, height) {
+  const canvas = Object.assign(make("canvas"), { width, height });
+  const brush = Object.assign(canvas.getContext("2d"), { imageSmoothingQuality: "high" });
+  brush.drawImage(bitmap, 0, 0, width, height);
+  const type = blob.type === "image/jpeg" ? "image/jpeg" : "image/png";
+  const drawn = await new Promise((resolve) => canvas.toBlob(resolve, type, 0.92));
+  return { name, blob: drawn, bitmap: await createImageBitmap(drawn), width, height };
+}
+
+const isTooLarge = ({ status, param, message }) => status === 413 || (/image_url/.test(param) && /pixels/.test(message));
+
 // A button that scales the picture down and asks again; nothing is scaled before it is pressed.
 function offerSmaller(picture) {
   const longer = Math.max(picture.width, picture.height);
   const side = SIDES.find((side) => side < longer);
   if (!side || page.picture !== picture) return null;
-  const [width, height] = scaled(picture, side);
+  const [width, height] = [picture.width, picture.height].map((edge) => Math.max(1, Math.round((edge * side) / longer)));
   return action(`Scale it from ${size(picture)} to ${width} × ${height} here, and ask again`, async () => {
     setPicture(await redrawn(picture, width, height), `, scaled down here from ${size(picture)}`);
     submit();
   });
-}
-
-// ---------------------------------------------------------------- the picture
-
-const size = ({ width, height }) => `${width} × ${height}`;
-const scaled = ({ width, height }, side) => [width, height].map((edge) => Math.max(1, Math.round((edge * side) / Math.max(width, height))));
-
-// A picture drawn anew at a size: as JPEG if it was one, otherwise without loss.
-async function redrawn({ name, blob, bitmap }, width, height) {
-  const canvas = Object.assign(make("canvas"), { width, height });
-  const brush = canvas.getContext("2d");
-  brush.imageSmoothingQuality = "high";
-  brush.drawImage(bitmap, 0, 0, width, height);
-  const type = blob.type === "image/jpeg" ? "image/jpeg" : "image/png";
-  const drawn = await new Promise((resolve) => canvas.toBlob(resolve, type, 0.92));
-  return { name, blob: drawn, bitmap: await createImageBitmap(drawn), width, height };
 }
 
 async function takeFile(file) {
@@ -175,11 +173,11 @@ async function takeFile(file) {
   try {
     const bitmap = await createImageBitmap(file);
     const { width, height } = bitmap;
-    const picture = { name: file.name || "pasted picture", blob: file, bitmap, width, height };
+    const picture = { name: file.name, blob: file, bitmap, width, height };
     if (DECODED.includes(file.type)) setPicture(picture, "");
     else setPicture(await redrawn(picture, width, height), ", made a PNG here");
   } catch {
-    showError($("notice"), new Refusal(-1, `This browser cannot show ${file.name || "it"} as a picture. Choose a PNG, JPEG or WebP file.`), []);
+    complain(`This browser cannot show ${file.name} as a picture. Choose a PNG, JPEG or WebP file.`);
   }
 }
 
@@ -190,28 +188,27 @@ function setPicture(picture, how) {
   $("invite").hidden = true;
   $("well").classList.add("full");
   $("about-picture").textContent = `${picture.name}, ${size(picture)}${how}`;
-  $("about-picture").hidden = false;
-  $("status").textContent = `The picture is ${picture.name}, ${size(picture)}.`;
 }
 
 async function takeExample() {
-  $("notice").hidden = true;
   try {
     const blob = await (await call("example.png")).blob();
     await takeFile(new File([blob], "example.png", { type: "image/png" }));
     if ($("text").value.trim() === "") restore({ ...EXAMPLE, routings: chosen() });
   } catch (error) {
-    showError($("notice"), error.status === 404 ? new Refusal(-1, "This server has no example. Choose a picture of your own.") : error, []);
+    if (error.status === 404) complain("This server has no example. Choose a picture of your own.");
+    else showError($("notice"), asRefusal(error));
   }
 }
 
-function acceptDrops() {
+function acceptFiles() {
   const over = (is) => $("well").classList.toggle("over", is);
-  addEventListener("dragover", (event) => { event.preventDefault(); over(true); });
-  addEventListener("dragleave", (event) => { if (!event.relatedTarget) over(false); });
-  addEventListener("drop", (event) => { event.preventDefault(); over(false); takeFile(event.dataTransfer.files[0]); });
-  addEventListener("paste", (event) => takeFile([...event.clipboardData.files].find((file) => file.type.startsWith("image/"))));
-  $("file").addEventListener("change", () => { takeFile($("file").files[0]); $("file").value = ""; });
+  on(window, "dragover", (event) => { event.preventDefault(); over(true); });
+  on(window, "dragleave", (event) => { if (!event.relatedTarget) over(false); });
+  on(window, "drop", (event) => { event.preventDefault(); over(false); takeFile(event.dataTransfer.files[0]); });
+  on(window, "paste", (event) => takeFile(event.clipboardData.files[0]));
+  on($("file"), "change", () => { takeFile($("file").files[0]); $("file").value = ""; });
+  on($("example"), "click", takeExample);
 }
 
 // ---------------------------------------------------------------- the question and its address
@@ -227,22 +224,23 @@ function showMode() {
 
 function remember() {
   const state = new URLSearchParams({ mode: mode(), text: $("text").value });
+  if (!$("model").disabled) state.set("model", $("model").value);
   for (const routing of chosen()) state.append("routing", routing);
   history.replaceState(null, "", `#${state}`);
 }
 
 function remembered() {
   const state = new URLSearchParams(location.hash.slice(1));
-  return { mode: state.get("mode"), text: state.get("text") ?? "", routings: state.getAll("routing") };
+  return { mode: state.get("mode"), model: state.get("model"), text: state.get("text") ?? "", routings: state.getAll("routing") };
 }
 
-function restore(state) {
-  const radio = document.querySelector(`[name=mode][value=${state.mode === "find" ? "find" : "ask"}]`);
-  radio.checked = true;
-  $("text").value = state.text;
-  const routings = state.routings.filter((routing) => isKnown(routing)).slice(0, MOST_ROUTINGS);
+function restore({ mode, text, routings, model }) {
+  if ([...$("model").options].some(({ value }) => value === model)) $("model").value = model;
+  document.querySelector(`[name=mode][value=${mode === "find" ? "find" : "ask"}]`).checked = true;
+  $("text").value = text;
+  const known = routings.filter(isKnown).slice(0, MOST_ROUTINGS);
   $("routings").replaceChildren();
-  for (const routing of routings.length ? routings : usualRoutings()) addRouting(routing);
+  for (const routing of known.length ? known : usualRoutings()) addRouting(routing);
   showMode();
   remember();
 }
@@ -251,50 +249,52 @@ function restore(state) {
 
 const parts = (routing) => routing.split(/@(.*)/);
 
+// As they stand behind the @: as published, and solved to be met exactly.
+function budgetsOf(id) {
+  const { budgets = [], exact = [] } = page.known.get(id) ?? {};
+  return [...budgets.map(String), ...exact.map((budget) => `${budget}-exact`)];
+}
+
 function isKnown(routing) {
   const [id, budget] = parts(routing);
-  const known = page.known.get(id);
-  return Boolean(known) && (known.budgets.length ? known.budgets.map(String).includes(budget) : budget === undefined);
+  return page.known.has(id) && (budget === undefined ? budgetsOf(id).length === 0 : budgetsOf(id).includes(budget));
 }
 
-// Beside what the server does without being asked, the method that the project is named after.
+// Beside the model as it is, the method that the project is named after.
 function usualRoutings() {
-  const own = ["reroute-pdrop@128", "reroute-pdrop@192"].find(isKnown);
-  return [...new Set([isKnown("dense") ? "dense" : page.usual, own ?? page.usual])];
+  const own = ["reroute-pdrop@128", "reroute-pdrop@192"].filter(isKnown);
+  return [...new Set([isKnown("dense") ? "dense" : page.usual, own[0] ?? page.usual])];
 }
 
-const routingOf = (row) => {
-  const [method, budget] = [row.querySelector(".method").value, row.querySelector(".budget")];
-  return budget.hidden ? method : `${method}@${budget.value}`;
-};
+function routingOf(row) {
+  const [method, budget] = row.querySelectorAll("select");
+  return budget.hidden ? method.value : `${method.value}@${budget.value}`;
+}
 const chosen = () => [...$("routings").children].map(routingOf);
 
 function addRouting(routing) {
   const row = fromTemplate("routing-row");
-  const [method, budget] = [row.querySelector(".method"), row.querySelector(".budget")];
-  for (const [kind, title] of Object.entries(KINDS)) {
-    const ids = [...page.known.values()].filter(({ action }) => action === kind).map(({ id }) => new Option(id));
-    if (ids.length === 0) continue;
-    const group = Object.assign(make("optgroup"), { label: title });
-    group.append(...ids);
-    method.append(group);
+  const [method, budget] = row.querySelectorAll("select");
+  for (const [kind, label] of Object.entries(KINDS)) {
+    const group = Object.assign(make("optgroup"), { label });
+    group.append(...[...page.known.values()].filter(({ action }) => action === kind).map(({ id }) => new Option(id)));
+    if (group.children.length > 0) method.append(group);
   }
   const [id, wanted] = parts(routing);
   method.value = id;
   fillBudgets(budget, id, wanted);
-  method.addEventListener("change", () => { fillBudgets(budget, method.value, budget.value); changedRoutings(); });
-  budget.addEventListener("change", changedRoutings);
-  row.querySelector(".drop").addEventListener("click", () => { row.remove(); changedRoutings(); $("add").focus(); });
+  on(method, "change", () => { fillBudgets(budget, method.value, budget.value); changedRoutings(); });
+  on(budget, "change", changedRoutings);
+  on(row.querySelector("button"), "click", () => { row.remove(); changedRoutings(); $("add").focus(); });
   $("routings").append(row);
   nameRoutings();
 }
 
 function fillBudgets(budget, id, wanted) {
-  const { budgets } = page.known.get(id) ?? { budgets: [] };
+  const budgets = budgetsOf(id);
   budget.replaceChildren(...budgets.map((count) => new Option(`@${count}`, count)));
   budget.hidden = budgets.length === 0;
-  if (budgets.map(String).includes(String(wanted))) budget.value = wanted;
-  else if (budgets.includes(128)) budget.value = 128;
+  budget.value = [wanted, "128", budgets[0]].find((count) => budgets.includes(count));
 }
 
 function changedRoutings() {
@@ -305,128 +305,125 @@ function changedRoutings() {
 function nameRoutings() {
   const rows = [...$("routings").children];
   rows.forEach((row, index) => {
-    row.querySelector(".method").ariaLabel = `Method of routing ${index + 1}`;
-    row.querySelector(".budget").ariaLabel = `Budget of routing ${index + 1}, visual tokens of 576`;
-    row.querySelector(".drop").ariaLabel = `Take away routing ${index + 1}, ${routingOf(row)}`;
-    row.querySelector(".drop").disabled = rows.length === 1;
+    const [method, budget, drop] = row.children;
+    method.ariaLabel = `Method of routing ${index + 1}`;
+    budget.ariaLabel = `Budget of routing ${index + 1}, visual tokens of 576`;
+    drop.ariaLabel = `Take away routing ${index + 1}, ${routingOf(row)}`;
+    drop.disabled = rows.length === 1;
   });
   $("add").hidden = rows.length >= MOST_ROUTINGS;
 }
 
-// One more row: the first budget of the last method that is not there yet, or whatever is not.
+// One more row: another budget of the last method, or whatever is not there yet.
 function proposeRouting() {
   const there = chosen();
-  const [id] = parts(there.at(-1));
-  const all = [...page.known.values()].flatMap(({ id, budgets }) => (budgets.length ? budgets.map((budget) => `${id}@${budget}`) : [id]));
+  const all = [...page.known.keys()].flatMap((id) => (budgetsOf(id).length ? budgetsOf(id).map((budget) => `${id}@${budget}`) : id));
   const free = all.filter((routing) => !there.includes(routing));
-  addRouting(free.find((routing) => parts(routing)[0] === id) ?? free[0] ?? page.usual);
-  changedRoutings();
-  $("routings").lastElementChild.querySelector(".method").focus();
+  addRouting(free.find((routing) => parts(routing)[0] === parts(there.at(-1))[0]) ?? free[0] ?? page.usual);
+  remember();
+  $("routings").lastElementChild.querySelector("select").focus();
 }
 
 // ---------------------------------------------------------------- asking
 
 async function submit() {
-  const text = $("text").value.trim();
   if (page.running) return;
   $("notice").hidden = true;
-  if (!page.picture) return missing("There is no picture yet. Choose one, drop or paste it, or take the example.", $("file"));
-  if (!text) return missing("There is no question yet. Write what to ask or to find.", $("text"));
-  if (page.model === null) await connect();
-  if (page.model === null) return;
-  const question = { mode: mode(), text, picture: page.picture };
-  const routings = [...new Set(chosen())];
-  $("asked").textContent = MODES[question.mode].asked(text);
+  const question = { mode: mode(), text: $("text").value.trim(), picture: page.picture };
+  if (!question.picture) {
+    complain("There is no picture yet. Choose one, drop or paste it, or use the example.");
+    return $("file").focus();
+  }
+  if (!question.text) {
+    complain("There is no question yet. Write what to ask or to find.");
+    return $("text").focus();
+  }
+  if (!page.ready) await connect();
+  if (!page.ready) return;
+  $("asked").textContent = MODES[question.mode].title(question.text);
   $("opening").hidden = true;
-  page.columns = routings.map((routing) => newColumn({ ...question, routing }));
+  page.columns = [...new Set(chosen())].map((routing) => newColumn({ ...question, routing }));
   $("columns").replaceChildren(...page.columns.map(({ element }) => element));
   showLayers();
   if ($("bench").getBoundingClientRect().top > innerHeight / 2) $("bench").scrollIntoView();
   askAll(page.columns);
 }
 
-function missing(message, place) {
-  showError($("notice"), new Refusal(-1, message), []);
-  place.focus();
-}
-
 // One after the other, so that their times can be compared.
 async function askAll(columns) {
-  const running = new AbortController();
-  page.running = running;
-  $("cancel").disabled = false;
-  $("send").disabled = true;
+  page.running = new AbortController();
+  const { signal } = page.running;
+  [$("cancel").disabled, $("send").disabled] = [false, true];
   for (const column of columns) showAnswer(column, "waiting");
   for (const [index, column] of columns.entries()) {
     $("status").textContent = `Asking ${column.routing}, ${index + 1} of ${columns.length}.`;
-    const error = await askOne(column, running.signal);
+    const error = await askOne(column, signal);
     // What would refuse the others as well is asked once.
     if (error && ![400, 404, 500].includes(error.status)) {
-      columns.slice(index + 1).forEach((rest) => showAnswer(rest, "skipped"));
+      for (const rest of columns.slice(index + 1)) showAnswer(rest, "skipped");
       break;
     }
   }
   page.running = null;
-  $("cancel").disabled = true;
-  $("send").disabled = false;
+  [$("cancel").disabled, $("send").disabled] = [true, false];
   const answered = columns.filter(({ result }) => result).length;
-  $("status").textContent = running.signal.aborted ? "Cancelled." : `Answered ${answered} of ${columns.length}.`;
+  $("status").textContent = signal.aborted ? "Cancelled." : `Answered ${answered} of ${columns.length}.`;
 }
 
 async function askOne(column, signal) {
   try {
-    const body = JSON.stringify(await requestFor(column));
-    showAnswer(column, "going");
     const headers = { "content-type": "application/json" };
+    const body = await requestFor(column);
+    showAnswer(column, "going");
     const response = await call("v1/chat/completions", { method: "POST", headers, body, signal });
     for await (const event of events(response)) take(column, event);
     showAnswer(column, "done");
     return null;
   } catch (error) {
-    const stopped = signal.aborted ? new Refusal(-1, "Cancelled.") : error instanceof Refusal ? error : new Refusal(500, String(error));
-    failed(column, stopped);
-    return stopped;
+    const refusal = signal.aborted ? new Refusal(-1, "Cancelled.") : asRefusal(error);
+    showRefusal(column, refusal);
+    return refusal;
   }
 }
 
-function take(column, event) {
-  const choice = event.choices?.[0];
-  if (choice?.delta?.content) {
-    column.text += choice.delta.content;
-    showAnswer(column, "going");
-  }
-  if (choice?.finish_reason === "length") column.cut = true;
-  if (event.usage) column.tokens = event.usage.completion_tokens;
-  if (event.reroute) {
-    column.result = event.reroute;
+function take(column, { choices, usage, reroute }) {
+  const choice = choices?.[0];
+  column.answer += choice?.delta?.content ?? "";
+  column.cut ||= choice?.finish_reason === "length";
+  if (choice?.delta?.content) showAnswer(column, "going");
+  if (usage) column.tokens = usage.completion_tokens;
+  if (reroute) {
+    column.result = reroute;
     showLayers();
   }
-  if (event.reroute || event.usage) page.columns.forEach(showFigures);
+  if (reroute || usage) page.columns.forEach(showFigures);
 }
 
-function failed(column, error) {
+function showRefusal(column, refusal) {
   showAnswer(column, "done");
-  if (error.status === 401) showKeyField();
   const again = action("Ask this again", () => {
     if (page.running) return;
-    Object.assign(column, { text: "", result: null, tokens: null, cut: false });
+    Object.assign(column, NOTHING);
     column.find(".notice").hidden = true;
     showLayers();
     askAll([column]);
   });
-  const smaller = error.status === 413 ? offerSmaller(column.picture) : null;
-  showError(column.find(".notice"), error, [smaller ?? again]);
+  showError(column.find(".notice"), refusal, (isTooLarge(refusal) && offerSmaller(column.picture)) || again);
+  if (refusal.status === 401) showKeyField();
 }
 
 // ---------------------------------------------------------------- a column: its answer
 
+const NOTHING = { answer: "", result: null, tokens: null, cut: false };
+
 function newColumn(question) {
   const element = fromTemplate("column");
-  const column = { ...question, element, text: "", result: null, tokens: null, cut: false, find: (part) => element.querySelector(part) };
-  column.find("h3").textContent = question.routing;
-  column.find(".kind").textContent = KINDS[page.known.get(parts(question.routing)[0])?.action] ?? "";
+  const column = { ...question, ...NOTHING, element, find: (part) => element.querySelector(part) };
   element.ariaLabel = question.routing;
-  for (const type of ["pointerdown", "pointermove"]) column.find(".depth svg").addEventListener(type, pointAt);
+  column.find("h3").textContent = question.routing;
+  const { description, action } = page.known.get(parts(question.routing)[0]);
+  column.find(".kind").textContent = description ?? KINDS[action];
+  for (const type of ["pointerdown", "pointermove"]) on(column.find(".depth svg"), type, pointAt);
   new ResizeObserver(() => paint(column)).observe(column.find(".map"));
   return column;
 }
@@ -439,61 +436,56 @@ function showAnswer(column, state) {
   // A screen reader says the answer once it is whole, not word by word.
   place.ariaBusy = String(state === "going");
   const cut = column.cut && state === "done" ? " … (cut: the longest answer is reached)" : "";
-  place.textContent = (WAITS[state] ?? column.text) + cut;
-  const boxes = column.result?.boxes ?? [];
-  const none = column.mode === "find" && state === "done" && column.result && boxes.length === 0 ? [make("li", "no box in the answer")] : [];
-  column.find(".boxes").replaceChildren(...boxes.map((box, index) => make("li", boxText(box, index))), ...none);
-  column.find(".boxes").hidden = boxes.length + none.length === 0;
+  place.textContent = (WAITS[state] ?? column.answer) + cut;
+  const lines = (column.result?.boxes ?? []).map(boxText);
+  if (column.mode === "find" && column.result && lines.length === 0) lines.push("no box in the answer");
+  column.find(".boxes").replaceChildren(...lines.map((line) => make("li", line)));
+  column.find(".boxes").hidden = lines.length === 0;
 }
 
-const boxText = ({ box }, index) => {
+function boxText({ box }, index) {
   const [x0, y0, x1, y1] = box.map(Math.round);
   return `box ${index + 1}: ${x0}, ${y0} to ${x1}, ${y1}`;
-};
+}
 
 // ---------------------------------------------------------------- a column: its figures
 
-const number = (value, unit) => {
-  const powers = ["", "k", "M", "G", "T", "P"];
-  const power = Math.max(0, Math.min(powers.length - 1, Math.floor(Math.log10(Math.max(value, 1)) / 3)));
-  return `${(value / 1000 ** power).toPrecision(3)} ${powers[power]}${unit}`;
-};
-const bytes = (value) => {
-  const power = value >= 2 ** 30 ? 3 : value >= 2 ** 20 ? 2 : 1;
-  return `${(value / 1024 ** power).toFixed(value / 1024 ** power < 10 ? 2 : 1)} ${["", "KiB", "MiB", "GiB"][power]}`;
-};
-const duration = (ms) => (ms >= 1000 ? `${(ms / 1000).toPrecision(3)} s` : `${ms.toFixed(ms < 10 ? 1 : 0)} ms`);
+function inUnits(value, step, units) {
+  const power = Math.min(units.length - 1, Math.max(0, Math.floor(Math.log(Math.max(value, 1)) / Math.log(step))));
+  const scaled = value / step ** power;
+  return `${scaled >= 999.5 ? Math.round(scaled) : scaled.toPrecision(3)} ${units[power]}`;
+}
 const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`;
+const duration = (ms) => (ms >= 1000 ? `${(ms / 1000).toPrecision(3)} s` : `${ms.toFixed(ms < 10 ? 1 : 0)} ms`);
 
 // What a time is measured against: the same one of dense if it was asked, otherwise the longest.
 function yardstick(part) {
-  const times = page.columns.filter(({ result }) => result).map(({ routing, result }) => [routing, result.timings_ms[part]]);
-  const [name, time] = times.find(([routing]) => routing === "dense") ?? times.reduce((a, b) => (b[1] > a[1] ? b : a));
-  return { name, time };
+  const times = page.columns.filter(({ result }) => result).map(({ routing, result }) => ({ routing, time: result.timings_ms[part] }));
+  return times.find(({ routing }) => routing === "dense") ?? times.reduce((a, b) => (b.time > a.time ? b : a));
 }
 
 function showFigures(column) {
   if (!column.result) return;
   const { flops, kv_bytes, kv_bytes_dense, average_visual_tokens, visual_tokens, timings_ms } = column.result;
+  const kept = kv_bytes / kv_bytes_dense;
   const rows = [
-    figure("FLOPs", number(flops.decoder, ""), flops.share, `${percent(flops.share)} of dense`),
-    figure("KV cache", bytes(kv_bytes), kv_bytes / kv_bytes_dense, `${percent(kv_bytes / kv_bytes_dense)} of dense`),
+    figure("FLOPs", inUnits(flops.decoder, 1000, ["", "k", "M", "G", "T", "P"]), flops.share, `${percent(flops.share)} of dense`),
+    figure("KV cache", inUnits(kv_bytes, 1024, ["B", "KiB", "MiB", "GiB"]), kept, `${percent(kept)} of dense`),
     figure("Tokens", average_visual_tokens.toFixed(1), average_visual_tokens / visual_tokens, `mean, of ${visual_tokens}`),
   ];
   for (const part of ["vision", "prefill", "decode"]) {
-    const { name, time } = yardstick(part);
+    const { routing, time } = yardstick(part);
     const share = time > 0 ? timings_ms[part] / time : 1;
-    const tokens = part === "decode" && column.tokens ? `, ${column.tokens} tokens` : "";
-    const compared = name === column.routing ? tokens.slice(2) : `${percent(share)} of ${name}${tokens}`;
-    rows.push(figure(part[0].toUpperCase() + part.slice(1), duration(timings_ms[part]), share, compared));
+    const compared = routing === column.routing ? [] : [`${percent(share)} of ${routing}`];
+    if (part === "decode" && column.tokens) compared.push(`${column.tokens} tokens`);
+    rows.push(figure(part[0].toUpperCase() + part.slice(1), duration(timings_ms[part]), share, compared.join(", ")));
   }
-  column.find(".figures tbody").replaceChildren(...rows);
+  column.find("tbody").replaceChildren(...rows);
   column.find(".figures").hidden = false;
 }
 
 function figure(name, value, share, compared) {
-  const row = make("tr");
-  const [cell, bar, fill] = [make("td", value, "value"), make("span", "", "bar"), make("span")];
+  const [row, cell, bar, fill] = [make("tr"), make("td", value, "value"), make("span", "", "bar"), make("span")];
   fill.style.width = `${100 * Math.min(1, Math.max(0, share))}%`;
   bar.append(fill);
   cell.append(bar);
@@ -503,64 +495,58 @@ function figure(name, value, share, compared) {
 
 // ---------------------------------------------------------------- layers
 
-const stageAt = (result, layer) => result.stages.find(({ first_layer, last_layer }) => first_layer <= layer && layer <= last_layer);
+const stageAt = (result, layer) => result.stages.find((stage) => stage.first_layer <= layer && layer <= stage.last_layer);
 
-// How many tokens of each state a layer sees, over all pictures.
+// How many tokens of each state a layer sees, over all pictures; without stages all are active.
 function countsAt(result, layer) {
-  const counts = { a: 0, b: 0, d: 0, r: 0, n: 0 };
-  const states = stageAt(result, layer)?.states ?? result.images.map(({ rows, columns }) => "a".repeat(rows * columns));
-  for (const state of states.join("")) counts[state] += 1;
-  return { ...counts, worked: counts.a + counts.b, all: states.join("").length };
+  const stage = stageAt(result, layer) ?? { states: result.images.map(({ tokens }) => "a".repeat(tokens)) };
+  if (!stage.counts) {
+    stage.counts = { a: 0, b: 0, d: 0, r: 0, n: 0, all: 0 };
+    for (const state of stage.states.join("")) [stage.counts[state], stage.counts.all] = [stage.counts[state] + 1, stage.counts.all + 1];
+  }
+  return stage.counts;
 }
 
 function textAt(result, layer) {
-  const { worked, all, b, d, r, n } = countsAt(result, layer);
-  const rest = [[b, "came back"], [d, "deferred"], [r, "removed"], [n, "not in the prompt"]].filter(([count]) => count > 0);
-  return [`${worked} of ${all} active`, ...rest.map(([count, name]) => `${count} ${name}`)].join(", ");
+  const counts = countsAt(result, layer);
+  const rest = STATES.slice(1).filter(([state]) => counts[state] > 0).map(([state, name]) => `${counts[state]} ${name}`);
+  const place = result.images[0]?.area ? [] : ["none of them stands for one place of the picture"];
+  return [`${counts.a + counts.b} of ${counts.all} active`, ...rest, ...place].join(", ");
 }
 
 // Everything that depends on the layer that is looked at.
 function showLayers() {
   const answered = page.columns.filter(({ result }) => result);
-  const layers = Math.max(1, ...answered.map(({ result }) => result.layers));
-  page.layer = Math.min(page.layer, layers - 1);
+  const last = Math.max(1, ...answered.map(({ result }) => result.layers)) - 1;
+  page.layer = Math.min(page.layer, last);
   $("strip").hidden = answered.length === 0;
-  Object.assign($("layer"), { max: layers - 1, value: page.layer });
+  Object.assign($("layer"), { max: last, value: page.layer });
   $("layer-shown").textContent = page.layer;
   const texts = answered.map(({ routing, result }) => `${routing}: ${textAt(result, page.layer)}`);
-  $("layer").setAttribute("aria-valuetext", `layer ${page.layer} of 0 to ${layers - 1}. ${texts.join(". ")}`);
+  $("layer").setAttribute("aria-valuetext", `layer ${page.layer} of 0 to ${last}. ${texts.join(". ")}`);
   page.columns.forEach(showLayer);
 }
 
 function showLayer(column) {
-  const { result, picture } = column;
+  const { result, picture, routing, find } = column;
   const text = result ? `layer ${page.layer}: ${textAt(result, page.layer)}` : "";
-  column.find(".counts").textContent = text;
-  const boxes = (result?.boxes ?? []).map(boxText);
-  column.find(".map").ariaLabel = [`${picture.name} under ${column.routing}`, text, ...boxes].filter(Boolean).join("; ");
-  drawDepth(column);
+  find(".counts").textContent = text;
+  find(".map").ariaLabel = [`${picture.name} under ${routing}`, text, ...(result?.boxes ?? []).map(boxText)].filter(Boolean).join("; ");
+  find(".depth").hidden = !result;
+  if (result) drawDepth(find, result);
   paint(column);
 }
 
 // Steps over all layers: how many tokens each worked on, and where the reader is.
-function drawDepth({ find, result }) {
-  find(".depth").hidden = !result;
-  if (!result) return;
+function drawDepth(find, result) {
   const { layers } = result;
   const steps = Array.from({ length: layers }, (_, layer) => {
-    const { worked, all } = countsAt(result, layer);
-    return `V${1 - worked / Math.max(1, all)}H${layer + 1}`;
+    const { a, b, all } = countsAt(result, layer);
+    return `V${1 - (a + b) / Math.max(1, all)}H${layer + 1}`;
   });
-  const here = `M${page.layer + 0.5} 0V1`;
-  const shapes = [["whole", `M0 0H${layers}V1H0Z`], ["worked", `M0 1${steps.join("")}V1Z`], ["here", here]];
+  const shapes = { whole: `M0 0H${layers}V1H0Z`, worked: `M0 1${steps.join("")}V1Z`, here: `M${page.layer + 0.5} 0V1` };
   find(".depth svg").setAttribute("viewBox", `0 0 ${layers} 1`);
-  find(".depth svg").replaceChildren(...shapes.map(([name, d]) => {
-    const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
-    path.setAttribute("class", name);
-    path.setAttribute("d", d);
-    return path;
-  }));
-  find(".depth span:first-child").textContent = 0;
+  for (const [name, shape] of Object.entries(shapes)) find(`.depth .${name}`).setAttribute("d", shape);
   find(".depth span:last-child").textContent = layers - 1;
 }
 
@@ -568,8 +554,8 @@ function drawDepth({ find, result }) {
 function pointAt(event) {
   if (event.type === "pointermove" && event.buttons === 0) return;
   const { left, width } = event.currentTarget.getBoundingClientRect();
-  const layers = Number($("layer").max) + 1;
-  page.layer = Math.max(0, Math.min(layers - 1, Math.floor(((event.clientX - left) / width) * layers)));
+  const last = Number($("layer").max);
+  page.layer = Math.max(0, Math.min(last, Math.floor(((event.clientX - left) / width) * (last + 1))));
   showLayers();
 }
 
@@ -578,140 +564,108 @@ function pointAt(event) {
 const BACK = "#2ee6c5";
 const BOX = "#ff8a1f";
 const DARK = "#0a0f0e";
+const ground = { blank: "", dot: "" }; // of the light or dark page
 
-// What is drawn: the picture and all that the tokens cover, which may reach beyond it.
-function viewOf({ picture, result }) {
-  const [x0, y0, x1, y1] = result?.images[0]?.area ?? [0, 0, picture.width, picture.height];
-  const view = { x: Math.min(0, x0), y: Math.min(0, y0), right: Math.max(picture.width, x1), bottom: Math.max(picture.height, y1) };
-  return { ...view, width: view.right - view.x, height: view.bottom - view.y };
-}
-
-function paint(column) {
-  const canvas = column.find(".map");
-  const { picture, result } = column;
-  const view = viewOf(column);
-  canvas.style.aspectRatio = `${view.width} / ${view.height}`;
+function paint({ find, picture, result }) {
+  const canvas = find(".map");
+  // The picture and all that the tokens cover, which may reach beyond it.
+  const area = result?.images[0]?.area ?? [0, 0, picture.width, picture.height];
+  const [x0, y0] = [Math.min(0, area[0]), Math.min(0, area[1])];
+  const [width, height] = [Math.max(picture.width, area[2]) - x0, Math.max(picture.height, area[3]) - y0];
+  canvas.style.aspectRatio = `${width} / ${height}`;
   if (canvas.clientWidth === 0) return;
-  const dots = window.devicePixelRatio || 1;
-  const scale = (canvas.clientWidth * dots) / view.width;
-  canvas.width = Math.round(view.width * scale);
-  canvas.height = Math.round(view.height * scale);
-  const brush = canvas.getContext("2d");
-  const at = (x, y) => [(x - view.x) * scale, (y - view.y) * scale];
-  brush.fillStyle = css("--track");
+  const scale = (canvas.clientWidth * dots()) / width;
+  Object.assign(canvas, { width: Math.round(width * scale), height: Math.round(height * scale) });
+  const toCanvas = ([left, top, right, bottom]) => [(left - x0) * scale, (top - y0) * scale, (right - x0) * scale, (bottom - y0) * scale];
+  const brush = Object.assign(canvas.getContext("2d"), { imageSmoothingEnabled: scale < 2, fillStyle: ground.blank });
   brush.fillRect(0, 0, canvas.width, canvas.height);
-  brush.imageSmoothingEnabled = scale < 2;
-  brush.drawImage(picture.bitmap, ...at(0, 0), picture.width * scale, picture.height * scale);
-  if (result && $("tokens").checked) paintTokens(brush, result, at, dots);
-  (result?.boxes ?? []).forEach(({ box }, index) => paintBox(brush, box, index, at, dots));
+  brush.drawImage(picture.bitmap, -x0 * scale, -y0 * scale, picture.width * scale, picture.height * scale);
+  const states = result && stageAt(result, page.layer)?.states[0];
+  if (states && result.images[0].area && $("tokens").checked) paintTokens(brush, states, result.images[0], toCanvas(area));
+  (result?.boxes ?? []).forEach(({ box }, index) => paintBox(brush, toCanvas(box), index + 1));
 }
 
-function paintTokens(brush, { images, ...result }, at, dots) {
-  const states = stageAt(result, page.layer)?.states[0];
-  if (!states || !images[0]) return;
-  const { rows, columns, area } = images[0];
-  const [left, top] = at(area[0], area[1]);
-  const [right, bottom] = at(area[2], area[3]);
-  paintUnseen(brush, left, top, right, bottom);
+function paintTokens(brush, states, { rows, columns }, [left, top, right, bottom]) {
+  // What no token covers looks like tokens that are not in the prompt.
+  const { width, height } = brush.canvas;
+  const rims = [[0, 0, width, top], [0, bottom, width, height - bottom], [0, top, left, bottom - top], [right, top, width - right, bottom - top]];
+  for (const rim of rims) if (rim[2] >= 1 && rim[3] >= 1) paintToken(brush, "n", ...rim);
   // Whole dots, so that no seam shows between neighbours.
   const x = (column) => Math.round(left + ((right - left) * column) / columns);
   const y = (row) => Math.round(top + ((bottom - top) * row) / rows);
   [...states].forEach((state, index) => {
     const [row, column] = [Math.floor(index / columns), index % columns];
-    paintToken(brush, state, x(column), y(row), x(column + 1) - x(column), y(row + 1) - y(row), dots);
+    paintToken(brush, state, x(column), y(row), x(column + 1) - x(column), y(row + 1) - y(row));
   });
 }
 
-// Parts of the picture that no token covers look like tokens that are not in the prompt.
-function paintUnseen(brush, left, top, right, bottom) {
-  const { width, height } = brush.canvas;
-  for (const rest of [[0, 0, width, top], [0, bottom, width, height - bottom], [0, top, left, bottom - top], [right, top, width - right, bottom - top]]) {
-    if (rest[2] >= 1 && rest[3] >= 1) paintToken(brush, "n", ...rest, 1);
-  }
-}
-
-// One token over the picture. No state is told by its colour alone: frame, veil, hatching, blank with a dot.
-function paintToken(brush, state, x, y, width, height, dots) {
+// One token over the picture. No state is told by its colour alone: a frame, a veil, hatching, a blank with a dot.
+function paintToken(brush, state, x, y, width, height) {
   if (state === "b") {
-    const line = Math.max(1, Math.min(2 * dots, width / 6));
+    const line = Math.max(1, Math.min(2 * dots(), width / 6));
     frame(brush, x, y, width, height, line * 1.75, DARK);
     frame(brush, x, y, width, height, line, BACK);
   } else if (state === "n") {
-    brush.fillStyle = css("--track");
+    brush.fillStyle = ground.blank;
     brush.fillRect(x, y, width, height);
-    brush.fillStyle = css("--edge");
-    const dot = Math.max(1, 1.5 * dots);
+    const dot = Math.max(1, 1.5 * dots());
+    brush.fillStyle = ground.dot;
     brush.fillRect(x + (width - dot) / 2, y + (height - dot) / 2, dot, dot);
   } else if (state === "d" || state === "r") {
     brush.fillStyle = state === "d" ? "rgb(8 13 12 / 72%)" : "rgb(8 13 12 / 80%)";
     brush.fillRect(x, y, width, height);
-    if (state === "r") hatch(brush, x, y, width, height, dots);
+    if (state === "r") hatch(brush, x, y, width, height);
   }
 }
 
+// A line inside of a rectangle.
 function frame(brush, x, y, width, height, line, colour) {
-  brush.strokeStyle = colour;
-  brush.lineWidth = line;
+  Object.assign(brush, { strokeStyle: colour, lineWidth: line });
   brush.strokeRect(x + line / 2, y + line / 2, width - line, height - line);
 }
 
 // Diagonals that go on from token to token.
-function hatch(brush, x, y, width, height, dots) {
-  const step = 6 * dots;
-  brush.save();
-  brush.beginPath();
-  brush.rect(x, y, width, height);
-  brush.clip();
-  brush.beginPath();
+function hatch(brush, x, y, width, height) {
+  const step = 6 * dots();
+  const lines = new Path2D();
   for (let sum = Math.ceil((x + y) / step) * step; sum < x + width + y + height; sum += step) {
-    brush.moveTo(sum - y, y);
-    brush.lineTo(sum - y - height, y + height);
+    const [from, to] = [Math.min(sum - y, x + width), Math.max(sum - y - height, x)];
+    lines.moveTo(from, sum - from);
+    lines.lineTo(to, sum - to);
   }
-  brush.strokeStyle = "rgb(255 255 255 / 40%)";
-  brush.lineWidth = dots;
-  brush.stroke();
-  brush.restore();
+  Object.assign(brush, { strokeStyle: "rgb(255 255 255 / 40%)", lineWidth: dots() });
+  brush.stroke(lines);
 }
 
-function paintBox(brush, [x0, y0, x1, y1], index, at, dots) {
-  const [left, top] = at(x0, y0);
-  const [right, bottom] = at(x1, y1);
-  for (const [line, colour] of [[5 * dots, DARK], [2.5 * dots, BOX]]) {
-    brush.strokeStyle = colour;
-    brush.lineWidth = line;
-    brush.strokeRect(left, top, right - left, bottom - top);
+function paintBox(brush, [left, top, right, bottom], number) {
+  for (const [line, strokeStyle] of [[5 * dots(), DARK], [2.5 * dots(), BOX]]) {
+    Object.assign(brush, { strokeStyle, lineWidth: line }).strokeRect(left, top, right - left, bottom - top);
   }
-  const side = 18 * dots;
-  brush.fillStyle = BOX;
-  brush.fillRect(left, top, side, side);
-  brush.fillStyle = DARK;
-  brush.font = `600 ${12 * dots}px system-ui, sans-serif`;
-  brush.textAlign = "center";
-  brush.textBaseline = "middle";
-  brush.fillText(index + 1, left + side / 2, top + side / 2);
+  const side = 18 * dots();
+  Object.assign(brush, { fillStyle: BOX }).fillRect(left, top, side, side);
+  const font = `600 ${12 * dots()}px system-ui, sans-serif`;
+  Object.assign(brush, { fillStyle: DARK, font, textAlign: "center", textBaseline: "middle" });
+  brush.fillText(number, left + side / 2, top + side / 2);
 }
 
 function drawLegend() {
-  const dots = window.devicePixelRatio || 1;
-  const entries = STATES.map(([state, name, more]) => {
-    const entry = make("li");
-    const canvas = Object.assign(make("canvas"), { width: 40 * dots, height: 20 * dots, ariaHidden: "true" });
+  $("legend").replaceChildren(...STATES.map(([state, name, more]) => {
+    const [entry, text, side] = [make("li"), make("span"), 20 * dots()];
+    const canvas = Object.assign(make("canvas"), { width: 2 * side, height: side, ariaHidden: "true" });
     const brush = canvas.getContext("2d");
-    const ground = brush.createLinearGradient(0, 0, canvas.width, canvas.height);
-    ground.addColorStop(0, "#7f9bb3");
-    ground.addColorStop(1, "#c9b38a");
-    brush.fillStyle = ground;
-    brush.fillRect(0, 0, canvas.width, canvas.height);
-    for (const x of [0, 20 * dots]) paintToken(brush, state, x, 0, 20 * dots, 20 * dots, dots);
-    const text = make("span");
+    const sample = brush.createLinearGradient(0, 0, canvas.width, canvas.height);
+    sample.addColorStop(0, "#7f9bb3");
+    sample.addColorStop(1, "#c9b38a");
+    Object.assign(brush, { fillStyle: sample }).fillRect(0, 0, canvas.width, canvas.height);
+    for (const x of [0, side]) paintToken(brush, state, x, 0, side, side);
     text.append(make("b", name), make("span", ` ${more}`, "more"));
     entry.append(canvas, text);
     return entry;
-  });
-  $("legend").replaceChildren(...entries);
+  }));
 }
 
 function repaint() {
+  Object.assign(ground, { blank: css("--track"), dot: css("--edge") });
   drawLegend();
   page.columns.forEach(paint);
 }
@@ -724,42 +678,46 @@ async function connect() {
     const [models, routings] = await Promise.all(["v1/models", "v1/routings"].map(async (path) => (await call(path)).json()));
     page.known = new Map(routings.data.map((routing) => [routing.id, routing]));
     page.usual = routings.default;
-    page.model = models.data[0].id;
-    $("model").textContent = page.model;
+    $("model").replaceChildren(...models.data.map(({ id }) => new Option(id, id)));
+    $("model").disabled = models.data.length < 2;
+    page.ready = true;
     restore(remembered());
   } catch (error) {
+    showError($("notice"), asRefusal(error), error.status === 401 ? null : action("Try again", connect));
     if (error.status === 401) showKeyField();
-    showError($("notice"), error instanceof Refusal ? error : new Refusal(500, String(error)), [error.status !== 401 && action("Try again", connect)]);
   }
 }
 
-function listen() {
-  $("form").addEventListener("submit", (event) => { event.preventDefault(); submit(); });
-  $("text").addEventListener("keydown", (event) => {
+function onEnter(field, run) {
+  on(field, "keydown", (event) => {
     if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
     event.preventDefault();
-    submit();
+    run();
   });
-  $("text").addEventListener("input", remember);
-  for (const radio of document.querySelectorAll("[name=mode]")) radio.addEventListener("change", () => { showMode(); remember(); });
-  $("cancel").addEventListener("click", () => page.running?.abort());
-  addEventListener("keydown", (event) => { if (event.key === "Escape") page.running?.abort(); });
-  $("example").addEventListener("click", takeExample);
-  $("add").addEventListener("click", proposeRouting);
-  $("skip").addEventListener("click", (event) => { event.preventDefault(); $("bench").focus(); });
+}
+
+function listen() {
   const useKey = () => { page.key = $("key").value.trim(); connect(); };
-  $("key-use").addEventListener("click", useKey);
-  $("key").addEventListener("change", () => { page.key = $("key").value.trim(); });
-  $("key").addEventListener("keydown", (event) => { if (event.key === "Enter") { event.preventDefault(); useKey(); } });
-  $("layer").addEventListener("input", () => { page.layer = Number($("layer").value); showLayers(); });
-  $("tokens").addEventListener("change", repaint);
-  addEventListener("hashchange", () => restore(remembered()));
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", repaint);
-  addEventListener("resize", repaint);
-  acceptDrops();
+  on($("form"), "submit", (event) => { event.preventDefault(); submit(); });
+  onEnter($("text"), submit);
+  on($("text"), "input", remember);
+  on($("model"), "change", remember);
+  for (const radio of document.querySelectorAll("[name=mode]")) on(radio, "change", () => { showMode(); remember(); });
+  on($("cancel"), "click", () => page.running?.abort());
+  on(window, "keydown", (event) => { if (event.key === "Escape") page.running?.abort(); });
+  on($("add"), "click", proposeRouting);
+  on($("skip"), "click", (event) => { event.preventDefault(); $("bench").focus(); });
+  on($("key-use"), "click", useKey);
+  onEnter($("key"), useKey);
+  on($("layer"), "input", () => { page.layer = Number($("layer").value); showLayers(); });
+  on($("tokens"), "change", repaint);
+  on(window, "hashchange", () => restore(remembered()));
+  on(matchMedia("(prefers-color-scheme: dark)"), "change", repaint);
+  on(window, "resize", repaint);
+  acceptFiles();
 }
 
 showMode();
-drawLegend();
+repaint();
 listen();
 connect();

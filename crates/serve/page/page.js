@@ -34,7 +34,7 @@ const page = {
   key: "", // in memory only
   picture: null, // { name, blob, bitmap, url, width, height }
   columns: [], // what was asked, one for each routing
-  layer: 0,
+  layer: null, // which one is looked at; the middle one first
   running: null, // the AbortController of what is being asked
 };
 
@@ -203,9 +203,11 @@ async function takeExample() {
 
 function acceptFiles() {
   const over = (is) => $("well").classList.toggle("over", is);
-  on(window, "dragover", (event) => { event.preventDefault(); over(true); });
+  // Text that is dropped goes where it always does.
+  const withFile = (run) => (event) => { if (event.dataTransfer.types.includes("Files")) { event.preventDefault(); run(event); } };
+  on(window, "dragover", withFile(() => over(true)));
   on(window, "dragleave", (event) => { if (!event.relatedTarget) over(false); });
-  on(window, "drop", (event) => { event.preventDefault(); over(false); takeFile(event.dataTransfer.files[0]); });
+  on(window, "drop", withFile((event) => { over(false); takeFile(event.dataTransfer.files[0]); }));
   on(window, "paste", (event) => takeFile(event.clipboardData.files[0]));
   on($("file"), "change", () => { takeFile($("file").files[0]); $("file").value = ""; });
   on($("example"), "click", takeExample);
@@ -225,7 +227,8 @@ function showMode() {
 function remember() {
   const state = new URLSearchParams({ mode: mode(), text: $("text").value });
   if (!$("model").disabled) state.set("model", $("model").value);
-  for (const routing of chosen()) state.append("routing", routing);
+  // Before the server said what it has, there is nothing to choose, and an address that was given stays.
+  for (const routing of page.ready ? chosen() : remembered().routings) state.append("routing", routing);
   history.replaceState(null, "", `#${state}`);
 }
 
@@ -349,11 +352,17 @@ async function submit() {
   askAll(page.columns);
 }
 
+// Not disabled, so that neither loses the focus of a keyboard.
+function showRunning() {
+  $("send").ariaDisabled = String(page.running !== null);
+  $("cancel").ariaDisabled = String(page.running === null);
+}
+
 // One after the other, so that their times can be compared.
 async function askAll(columns) {
   page.running = new AbortController();
   const { signal } = page.running;
-  [$("cancel").disabled, $("send").disabled] = [false, true];
+  showRunning();
   for (const column of columns) showAnswer(column, "waiting");
   for (const [index, column] of columns.entries()) {
     $("status").textContent = `Asking ${column.routing}, ${index + 1} of ${columns.length}.`;
@@ -365,7 +374,7 @@ async function askAll(columns) {
     }
   }
   page.running = null;
-  [$("cancel").disabled, $("send").disabled] = [true, false];
+  showRunning();
   const answered = columns.filter(({ result }) => result).length;
   $("status").textContent = signal.aborted ? "Cancelled." : `Answered ${answered} of ${columns.length}.`;
 }
@@ -435,8 +444,9 @@ function showAnswer(column, state) {
   place.className = `answer ${state in WAITS ? "waiting" : state}`;
   // A screen reader says the answer once it is whole, not word by word.
   place.ariaBusy = String(state === "going");
+  const empty = column.result && column.answer === "" ? "(an empty answer)" : "";
   const cut = column.cut && state === "done" ? " … (cut: the longest answer is reached)" : "";
-  place.textContent = (WAITS[state] ?? column.answer) + cut;
+  place.textContent = (WAITS[state] ?? (column.answer || empty)) + cut;
   const lines = (column.result?.boxes ?? []).map(boxText);
   if (column.mode === "find" && column.result && lines.length === 0) lines.push("no box in the answer");
   column.find(".boxes").replaceChildren(...lines.map((line) => make("li", line)));
@@ -476,10 +486,10 @@ function showFigures(column) {
   for (const part of ["vision", "prefill", "decode"]) {
     const { routing, time } = yardstick(part);
     const share = time > 0 ? timings_ms[part] / time : 1;
-    const compared = routing === column.routing ? [] : [`${percent(share)} of ${routing}`];
-    if (part === "decode" && column.tokens) compared.push(`${column.tokens} tokens`);
-    rows.push(figure(part[0].toUpperCase() + part.slice(1), duration(timings_ms[part]), share, compared.join(", ")));
+    const compared = routing === column.routing ? "" : `${percent(share)} of ${routing}`;
+    rows.push(figure(part[0].toUpperCase() + part.slice(1), duration(timings_ms[part]), share, compared));
   }
+  column.find("h4").textContent = column.tokens ? `Answer, ${column.tokens} tokens` : "Answer";
   column.find("tbody").replaceChildren(...rows);
   column.find(".figures").hidden = false;
 }
@@ -518,8 +528,8 @@ function textAt(result, layer) {
 function showLayers() {
   const answered = page.columns.filter(({ result }) => result);
   const last = Math.max(1, ...answered.map(({ result }) => result.layers)) - 1;
-  page.layer = Math.min(page.layer, last);
   $("strip").hidden = answered.length === 0;
+  if (answered.length > 0) page.layer = Math.min(page.layer ?? Math.ceil(last / 2), last);
   Object.assign($("layer"), { max: last, value: page.layer });
   $("layer-shown").textContent = page.layer;
   const texts = answered.map(({ routing, result }) => `${routing}: ${textAt(result, page.layer)}`);
@@ -711,7 +721,7 @@ function listen() {
   onEnter($("key"), useKey);
   on($("layer"), "input", () => { page.layer = Number($("layer").value); showLayers(); });
   on($("tokens"), "change", repaint);
-  on(window, "hashchange", () => restore(remembered()));
+  on(window, "hashchange", () => { if (page.ready) restore(remembered()); });
   on(matchMedia("(prefers-color-scheme: dark)"), "change", repaint);
   on(window, "resize", repaint);
   acceptFiles();

@@ -245,7 +245,7 @@ function restore({ mode, text, routings, model }) {
   $("routings").replaceChildren();
   for (const routing of known.length ? known : usualRoutings()) addRouting(routing);
   showMode();
-  remember();
+  changedRoutings();
 }
 
 // ---------------------------------------------------------------- the choice of routings
@@ -290,7 +290,6 @@ function addRouting(routing) {
   on(budget, "change", changedRoutings);
   on(row.querySelector("button"), "click", () => { row.remove(); changedRoutings(); $("add").focus(); });
   $("routings").append(row);
-  nameRoutings();
 }
 
 function fillBudgets(budget, id, wanted) {
@@ -301,11 +300,6 @@ function fillBudgets(budget, id, wanted) {
 }
 
 function changedRoutings() {
-  nameRoutings();
-  remember();
-}
-
-function nameRoutings() {
   const rows = [...$("routings").children];
   rows.forEach((row, index) => {
     const [method, budget, drop] = row.children;
@@ -315,6 +309,7 @@ function nameRoutings() {
     drop.disabled = rows.length === 1;
   });
   $("add").hidden = rows.length >= MOST_ROUTINGS;
+  remember();
 }
 
 // One more row: another budget of the last method, or whatever is not there yet.
@@ -323,7 +318,7 @@ function proposeRouting() {
   const all = [...page.known.keys()].flatMap((id) => (budgetsOf(id).length ? budgetsOf(id).map((budget) => `${id}@${budget}`) : id));
   const free = all.filter((routing) => !there.includes(routing));
   addRouting(free.find((routing) => parts(routing)[0] === parts(there.at(-1))[0]) ?? free[0] ?? page.usual);
-  remember();
+  changedRoutings();
   $("routings").lastElementChild.querySelector("select").focus();
 }
 

@@ -378,9 +378,18 @@ def shows_errors(page, _):
     page.instead_of_fetch("throw new TypeError('gone')")
     page.ask()
     assert "cannot be reached" in page.all(".column .notice")[0].text
-    page.instead_of_fetch("""return new Response('data: {"choices":[{"delta":{"content":"half"}}]}\\n\\n')""")
+    half = """'data: {"choices":[{"delta":{"content":"half"}}]}\\n\\n'"""
+    torn = """new ReadableStream({ start(c) {
+      c.enqueue(new TextEncoder().encode(%s));
+      setTimeout(() => c.error("torn"), 200);
+    } })""" % half
+    for body in [half, torn]:
+        page.instead_of_fetch(f"return new Response({body})")
+        page.ask()
+        assert "broke off" in page.all(".column .notice")[0].text and page.all(".answer")[0].text == "half"
+    page.instead_of_fetch("return new Response('<h1>Bad gateway</h1>', { status: 502 })")
     page.ask()
-    assert "broke off" in page.all(".column .notice")[0].text and page.all(".answer")[0].text == "half"
+    assert "Bad gateway" in page.all(".column .notice")[0].text
     # The server's own words: a routing that it does not know.
     page.instead_of_fetch("return real('v1/chat/completions', { ...options, body: JSON.stringify({ ...request, routing: 'no-such@1' }) });")
     page.ask()

@@ -63,7 +63,7 @@ async function call(path, options = {}) {
   if (response.ok) return response;
   let error = { message: (await response.text()).slice(0, 2000) };
   try {
-    ({ error } = JSON.parse(error.message));
+    error = JSON.parse(error.message).error ?? error;
   } catch { /* what a proxy says is shown as it is */ }
   const more = { param: error.param, wait: response.headers.get("retry-after") };
   throw new Refusal(response.status, error.message || response.statusText, more);
@@ -74,9 +74,11 @@ const STATUS = { rate_limit_exceeded: 429, shutting_down: 503, timeout: 504 };
 
 // The events of a stream, each as the object that it carries.
 async function* events(response) {
-  let rest = "";
+  const broken = () => { throw new Refusal(0, "The answer broke off before its end."); };
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  for (let part = await reader.read(); !part.done; part = await reader.read()) {
+  const read = () => reader.read().catch(broken);
+  let rest = "";
+  for (let part = await read(); !part.done; part = await read()) {
     const lines = (rest + part.value).split(/\r?\n/);
     rest = lines.pop();
     for (const line of lines.filter((line) => line.startsWith("data:"))) {
@@ -87,7 +89,7 @@ async function* events(response) {
       yield event;
     }
   }
-  throw new Refusal(0, "The answer broke off before its end.");
+  broken();
 }
 
 const asDataUri = (blob) => new Promise((resolve, reject) => {

@@ -474,16 +474,18 @@ function yardstick(part) {
 function showFigures(column) {
   if (!column.result) return;
   const { flops, kv_bytes, kv_bytes_dense, average_visual_tokens, visual_tokens, timings_ms } = column.result;
-  const kept = kv_bytes / kv_bytes_dense;
+  const cached = kv_bytes / kv_bytes_dense;
   const rows = [
     figure("FLOPs", inUnits(flops.decoder, 1000, ["", "k", "M", "G", "T", "P"]), flops.share, `${percent(flops.share)} of dense`),
-    figure("KV cache", inUnits(kv_bytes, 1024, ["B", "KiB", "MiB", "GiB"]), kept, `${percent(kept)} of dense`),
+    figure("KV cache", inUnits(kv_bytes, 1024, ["B", "KiB", "MiB", "GiB"]), cached, `${percent(cached)} of dense`),
     figure("Tokens", average_visual_tokens.toFixed(1), average_visual_tokens / visual_tokens, `mean, of ${visual_tokens}`),
   ];
   for (const part of ["vision", "prefill", "decode"]) {
     const { routing, time } = yardstick(part);
-    const share = time > 0 ? timings_ms[part] / time : 1;
-    const compared = routing === column.routing ? "" : `${percent(share)} of ${routing}`;
+    // The server keeps what the tower made of a picture.
+    const kept = part === "vision" && timings_ms.vision < 0.1;
+    const share = kept ? 0 : timings_ms[part] / Math.max(time, 0.1);
+    const compared = kept ? "known already" : routing === column.routing ? "" : `${percent(share)} of ${routing}`;
     rows.push(figure(part[0].toUpperCase() + part.slice(1), duration(timings_ms[part]), share, compared));
   }
   column.find("h4").textContent = column.tokens ? `Answer, ${column.tokens} tokens` : "Answer";

@@ -8,8 +8,8 @@ use image::{ExtendedColorType, ImageEncoder};
 use noto_sans_mono_bitmap::{
     FontWeight, RasterHeight, RasterizedChar, get_raster, get_raster_width,
 };
-use reroute_zoo::grounding::Place;
 use reroute_zoo::TokenState;
+use reroute_zoo::grounding::Place;
 use vision_encoder::{Canvas, RgbImage, Window, resize_bicubic};
 
 /// Colour of a found box.

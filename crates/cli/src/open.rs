@@ -15,8 +15,8 @@ use vision_encoder::{DecodeLimits, RgbImage, decode};
 
 use crate::args::{GenerationArgs, ModelArgs, VisualArgs};
 use crate::backend::{self, Backend, Device};
-use crate::source::{is_stdin, read, shown};
 use crate::hub;
+use crate::source::{is_stdin, read, shown};
 
 /// Largest image and schedule files that are read.
 const MAX_IMAGE_BYTES: u64 = 256 << 20;

@@ -46,6 +46,9 @@ pub fn run(args: &ServeArgs, out: &mut dyn Write) -> anyhow::Result<()> {
         apart: args.apart,
         routing: (routing.clone(), plan),
         api_key,
+        hosts: { args.allow_host.iter() }
+            .map(|name| name.to_lowercase())
+            .collect(),
         cors: args.cors.clone(),
         network: { args.allow_fetch }.then(|| Arc::new(PublicNetwork) as Arc<dyn Network>),
         folders: args.allow_dir.clone(),
@@ -71,7 +74,10 @@ pub fn run(args: &ServeArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     });
     let mut models = vec![(name(args), vlm.clone())];
     for (name, folder) in adapters {
-        models.push((name, Arc::new(adapted(&vlm, &folder, args.model.merge_adapter)?)));
+        models.push((
+            name,
+            Arc::new(adapted(&vlm, &folder, args.model.merge_adapter)?),
+        ));
     }
     let server = Server::new(models, settings)?;
     runtime.block_on(async {
@@ -122,7 +128,10 @@ fn shutdown() -> anyhow::Result<impl Future<Output = ()>> {
     let mut told = told()?;
     Ok(async move {
         told.recv().await;
-        let _ = writeln!(stderr(), "ending when running answers have; once more ends at once");
+        let _ = writeln!(
+            stderr(),
+            "ending when running answers have; once more ends at once"
+        );
         tokio::spawn(async move {
             told.recv().await;
             std::process::exit(1);

@@ -149,7 +149,10 @@ pub(crate) fn entry<B: Backend>(
         json!({"token": text, "logprob": logprob, "bytes": bytes})
     };
     let mut told = of(token, logprobs.logprob);
-    let top = logprobs.top.iter().map(|&(token, logprob)| of(token, logprob));
+    let top = logprobs
+        .top
+        .iter()
+        .map(|&(token, logprob)| of(token, logprob));
     told["top_logprobs"] = top.collect();
     Some(told)
 }

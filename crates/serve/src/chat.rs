@@ -57,7 +57,12 @@ pub(crate) async fn completions<B: Backend>(
     let deadline = Instant::now() + app.limits().time;
     let (parts, body) = request.into_parts();
     let mut body = body.into_data_stream();
-    let asked = within(&app, deadline, ask(&app, &parts.headers, &mut body, deadline)).await;
+    let asked = within(
+        &app,
+        deadline,
+        ask(&app, &parts.headers, &mut body, deadline),
+    )
+    .await;
     let answered = match asked {
         Ok(asked) if asked.stream => return stream::respond(app, asked, ticket),
         Ok(asked) => within(&app, deadline, whole(&app, asked)).await,
@@ -110,7 +115,9 @@ async fn ask<B: Backend>(
     let place = app.places.clone().try_acquire_owned();
     let place = place.map_err(|_| {
         let places = app.limits().places();
-        Refusal::busy(format_args!("{places} requests are under way already: ask again later"))
+        Refusal::busy(format_args!(
+            "{places} requests are under way already: ask again later"
+        ))
     })?;
     let (body, held) = read(app, body).await?;
     let most_text = app.limits().text_bytes;
@@ -152,7 +159,8 @@ async fn read<B: Backend>(
     while let Some(chunk) = body.next().await {
         let chunk = chunk.map_err(|_| Refusal::malformed("the body is cut off"))?;
         if bytes.len() + chunk.len() > most {
-            let message = format_args!("the body is larger than {most} bytes: send smaller pictures");
+            let message =
+                format_args!("the body is larger than {most} bytes: send smaller pictures");
             return Err(Refusal::wrong(StatusCode::PAYLOAD_TOO_LARGE, message));
         }
         bytes.extend_from_slice(&chunk);
@@ -186,7 +194,9 @@ async fn fetch<B: Backend>(
         let message = format_args!("a request has {most} pictures at most");
         return Err(Refusal::bad("messages", message));
     }
-    pictures.iter().try_for_each(|picture| app.sources.check(picture))?;
+    pictures
+        .iter()
+        .try_for_each(|picture| app.sources.check(picture))?;
     let mut fetched = Vec::new();
     for picture in pictures.iter().filter(|picture| is_remote(&picture.url)) {
         let Some(fetch) = app.sources.fetch.clone() else {
@@ -195,7 +205,8 @@ async fn fetch<B: Backend>(
         let url = picture.url.clone();
         let bytes = blocking(&app.fetches, move || fetch.get(&url)).await?;
         let bytes = bytes.map_err(|error| Refusal::bad(&picture.place, error))?;
-        let full = || Refusal::busy("the pictures under way take all memory for them: ask again later");
+        let full =
+            || Refusal::busy("the pictures under way take all memory for them: ask again later");
         held.push(app.inbox.take(bytes.len() as u64).ok_or_else(full)?);
         fetched.push(bytes);
     }
@@ -229,7 +240,9 @@ fn hand_over<B: Backend>(
             parts.push(match piece {
                 Piece::Text(text) => Part::Text(text),
                 Piece::Picture(picture) => {
-                    let bytes = { is_remote(&picture.url) }.then(|| fetched.next()).flatten();
+                    let bytes = { is_remote(&picture.url) }
+                        .then(|| fetched.next())
+                        .flatten();
                     app.sources.open(&picture, bytes, &mut room)?.into()
                 }
             });
@@ -304,7 +317,9 @@ fn options(
 /// Makes the last text of the user the question for what it names.
 fn ground<B: Backend>(vlm: &Vlm<B>, turns: &mut [Turn]) -> Result<(), Refusal> {
     let last = turns.last_mut().filter(|turn| turn.role == Role::User);
-    let mut texts = last.into_iter().flat_map(|turn| turn.parts.iter_mut().rev());
+    let mut texts = last
+        .into_iter()
+        .flat_map(|turn| turn.parts.iter_mut().rev());
     let text = texts.find_map(|part| match part {
         Part::Text(text) => Some(text),
         Part::Visual(_) => None,
@@ -332,9 +347,8 @@ async fn whole<B: Backend>(app: &App<B>, mut asked: Asked<B>) -> Result<Response
     }
     let answers: Vec<Answer> = answers.into_iter().flatten().collect();
     let choices = answers.iter().enumerate();
-    let choices = choices.map(|(index, answer)| {
-        answer::choice(&asked.vlm, index, answer, asked.logprobs)
-    });
+    let choices =
+        choices.map(|(index, answer)| answer::choice(&asked.vlm, index, answer, asked.logprobs));
     let choices = choices.collect();
     let first = answers.first();
     let reroute = first.and_then(|answer| asked.traced(answer));

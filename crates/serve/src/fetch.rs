@@ -88,7 +88,10 @@ impl Fetch {
                 "it is not fetched: it leads to an address that is not public".into()
             }
             Error::BodyExceedsLimit(_) => {
-                format!("it is larger than {} bytes: give a smaller one", self.most_bytes)
+                format!(
+                    "it is larger than {} bytes: give a smaller one",
+                    self.most_bytes
+                )
             }
             Error::Timeout(_) => "it cannot be fetched: its server is too slow".into(),
             Error::TooManyRedirects => "it cannot be fetched: it redirects too often".into(),
@@ -169,7 +172,13 @@ mod tests {
 
     #[test]
     fn only_public_addresses_are() {
-        for public in ["1.1.1.1", "93.184.216.34", "172.32.0.1", "2606:4700::1111", "::ffff:8.8.8.8"] {
+        for public in [
+            "1.1.1.1",
+            "93.184.216.34",
+            "172.32.0.1",
+            "2606:4700::1111",
+            "::ffff:8.8.8.8",
+        ] {
             assert!(is_public(public.parse().expect("an address")), "{public}");
         }
         for other in [

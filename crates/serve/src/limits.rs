@@ -89,7 +89,9 @@ impl Budget {
     /// So many bytes, if they are left.
     pub(crate) fn take(self: &Arc<Self>, bytes: u64) -> Option<Held> {
         let more = |held: u64| held.checked_add(bytes).filter(|&held| held <= self.most);
-        let taken = { &self.held }.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
+        let taken = self
+            .held
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
         taken.ok().map(|_| Held {
             bytes,
             budget: self.clone(),

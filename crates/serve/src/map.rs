@@ -53,7 +53,9 @@ fn image<B: Backend>(vlm: &Vlm<B>, view: &View) -> Value {
     let ([width, height], [steps, rows, columns]) = (view.original, view.tokens);
     let geometry = vlm.preprocessor().geometry(view);
     let ([left, top], [wide, high]) = (geometry.offset, geometry.extent);
-    let area = view.is_grid().then_some([left, top, left + wide, top + high]);
+    let area = view
+        .is_grid()
+        .then_some([left, top, left + wide, top + high]);
     json!({
         "kind": if view.time.is_some() { "video" } else { "image" },
         "width": width,

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::tensor::backend::Backend;
-use prometheus_client::encoding::text::encode;
 use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
@@ -18,7 +18,9 @@ use reroute_zoo::{Answer, Vlm};
 const SECONDS: [f64; 14] = [
     0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
 ];
-const TOKENS: [f64; 10] = [8.0, 16.0, 32.0, 64.0, 128.0, 192.0, 288.0, 576.0, 1280.0, 5120.0];
+const TOKENS: [f64; 10] = [
+    8.0, 16.0, 32.0, 64.0, 128.0, 192.0, 288.0, 576.0, 1280.0, 5120.0,
+];
 const SHARES: [f64; 10] = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0];
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -73,7 +75,10 @@ impl Ticket {
 
     pub(crate) fn end(&self, outcome: &'static str) {
         if !self.told.swap(true, Ordering::Relaxed) {
-            self.metrics.requests.get_or_create(&OfOutcome { outcome }).inc();
+            self.metrics
+                .requests
+                .get_or_create(&OfOutcome { outcome })
+                .inc();
             self.metrics.under_way.dec();
         }
     }
@@ -109,7 +114,11 @@ impl Metrics {
 
     fn registered(mut self) -> Self {
         let to = &mut self.registry;
-        to.register("requests", "Requests by how they ended", self.requests.clone());
+        to.register(
+            "requests",
+            "Requests by how they ended",
+            self.requests.clone(),
+        );
         let help = "Requests that have come and not ended";
         to.register("requests_under_way", help, self.under_way.clone());
         let help = "Requests that wait for the running batch";

@@ -57,7 +57,11 @@ impl<B: Backend> Models<B> {
         let mut all = self.served.iter();
         let found = all.find(|served| id.is_none_or(|id| served.id == id));
         found.ok_or_else(|| {
-            let known: Vec<&str> = self.served.iter().map(|served| served.id.as_str()).collect();
+            let known: Vec<&str> = self
+                .served
+                .iter()
+                .map(|served| served.id.as_str())
+                .collect();
             Refusal::model(id.unwrap_or_default(), &known)
         })
     }

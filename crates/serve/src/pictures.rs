@@ -75,7 +75,8 @@ impl<'a> Room<'a> {
     fn decode(&mut self, bytes: &[u8], place: &str) -> Result<RgbImage, Refusal> {
         self.pictures = self.pictures.checked_sub(1).ok_or_else(|| {
             let most = self.limits.pictures;
-            let message = format!("a request has {most} pictures at most, frames of videos among them");
+            let message =
+                format!("a request has {most} pictures at most, frames of videos among them");
             Refusal::bad(place, message)
         })?;
         let limits = DecodeLimits {
@@ -92,7 +93,8 @@ impl<'a> Room<'a> {
         })?;
         self.pixels -= (image.width() * image.height()) as u64;
         let held = self.budget.take(image.data().len() as u64);
-        let full = || Refusal::busy("the pictures under way take all memory for them: ask again later");
+        let full =
+            || Refusal::busy("the pictures under way take all memory for them: ask again later");
         self.held.push(held.ok_or_else(full)?);
         Ok(image)
     }
@@ -109,7 +111,10 @@ impl Sources {
                 names: [folder.clone(), real],
             })
         };
-        let folders = folders.iter().map(allowed).collect::<std::io::Result<_>>()?;
+        let folders = folders
+            .iter()
+            .map(allowed)
+            .collect::<std::io::Result<_>>()?;
         Ok(Self { fetch, folders })
     }
 
@@ -120,7 +125,9 @@ impl Sources {
         }
         let refuse = |message: &str| Err(Refusal::unsupported(&picture.place, message));
         match (&self.fetch, picture.fps) {
-            (_, Some(_)) => refuse("videos are not fetched: send frames (data:video/jpeg;base64,FRAME,FRAME,…)"),
+            (_, Some(_)) => {
+                refuse("videos are not fetched: send frames (data:video/jpeg;base64,FRAME,FRAME,…)")
+            }
             (None, _) => refuse(
                 "nothing is fetched from the network here (--allow-fetch): send the picture itself, as a data: URL",
             ),
@@ -139,7 +146,8 @@ impl Sources {
         let (scheme, rest) = scheme(&picture.url);
         match (scheme, picture.fps) {
             ("http" | "https", None) => {
-                let bytes = fetched.ok_or_else(|| Refusal::internal("a picture was not fetched"))?;
+                let bytes =
+                    fetched.ok_or_else(|| Refusal::internal("a picture was not fetched"))?;
                 Ok(Visual::Image(room.decode(&bytes, place)?))
             }
             ("data", None) => {
@@ -163,7 +171,8 @@ impl Sources {
     /// A path below an allowed folder, of what follows `file:`.
     fn find(&self, rest: &str, place: &str) -> Result<(&Dir, PathBuf), Refusal> {
         if self.folders.is_empty() {
-            let message = "no files are read here (--allow-dir): send the picture itself, as a data: URL";
+            let message =
+                "no files are read here (--allow-dir): send the picture itself, as a data: URL";
             return Err(Refusal::unsupported(place, message));
         }
         let rest = rest.strip_prefix("//").unwrap_or(rest);
@@ -225,14 +234,19 @@ impl Sources {
 
 /// The same for a file that is not there and for one that may not be read: nobody learns what is there.
 fn unreadable(place: &str) -> Refusal {
-    Refusal::bad(place, "there is no such file below the folders that are read")
+    Refusal::bad(
+        place,
+        "there is no such file below the folders that are read",
+    )
 }
 
 /// The content of a `data:` URL.
 fn data(url: &str) -> Result<Vec<u8>, &'static str> {
     let parsed = DataUrl::process(url).map_err(|_| "the data: URL has no comma before its data")?;
     let decoded = parsed.decode_to_vec();
-    Ok(decoded.map_err(|_| "the data of the data: URL is not base64")?.0)
+    Ok(decoded
+        .map_err(|_| "the data of the data: URL is not base64")?
+        .0)
 }
 
 /// Frames one behind the other, as vLLM takes them: `video/jpeg;base64,FRAME,FRAME`.

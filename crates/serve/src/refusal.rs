@@ -2,7 +2,6 @@
 
 use std::fmt::Display;
 
-
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use reroute_zoo::ZooError;
@@ -165,7 +164,12 @@ impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
         let mut response = json_response(self.status, &self.json());
         let (headers, status) = (response.headers_mut(), self.status);
-        if [StatusCode::TOO_MANY_REQUESTS, StatusCode::SERVICE_UNAVAILABLE].contains(&status) {
+        if [
+            StatusCode::TOO_MANY_REQUESTS,
+            StatusCode::SERVICE_UNAVAILABLE,
+        ]
+        .contains(&status)
+        {
             let seconds = header::HeaderValue::from_static(RETRY_AFTER);
             headers.insert(header::RETRY_AFTER, seconds);
         }

@@ -175,10 +175,7 @@ fn stop(value: Option<Value>) -> Result<Vec<String>, Refusal> {
 }
 
 fn logprobs(fields: &mut Fields) -> Result<Option<usize>, Refusal> {
-    let (asked, top) = (
-        fields.flag("logprobs")?,
-        fields.count("top_logprobs", 0)?,
-    );
+    let (asked, top) = (fields.flag("logprobs")?, fields.count("top_logprobs", 0)?);
     match (asked, top) {
         (_, Some(top)) if top > MAX_TOP_LOGPROBS => Err(Refusal::bad(
             "top_logprobs",

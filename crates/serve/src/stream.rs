@@ -86,11 +86,7 @@ pub(crate) fn respond<B: Backend>(app: Arc<App<B>>, asked: Asked<B>, ticket: Tic
     ([UNBUFFERED], sse).into_response()
 }
 
-async fn tell<B: Backend>(
-    app: &App<B>,
-    mut asked: Asked<B>,
-    chunks: &Chunks,
-) -> Result<(), Stop> {
+async fn tell<B: Backend>(app: &App<B>, mut asked: Asked<B>, chunks: &Chunks) -> Result<(), Stop> {
     for index in 0..asked.answers {
         chunks.send(asked.head.first(index)).await?;
     }
@@ -117,7 +113,9 @@ async fn tell<B: Backend>(
                 prompt = answer.prompt_rows;
                 tokens += answer.tokens.len();
                 let reroute = asked.traced(&answer);
-                chunks.send(asked.head.last(index, &answer, reroute)).await?;
+                chunks
+                    .send(asked.head.last(index, &answer, reroute))
+                    .await?;
             }
             _ => {}
         }

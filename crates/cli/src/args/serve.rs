@@ -34,6 +34,10 @@ pub struct ServeArgs {
     /// REROUTE_API_KEY.
     #[arg(long, value_name = "KEY")]
     pub api_key: Option<String>,
+    /// Name that requests may call the server by, beside localhost and its addresses, where there is no key; may be
+    /// given several times.
+    #[arg(long, value_name = "NAME")]
+    pub allow_host: Vec<String>,
     /// Origin whose pages may ask (https://example.com), or * for all; may be given several times.
     #[arg(long, value_name = "ORIGIN")]
     pub cors: Vec<String>,

@@ -87,7 +87,8 @@ fn one(message: Value, place: String) -> Result<Said, Refusal> {
         Some("user") => Role::User,
         Some("assistant") => Role::Assistant,
         Some(other @ ("tool" | "function")) => {
-            let message = format_args!("the role {other} is not supported: there are no tools here");
+            let message =
+                format_args!("the role {other} is not supported: there are no tools here");
             return Err(Refusal::unsupported(role_path, message));
         }
         _ => {
@@ -194,7 +195,8 @@ fn picture(part: &mut Fields, kind: &str) -> Result<Picture, Refusal> {
     if !is_video {
         let detail = fields.text("detail")?;
         if detail.is_some_and(|detail| detail != "auto" && detail != "high") {
-            let message = "pictures are seen in full: leave detail out, and spend less by \"routing\"";
+            let message =
+                "pictures are seen in full: leave detail out, and spend less by \"routing\"";
             return Err(Refusal::unsupported(fields.path("detail"), message));
         }
     }

@@ -7,7 +7,13 @@ use serde_json::{Value, json};
 
 use super::*;
 
-const ROUTINGS: [&str; 5] = ["dense", "pdrop@64", "reroute-pdrop@64", "reroute-pdrop@192", "visionzip@64"];
+const ROUTINGS: [&str; 5] = [
+    "dense",
+    "pdrop@64",
+    "reroute-pdrop@64",
+    "reroute-pdrop@192",
+    "visionzip@64",
+];
 
 fn plan(routing: &str) -> Plan {
     VLM.plan(routing).expect("a preset")
@@ -28,14 +34,20 @@ fn expected(turns: Vec<Turn>, options: GenerationOptions, n: usize, stop: &[&str
             }
         }
     }
-    answers.into_iter().map(|answer| answer.expect("it ends")).collect()
+    answers
+        .into_iter()
+        .map(|answer| answer.expect("it ends"))
+        .collect()
 }
 
 /// The texts of the chunks of an answer, put together.
 fn streamed(chunks: &[Value], index: usize) -> String {
-    let choices = chunks.iter().flat_map(|chunk| chunk["choices"].as_array().expect("a list"));
+    let choices = chunks
+        .iter()
+        .flat_map(|chunk| chunk["choices"].as_array().expect("a list"));
     let of = choices.filter(|choice| choice["index"] == index);
-    of.filter_map(|choice| choice["delta"]["content"].as_str()).collect()
+    of.filter_map(|choice| choice["delta"]["content"].as_str())
+        .collect()
 }
 
 #[test]
@@ -45,7 +57,9 @@ fn answers_are_those_of_the_library_streamed_or_not() {
     for routing in ROUTINGS {
         let question = Question::about(vec![scene()], text.clone());
         let defaults = VLM.generation_defaults();
-        let answer = VLM.ask(&question, &plan(routing), &defaults, |_| {}).expect("an answer");
+        let answer = VLM
+            .ask(&question, &plan(routing), &defaults, |_| {})
+            .expect("an answer");
         let mut request = about(&text);
         request["routing"] = routing.into();
         request["stream_options"] = Value::Null;
@@ -68,20 +82,33 @@ fn answers_are_those_of_the_library_streamed_or_not() {
         assert_eq!(last["choices"][0]["finish_reason"], "stop");
         assert!(last["usage"].is_null());
         request["stream_options"] = Value::Null;
-        assert!(server.stream(&request).iter().all(|chunk| chunk.get("usage").is_none()));
+        assert!(
+            server
+                .stream(&request)
+                .iter()
+                .all(|chunk| chunk.get("usage").is_none())
+        );
     }
 }
 
 #[test]
 fn grounding_asks_in_the_words_of_the_model() {
     let server = Running::start(Settings::default());
-    let found = VLM.ground(&scene(), "the large cyan square", &plan("dense"), &VLM.generation_defaults());
+    let found = VLM.ground(
+        &scene(),
+        "the large cyan square",
+        &plan("dense"),
+        &VLM.generation_defaults(),
+    );
     let found = found.expect("a box");
     let mut request = about("the large cyan square");
     (request["grounding"], request["trace"]) = (true.into(), true.into());
     let response = server.ask(&request);
     assert_eq!(text_of(&response), found.answer.text);
-    let corners = found.first_box().and_then(|found| found.pixels.as_box()).expect("a box");
+    let corners = found
+        .first_box()
+        .and_then(|found| found.pixels.as_box())
+        .expect("a box");
     assert_eq!(response["reroute"]["boxes"][0]["box"], json!(corners));
 }
 
@@ -97,7 +124,13 @@ fn conversations_have_system_prompts_and_several_pictures_with_text_between() {
     let png = png(mirrored.data(), mirrored.width(), mirrored.height());
     let turns = vec![
         Turn::text(Role::System, "short"),
-        Turn::user(["one ".into(), scene().into(), " two ".into(), mirrored.into(), "?".into()]),
+        Turn::user([
+            "one ".into(),
+            scene().into(),
+            " two ".into(),
+            mirrored.into(),
+            "?".into(),
+        ]),
         Turn::text(Role::Assistant, "both"),
         Turn::text(Role::User, "find the cross"),
     ];
@@ -156,8 +189,9 @@ fn several_answers_draw_what_the_seed_says() {
     // Without a seed no two are the same, as far as chance goes.
     let mut free = request.clone();
     free["seed"] = Value::Null;
-    let texts: std::collections::HashSet<String> =
-        (0..8).map(|_| text_of(&server.ask(&free)).to_owned()).collect();
+    let texts: std::collections::HashSet<String> = (0..8)
+        .map(|_| text_of(&server.ask(&free)).to_owned())
+        .collect();
     assert!(texts.len() > 1, "{texts:?}");
 }
 
@@ -178,7 +212,10 @@ fn stop_strings_end_answers() {
     }
     let mut request = about(&text);
     request["max_tokens"] = 2.into();
-    assert_eq!(server.ask(&request)["choices"][0]["finish_reason"], "length");
+    assert_eq!(
+        server.ask(&request)["choices"][0]["finish_reason"],
+        "length"
+    );
 }
 
 #[test]
@@ -187,9 +224,17 @@ fn probabilities_are_told_whole_and_in_chunks() {
     let mut request = about("find the cross");
     (request["logprobs"], request["top_logprobs"]) = (true.into(), 3.into());
     let response = server.ask(&request);
-    let content = response["choices"][0]["logprobs"]["content"].as_array().expect("a list");
+    let content = response["choices"][0]["logprobs"]["content"]
+        .as_array()
+        .expect("a list");
     // All but the one that ends the answer.
-    assert_eq!(content.len() as u64, response["usage"]["completion_tokens"].as_u64().expect("a number") - 1);
+    assert_eq!(
+        content.len() as u64,
+        response["usage"]["completion_tokens"]
+            .as_u64()
+            .expect("a number")
+            - 1
+    );
     let mut text = String::new();
     for entry in content {
         assert_eq!(entry["top_logprobs"].as_array().expect("a list").len(), 3);
@@ -197,11 +242,16 @@ fn probabilities_are_told_whole_and_in_chunks() {
         assert_eq!(entry["top_logprobs"][0]["token"], entry["token"]);
         assert!(entry["logprob"].as_f64().expect("a number") <= 0.0);
         text += entry["token"].as_str().expect("a text");
-        assert_eq!(entry["bytes"], json!(entry["token"].as_str().map(str::as_bytes)));
+        assert_eq!(
+            entry["bytes"],
+            json!(entry["token"].as_str().map(str::as_bytes))
+        );
     }
     assert!(!text.is_empty());
     let chunks = server.stream(&request);
-    let told = chunks.iter().filter_map(|chunk| chunk["choices"][0]["logprobs"]["content"].as_array());
+    let told = chunks
+        .iter()
+        .filter_map(|chunk| chunk["choices"][0]["logprobs"]["content"].as_array());
     let told: Vec<Value> = told.flatten().cloned().collect();
     assert_eq!(&told, content);
     request["logprobs"] = false.into();

@@ -28,7 +28,8 @@ fn bodies_texts_and_pictures_have_limits() {
     let large = vec![b' '; 3_000_000];
     let (status, text) = server.send(&large);
     assert_eq!(refused(status, &text).0, 413);
-    let (status, error) = server.refuse(&json!({"messages": [{"role": "user", "content": "x".repeat(1001)}]}));
+    let (status, error) =
+        server.refuse(&json!({"messages": [{"role": "user", "content": "x".repeat(1001)}]}));
     assert_eq!((status, &error["param"]), (400, &json!("messages")));
     let picture = image_part(&data_url(embedded::SCENE.image));
     let several = |count| json!({"messages": [{"role": "user", "content": vec![picture.clone(); count]}], "max_tokens": 1});
@@ -38,10 +39,17 @@ fn bodies_texts_and_pictures_have_limits() {
     for (width, height) in [(200, 200), (2000, 1000)] {
         let bomb = png(&vec![0; width * height * 3], width, height);
         assert!(bomb.len() < 50_000);
-        let request = json!({"messages": [{"role": "user", "content": [image_part(&data_url(&bomb))]}]});
+        let request =
+            json!({"messages": [{"role": "user", "content": [image_part(&data_url(&bomb))]}]});
         let (status, error) = server.refuse(&request);
         assert_eq!(status, 400);
-        assert!(error["message"].as_str().expect("a text").contains("pixels"), "{error}");
+        assert!(
+            error["message"]
+                .as_str()
+                .expect("a text")
+                .contains("pixels"),
+            "{error}"
+        );
     }
     server.wait_for("reroute_inbox_bytes", |bytes| bytes == 0.0);
 }
@@ -57,7 +65,10 @@ fn all_requests_share_the_memory_for_pictures() {
     let picture = image_part(&data_url(embedded::SCENE.image));
     let many = json!({"messages": [{"role": "user", "content": vec![picture; 3]}]});
     let (status, error) = server.refuse(&many);
-    assert_eq!((status, &error["code"]), (429, &json!("rate_limit_exceeded")));
+    assert_eq!(
+        (status, &error["code"]),
+        (429, &json!("rate_limit_exceeded"))
+    );
     server.ask(&about("x"));
 }
 
@@ -83,8 +94,12 @@ fn a_full_queue_answers_429_and_who_goes_makes_room() {
     }
     assert!(server.metric("reroute_requests_total{outcome=\"busy\"}") == 3.0);
     drop(runners);
-    server.wait_for("reroute_requests_total{outcome=\"cancelled\"}", |count| count == 9.0);
-    server.wait_for("reroute_running_answers{model=\"built-in\"}", |count| count == 0.0);
+    server.wait_for("reroute_requests_total{outcome=\"cancelled\"}", |count| {
+        count == 9.0
+    });
+    server.wait_for("reroute_running_answers{model=\"built-in\"}", |count| {
+        count == 0.0
+    });
     server.ask(&about("x"));
 }
 
@@ -116,11 +131,17 @@ fn who_goes_is_cancelled_while_waiting_and_while_answered() {
     let waiting = [server.begin(&endless()), server.begin(&whole)];
     server.wait_for("reroute_requests_under_way", |count| count == 3.0);
     drop(waiting);
-    server.wait_for("reroute_requests_total{outcome=\"cancelled\"}", |count| count == 2.0);
+    server.wait_for("reroute_requests_total{outcome=\"cancelled\"}", |count| {
+        count == 2.0
+    });
     assert_eq!(server.metric("reroute_requests_under_way"), 1.0);
     drop(first);
-    server.wait_for("reroute_requests_total{outcome=\"cancelled\"}", |count| count == 3.0);
-    server.wait_for("reroute_running_answers{model=\"built-in\"}", |count| count == 0.0);
+    server.wait_for("reroute_requests_total{outcome=\"cancelled\"}", |count| {
+        count == 3.0
+    });
+    server.wait_for("reroute_running_answers{model=\"built-in\"}", |count| {
+        count == 0.0
+    });
 }
 
 #[test]
@@ -136,18 +157,23 @@ fn a_request_has_its_time() {
     assert_eq!((status, &error["code"]), (504, &json!("timeout")));
     let (status, text) = server.send(endless().to_string().as_bytes());
     assert_eq!(status, 200);
-    let mut data = text.lines().filter_map(|line| line.strip_prefix("data: ")).rev();
+    let mut data = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("data: "))
+        .rev();
     assert_eq!(data.next(), Some("[DONE]"));
     let last: Value = serde_json::from_str(data.next().expect("an error")).expect("JSON");
     assert_eq!(last["error"]["code"], "timeout");
     // One who reads nothing holds a place no longer than others.
     let silent = server.begin(&endless());
-    server.wait_for("reroute_requests_total{outcome=\"timeout\"}", |count| count == 3.0);
+    server.wait_for("reroute_requests_total{outcome=\"timeout\"}", |count| {
+        count == 3.0
+    });
     server.wait_for("reroute_requests_under_way", |count| count == 0.0);
     drop(silent);
     // Nor one who sends half a body.
     let mut half = std::net::TcpStream::connect(server.address).expect("a connection");
-    let head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{";
+    let head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{";
     half.write_all(head.as_bytes()).expect("it is sent");
     assert!(read_all(half).starts_with("HTTP/1.1 504"));
 }
@@ -170,12 +196,18 @@ fn what_would_not_fit_into_memory_is_refused() {
     (request["max_tokens"], request["n"]) = (1_000_000.into(), 8.into());
     let (status, error) = server.refuse(&request);
     assert_eq!(status, 400, "{error}");
-    assert!(error["message"].as_str().expect("a text").contains("MiB"), "{error}");
+    assert!(
+        error["message"].as_str().expect("a text").contains("MiB"),
+        "{error}"
+    );
 }
 
 #[test]
 fn what_runs_when_the_server_is_to_end_has_the_grace_time() {
-    for (grace, ends_well) in [(Duration::from_secs(60), true), (Duration::from_millis(300), false)] {
+    for (grace, ends_well) in [
+        (Duration::from_secs(60), true),
+        (Duration::from_millis(300), false),
+    ] {
         let mut settings = limited(Limits {
             tokens: 100_000,
             ..Limits::default()
@@ -183,7 +215,11 @@ fn what_runs_when_the_server_is_to_end_has_the_grace_time() {
         settings.grace = grace;
         let mut server = Running::start(settings);
         let mut request = endless();
-        request["max_tokens"] = if ends_well { 400.into() } else { 100_000.into() };
+        request["max_tokens"] = if ends_well {
+            400.into()
+        } else {
+            100_000.into()
+        };
         request["n"] = 2.into();
         let running = server.begin(&request);
         server.wait_for("reroute_generated_tokens_total", |count| count > 0.0);

@@ -13,8 +13,19 @@ use super::*;
 
 const REQUESTS: usize = 240;
 const CLIENTS: usize = 12;
-const ROUTINGS: [&str; 5] = ["dense", "pdrop@64", "reroute-pdrop@64", "reroute-pdrop@192", "visionzip@64"];
-const TEXTS: [&str; 4] = ["find the cross", "find the large cyan square", "x", "How many rings are there?"];
+const ROUTINGS: [&str; 5] = [
+    "dense",
+    "pdrop@64",
+    "reroute-pdrop@64",
+    "reroute-pdrop@192",
+    "visionzip@64",
+];
+const TEXTS: [&str; 4] = [
+    "find the cross",
+    "find the large cyan square",
+    "x",
+    "How many rings are there?",
+];
 
 /// A request of a few numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -45,7 +56,8 @@ impl Drawn {
     }
 
     fn request(self, pictures: &[String]) -> Value {
-        let shown = (0..self.pictures).map(|at| image_part(&pictures[(self.first + at) % pictures.len()]));
+        let shown =
+            (0..self.pictures).map(|at| image_part(&pictures[(self.first + at) % pictures.len()]));
         let text = json!({"type": "text", "text": TEXTS[self.text]});
         let content: Vec<Value> = shown.chain([text]).collect();
         let mut messages = vec![json!({"role": "user", "content": content})];
@@ -64,13 +76,21 @@ impl Drawn {
 
 fn texts(response: &Value) -> Vec<String> {
     let choices = response["choices"].as_array().expect("a list");
-    let text = |choice: &Value| choice["message"]["content"].as_str().expect("a text").to_owned();
+    let text = |choice: &Value| {
+        choice["message"]["content"]
+            .as_str()
+            .expect("a text")
+            .to_owned()
+    };
     choices.iter().map(text).collect()
 }
 
 fn of_chunks(chunks: &[Value], n: usize) -> Vec<String> {
     let mut texts = vec![String::new(); n];
-    for choice in chunks.iter().flat_map(|chunk| chunk["choices"].as_array().expect("a list")) {
+    for choice in chunks
+        .iter()
+        .flat_map(|chunk| chunk["choices"].as_array().expect("a list"))
+    {
         let index = choice["index"].as_u64().expect("a number") as usize;
         texts[index] += choice["delta"]["content"].as_str().unwrap_or_default();
     }
@@ -80,7 +100,9 @@ fn of_chunks(chunks: &[Value], n: usize) -> Vec<String> {
 #[test]
 fn under_load_no_answer_differs() {
     let requests = std::env::var("REROUTE_SOAK").ok();
-    let requests = requests.and_then(|count| count.parse().ok()).unwrap_or(REQUESTS);
+    let requests = requests
+        .and_then(|count| count.parse().ok())
+        .unwrap_or(REQUESTS);
     let mut settings = Settings {
         cache_bytes: 1 << 20,
         ..Settings::default()
@@ -103,7 +125,11 @@ fn under_load_no_answer_differs() {
         data_url(&png(half, width, height / 2)),
     ];
     let known: Mutex<HashMap<Drawn, Vec<String>>> = Mutex::default();
-    let (next, compared, gone) = (AtomicUsize::new(0), AtomicUsize::new(0), AtomicUsize::new(0));
+    let (next, compared, gone) = (
+        AtomicUsize::new(0),
+        AtomicUsize::new(0),
+        AtomicUsize::new(0),
+    );
     std::thread::scope(|scope| {
         for client in 0..CLIENTS {
             let (server, alone, pictures, known) = (&server, &alone, &pictures, &known);
@@ -141,6 +167,8 @@ fn under_load_no_answer_differs() {
     assert!(gone * 20 > requests, "{gone} have gone");
     // Nothing is left of anybody.
     server.wait_for("reroute_requests_under_way", |count| count == 0.0);
-    server.wait_for("reroute_running_answers{model=\"built-in\"}", |count| count == 0.0);
+    server.wait_for("reroute_running_answers{model=\"built-in\"}", |count| {
+        count == 0.0
+    });
     server.wait_for("reroute_inbox_bytes", |bytes| bytes == 0.0);
 }

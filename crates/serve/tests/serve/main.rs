@@ -135,7 +135,11 @@ impl Running {
     fn wait_for(&self, name: &str, is: impl Fn(f64) -> bool) {
         let started = Instant::now();
         while !is(self.metric(name)) {
-            assert!(started.elapsed() < PATIENCE, "{name}: {}", self.metric(name));
+            assert!(
+                started.elapsed() < PATIENCE,
+                "{name}: {}",
+                self.metric(name)
+            );
             std::thread::sleep(Duration::from_millis(10));
         }
     }
@@ -145,7 +149,7 @@ impl Running {
         let mut connection = TcpStream::connect(self.address).expect("a connection");
         let body = request.to_string();
         let head = format!(
-            "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n\
+            "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n\
              Content-Length: {}\r\n\r\n",
             body.len()
         );
@@ -173,7 +177,10 @@ fn refused(status: u16, text: &str) -> (u16, Value) {
         assert!(error[field].is_string(), "{error}");
     }
     for field in ["param", "code"] {
-        assert!(error[field].is_string() || error[field].is_null(), "{error}");
+        assert!(
+            error[field].is_string() || error[field].is_null(),
+            "{error}"
+        );
     }
     (status, error)
 }
@@ -215,7 +222,9 @@ fn long() -> Value {
 }
 
 fn text_of(response: &Value) -> &str {
-    response["choices"][0]["message"]["content"].as_str().expect("a text")
+    response["choices"][0]["message"]["content"]
+        .as_str()
+        .expect("a text")
 }
 
 fn read_all(mut connection: TcpStream) -> String {

@@ -16,12 +16,22 @@ fn adapters_are_models_that_share_the_weights() {
         ..AdapterConfig::new(["q_proj", "v_proj"], 4)
     };
     let folder = root.path().join("adapter");
-    VLM.model().adapt(&config).expect("an adapter").save_adapter(&folder).expect("saved");
+    VLM.model()
+        .adapt(&config)
+        .expect("an adapter")
+        .save_adapter(&folder)
+        .expect("saved");
     scramble(&folder.join("adapter_model.safetensors"));
-    let model = VLM.model().load_adapter(&Folder::open(&folder).expect("there")).expect("it fits");
+    let model = VLM
+        .model()
+        .load_adapter(&Folder::open(&folder).expect("there"))
+        .expect("it fits");
     let adapted = Arc::new(VLM.with_model(model));
     let server = Running::start_with(
-        vec![("built-in".into(), VLM.clone()), ("team/tuned".into(), adapted.clone())],
+        vec![
+            ("built-in".into(), VLM.clone()),
+            ("team/tuned".into(), adapted.clone()),
+        ],
         Settings::default(),
     );
     let listed = server.get_json("/v1/models");
@@ -29,7 +39,10 @@ fn adapters_are_models_that_share_the_weights() {
         .map(|model| model["id"].as_str().expect("a text"))
         .collect();
     assert_eq!(ids, ["built-in", "team/tuned"]);
-    assert_eq!(server.get_json("/v1/models/team/tuned")["parent"], "built-in");
+    assert_eq!(
+        server.get_json("/v1/models/team/tuned")["parent"],
+        "built-in"
+    );
     let text = VLM.grounding().question("the large cyan square");
     let mut texts = Vec::new();
     for (name, vlm) in [("built-in", &VLM as &Vlm<Flex>), ("team/tuned", &adapted)] {
@@ -37,7 +50,9 @@ fn adapters_are_models_that_share_the_weights() {
         let mut options = vlm.generation_defaults();
         options.max_new_tokens = 12;
         let plan = vlm.plan("reroute-pdrop@128").expect("a preset");
-        let answer = vlm.ask(&question, &plan, &options, |_| {}).expect("an answer");
+        let answer = vlm
+            .ask(&question, &plan, &options, |_| {})
+            .expect("an answer");
         let mut request = about(&text);
         request["model"] = name.into();
         request["routing"] = "reroute-pdrop@128".into();
@@ -69,8 +84,18 @@ fn routings_say_what_fits_the_model() {
     let routings = server.get_json("/v1/routings");
     assert_eq!(routings["default"], "pdrop@128");
     let data = routings["data"].as_array().expect("a list");
-    let of = |id: &str| data.iter().find(|one| one["id"] == id).expect("a method").clone();
-    for (id, action) in [("dense", "none"), ("pdrop", "remove"), ("reroute-pdrop", "reroute"), ("visionzip", "reduce")] {
+    let of = |id: &str| {
+        data.iter()
+            .find(|one| one["id"] == id)
+            .expect("a method")
+            .clone()
+    };
+    for (id, action) in [
+        ("dense", "none"),
+        ("pdrop", "remove"),
+        ("reroute-pdrop", "reroute"),
+        ("visionzip", "reduce"),
+    ] {
         assert_eq!(of(id)["action"], action);
     }
     assert_eq!(of("reroute-pdrop")["budgets"], json!([192, 128, 64]));
@@ -81,9 +106,14 @@ fn routings_say_what_fits_the_model() {
         let budgets = method["budgets"].as_array().expect("a list");
         let first = budgets.first();
         let mut request = about("x");
-        request["routing"] = first.map_or(id.to_owned(), |budget| format!("{id}@{budget}")).into();
+        request["routing"] = first
+            .map_or(id.to_owned(), |budget| format!("{id}@{budget}"))
+            .into();
         (request["max_tokens"], request["trace"]) = (1.into(), true.into());
-        assert_eq!(server.ask(&request)["reroute"]["routing"], request["routing"]);
+        assert_eq!(
+            server.ask(&request)["reroute"]["routing"],
+            request["routing"]
+        );
     }
     let mut request = about("x");
     request["trace"] = true.into();
@@ -98,7 +128,12 @@ fn routings_say_what_fits_the_model() {
 fn traces_tell_the_state_of_every_visual_token() {
     let server = Running::start(Settings::default());
     let layers = VLM.config().decoder().num_layers;
-    for (routing, letters) in [("dense", "a"), ("pdrop@64", "ar"), ("reroute-pdrop@64", "abd"), ("visionzip@64", "an")] {
+    for (routing, letters) in [
+        ("dense", "a"),
+        ("pdrop@64", "ar"),
+        ("reroute-pdrop@64", "abd"),
+        ("visionzip@64", "an"),
+    ] {
         let text = VLM.grounding().question("the large cyan square");
         let mut request = about(&text);
         (request["routing"], request["trace"]) = (routing.into(), true.into());
@@ -106,7 +141,9 @@ fn traces_tell_the_state_of_every_visual_token() {
         let trace = &response["reroute"];
         let question = reroute_zoo::Question::about(vec![scene()], text);
         let plan = VLM.plan(routing).expect("a preset");
-        let answer = VLM.ask(&question, &plan, &VLM.generation_defaults(), |_| {}).expect("an answer");
+        let answer = VLM
+            .ask(&question, &plan, &VLM.generation_defaults(), |_| {})
+            .expect("an answer");
         let stages = trace["stages"].as_array().expect("a list");
         assert_eq!(stages.len(), answer.trace.decisions.len() + 1, "{routing}");
         let mut next = 0;
@@ -122,9 +159,14 @@ fn traces_tell_the_state_of_every_visual_token() {
                 Some(decision) => answer.trace.decisions[decision].selected.len(),
             };
             // A token of several cells has none of its own.
-            assert!(active <= expected && active > 0, "{routing}: {active} of {expected}");
+            assert!(
+                active <= expected && active > 0,
+                "{routing}: {active} of {expected}"
+            );
             let returned = states.chars().filter(|state| *state == 'b').count();
-            let expected = index.checked_sub(1).map_or(0, |at| answer.trace.decisions[at].returned.len());
+            let expected = index
+                .checked_sub(1)
+                .map_or(0, |at| answer.trace.decisions[at].returned.len());
             assert_eq!(returned, expected);
             seen.extend(states.chars());
         }
@@ -133,10 +175,17 @@ fn traces_tell_the_state_of_every_visual_token() {
         let image = &trace["images"][0];
         assert_eq!(image["width"], scene().width());
         assert_eq!(image["tokens"], answer.views[0].token_count());
-        assert_eq!(image["area"], json!([0.0, 0.0, scene().width() as f64, scene().height() as f64]));
+        assert_eq!(
+            image["area"],
+            json!([0.0, 0.0, scene().width() as f64, scene().height() as f64])
+        );
         assert_eq!(trace["kv_bytes"], answer.kv_bytes.iter().sum::<u64>());
         let share = trace["flops"]["share"].as_f64().expect("a number");
-        assert!(if routing == "dense" { share == 1.0 } else { share < 1.0 });
+        assert!(if routing == "dense" {
+            share == 1.0
+        } else {
+            share < 1.0
+        });
         // In a stream it comes with the end.
         let chunks = server.stream(&request);
         let (last, before) = chunks.split_last().expect("chunks");
@@ -173,14 +222,20 @@ fn metrics_are_lines_that_prometheus_reads() {
         ("reroute_prefill_seconds_count", 4.0),
         ("reroute_decode_seconds_count", 4.0),
         ("reroute_flops_share_sum{routing=\"dense\"}", 2.0),
-        ("reroute_visual_tokens_per_layer_count{routing=\"reroute-pdrop@64\"}", 2.0),
+        (
+            "reroute_visual_tokens_per_layer_count{routing=\"reroute-pdrop@64\"}",
+            2.0,
+        ),
     ] {
         assert_eq!(values.get(name), Some(&expected), "{name}\n{text}");
     }
     assert!(values["reroute_flops_share_sum{routing=\"reroute-pdrop@64\"}"] < 2.0);
     assert!(values["reroute_prompt_tokens_total"] > 0.0);
     assert!(values["reroute_generated_tokens_total"] > 0.0);
-    assert!(values["reroute_kv_bytes{model=\"built-in\"}"] > 0.0, "prompts are kept");
+    assert!(
+        values["reroute_kv_bytes{model=\"built-in\"}"] > 0.0,
+        "prompts are kept"
+    );
 }
 
 #[test]
@@ -189,8 +244,17 @@ fn the_page_comes_with_a_strict_policy() {
         example: Some(embedded::SCENE.image),
         ..Settings::default()
     });
-    for (path, kind) in [("/", "text/html"), ("/page.js", "text/javascript"), ("/style.css", "text/css"), ("/example.png", "image/png")] {
-        let response = server.agent.get(server.url(path)).call().expect("a response");
+    for (path, kind) in [
+        ("/", "text/html"),
+        ("/page.js", "text/javascript"),
+        ("/style.css", "text/css"),
+        ("/example.png", "image/png"),
+    ] {
+        let response = server
+            .agent
+            .get(server.url(path))
+            .call()
+            .expect("a response");
         let header = |name: &str| response.headers()[name].to_str().expect("text").to_owned();
         assert!(header("content-type").starts_with(kind));
         let policy = header("content-security-policy");
@@ -199,5 +263,8 @@ fn the_page_comes_with_a_strict_policy() {
         assert_eq!(header("x-content-type-options"), "nosniff");
     }
     assert_eq!(server.get_json("/health")["status"], "ok");
-    assert_eq!(Running::start(Settings::default()).get("/example.png").0, 404);
+    assert_eq!(
+        Running::start(Settings::default()).get("/example.png").0,
+        404
+    );
 }

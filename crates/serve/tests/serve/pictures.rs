@@ -24,7 +24,11 @@ fn files_below_the_folder_are_read_and_none_outside() {
     let (inside, outside) = (root.path().join("in side"), root.path().join("outside"));
     fs::create_dir_all(inside.join("deep")).expect("made");
     fs::create_dir_all(&outside).expect("made");
-    for path in [inside.join("a.png"), inside.join("deep/b é.png"), outside.join("secret.png")] {
+    for path in [
+        inside.join("a.png"),
+        inside.join("deep/b é.png"),
+        outside.join("secret.png"),
+    ] {
         fs::write(path, embedded::SCENE.image).expect("written");
     }
     let link = |to: &Path, at: &str| {
@@ -36,7 +40,9 @@ fn files_below_the_folder_are_read_and_none_outside() {
     link(&inside.join("a.png"), "absolute-inside.png");
     link(Path::new("a.png"), "alias.png");
     link(Path::new("loop.png"), "loop.png");
-    let made = std::process::Command::new("mkfifo").arg(inside.join("pipe.png")).status();
+    let made = std::process::Command::new("mkfifo")
+        .arg(inside.join("pipe.png"))
+        .status();
     assert!(made.expect("mkfifo").success());
     let server = with_folders(&[&inside]);
     let expected = server.ask(&asking(image_part(&data_url(embedded::SCENE.image))));
@@ -44,8 +50,18 @@ fn files_below_the_folder_are_read_and_none_outside() {
         let root = root.path().display();
         asking(image_part(&format!("file://{root}/{name}")))
     };
-    for name in ["in%20side/a.png", "in side/a.png", "in%20side/deep/b%20%C3%A9.png", "in side/alias.png", "in side/deep/../a.png"] {
-        assert_eq!(text_of(&server.ask(&at(name))), text_of(&expected), "{name}");
+    for name in [
+        "in%20side/a.png",
+        "in side/a.png",
+        "in%20side/deep/b%20%C3%A9.png",
+        "in side/alias.png",
+        "in side/deep/../a.png",
+    ] {
+        assert_eq!(
+            text_of(&server.ask(&at(name))),
+            text_of(&expected),
+            "{name}"
+        );
     }
     let mut messages = Vec::new();
     for name in [
@@ -69,7 +85,13 @@ fn files_below_the_folder_are_read_and_none_outside() {
     // Nobody learns what there is outside.
     messages.dedup();
     assert_eq!(messages.len(), 1, "{messages:?}");
-    for url in ["file:///etc/passwd", "file://localhost/etc/passwd", "file://elsewhere/a.png", "file:a.png", "FILE:///etc/passwd"] {
+    for url in [
+        "file:///etc/passwd",
+        "file://localhost/etc/passwd",
+        "file://elsewhere/a.png",
+        "file:a.png",
+        "FILE:///etc/passwd",
+    ] {
         assert_eq!(server.refuse(&asking(image_part(url))).0, 400, "{url}");
     }
 }
@@ -100,14 +122,18 @@ fn videos_are_frames_and_only_for_models_that_see_them() {
     let server = with_folders(&[root.path()]);
     let frame = STANDARD.encode(embedded::SCENE.image);
     let small = STANDARD.encode(png(&[0; 48], 4, 4));
-    let video = |url: String| asking(json!({"type": "video_url", "video_url": {"url": url, "fps": 1.5}}));
+    let video =
+        |url: String| asking(json!({"type": "video_url", "video_url": {"url": url, "fps": 1.5}}));
     let folder = format!("file://{}", root.path().display());
     for url in [format!("data:video/png;base64,{frame},{frame}"), folder] {
         let (status, error) = server.refuse(&video(url));
         assert_eq!(status, 400);
         // It got as far as the model, which says so.
         let message = error["message"].as_str().expect("a text");
-        assert!(message.contains("video") && error["param"] == "messages", "{error}");
+        assert!(
+            message.contains("video") && error["param"] == "messages",
+            "{error}"
+        );
     }
     for url in [
         "data:video/png;base64".to_string(),
@@ -117,6 +143,9 @@ fn videos_are_frames_and_only_for_models_that_see_them() {
         "file:///nowhere".into(),
     ] {
         let (_, error) = server.refuse(&video(url));
-        assert_eq!(error["param"], "messages[0].content[0].video_url.url", "{error}");
+        assert_eq!(
+            error["param"], "messages[0].content[0].video_url.url",
+            "{error}"
+        );
     }
 }

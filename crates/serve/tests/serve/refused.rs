@@ -30,7 +30,10 @@ fn what_others_support_is_refused_by_name_and_neutral_values_are_not() {
         ("function_call", json!({"name": "f"})),
         ("parallel_tool_calls", json!(1)),
         ("response_format", json!({"type": "json_object"})),
-        ("response_format", json!({"type": "json_schema", "json_schema": {}})),
+        (
+            "response_format",
+            json!({"type": "json_schema", "json_schema": {}}),
+        ),
         ("audio", json!({"voice": "x"})),
         ("modalities", json!(["text", "audio"])),
         ("prediction", json!({"type": "content"})),
@@ -69,7 +72,10 @@ fn what_others_support_is_refused_by_name_and_neutral_values_are_not() {
         ("stream", json!("yes")),
         ("routing", json!("reroute-pdorp@64")),
         ("routing", json!(7)),
-        ("routing", json!({"stages": [{"layer": 99, "keep_ratio": 0.5}]})),
+        (
+            "routing",
+            json!({"stages": [{"layer": 99, "keep_ratio": 0.5}]}),
+        ),
         ("routing", json!({"stages": 1})),
         ("trace", json!("yes")),
         ("grounding", json!(1)),
@@ -122,28 +128,58 @@ fn messages_that_are_none_are_refused_where_they_are() {
     for (request, place) in [
         (message(json!("x")), "messages[0]"),
         (message(json!({"role": "user"})), "messages[0].content"),
-        (message(json!({"role": "user", "content": 7})), "messages[0].content"),
+        (
+            message(json!({"role": "user", "content": 7})),
+            "messages[0].content",
+        ),
         (message(json!({"content": "x"})), "messages[0].role"),
-        (message(json!({"role": "tool", "content": "x"})), "messages[0].role"),
-        (message(json!({"role": "wizard", "content": "x"})), "messages[0].role"),
-        (message(json!({"role": "assistant", "content": "x"})), "messages"),
-        (message(json!({"role": "system", "content": "x"})), "messages"),
-        (message(json!({"role": "user", "content": "x", "name": "y"})), "messages[0].name"),
+        (
+            message(json!({"role": "tool", "content": "x"})),
+            "messages[0].role",
+        ),
+        (
+            message(json!({"role": "wizard", "content": "x"})),
+            "messages[0].role",
+        ),
+        (
+            message(json!({"role": "assistant", "content": "x"})),
+            "messages",
+        ),
+        (
+            message(json!({"role": "system", "content": "x"})),
+            "messages",
+        ),
+        (
+            message(json!({"role": "user", "content": "x", "name": "y"})),
+            "messages[0].name",
+        ),
         (
             message(json!({"role": "user", "content": "x", "tool_calls": [{}]})),
             "messages[0].tool_calls",
         ),
-        (message(json!({"role": "user", "content": "x", "mood": "y"})), "messages[0].mood"),
+        (
+            message(json!({"role": "user", "content": "x", "mood": "y"})),
+            "messages[0].mood",
+        ),
         (
             message(json!({"role": "system", "content": [image_part(&scene)]})),
             "messages[0].content[0].type",
         ),
         (part(json!(7)), "messages[0].content[0]"),
         (part(json!({"type": "text"})), "messages[0].content[0].text"),
-        (part(json!({"type": "input_audio"})), "messages[0].content[0].type"),
+        (
+            part(json!({"type": "input_audio"})),
+            "messages[0].content[0].type",
+        ),
         (part(json!({"type": "file"})), "messages[0].content[0].type"),
-        (part(json!({"type": "smell"})), "messages[0].content[0].type"),
-        (part(json!({"type": "image_url"})), "messages[0].content[0].image_url"),
+        (
+            part(json!({"type": "smell"})),
+            "messages[0].content[0].type",
+        ),
+        (
+            part(json!({"type": "image_url"})),
+            "messages[0].content[0].image_url",
+        ),
         (
             part(json!({"type": "image_url", "image_url": {}})),
             "messages[0].content[0].image_url.url",
@@ -156,7 +192,10 @@ fn messages_that_are_none_are_refused_where_they_are() {
             part(json!({"type": "image_url", "image_url": {"url": scene, "size": 1}})),
             "messages[0].content[0].image_url.size",
         ),
-        (part(json!({"type": "text", "text": "x", "cache": 1})), "messages[0].content[0].cache"),
+        (
+            part(json!({"type": "text", "text": "x", "cache": 1})),
+            "messages[0].content[0].cache",
+        ),
         (
             part(json!({"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AA"}})),
             "messages[0].content[0].video_url.url",
@@ -165,13 +204,34 @@ fn messages_that_are_none_are_refused_where_they_are() {
             part(json!({"type": "video_url", "video_url": {"url": "https://example.com/x.mp4"}})),
             "messages[0].content[0].video_url.url",
         ),
-        (part(image_part("https://example.com/x.png")), "messages[0].content[0].image_url.url"),
-        (part(image_part("file:///etc/passwd")), "messages[0].content[0].image_url.url"),
-        (part(image_part("ftp://example.com/x.png")), "messages[0].content[0].image_url.url"),
-        (part(image_part("x.png")), "messages[0].content[0].image_url.url"),
-        (part(image_part("data:image/png;base64")), "messages[0].content[0].image_url.url"),
-        (part(image_part("data:image/png;base64,!!")), "messages[0].content[0].image_url.url"),
-        (part(image_part("data:image/png;base64,AAAA")), "messages[0].content[0].image_url.url"),
+        (
+            part(image_part("https://example.com/x.png")),
+            "messages[0].content[0].image_url.url",
+        ),
+        (
+            part(image_part("file:///etc/passwd")),
+            "messages[0].content[0].image_url.url",
+        ),
+        (
+            part(image_part("ftp://example.com/x.png")),
+            "messages[0].content[0].image_url.url",
+        ),
+        (
+            part(image_part("x.png")),
+            "messages[0].content[0].image_url.url",
+        ),
+        (
+            part(image_part("data:image/png;base64")),
+            "messages[0].content[0].image_url.url",
+        ),
+        (
+            part(image_part("data:image/png;base64,!!")),
+            "messages[0].content[0].image_url.url",
+        ),
+        (
+            part(image_part("data:image/png;base64,AAAA")),
+            "messages[0].content[0].image_url.url",
+        ),
     ] {
         let (status, error) = server.refuse(&request);
         assert_eq!(status, 400, "{request}: {error}");
@@ -188,7 +248,16 @@ fn messages_that_are_none_are_refused_where_they_are() {
 fn bodies_that_are_no_requests() {
     let server = Running::start(Settings::default());
     let deep = "[".repeat(200_000);
-    for body in ["", "{", "[]", "7", "\u{0}", "{\"messages\": [}", &deep, "{\"a\": 1} x"] {
+    for body in [
+        "",
+        "{",
+        "[]",
+        "7",
+        "\u{0}",
+        "{\"messages\": [}",
+        &deep,
+        "{\"a\": 1} x",
+    ] {
         let (status, text) = server.send(body.as_bytes());
         let (status, error) = refused(status, &text);
         assert_eq!(status, 400, "{error}");
@@ -196,12 +265,15 @@ fn bodies_that_are_no_requests() {
     }
     assert_eq!(server.send(b"\xff\xfe{}").0, 400);
     let request = server.agent.post(server.url("/v1/chat/completions"));
-    let mut response = request.content_type("text/plain").send("{}").expect("a response");
+    let mut response = request
+        .content_type("text/plain")
+        .send("{}")
+        .expect("a response");
     assert_eq!(response.status(), 415);
     refused(415, &response.body_mut().read_to_string().expect("text"));
     // Half a body, and no more.
     let mut connection = std::net::TcpStream::connect(server.address).expect("a connection");
-    let half = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{";
+    let half = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{";
     std::io::Write::write_all(&mut connection, half.as_bytes()).expect("it is sent");
     drop(connection);
     server.wait_for("reroute_requests_under_way", |count| count == 0.0);
@@ -210,14 +282,23 @@ fn bodies_that_are_no_requests() {
 #[test]
 fn other_places_methods_and_models() {
     let server = Running::start(Settings::default());
-    for (path, expected) in [("/v2", 404), ("/v1/models/nobody", 404), ("/v1/chat/completions", 405)] {
+    for (path, expected) in [
+        ("/v2", 404),
+        ("/v1/models/nobody", 404),
+        ("/v1/chat/completions", 405),
+    ] {
         let (status, text) = server.get(path);
         assert_eq!(status, expected, "{path}");
         refused(status, &text);
     }
     let (status, error) = server.refuse(&with("model", json!("gpt-4o")));
     assert_eq!((status, &error["code"]), (404, &json!("model_not_found")));
-    assert!(error["message"].as_str().expect("a text").contains("built-in"));
+    assert!(
+        error["message"]
+            .as_str()
+            .expect("a text")
+            .contains("built-in")
+    );
     server.ask(&with("model", json!("built-in")));
 }
 
@@ -228,6 +309,10 @@ fn a_prompt_beyond_the_context_is_refused_before_it_streams() {
     for stream in [false, true] {
         request["stream"] = stream.into();
         let (status, error) = server.refuse(&request);
-        assert_eq!((status, &error["code"]), (400, &json!("context_length_exceeded")), "{error}");
+        assert_eq!(
+            (status, &error["code"]),
+            (400, &json!("context_length_exceeded")),
+            "{error}"
+        );
     }
 }

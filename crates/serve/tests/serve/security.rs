@@ -52,14 +52,54 @@ fn without_the_key_nothing_but_the_page_and_health() {
 }
 
 #[test]
+fn without_a_key_a_server_answers_to_its_own_names_alone() {
+    let asked = |server: &Running, host: &str| {
+        let request = server
+            .agent
+            .get(server.url("/v1/models"))
+            .header("host", host);
+        request.call().expect("a response").status().as_u16()
+    };
+    let server = Running::start(Settings {
+        hosts: vec!["models.example".into()],
+        ..Settings::default()
+    });
+    for host in [
+        "localhost",
+        "LOCALHOST:8000",
+        "a.localhost",
+        "127.0.0.1:1",
+        "[::1]:8000",
+        "10.0.0.1",
+        "models.example",
+    ] {
+        assert_eq!(asked(&server, host), 200, "{host}");
+    }
+    for host in [
+        "evil.example",
+        "evil.example:8000",
+        "localhost.evil.example",
+        "127.0.0.1.evil.example",
+    ] {
+        assert_eq!(asked(&server, host), 403, "{host}");
+    }
+}
+
+#[test]
 fn pages_of_other_origins_may_ask_where_they_are_allowed_to() {
     let preflight = |server: &Running, origin: &str| {
         let request = ureq::http::Request::options(server.url("/v1/chat/completions"))
             .header("origin", origin)
             .header("access-control-request-method", "POST")
-            .header("access-control-request-headers", "authorization,content-type")
+            .header(
+                "access-control-request-headers",
+                "authorization,content-type",
+            )
             .body(());
-        let response = server.agent.run(request.expect("a request")).expect("a response");
+        let response = server
+            .agent
+            .run(request.expect("a request"))
+            .expect("a response");
         let allowed = response.headers().get("access-control-allow-origin");
         allowed.map(|allowed| allowed.to_str().expect("text").to_owned())
     };
@@ -97,7 +137,10 @@ impl Network for Names {
             ("turning.example", _) => vec![self.turns.lock().expect("whole").remove(0)],
             _ => self.names.get(name).cloned().unwrap_or_default(),
         };
-        Ok(addresses.into_iter().map(|address| SocketAddr::new(address, port)).collect())
+        Ok(addresses
+            .into_iter()
+            .map(|address| SocketAddr::new(address, port))
+            .collect())
     }
 
     fn is_open(&self, address: IpAddr) -> bool {
@@ -114,10 +157,16 @@ fn web(listener: Listener, port: u16, hits: Arc<AtomicUsize>) {
         hits.fetch_add(1, Ordering::Relaxed);
         let head = String::from_utf8_lossy(&head[..read]);
         let path = head.split(' ').nth(1).unwrap_or_default();
-        let redirect = |to: String| format!("HTTP/1.1 302 Found\r\nLocation: {to}\r\nContent-Length: 0\r\n\r\n").into_bytes();
+        let redirect = |to: String| {
+            format!("HTTP/1.1 302 Found\r\nLocation: {to}\r\nContent-Length: 0\r\n\r\n")
+                .into_bytes()
+        };
         let answer = match path {
             "/scene.png" => {
-                let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", embedded::SCENE.image.len());
+                let head = format!(
+                    "HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n",
+                    embedded::SCENE.image.len()
+                );
                 [head.as_bytes(), embedded::SCENE.image].concat()
             }
             "/there" => redirect("/scene.png".into()),
@@ -175,7 +224,11 @@ fn pictures_are_fetched_from_public_addresses_alone() {
     let at = |path: &str| asking(&format!("http://pictures.example:{port}{path}"));
     let expected = server.ask(&about("x"));
     for path in ["/scene.png", "/there"] {
-        assert_eq!(text_of(&server.ask(&at(path))), text_of(&expected), "{path}");
+        assert_eq!(
+            text_of(&server.ask(&at(path))),
+            text_of(&expected),
+            "{path}"
+        );
     }
     let not_public = |request: &Value| {
         let (status, error) = server.refuse(request);
@@ -187,7 +240,13 @@ fn pictures_are_fetched_from_public_addresses_alone() {
     for path in ["/private", "/mapped", "/by-name"] {
         not_public(&at(path));
     }
-    for host in ["private.example", "both.example", "127.0.0.2", "[::ffff:127.0.0.2]", "turning.example"] {
+    for host in [
+        "private.example",
+        "both.example",
+        "127.0.0.2",
+        "[::ffff:127.0.0.2]",
+        "turning.example",
+    ] {
         not_public(&asking(&format!("http://{host}:{port}/scene.png")));
     }
     // It leads to a good address now, and is not asked again before it is connected to.
@@ -196,12 +255,22 @@ fn pictures_are_fetched_from_public_addresses_alone() {
     assert_eq!(text_of(&server.ask(&turning)), text_of(&expected));
     assert_eq!(names.asked.load(Ordering::Relaxed), asked + 1);
     not_public(&at("/turning"));
-    for (path, word) in [("/nothing", "404"), ("/loop", "redirects"), ("/large", "larger"), ("/endless", "larger"), ("/file", "fetched")] {
+    for (path, word) in [
+        ("/nothing", "404"),
+        ("/loop", "redirects"),
+        ("/large", "larger"),
+        ("/endless", "larger"),
+        ("/file", "fetched"),
+    ] {
         let (status, error) = server.refuse(&at(path));
         let message = error["message"].as_str().expect("a text").to_owned();
         assert!(status == 400 && message.contains(word), "{path}: {message}");
     }
-    assert_eq!(hits[1].load(Ordering::Relaxed), 0, "nobody came to the private address");
+    assert_eq!(
+        hits[1].load(Ordering::Relaxed),
+        0,
+        "nobody came to the private address"
+    );
 }
 
 #[test]
@@ -211,11 +280,26 @@ fn this_machine_is_not_public() {
         ..Settings::default()
     });
     let port = server.address.port();
-    for host in ["localhost", "127.0.0.1", "[::1]", "0.0.0.0", "127.1", "2130706433", "0x7f.1", "169.254.169.254"] {
+    for host in [
+        "localhost",
+        "127.0.0.1",
+        "[::1]",
+        "0.0.0.0",
+        "127.1",
+        "2130706433",
+        "0x7f.1",
+        "169.254.169.254",
+    ] {
         let url = format!("http://{host}:{port}/example.png");
         let request = json!({"messages": [{"role": "user", "content": [image_part(&url)]}]});
         let (status, error) = server.refuse(&request);
         assert_eq!(status, 400, "{host}: {error}");
-        assert!(error["message"].as_str().expect("a text").contains("not public"), "{host}: {error}");
+        assert!(
+            error["message"]
+                .as_str()
+                .expect("a text")
+                .contains("not public"),
+            "{host}: {error}"
+        );
     }
 }

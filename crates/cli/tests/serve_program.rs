@@ -42,7 +42,9 @@ impl Serving {
              Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
             body.len()
         );
-        connection.write_all(request.as_bytes()).expect("it is sent");
+        connection
+            .write_all(request.as_bytes())
+            .expect("it is sent");
         connection
     }
 
@@ -88,7 +90,10 @@ fn told_to_end_it_ends_what_it_has_begun() {
         serving.signal(name);
         let mut rest = String::new();
         running.read_to_string(&mut rest).expect("all chunks");
-        assert!(rest.contains("finish_reason\":\"") && rest.contains("[DONE]"), "{rest}");
+        assert!(
+            rest.contains("finish_reason\":\"") && rest.contains("[DONE]"),
+            "{rest}"
+        );
         assert_eq!(serving.wait(), Some(0), "{name}");
     }
 }
@@ -110,10 +115,20 @@ fn told_twice_it_ends_at_once() {
 
 #[test]
 fn it_answers_with_its_flags() {
-    let serving = Serving::start(&["--name", "mine", "--max-tokens", "3", "--routing", "pdrop@64"]);
+    let serving = Serving::start(&[
+        "--name",
+        "mine",
+        "--max-tokens",
+        "3",
+        "--routing",
+        "pdrop@64",
+    ]);
     let body = r#"{"messages": [{"role": "user", "content": "x"}], "trace": true}"#;
     let answer = read_all(serving.begin(body));
-    assert!(answer.contains("\"model\":\"mine\"") && answer.contains("pdrop@64"), "{answer}");
+    assert!(
+        answer.contains("\"model\":\"mine\"") && answer.contains("pdrop@64"),
+        "{answer}"
+    );
     let body = r#"{"messages": [{"role": "user", "content": "x"}], "max_tokens": 4}"#;
     assert!(read_all(serving.begin(body)).starts_with("HTTP/1.1 400"));
     serving.signal("TERM");
@@ -136,12 +151,19 @@ fn what_cannot_be_served_is_refused() {
         &["--memory", "1000"],
     ] {
         let output = Command::new(env!("CARGO_BIN_EXE_reroute"))
-            .args(["serve", "--port", "0"][..].iter().take(if flags[0] == "--port" { 1 } else { 3 }))
+            .args(
+                ["serve", "--port", "0"][..]
+                    .iter()
+                    .take(if flags[0] == "--port" { 1 } else { 3 }),
+            )
             .args(flags)
             .output()
             .expect("the program starts");
         let said = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(2), "{flags:?}: {said}");
-        assert!(!said.is_empty() && !said.contains("panicked"), "{flags:?}: {said}");
+        assert!(
+            !said.is_empty() && !said.contains("panicked"),
+            "{flags:?}: {said}"
+        );
     }
 }

@@ -210,14 +210,16 @@ async fn authorize<B: Backend>(
     next: Next,
 ) -> Response {
     let headers = request.headers();
-    match (app.is_allowed(headers), app.is_meant(headers)) {
-        (false, _) => Refusal::unauthorized().into_response(),
+    let refusal = match (app.is_allowed(headers), app.is_meant(headers)) {
+        (true, true) => return next.run(request).await,
+        (false, _) => Refusal::unauthorized(),
         (_, false) => {
             let message = "this server has another name: see --allow-host, or set a key";
-            Refusal::wrong(StatusCode::FORBIDDEN, message).into_response()
+            Refusal::wrong(StatusCode::FORBIDDEN, message)
         }
-        _ => next.run(request).await,
-    }
+    };
+    chat::discard(&mut request.into_body().into_data_stream()).await;
+    refusal.into_response()
 }
 
 /// A response of JSON.

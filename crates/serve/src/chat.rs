@@ -4,7 +4,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::body::{Body, BodyDataStream};
+use axum::body::BodyDataStream;
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -171,7 +171,7 @@ async fn read<B: Backend>(
 }
 
 /// Reads what is left of a body, and forgets it.
-async fn discard(body: &mut BodyDataStream) {
+pub(crate) async fn discard(body: &mut BodyDataStream) {
     let rest = async { while let Some(Ok(_)) = body.next().await {} };
     let _ = timeout(DISCARD_TIME, rest).await;
 }

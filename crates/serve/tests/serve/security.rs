@@ -132,7 +132,8 @@ impl Network for Names {
         self.asked.fetch_add(1, Ordering::Relaxed);
         let (name, port) = host.rsplit_once(':').expect("a port");
         let port = port.parse().expect("a port");
-        let addresses = match (name, name.parse()) {
+        let literal = name.trim_start_matches('[').trim_end_matches(']');
+        let addresses = match (name, literal.parse()) {
             (_, Ok(address)) => vec![address],
             ("turning.example", _) => vec![self.turns.lock().expect("whole").remove(0)],
             _ => self.names.get(name).cloned().unwrap_or_default(),

@@ -124,6 +124,8 @@ async fn ask<B: Backend>(
     let parse = move || Chat::parse(&body, most_text);
     let chat = blocking(&app.workers, parse).await??;
     let mut held = vec![held];
+    // Nothing is fetched for what would not be answered.
+    app.models.find(chat.model.as_deref())?;
     let fetched = fetch(app, &chat, &mut held).await?;
     let hand_over = {
         let app = app.clone();
@@ -154,8 +156,8 @@ async fn read<B: Backend>(
     app: &App<B>,
     body: &mut BodyDataStream,
 ) -> Result<(Vec<u8>, Held), Refusal> {
-    let most = app.limits().body_bytes;
-    let mut bytes = Vec::new();
+    let (most, mut bytes) = (app.limits().body_bytes, Vec::new());
+    let mut held = app.inbox.take(0).ok_or_else(full)?;
     while let Some(chunk) = body.next().await {
         let chunk = chunk.map_err(|_| Refusal::malformed("the body is cut off"))?;
         if bytes.len() + chunk.len() > most {
@@ -163,11 +165,18 @@ async fn read<B: Backend>(
                 format_args!("the body is larger than {most} bytes: send smaller pictures");
             return Err(Refusal::wrong(StatusCode::PAYLOAD_TOO_LARGE, message));
         }
+        // Before it is whole: many may come at once.
+        if !held.grow(chunk.len() as u64) {
+            return Err(full());
+        }
         bytes.extend_from_slice(&chunk);
     }
-    let held = app.inbox.take(bytes.len() as u64);
-    let full = || Refusal::busy("the requests under way take all memory for them: ask again later");
-    Ok((bytes, held.ok_or_else(full)?))
+    Ok((bytes, held))
+}
+
+/// Bodies and pictures of others take all that there is for them.
+pub(crate) fn full() -> Refusal {
+    Refusal::busy("the requests under way take all memory for bodies and pictures: ask again later")
 }
 
 /// Reads what is left of a body, and forgets it.
@@ -205,8 +214,6 @@ async fn fetch<B: Backend>(
         let url = picture.url.clone();
         let bytes = blocking(&app.fetches, move || fetch.get(&url)).await?;
         let bytes = bytes.map_err(|error| Refusal::bad(&picture.place, error))?;
-        let full =
-            || Refusal::busy("the pictures under way take all memory for them: ask again later");
         held.push(app.inbox.take(bytes.len() as u64).ok_or_else(full)?);
         fetched.push(bytes);
     }

@@ -58,7 +58,7 @@ fn answers_are_those_of_the_library_streamed_or_not() {
         let question = Question::about(vec![scene()], text.clone());
         let defaults = VLM.generation_defaults();
         let answer = VLM
-            .ask(&question, &plan(routing), &defaults, |_| {})
+            .ask(&question, plan(routing), &defaults, |_| {})
             .expect("an answer");
         let mut request = about(&text);
         request["routing"] = routing.into();
@@ -97,7 +97,7 @@ fn grounding_asks_in_the_words_of_the_model() {
     let found = VLM.ground(
         &scene(),
         "the large cyan square",
-        &plan("dense"),
+        plan("dense"),
         &VLM.generation_defaults(),
     );
     let found = found.expect("a box");

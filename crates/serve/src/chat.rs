@@ -27,6 +27,10 @@ use crate::refusal::Refusal;
 use crate::request::{Chat, Piece};
 use crate::{map, stream};
 
+/// More is no limit.
+const MAX_TIME: Duration = Duration::from_secs(30 * 24 * 3600);
+/// For a body to come: whoever sends none takes a place.
+const BODY_TIME: Duration = Duration::from_secs(60);
 /// For what is left of a body that nobody reads: whoever sends it would not see the answer otherwise.
 const DISCARD_TIME: Duration = Duration::from_secs(2);
 
@@ -54,7 +58,7 @@ pub(crate) async fn completions<B: Backend>(
     request: Request,
 ) -> Response {
     let ticket = Ticket::new(app.metrics.clone());
-    let deadline = Instant::now() + app.limits().time;
+    let deadline = Instant::now() + app.limits().time.min(MAX_TIME);
     let (parts, body) = request.into_parts();
     let mut body = body.into_data_stream();
     let asked = within(
@@ -119,7 +123,11 @@ async fn ask<B: Backend>(
             "{places} requests are under way already: ask again later"
         ))
     })?;
-    let (body, held) = read(app, body).await?;
+    let read = timeout(BODY_TIME, read(app, body)).await;
+    let (body, held) = read.map_err(|_| {
+        let message = "the body comes too slowly: send smaller pictures";
+        Refusal::wrong(StatusCode::REQUEST_TIMEOUT, message)
+    })??;
     let most_text = app.limits().text_bytes;
     let parse = move || Chat::parse(&body, most_text);
     let chat = blocking(&app.workers, parse).await??;
@@ -262,12 +270,13 @@ fn hand_over<B: Backend>(
     }
     held.append(&mut room.held);
     // As many as there can be, so that the running batch never waits for whoever reads.
-    let events = (options.max_new_tokens + 1).saturating_mul(chat.n) + 1;
+    let events = options.max_new_tokens.saturating_add(1);
+    let events = events.saturating_mul(chat.n).saturating_add(1);
     let logprobs = options.logprobs.is_some();
     let mut request = session::Request::new(turns, routing.1.clone(), options);
     request.answers = chat.n;
     request.stop = chat.stop;
-    let (send, mut events) = mpsc::channel(events);
+    let (send, mut events) = mpsc::channel(events.min(Semaphore::MAX_PERMITS));
     let asking = served.service.ask_with(request, move |event| {
         let _ = send.try_send(event);
     });

@@ -46,6 +46,9 @@ pub fn run(args: &ServeArgs, out: &mut dyn Write) -> anyhow::Result<()> {
         apart: args.apart,
         routing: (routing.clone(), plan),
         api_key,
+        hosts: { args.allow_host.iter() }
+            .map(|name| name.to_lowercase())
+            .collect(),
         cors: args.cors.clone(),
         network: { args.allow_fetch }.then(|| Arc::new(PublicNetwork) as Arc<dyn Network>),
         folders: args.allow_dir.clone(),

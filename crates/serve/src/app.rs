@@ -1,5 +1,6 @@
 //! What is asked for where, and by whom.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -113,6 +114,20 @@ impl<B: Backend> App<B> {
         let _ = phase.wait_for(|phase| *phase == Phase::Ended).await;
     }
 
+    /// Whether the head of a request names this server: a page of another origin whose name leads here a moment later
+    /// (DNS rebinding) has that name in it. Such a page has no key.
+    fn is_meant(&self, headers: &HeaderMap) -> bool {
+        let (None, Some(host)) = (&self.settings.api_key, headers.get(header::HOST)) else {
+            return true;
+        };
+        let name = host_name(host.to_str().unwrap_or_default()).to_ascii_lowercase();
+        let address = name.trim_start_matches('[').trim_end_matches(']');
+        address.parse::<IpAddr>().is_ok()
+            || name == "localhost"
+            || name.ends_with(".localhost")
+            || self.settings.hosts.contains(&name)
+    }
+
     /// Whether the head of a request has the key, if there must be one. Comparing takes the same time wherever
     /// two keys of one length differ.
     fn is_allowed(&self, headers: &HeaderMap) -> bool {
@@ -126,6 +141,12 @@ impl<B: Backend> App<B> {
         let given = given.get(7..).unwrap_or_default();
         is_bearer && bool::from(given.ct_eq(key.as_bytes()))
     }
+}
+
+/// The name of a `Host` header, without its port.
+fn host_name(host: &str) -> &str {
+    let port = host.rfind(':').filter(|&at| !host[at..].contains(']'));
+    &host[..port.unwrap_or(host.len())]
 }
 
 /// Pages of which origins may ask, if any.
@@ -188,10 +209,17 @@ async fn authorize<B: Backend>(
     request: Request,
     next: Next,
 ) -> Response {
-    match app.is_allowed(request.headers()) {
-        true => next.run(request).await,
-        false => Refusal::unauthorized().into_response(),
-    }
+    let headers = request.headers();
+    let refusal = match (app.is_allowed(headers), app.is_meant(headers)) {
+        (true, true) => return next.run(request).await,
+        (false, _) => Refusal::unauthorized(),
+        (_, false) => {
+            let message = "this server has another name: see --allow-host, or set a key";
+            Refusal::wrong(StatusCode::FORBIDDEN, message)
+        }
+    };
+    chat::discard(&mut request.into_body().into_data_stream()).await;
+    refusal.into_response()
 }
 
 /// A response of JSON.

@@ -4,7 +4,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::body::{Body, BodyDataStream};
+use axum::body::BodyDataStream;
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -27,6 +27,10 @@ use crate::refusal::Refusal;
 use crate::request::{Chat, Piece};
 use crate::{map, stream};
 
+/// More is no limit.
+const MAX_TIME: Duration = Duration::from_secs(30 * 24 * 3600);
+/// For a body to come: whoever sends none takes a place.
+const BODY_TIME: Duration = Duration::from_secs(60);
 /// For what is left of a body that nobody reads: whoever sends it would not see the answer otherwise.
 const DISCARD_TIME: Duration = Duration::from_secs(2);
 
@@ -54,7 +58,7 @@ pub(crate) async fn completions<B: Backend>(
     request: Request,
 ) -> Response {
     let ticket = Ticket::new(app.metrics.clone());
-    let deadline = Instant::now() + app.limits().time;
+    let deadline = Instant::now() + app.limits().time.min(MAX_TIME);
     let (parts, body) = request.into_parts();
     let mut body = body.into_data_stream();
     let asked = within(
@@ -119,11 +123,17 @@ async fn ask<B: Backend>(
             "{places} requests are under way already: ask again later"
         ))
     })?;
-    let (body, held) = read(app, body).await?;
+    let read = timeout(BODY_TIME, read(app, body)).await;
+    let (body, held) = read.map_err(|_| {
+        let message = "the body comes too slowly: send smaller pictures";
+        Refusal::wrong(StatusCode::REQUEST_TIMEOUT, message)
+    })??;
     let most_text = app.limits().text_bytes;
     let parse = move || Chat::parse(&body, most_text);
     let chat = blocking(&app.workers, parse).await??;
     let mut held = vec![held];
+    // Nothing is fetched for what would not be answered.
+    app.models.find(chat.model.as_deref())?;
     let fetched = fetch(app, &chat, &mut held).await?;
     let hand_over = {
         let app = app.clone();
@@ -154,8 +164,8 @@ async fn read<B: Backend>(
     app: &App<B>,
     body: &mut BodyDataStream,
 ) -> Result<(Vec<u8>, Held), Refusal> {
-    let most = app.limits().body_bytes;
-    let mut bytes = Vec::new();
+    let (most, mut bytes) = (app.limits().body_bytes, Vec::new());
+    let mut held = app.inbox.take(0).ok_or_else(full)?;
     while let Some(chunk) = body.next().await {
         let chunk = chunk.map_err(|_| Refusal::malformed("the body is cut off"))?;
         if bytes.len() + chunk.len() > most {
@@ -163,15 +173,22 @@ async fn read<B: Backend>(
                 format_args!("the body is larger than {most} bytes: send smaller pictures");
             return Err(Refusal::wrong(StatusCode::PAYLOAD_TOO_LARGE, message));
         }
+        // Before it is whole: many may come at once.
+        if !held.grow(chunk.len() as u64) {
+            return Err(full());
+        }
         bytes.extend_from_slice(&chunk);
     }
-    let held = app.inbox.take(bytes.len() as u64);
-    let full = || Refusal::busy("the requests under way take all memory for them: ask again later");
-    Ok((bytes, held.ok_or_else(full)?))
+    Ok((bytes, held))
+}
+
+/// Bodies and pictures of others take all that there is for them.
+pub(crate) fn full() -> Refusal {
+    Refusal::busy("the requests under way take all memory for bodies and pictures: ask again later")
 }
 
 /// Reads what is left of a body, and forgets it.
-async fn discard(body: &mut BodyDataStream) {
+pub(crate) async fn discard(body: &mut BodyDataStream) {
     let rest = async { while let Some(Ok(_)) = body.next().await {} };
     let _ = timeout(DISCARD_TIME, rest).await;
 }
@@ -205,8 +222,6 @@ async fn fetch<B: Backend>(
         let url = picture.url.clone();
         let bytes = blocking(&app.fetches, move || fetch.get(&url)).await?;
         let bytes = bytes.map_err(|error| Refusal::bad(&picture.place, error))?;
-        let full =
-            || Refusal::busy("the pictures under way take all memory for them: ask again later");
         held.push(app.inbox.take(bytes.len() as u64).ok_or_else(full)?);
         fetched.push(bytes);
     }
@@ -255,12 +270,13 @@ fn hand_over<B: Backend>(
     }
     held.append(&mut room.held);
     // As many as there can be, so that the running batch never waits for whoever reads.
-    let events = (options.max_new_tokens + 1).saturating_mul(chat.n) + 1;
+    let events = options.max_new_tokens.saturating_add(1);
+    let events = events.saturating_mul(chat.n).saturating_add(1);
     let logprobs = options.logprobs.is_some();
     let mut request = session::Request::new(turns, routing.1.clone(), options);
     request.answers = chat.n;
     request.stop = chat.stop;
-    let (send, mut events) = mpsc::channel(events);
+    let (send, mut events) = mpsc::channel(events.min(Semaphore::MAX_PERMITS));
     let asking = served.service.ask_with(request, move |event| {
         let _ = send.try_send(event);
     });

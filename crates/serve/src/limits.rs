@@ -88,12 +88,23 @@ impl Budget {
 
     /// So many bytes, if they are left.
     pub(crate) fn take(self: &Arc<Self>, bytes: u64) -> Option<Held> {
-        let more = |held: u64| held.checked_add(bytes).filter(|&held| held <= self.most);
-        let taken = { &self.held }.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
-        taken.ok().map(|_| Held {
-            bytes,
+        let mut held = Held {
+            bytes: 0,
             budget: self.clone(),
-        })
+        };
+        held.grow(bytes).then_some(held)
+    }
+}
+
+impl Held {
+    /// Takes so many bytes more, if they are left.
+    pub(crate) fn grow(&mut self, bytes: u64) -> bool {
+        let most = self.budget.most;
+        let more = |held: u64| held.checked_add(bytes).filter(|&held| held <= most);
+        let held = &self.budget.held;
+        let taken = held.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
+        self.bytes += if taken.is_ok() { bytes } else { 0 };
+        taken.is_ok()
     }
 }
 
@@ -110,7 +121,8 @@ mod tests {
     #[test]
     fn what_is_held_is_given_back() {
         let budget = Budget::new(10);
-        let held = budget.take(6).expect("there is room");
+        let mut held = budget.take(4).expect("there is room");
+        assert!(held.grow(2) && !held.grow(5));
         assert!(budget.take(5).is_none());
         assert!(budget.take(u64::MAX).is_none());
         drop(budget.take(4).expect("there is room"));

@@ -114,12 +114,15 @@ impl<B: Backend> Models<B> {
                 let Some(plan) = self.fitting(&preset.name) else {
                     continue;
                 };
-                action.get_or_insert_with(|| does(&plan));
                 match preset.exact {
                     true => exact.extend(preset.budget),
-                    false => budgets.extend(preset.budget),
+                    false => {
+                        budgets.extend(preset.budget);
+                        action.get_or_insert_with(|| does(&plan));
+                    }
                 }
             }
+            // What has solved budgets alone is not `id@budget`.
             Some(json!({
                 "id": method.name,
                 "action": action?,

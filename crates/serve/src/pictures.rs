@@ -13,6 +13,7 @@ use data_url::DataUrl;
 use percent_encoding::percent_decode_str;
 use reroute_zoo::{DecodeLimits, RgbImage, Video, Visual, decode, natural};
 
+use crate::chat::full;
 use crate::fetch::Fetch;
 use crate::limits::{Budget, Held, Limits};
 use crate::refusal::Refusal;
@@ -93,8 +94,6 @@ impl<'a> Room<'a> {
         })?;
         self.pixels -= (image.width() * image.height()) as u64;
         let held = self.budget.take(image.data().len() as u64);
-        let full =
-            || Refusal::busy("the pictures under way take all memory for them: ask again later");
         self.held.push(held.ok_or_else(full)?);
         Ok(image)
     }

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use burn::tensor::backend::Backend;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use hyper_util::server::conn::auto::Builder;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use reroute_zoo::reducers::{Plan, Schedule};
@@ -52,6 +52,8 @@ pub struct Settings {
     pub routing: (String, Plan),
     /// Who asks for answers must have it.
     pub api_key: Option<String>,
+    /// Names of this server, in small letters, beside `localhost` and its addresses; with a key it may have any.
+    pub hosts: Vec<String>,
     /// Origins whose pages may ask (`https://example.com`), or `*` for all.
     pub cors: Vec<String>,
     /// Where http and https URLs of pictures are fetched from; nowhere without.
@@ -73,6 +75,7 @@ impl Default for Settings {
             apart: false,
             routing: ("dense".into(), Schedule::dense().into()),
             api_key: None,
+            hosts: Vec::new(),
             cors: Vec::new(),
             network: None,
             folders: Vec::new(),
@@ -158,9 +161,8 @@ impl<B: Backend> Server<B> {
             app.close();
             let _ = timeout(grace, app.idle()).await;
         });
-        let mut server = Builder::new(TokioExecutor::new());
+        let mut server = http1::Builder::new();
         server
-            .http1()
             .timer(TokioTimer::new())
             .header_read_timeout(HEAD_TIME)
             .max_buf_size(HEAD_BYTES);
@@ -171,7 +173,7 @@ impl<B: Backend> Server<B> {
             };
             let service = TowerToHyperService::new(router.clone());
             let connection = server.serve_connection(TokioIo::new(stream), service);
-            let connection = graceful.watch(connection.into_owned());
+            let connection = graceful.watch(connection);
             tokio::spawn(async move {
                 // Who asked badly has been told; who has gone needs no answer.
                 let _ = connection.await;

@@ -6,6 +6,9 @@ use reroute_serve::Limits;
 
 use super::{ModelArgs, RoutingArgs, one_or_more};
 
+/// Longest time limit: 30 days.
+const MAX_SECONDS: u64 = 30 * 24 * 3600;
+
 /// What is served, to whom, and how much of it.
 #[derive(Debug, clap::Args)]
 #[command(mut_arg("adapter", |arg| arg
@@ -34,7 +37,11 @@ pub struct ServeArgs {
     /// REROUTE_API_KEY.
     #[arg(long, value_name = "KEY")]
     pub api_key: Option<String>,
-    /// Origin whose pages may ask (https://example.com), or * for all; may be given several times.
+    /// Name that requests may call the server by, beside localhost and its addresses, where there is no key; may be
+    /// given several times.
+    #[arg(long, value_name = "NAME")]
+    pub allow_host: Vec<String>,
+    /// Origin whose pages may ask (`https://example.com`), or * for all; may be given several times.
     #[arg(long, value_name = "ORIGIN")]
     pub cors: Vec<String>,
     /// Fetch pictures that are http or https URLs, from public addresses alone.
@@ -82,7 +89,7 @@ pub struct LimitArgs {
     #[arg(long, value_name = "N", default_value_t = Limits::default().choices, value_parser = one_or_more)]
     pub max_choices: usize,
     /// Seconds from a request to the end of its answer.
-    #[arg(long, value_name = "SECONDS", default_value_t = Limits::default().time.as_secs())]
+    #[arg(long, value_name = "SECONDS", default_value_t = Limits::default().time.as_secs(), value_parser = clap::value_parser!(u64).range(1..=MAX_SECONDS))]
     pub time_limit: u64,
     /// Requests that wait while all running answers are taken; a further one is turned away (429).
     #[arg(long, value_name = "N", default_value_t = Limits::default().queue)]

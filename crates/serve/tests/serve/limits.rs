@@ -173,7 +173,7 @@ fn a_request_has_its_time() {
     drop(silent);
     // Nor one who sends half a body.
     let mut half = std::net::TcpStream::connect(server.address).expect("a connection");
-    let head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{";
+    let head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{";
     half.write_all(head.as_bytes()).expect("it is sent");
     assert!(read_all(half).starts_with("HTTP/1.1 504"));
 }

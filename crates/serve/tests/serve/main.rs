@@ -149,7 +149,7 @@ impl Running {
         let mut connection = TcpStream::connect(self.address).expect("a connection");
         let body = request.to_string();
         let head = format!(
-            "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n\
+            "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n\
              Content-Length: {}\r\n\r\n",
             body.len()
         );
@@ -199,6 +199,7 @@ fn png(rgb: &[u8], width: usize, height: usize) -> Vec<u8> {
     bytes
 }
 
+/// A file as clients send it.
 fn data_url(bytes: &[u8]) -> String {
     format!("data:image/png;base64,{}", STANDARD.encode(bytes))
 }
@@ -211,14 +212,6 @@ fn image_part(url: &str) -> Value {
 fn about(text: &str) -> Value {
     let picture = image_part(&data_url(embedded::SCENE.image));
     json!({"messages": [{"role": "user", "content": [picture, {"type": "text", "text": text}]}]})
-}
-
-/// A request that runs for long: many answers of as many tokens as there may be.
-fn long() -> Value {
-    let mut request = json!({"messages": [{"role": "user", "content": "x"}]});
-    request["temperature"] = 1.9.into();
-    request["n"] = 8.into();
-    request
 }
 
 fn text_of(response: &Value) -> &str {

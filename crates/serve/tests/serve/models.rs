@@ -78,8 +78,10 @@ fn scramble(path: &std::path::Path) {
 
 #[test]
 fn routings_say_what_fits_the_model() {
-    let mut settings = Settings::default();
-    settings.routing = ("pdrop@128".into(), VLM.plan("pdrop@128").expect("a preset"));
+    let settings = Settings {
+        routing: ("pdrop@128".into(), VLM.plan("pdrop@128").expect("a preset")),
+        ..Settings::default()
+    };
     let server = Running::start(settings);
     let routings = server.get_json("/v1/routings");
     assert_eq!(routings["default"], "pdrop@128");

@@ -273,7 +273,7 @@ fn bodies_that_are_no_requests() {
     refused(415, &response.body_mut().read_to_string().expect("text"));
     // Half a body, and no more.
     let mut connection = std::net::TcpStream::connect(server.address).expect("a connection");
-    let half = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{";
+    let half = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{";
     std::io::Write::write_all(&mut connection, half.as_bytes()).expect("it is sent");
     drop(connection);
     server.wait_for("reroute_requests_under_way", |count| count == 0.0);

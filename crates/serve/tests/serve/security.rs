@@ -14,7 +14,7 @@ use super::*;
 #[test]
 fn without_the_key_nothing_but_the_page_and_health() {
     let server = Running::start(Settings {
-        api_key: Some("sésame".into()),
+        api_key: Some("sesame".into()),
         ..Settings::default()
     });
     let body = about("x").to_string();
@@ -22,13 +22,13 @@ fn without_the_key_nothing_but_the_page_and_health() {
         (None, 401),
         (Some(""), 401),
         (Some("Bearer "), 401),
-        (Some("Bearer sésam"), 401),
-        (Some("Bearer sésamf"), 401),
-        (Some("Bearer sésame2"), 401),
-        (Some("Basic sésame"), 401),
-        (Some("sésame"), 401),
-        (Some("Bearer sésame"), 200),
-        (Some("bearer sésame"), 200),
+        (Some("Bearer sesam"), 401),
+        (Some("Bearer sesamf"), 401),
+        (Some("Bearer sesame2"), 401),
+        (Some("Basic sesame"), 401),
+        (Some("sesame"), 401),
+        (Some("Bearer sesame"), 200),
+        (Some("bearer sesame"), 200),
     ] {
         let mut request = server.agent.post(server.url("/v1/chat/completions"));
         request = request.content_type("application/json");
@@ -48,6 +48,40 @@ fn without_the_key_nothing_but_the_page_and_health() {
     }
     for path in ["/health", "/", "/page.js", "/style.css"] {
         assert_eq!(server.get(path).0, 200, "{path}");
+    }
+}
+
+#[test]
+fn without_a_key_a_server_answers_to_its_own_names_alone() {
+    let asked = |server: &Running, host: &str| {
+        let request = server
+            .agent
+            .get(server.url("/v1/models"))
+            .header("host", host);
+        request.call().expect("a response").status().as_u16()
+    };
+    let server = Running::start(Settings {
+        hosts: vec!["models.example".into()],
+        ..Settings::default()
+    });
+    for host in [
+        "localhost",
+        "LOCALHOST:8000",
+        "a.localhost",
+        "127.0.0.1:1",
+        "[::1]:8000",
+        "10.0.0.1",
+        "models.example",
+    ] {
+        assert_eq!(asked(&server, host), 200, "{host}");
+    }
+    for host in [
+        "evil.example",
+        "evil.example:8000",
+        "localhost.evil.example",
+        "127.0.0.1.evil.example",
+    ] {
+        assert_eq!(asked(&server, host), 403, "{host}");
     }
 }
 
@@ -98,7 +132,8 @@ impl Network for Names {
         self.asked.fetch_add(1, Ordering::Relaxed);
         let (name, port) = host.rsplit_once(':').expect("a port");
         let port = port.parse().expect("a port");
-        let addresses = match (name, name.parse()) {
+        let literal = name.trim_start_matches('[').trim_end_matches(']');
+        let addresses = match (name, literal.parse()) {
             (_, Ok(address)) => vec![address],
             ("turning.example", _) => vec![self.turns.lock().expect("whole").remove(0)],
             _ => self.names.get(name).cloned().unwrap_or_default(),

@@ -117,6 +117,8 @@ fn draw<'a>(
         .configure_mesh()
         .x_desc("visual tokens that a layer works on, on average")
         .y_desc(format!("{metric}, %"))
+        .x_label_formatter(&|tokens| format!("{tokens:.0}"))
+        .y_label_formatter(&|percent| format!("{percent:.0}"))
         .light_line_style(WHITE)
         .draw()?;
     if let Some((_, value, [from, to])) = dense {

@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::own::Lines;
 use crate::sample::{PictureAt, Sample, Truth};
 use crate::table::{Cells, Table};
 use crate::{EvalError, Task, hub, own};
@@ -45,8 +44,7 @@ impl Data {
         let mut read = Read::default();
         let (files, tables) = match task {
             Task::Own => {
-                let Lines { samples } = own::read(path)?;
-                read.samples = samples;
+                read.samples = own::read(path)?;
                 (vec![path.to_owned()], Vec::new())
             }
             Task::Gqa => {

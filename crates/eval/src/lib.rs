@@ -1,9 +1,9 @@
 //! Measures a model under several routings: RefCOCO, RefCOCO+, RefCOCOg, POPE, GQA and TextVQA as lmms-eval's
 //! organisation lays them out in Parquet files, or lines of JSON of one's own.
 //!
-//! [`Data::open`] reads questions and answers, [`run`] asks them in one running batch and leaves a record of every
+//! [`Data::open`] reads questions and answers, [`run()`] asks them in one running batch and leaves a record of every
 //! sample, [`summaries`] makes numbers of records, with intervals by a paired bootstrap over pictures, and
-//! [`report::write`] tables and a plot. [`merge`] joins what shards have left.
+//! [`report::write`] tables and a plot. [`merge()`] joins what shards have left.
 //!
 //! ```no_run
 //! use std::ops::ControlFlow;

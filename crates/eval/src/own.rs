@@ -16,11 +16,6 @@ const PICTURE_MAX_BYTES: u64 = 256 << 20;
 const WANTED: &str = "a line is an object with image (a path beside the file), question or expression, and one of answer \
                       (text), answers (several texts) and box ([x1, y1, x2, y2] in pixels of the picture)";
 
-/// What a file holds.
-pub(crate) struct Lines {
-    pub(crate) samples: Vec<Sample>,
-}
-
 #[derive(Deserialize)]
 struct Line {
     image: String,
@@ -39,7 +34,7 @@ struct Line {
 }
 
 /// Reads all lines; pictures are not opened.
-pub(crate) fn read(path: &Path) -> Result<Lines, EvalError> {
+pub(crate) fn read(path: &Path) -> Result<Vec<Sample>, EvalError> {
     let file = File::open(path).map_err(EvalError::io(path))?;
     let beside = path.parent().unwrap_or(Path::new("."));
     let (mut reader, mut samples, mut line) = (BufReader::new(file), Vec::new(), 0);
@@ -49,7 +44,7 @@ pub(crate) fn read(path: &Path) -> Result<Lines, EvalError> {
             .take(LINE_MAX_BYTES + 1)
             .read_until(b'\n', &mut text);
         if read.map_err(EvalError::io(path))? == 0 {
-            return Ok(Lines { samples });
+            return Ok(samples);
         }
         line += 1;
         let refuse = |reason: String| EvalError::Line {

@@ -18,13 +18,15 @@ const COLOURS: [RGBColor; 8] = [
     RGBColor(227, 119, 194),
 ];
 
+/// Average tokens, percent, and bounds of it.
+type Point = (f64, f64, [f64; 2]);
+
 /// A method at several budgets.
 struct Series {
     name: String,
     colour: RGBColor,
     comes_back: bool,
-    /// Average tokens, percent, and bounds of it.
-    points: Vec<(f64, f64, [f64; 2])>,
+    points: Vec<Point>,
 }
 
 /// The plot as SVG.
@@ -54,7 +56,7 @@ pub(crate) fn accuracy(title: &str, summaries: &[Summary]) -> Result<String, Str
     Ok(text)
 }
 
-fn series(summaries: &[Summary]) -> (Vec<Series>, Option<(f64, f64, [f64; 2])>) {
+fn series(summaries: &[Summary]) -> (Vec<Series>, Option<Point>) {
     let (mut series, mut dense): (BTreeMap<&str, Series>, _) = (BTreeMap::new(), None);
     let mut colours: BTreeMap<&str, RGBColor> = BTreeMap::new();
     for summary in summaries {
@@ -97,7 +99,7 @@ fn draw<'a>(
     area: &Drawn<'a>,
     (title, metric): (&str, &str),
     series: &[Series],
-    dense: Option<(f64, f64, [f64; 2])>,
+    dense: Option<Point>,
     (right, top, bottom): (f64, f64, f64),
 ) -> Result<(), Failed<'a>> {
     area.fill(&WHITE)?;
@@ -117,6 +119,8 @@ fn draw<'a>(
         .configure_mesh()
         .x_desc("visual tokens that a layer works on, on average")
         .y_desc(format!("{metric}, %"))
+        .x_label_formatter(&|tokens| format!("{tokens:.0}"))
+        .y_label_formatter(&|percent| format!("{percent:.0}"))
         .light_line_style(WHITE)
         .draw()?;
     if let Some((_, value, [from, to])) = dense {

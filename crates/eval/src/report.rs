@@ -14,9 +14,6 @@ const CSV: &str = "results.csv";
 const JSON: &str = "results.json";
 const PLOT: &str = "accuracy.svg";
 
-/// What of the metrics a table has room for.
-const SHOWN: usize = 4;
-
 /// Writes `results.csv`, `results.json` and `accuracy.svg` into a folder.
 pub fn write(folder: &Path, records: &[Records], summaries: &[Summary]) -> Result<(), EvalError> {
     let Some(first) = records.first() else {
@@ -120,45 +117,29 @@ pub fn table(records: &[Records], summaries: &[Summary]) -> String {
         summary.samples,
         summary.pictures
     );
-    let shown = |summary: &Summary| -> Vec<Metric> {
-        let metrics = summary
-            .metrics
-            .iter()
-            .filter(|metric| metric.interval.is_some());
-        let mut metrics: Vec<Metric> = metrics.take(SHOWN).cloned().collect();
-        if metrics.is_empty() {
-            metrics.extend(summary.metrics.first().cloned());
-        }
-        let more = summary.metrics.iter().filter(|metric| metric.name == "F1");
-        metrics.extend(more.cloned());
-        metrics
-    };
-    let mut rows = Vec::new();
-    let names = shown(summary).into_iter();
-    let names = names.flat_map(|metric| {
-        let differs = metric.interval.is_some();
-        [Some(metric.name), differs.then(|| "against dense".into())]
-    });
     let has_errors = summaries.iter().any(|summary| summary.errors > 0);
     let has_cut_off = summaries.iter().any(|summary| summary.cut_off > 0);
     let mut titles = vec!["routing".to_string(), "average tokens".into()];
-    titles.extend(names.flatten());
+    for metric in shown(summary) {
+        titles.push(metric.name.clone());
+        titles.extend(is_compared(metric).then(|| "against dense".into()));
+    }
     titles.extend(has_errors.then(|| "errors".into()));
     titles.extend(has_cut_off.then(|| "cut off".into()));
-    rows.push(titles);
+    let mut rows = vec![titles];
     for summary in summaries {
         let mut cells = vec![
             summary.routing.clone(),
             format!("{:.2}", summary.average_tokens),
         ];
         for metric in shown(summary) {
-            cells.push(with_bounds(metric.value, metric.interval, false));
-            if metric.interval.is_some() {
-                let difference = metric.difference;
-                cells.push(difference.map_or("-".into(), |difference| {
-                    with_bounds(difference.value, difference.interval, true)
-                }));
-            }
+            let interval = metric.interval.filter(|_| is_compared(metric));
+            cells.push(with_bounds(metric.value, interval, false));
+            let difference = metric
+                .difference
+                .as_ref()
+                .map(|difference| with_bounds(difference.value, difference.interval, true));
+            cells.extend(is_compared(metric).then(|| difference.unwrap_or("-".into())));
         }
         cells.extend(has_errors.then(|| summary.errors.to_string()));
         cells.extend(has_cut_off.then(|| summary.cut_off.to_string()));
@@ -181,6 +162,17 @@ pub fn table(records: &[Records], summaries: &[Summary]) -> String {
         text.push('\n');
     }
     text
+}
+
+/// What a table has room for: means over samples, and F1.
+fn shown(summary: &Summary) -> impl Iterator<Item = &Metric> {
+    let metrics = summary.metrics.iter();
+    metrics.filter(|metric| metric.is_mean || metric.name == "F1")
+}
+
+/// Those that are shown with bounds, and beside dense.
+fn is_compared(metric: &Metric) -> bool {
+    metric.is_mean && metric.name.starts_with("accuracy")
 }
 
 fn with_bounds(value: f64, interval: Option<[f64; 2]>, signed: bool) -> String {

@@ -61,6 +61,8 @@ pub struct Metric {
     pub name: String,
     /// From 0 to 1.
     pub value: f64,
+    /// Whether it is a mean over samples, which has an interval.
+    pub is_mean: bool,
     /// Bounds of 95 %.
     pub interval: Option<Interval>,
     /// This less that of dense, on the samples that both have answered.
@@ -165,6 +167,7 @@ pub fn summaries(all: &[Records], reckoning: &Reckoning) -> Result<Vec<Summary>,
             metrics.push(Metric {
                 name: name.into(),
                 value,
+                is_mean: true,
                 interval,
                 difference,
             });
@@ -179,7 +182,12 @@ pub fn summaries(all: &[Records], reckoning: &Reckoning) -> Result<Vec<Summary>,
             .iter()
             .map(|record| record.average_tokens)
             .sum::<f64>();
-        let action = records.header.plan.get("action");
+        // Dense is a plan without stages.
+        let plan = &records.header.plan;
+        let has_stages = plan["stages"]
+            .as_array()
+            .is_some_and(|stages| !stages.is_empty());
+        let action = plan.get("action").filter(|_| has_stages);
         Summary {
             routing: records.header.routing.clone(),
             action: action.and_then(|action| Some(action.as_str()?.to_string())),
@@ -228,6 +236,7 @@ fn plain(records: &Records) -> Vec<Metric> {
     let metric = |name: String, value: f64| Metric {
         name,
         value,
+        is_mean: false,
         interval: None,
         difference: None,
     };

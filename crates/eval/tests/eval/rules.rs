@@ -123,6 +123,8 @@ fn the_release_divides_resized_pixels_by_the_size_as_given() {
     assert_eq!(shares, [0.1, 0.2, 0.3, 0.4]);
     let thousandths = release_box("[250, 250, 500, 500]", BoxUnits::Thousandths, [375, 500]);
     assert_eq!(thousandths, right);
+    let shares = release_box("[0.1, 0.2, 0.3, 1]", BoxUnits::Thousandths, [375, 500]);
+    assert_eq!(shares, [0.1, 0.2, 0.3, 1.0]);
     assert_eq!(
         release_box("nowhere", BoxUnits::Normalized, [1, 1]),
         [0.0; 4]

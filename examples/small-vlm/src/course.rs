@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use burn::module::{AutodiffModule, ModuleVisitor, Param};
 use burn::optim::adaptor::OptimizerAdaptor;
-use burn::optim::{AdamW, AdamWConfig, GradientsParams, Optimizer};
+use burn::optim::{AdamW, AdamWConfig, GradientsAccumulator, GradientsParams, Optimizer};
 use burn::record::{BinBytesRecorder, FullPrecisionSettings, Recorder};
 use burn::tensor::backend::{AutodiffBackend, Backend};
 use burn::tensor::{DType, Tensor};
@@ -43,6 +43,8 @@ pub struct Pace {
     pub save_every: usize,
     /// Steps from one line of the log to the next.
     pub log_every: usize,
+    /// Most scenes that go through the decoder at once; the gradients of a step are their sum.
+    pub pass: usize,
 }
 
 impl Course {
@@ -133,6 +135,15 @@ impl<B: AutodiffBackend, M: AutodiffModule<B>> Stage<B, M> {
     /// A step down the gradients of a loss, which are clipped together.
     pub fn descend(&mut self, loss: &Tensor<B, 1>) -> Result<Taken> {
         let gradients = GradientsParams::from_grads(loss.backward(), &self.module);
+        self.follow(gradients)
+    }
+
+    /// The same with the sum of the gradients of several parts of a loss.
+    pub fn descend_by(&mut self, mut sum: GradientsAccumulator<M>) -> Result<Taken> {
+        self.follow(sum.grads())
+    }
+
+    fn follow(&mut self, gradients: GradientsParams) -> Result<Taken> {
         let (gradients, norm) = clip(&self.module, gradients);
         ensure!(
             norm.is_finite(),

@@ -6,13 +6,14 @@ use std::time::Instant;
 
 use anyhow::{Result, bail};
 use burn::module::AutodiffModule;
+use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::backend::AutodiffBackend;
 use burn::tensor::{Tensor, TensorData};
 use reroute_zoo::messages::{Content, Message, Role};
 use reroute_zoo::vision_encoder::VisionOutput;
 use reroute_zoo::{
-    FamilyModel, Folder, Lesson, Model, OpenOptions, Prepared, SaveOptions, Schedule, Trained,
-    Tutor, Visual, VisualTokens, Vlm,
+    AnswerLogits, FamilyModel, Folder, Lesson, Model, OpenOptions, Prepared, SaveOptions, Schedule,
+    Trained, Tutor, Visual, VisualTokens, Vlm,
 };
 use serde_json::json;
 
@@ -22,6 +23,8 @@ use crate::parts::{self, GRID, WIDTH};
 use crate::scene::{COLOURS, Kind, SHAPES, Scene};
 use crate::tower::{Batch, batch, features, scenes};
 
+/// Visual tokens of a picture.
+const TOKENS: usize = GRID * GRID;
 /// Questions about a scene.
 const QUESTIONS: usize = 8;
 /// Share of the steps in which expressions say what an object is, and not where.
@@ -127,7 +130,7 @@ fn standardised<B: AutodiffBackend>(
     let factors = numbers(deviation).into_iter().map(|x| 1.0 / (x + 1e-3));
     let factors: Vec<f64> = factors.collect();
     let means = numbers(mean);
-    debug_assert_eq!((factors.len(), rows % (GRID * GRID)), (WIDTH, 0));
+    debug_assert_eq!((factors.len(), rows % TOKENS), (WIDTH, 0));
     Ok(parts::with_inputs(model, &factors, &means))
 }
 
@@ -186,6 +189,26 @@ pub fn answer([x1, y1, x2, y2]: [f64; 4]) -> String {
     format!("[{x1:.2}, {y1:.2}, {x2:.2}, {y2:.2}]")
 }
 
+/// What the model says before each token of the answers of lessons whose pictures have these features.
+fn said<B: AutodiffBackend>(
+    vlm: &Vlm<B>,
+    model: &Model<B>,
+    lessons: &[Lesson],
+    seen: Tensor<B, 2>,
+) -> Result<AnswerLogits<B>> {
+    let tokens = project(model, &seen)?;
+    let visuals = (0..lessons.len()).map(|at| VisualTokens {
+        images: Some(VisionOutput {
+            tokens: tokens.clone().narrow(1, at * TOKENS, TOKENS),
+            deepstack: Vec::new(),
+        }),
+        ..VisualTokens::default()
+    });
+    let visuals: Vec<VisualTokens<B>> = visuals.collect();
+    let lessons: Vec<&Lesson> = lessons.iter().collect();
+    Ok(vlm.answer_logits(&lessons, Some(&visuals), Schedule::dense())?)
+}
+
 /// Trains decoder and projector on a frozen tower, and writes the model to `to`, in f16. A run in the folder goes on.
 pub fn train<B: AutodiffBackend>(
     (course, pace): (&Course, Pace),
@@ -214,29 +237,25 @@ pub fn train<B: AutodiffBackend>(
             let started = Instant::now();
             let Asked { prepared, lessons } = portion?;
             let seen = Tensor::from_inner(features(&frozen, prepared, device)?);
-            let tokens = project(&stage.module, &seen)?;
-            let each = tokens.dims()[1] / lessons.len();
-            let visuals = (0..lessons.len()).map(|at| VisualTokens {
-                images: Some(VisionOutput {
-                    tokens: tokens.clone().narrow(1, at * each, each),
-                    deepstack: Vec::new(),
-                }),
-                ..VisualTokens::default()
-            });
-            let visuals: Vec<VisualTokens<B>> = visuals.collect();
             let module = stage.module.clone();
             vlm = vlm.map_model(|_| module);
-            let lessons: Vec<&Lesson> = lessons.iter().collect();
-            let answers = vlm.answer_logits(&lessons, Some(&visuals), Schedule::dense())?;
-            let said = answers.tokens.clone();
-            let losses = answers.losses();
-            let loss = losses.clone().mean();
-            let forward = started.elapsed().as_secs_f64();
-            let taken = stage.descend(&loss)?;
-            // Of coordinates alone: what ends an answer is soon known.
-            let losses = numbers(losses);
-            let of_numbers = losses.iter().zip(&said).filter(|(_, id)| **id > 1);
-            let of_numbers: Vec<f64> = of_numbers.map(|(loss, _)| *loss).collect();
+            let answers: usize = lessons.iter().map(Lesson::answer_tokens).sum();
+            let mut gradients = GradientsAccumulator::new();
+            let mut of_numbers = Vec::new();
+            for (at, lessons) in lessons.chunks(pace.pass).enumerate() {
+                let (first, count) = (at * pace.pass * TOKENS, lessons.len() * TOKENS);
+                let seen = seen.clone().narrow(1, first, count);
+                let said = said(&vlm, &stage.module, lessons, seen)?;
+                let ids = said.tokens.clone();
+                let losses = said.losses();
+                let share = losses.clone().sum().div_scalar(answers as f64);
+                let found = GradientsParams::from_grads(share.backward(), &stage.module);
+                gradients.accumulate(&stage.module, found);
+                // Of coordinates alone: what ends an answer is soon known.
+                let losses = numbers(losses).into_iter().zip(ids);
+                of_numbers.extend(losses.filter(|(_, id)| *id > 1).map(|(loss, _)| loss));
+            }
+            let taken = stage.descend_by(gradients)?;
             let nats = of_numbers.iter().sum::<f64>() / of_numbers.len() as f64;
             let mean = running.map_or(nats, |mean| 0.95 * mean + 0.05 * nats);
             running = Some(mean);
@@ -244,7 +263,7 @@ pub fn train<B: AutodiffBackend>(
                 log.write(&json!({
                     "stage": "decoder", "step": stage.step, "nats": nats, "mean": mean, "boxes": of_numbers.len() / 4,
                     "rows": lessons.iter().map(|lesson| lesson.rows()).sum::<usize>(), "norm": taken.norm,
-                    "rate": taken.rate, "forward": forward, "seconds": started.elapsed().as_secs_f64(),
+                    "rate": taken.rate, "seconds": started.elapsed().as_secs_f64(),
                 }))?;
             }
             if stage.is_due() {

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use rayon::prelude::*;
 use reroute_zoo::backend::Flex;
 use reroute_zoo::grounding::iou;
-use reroute_zoo::{Folder, OpenOptions, Plan, Question, RgbImage, Vlm};
+use reroute_zoo::{Folder, ModelConfig, OpenOptions, Plan, Question, RgbImage, Vlm, presets};
 use serde_json::{Map, Value, json};
 
 use crate::scene::{Kind, SIDE, Scene, Sought, Split};
@@ -77,20 +77,21 @@ pub fn evaluate(folder: &Path, count: usize, seed: u32, routes: bool) -> Result<
     let device = Default::default();
     let vlm = Vlm::<Flex>::open(&Folder::open(folder)?, &OpenOptions::default(), &device)?;
     let asked = scenes(count, seed);
+    let depth = Depth::of(vlm.config());
+    let dense = vlm.plan("dense")?;
     let mut rows = vec![Row {
         routing: "dense".into(),
         base: None,
-        average_tokens: tokens(&vlm)? as f64,
-        overlaps: overlaps(&vlm, &asked, &vlm.plan("dense")?, None)?,
+        average_tokens: depth.average(&dense),
+        overlaps: overlaps(&vlm, &asked, &dense, None)?,
     }];
     let blank = RgbImage::new(SIDE, SIDE, vec![BLANK; SIDE * SIDE * 3])?;
-    let blank = overlaps(&vlm, &asked, &vlm.plan("dense")?, Some(&blank))?;
+    let blank = overlaps(&vlm, &asked, &dense, Some(&blank))?;
     for budget in BUDGETS.into_iter().filter(|_| routes) {
         for (removing, rerouting) in METHODS {
-            let (base, base_plan) = plan(&vlm, removing, budget)?;
-            let average = average(&vlm, &base_plan)?;
-            let (twin, twin_plan) = plan(&vlm, rerouting, budget)?;
-            let twin_plan = at_budget(&vlm, &twin_plan, average)?;
+            let (base, base_plan) = depth.plan(removing, budget)?;
+            let (twin, twin_plan) = depth.plan(rerouting, budget)?;
+            let twin_plan = depth.at_average(&twin_plan, depth.average(&base_plan))?;
             for (routing, plan, base) in
                 [(base, base_plan, None), (twin, twin_plan, Some(rows.len()))]
             {
@@ -98,7 +99,7 @@ pub fn evaluate(folder: &Path, count: usize, seed: u32, routes: bool) -> Result<
                 rows.push(Row {
                     routing,
                     base,
-                    average_tokens: self::average(&vlm, &plan)?,
+                    average_tokens: depth.average(&plan),
                     overlaps: overlaps(&vlm, &asked, &plan, None)?,
                 });
             }
@@ -107,76 +108,83 @@ pub fn evaluate(folder: &Path, count: usize, seed: u32, routes: bool) -> Result<
     Ok(report(&rows, &asked, &blank))
 }
 
-/// Visual tokens of a picture.
-fn tokens(vlm: &Vlm<Flex>) -> Result<usize> {
-    Ok(vlm.config().typical_visual_tokens())
+/// What plans are made for.
+struct Depth<'a> {
+    config: &'a ModelConfig,
+    layers: usize,
+    /// Visual tokens of a picture.
+    tokens: usize,
 }
 
-fn average(vlm: &Vlm<Flex>, plan: &Plan) -> Result<f64> {
-    Ok(plan.average_tokens(vlm.config().decoder().num_layers, tokens(vlm)?))
-}
-
-/// The plan of a method at a budget, exact where there is such a preset that this model can have.
-fn plan(vlm: &Vlm<Flex>, method: &str, budget: usize) -> Result<(String, Plan)> {
-    let name = format!("{method}@{budget}");
-    let plan = { vlm.plan(&format!("{name}-exact")) }.or_else(|_| vlm.plan(&name))?;
-    Ok((name, plan))
-}
-
-/// The plan with counts that are a little larger or smaller, so that layers have so many tokens on average.
-fn at_budget(vlm: &Vlm<Flex>, plan: &Plan, wanted: f64) -> Result<Plan> {
-    let layers = vlm.config().decoder().num_layers;
-    let per_layer: Vec<usize> = plan.visual_tokens_per_layer(layers, tokens(vlm)?).collect();
-    let entering = plan.entering(tokens(vlm)?);
-    let starts: Vec<usize> = plan
-        .schedule
-        .stages()
-        .iter()
-        .map(|stage| stage.layer)
-        .collect();
-    let ends: Vec<usize> = starts.iter().skip(1).copied().chain([layers]).collect();
-    let before: usize = per_layer[..starts.first().copied().unwrap_or(layers)]
-        .iter()
-        .sum();
-    let counts: Vec<usize> = starts.iter().map(|&start| per_layer[start]).collect();
-    let missed = |counts: &[usize]| {
-        let of_stages = counts.iter().zip(starts.iter().zip(&ends));
-        let sum: usize = of_stages
-            .map(|(count, (start, end))| count * (end - start))
-            .sum();
-        ((before + sum) as f64 / layers as f64 - wanted).abs()
-    };
-    // Of all plans in a small neighbourhood the one that misses least, and of these the nearest.
-    let scale = { (0..=400).map(|percent| f64::from(percent) / 100.0) }.map(|by| {
-        let scaled = counts
-            .iter()
-            .map(|&count| (count as f64 * by).round() as usize);
-        scaled
-            .map(|count| count.clamp(1, entering))
-            .collect::<Vec<_>>()
-    });
-    let rough = scale.min_by(|a, b| missed(a).total_cmp(&missed(b)));
-    let rough = rough.context("a plan has stages")?;
-    let mut best = (missed(&rough), 0, rough.clone());
-    for number in 0..5usize.pow(rough.len() as u32) {
-        let digit = |at: u32| (number / 5usize.pow(at) % 5) as i64 - 2;
-        let changes: Vec<i64> = (0..rough.len() as u32).map(digit).collect();
-        let changed = { rough.iter().zip(&changes) }
-            .map(|(&count, change)| (count as i64 + change).clamp(1, entering as i64) as usize);
-        let changed: Vec<usize> = changed.collect();
-        let (off, size) = (missed(&changed), changes.iter().map(|x| x.abs()).sum());
-        if (off, size) < (best.0 - 1e-9, 0) || off <= best.0 + 1e-9 && size < best.1 {
-            best = (off, size, changed);
+impl<'a> Depth<'a> {
+    fn of(config: &'a ModelConfig) -> Self {
+        Self {
+            config,
+            layers: config.decoder().num_layers,
+            tokens: config.typical_visual_tokens(),
         }
     }
-    let mut json = plan.to_json();
-    for (at, count) in best.2.iter().enumerate() {
-        let stage = json["stages"][at].as_object_mut();
-        let stage = stage.context("a plan has a list of stages")?;
-        stage.remove("keep_ratio");
-        stage.insert("keep_count".into(), json!(count));
+
+    fn average(&self, plan: &Plan) -> f64 {
+        plan.average_tokens(self.layers, self.tokens)
     }
-    Ok(Plan::from_json(&json.to_string())?)
+
+    /// The plan of a method at a budget, exact where there is such a preset that this model can have.
+    fn plan(&self, method: &str, budget: usize) -> Result<(String, Plan)> {
+        let encoder = self.config.encoder();
+        let name = format!("{method}@{budget}");
+        let found = |name: &str| presets::find(name)?.plan(self.layers, &encoder);
+        let plan = found(&format!("{name}-exact")).or_else(|_| found(&name))?;
+        Ok((name, plan))
+    }
+
+    /// The plan with counts that are a little larger or smaller, so that layers have so many tokens on average.
+    fn at_average(&self, plan: &Plan, wanted: f64) -> Result<Plan> {
+        let layers = self.layers;
+        let per_layer: Vec<usize> = plan.visual_tokens_per_layer(layers, self.tokens).collect();
+        let entering = plan.entering(self.tokens);
+        let stages = plan.schedule.stages().iter();
+        let starts: Vec<usize> = stages.map(|stage| stage.layer).collect();
+        let ends: Vec<usize> = starts.iter().skip(1).copied().chain([layers]).collect();
+        let first = starts.first().copied().unwrap_or(layers);
+        let before: usize = per_layer[..first].iter().sum();
+        let counts: Vec<usize> = starts.iter().map(|&start| per_layer[start]).collect();
+        let missed = |counts: &[usize]| {
+            let of_stages = counts.iter().zip(starts.iter().zip(&ends));
+            let sums = of_stages.map(|(count, (start, end))| count * (end - start));
+            ((before + sums.sum::<usize>()) as f64 / layers as f64 - wanted).abs()
+        };
+        let in_bounds = |count: f64| (count.round() as usize).clamp(1, entering);
+        // Of all plans near the one that is scaled best, those that miss least, and of these the nearest.
+        let scaled = (0..=400).map(|percent| {
+            let counts = counts.iter();
+            let scaled = counts.map(|&count| in_bounds(count as f64 * f64::from(percent) / 100.0));
+            scaled.collect::<Vec<_>>()
+        });
+        let rough = scaled.min_by(|a, b| missed(a).total_cmp(&missed(b)));
+        let rough = rough.context("a plan has stages")?;
+        let stages = rough.len() as u32;
+        let near = (0..5usize.pow(stages)).map(|number| {
+            let digit = |at: u32| (number / 5usize.pow(at) % 5) as f64 - 2.0;
+            let changes: Vec<f64> = (0..stages).map(digit).collect();
+            let size: f64 = changes.iter().map(|change| change.abs()).sum();
+            let changed = rough.iter().zip(changes);
+            let changed = changed.map(|(&count, change)| in_bounds(count as f64 + change));
+            (changed.collect::<Vec<_>>(), size)
+        });
+        // Sums are whole, so that misses differ by a layer's share or not at all.
+        let rank = |(counts, size): &(Vec<usize>, f64)| missed(counts) * 1e6 + size;
+        let best = near.min_by(|a, b| rank(a).total_cmp(&rank(b)));
+        let (best, _) = best.context("a plan has stages")?;
+        let mut json = plan.to_json();
+        for (at, count) in best.iter().enumerate() {
+            let stage = json["stages"][at].as_object_mut();
+            let stage = stage.context("a plan has a list of stages")?;
+            stage.remove("keep_ratio");
+            stage.insert("keep_count".into(), json!(count));
+        }
+        Ok(Plan::from_json(&json.to_string())?)
+    }
 }
 
 /// How far each answer overlaps with what was sought; about `picture` instead of the scene's, if one is given.
@@ -331,4 +339,74 @@ pub fn table(report: &Value) -> String {
         lines.push(line);
     }
     lines.join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every method and its twin cost the same in the model that is trained here, whatever is rounded.
+    #[test]
+    fn twins_have_equal_budgets() {
+        let folder = crate::parts::folder().expect("it is built in");
+        let config = ModelConfig::open(&folder).expect("it describes a model");
+        let depth = Depth::of(&config);
+        assert_eq!((depth.layers, depth.tokens), (16, 64));
+        for budget in BUDGETS {
+            for (removing, rerouting) in METHODS {
+                let plan = |method| depth.plan(method, budget).expect("a preset").1;
+                let average = depth.average(&plan(removing));
+                let twin = depth.at_average(&plan(rerouting), average).expect("a plan");
+                assert_eq!(depth.average(&twin), average, "{rerouting}@{budget}");
+                let wanted = 64.0 * budget as f64 / 576.0;
+                // FastV's and SparseVLM's first layers alone cost more than the smallest budget.
+                let most = if budget == 64 { 3.6 } else { 0.6 };
+                assert!(
+                    (average - wanted).abs() < most,
+                    "{removing}@{budget}: {average}"
+                );
+            }
+        }
+    }
+
+    /// A report on made-up answers: the first method loses what its twin finds, the others are alike.
+    #[test]
+    fn rows_are_compared_with_their_bases() {
+        let asked = scenes(40, 3);
+        let row = |routing: &str, base, found: usize| Row {
+            routing: routing.into(),
+            base,
+            average_tokens: 1.0,
+            overlaps: (0..40).map(|at| f64::from(at < found)).collect(),
+        };
+        let rows = [
+            row("dense", None, 30),
+            row("fastv@128", None, 10),
+            row("reroute-fastv@128", Some(1), 25),
+            row("pdrop@64", None, 10),
+            row("reroute-pdrop@64", Some(3), 20),
+            row("nuwa@64", None, 12),
+            row("reroute-nuwa@64", Some(5), 12),
+        ];
+        let report = report(&rows, &asked, &[0.0; 40]);
+        let rows = &report["rows"];
+        assert_eq!(rows[0]["accuracy"], 0.75);
+        assert!(rows[1]["gain"].is_null() && rows[1]["base"].is_null());
+        assert_eq!(
+            (&rows[2]["base"], &rows[2]["gain"]),
+            (&json!("fastv@128"), &json!(0.375))
+        );
+        assert!(rows[2]["p_holm"].is_null() && rows[2]["p"].as_f64() < Some(0.001));
+        let p = exact_test(10, 0);
+        assert_eq!(rows[4]["p_holm"].as_f64(), Some(2.0 * p));
+        assert_eq!(rows[6]["p_holm"], 1.0);
+        assert_eq!(rows[6]["gain_interval"], json!([0.0, 0.0]));
+        let kinds = rows[0]["kinds"].as_object().expect("kinds");
+        let counts = kinds.values().filter_map(|kind| kind["scenes"].as_u64());
+        assert_eq!(counts.sum::<u64>(), 40);
+        assert_eq!(report["blank_picture"]["accuracy"], 0.0);
+        let chance = report["random_object"]["accuracy"].as_f64();
+        assert!(chance > Some(0.16) && chance <= Some(0.25));
+        assert!(table(&report).contains("reroute-fastv@128"));
+    }
 }

@@ -78,6 +78,9 @@ struct TrainArgs {
     /// Scenes of a step of the decoder.
     #[arg(long, value_name = "N", default_value_t = 24)]
     scenes: usize,
+    /// Most scenes that go through the decoder at once: takes less memory, and learns the same.
+    #[arg(long, value_name = "N", default_value_t = 6)]
+    pass: usize,
     /// Scenes of a step of tower and projector.
     #[arg(long, value_name = "N", default_value_t = 32)]
     tower_scenes: usize,
@@ -178,6 +181,7 @@ fn train(args: &TrainArgs) -> Result<()> {
     let pace = Pace {
         save_every: args.save_every,
         log_every: args.log_every,
+        pass: args.pass.max(1),
     };
     let is_there = |path: &Path| path.join("config.json").exists();
     if !is_there(&tower) {

@@ -5,6 +5,7 @@ mod bench;
 mod convert;
 mod make_random;
 mod parity;
+mod small_vlm;
 mod tidy;
 
 use std::path::{Path, PathBuf};
@@ -31,6 +32,8 @@ enum Command {
     MakeRandom(make_random::Args),
     /// Measure backends, and other implementations beside them.
     Bench(Box<bench::Args>),
+    /// Train small models from scratch, and measure routing on them.
+    SmallVlm(small_vlm::Args),
 }
 
 fn main() -> ExitCode {
@@ -50,6 +53,7 @@ fn run(command: &Command) -> anyhow::Result<()> {
         Command::Convert(args) => convert::run(args),
         Command::MakeRandom(args) => make_random::run(args, &root()),
         Command::Bench(args) => bench::run(args, &root()),
+        Command::SmallVlm(args) => small_vlm::run(args, &root()),
     }
 }
 

@@ -95,6 +95,17 @@ pub enum EvalError {
     /// A picture that cannot be decoded.
     #[error("the picture cannot be decoded: {0}")]
     Picture(String),
+    /// The model answers nothing any more.
+    #[error(
+        "the last {count} samples have all failed in the model, at last with: {reason}; once the device is well, --resume \
+             tries them again"
+    )]
+    Failing {
+        /// How many, one after the other.
+        count: usize,
+        /// What was wrong with the last.
+        reason: String,
+    },
     /// A setting that makes no sense.
     #[error("{setting} {reason}")]
     Setting {

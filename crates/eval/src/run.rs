@@ -26,6 +26,8 @@ use crate::{EvalError, GroundingPrompt};
 const LOCK: &str = ".lock";
 /// Requests that are made ready before there is room for them.
 const AHEAD: usize = 2;
+/// Samples that fail in the model one after the other until it is the device that fails, and not they.
+const FAILURES: usize = 16;
 
 /// A part of the samples; the whole by default.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -229,6 +231,8 @@ struct Runner<'r, B: Backend> {
     work: VecDeque<(usize, usize)>,
     asked: BTreeMap<RequestId, (usize, usize, String)>,
     done: usize,
+    /// Samples that have failed in the model since it answered one.
+    failures: usize,
 }
 
 impl<'r, B: Backend> Runner<'r, B> {
@@ -256,6 +260,7 @@ impl<'r, B: Backend> Runner<'r, B> {
             work: VecDeque::new(),
             asked: BTreeMap::new(),
             done: 0,
+            failures: 0,
         })
     }
 
@@ -299,6 +304,7 @@ impl<'r, B: Backend> Runner<'r, B> {
                 match event {
                     session::Event::Finished { id, answer, .. } => {
                         self.asked.remove(&id);
+                        self.failures = 0;
                         let record = self.answered(sample, hash, &answer);
                         let score = record.score.as_ref().map(|score| score.score);
                         self.logs[routing].push(record)?;
@@ -310,6 +316,11 @@ impl<'r, B: Backend> Runner<'r, B> {
                     }
                     session::Event::Failed { id, error } => {
                         self.asked.remove(&id);
+                        self.failures += 1;
+                        if self.failures >= FAILURES {
+                            let (count, reason) = (self.failures, error.to_string());
+                            return Err(EvalError::Failing { count, reason });
+                        }
                         let failed = self.failed(sample, routing, error.into(), watch)?;
                         if failed.is_break() {
                             flow = failed;

@@ -69,7 +69,7 @@ impl Serving {
 
 /// Chunks for a few seconds.
 const LONG: &str = r#"{"messages": [{"role": "user", "content": "x"}], "temperature": 50, "seed": 5,
-    "max_tokens": 300, "stream": true, "model": "mine"}"#;
+    "max_tokens": 400, "n": 8, "stream": true, "model": "mine"}"#;
 
 fn read_all(mut connection: TcpStream) -> String {
     let mut text = Vec::new();
@@ -100,7 +100,7 @@ fn told_to_end_it_ends_what_it_has_begun() {
 
 #[test]
 fn told_twice_it_ends_at_once() {
-    let serving = Serving::start(&["--name", "mine"]);
+    let serving = Serving::start(&["--name", "mine", "--apart"]);
     let mut running = BufReader::new(serving.begin(LONG));
     let mut line = String::new();
     while !line.starts_with("data: ") {

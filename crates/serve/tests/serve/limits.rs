@@ -9,9 +9,11 @@ use serde_json::json;
 
 use super::*;
 
+/// Limits of a server that takes its time.
 fn limited(limits: Limits) -> Settings {
     Settings {
         limits,
+        apart: true,
         ..Settings::default()
     }
 }
@@ -80,7 +82,7 @@ fn a_full_queue_answers_429_and_who_goes_makes_room() {
         tokens: 100_000,
         ..Limits::default()
     }));
-    // Nine places: eight for answers that run, one to wait.
+    // Nine places: one of them runs.
     let runners: Vec<_> = (0..9).map(|_| server.begin(&endless())).collect();
     server.wait_for("reroute_requests_under_way", |count| count == 9.0);
     for _ in 0..3 {
@@ -103,12 +105,12 @@ fn a_full_queue_answers_429_and_who_goes_makes_room() {
     server.ask(&about("x"));
 }
 
-/// A request that goes on until somebody ends it: sampling that hot ends by itself in hundreds of tokens at the
-/// earliest, and often not at all.
+/// A request that goes on for seconds, if nobody ends it: sampling that hot hardly ends by itself, and takes all
+/// places of answers.
 fn endless() -> Value {
     json!({
         "messages": [{"role": "user", "content": "x"}],
-        "temperature": 50.0, "seed": 5, "max_tokens": 100_000, "stream": true,
+        "temperature": 50.0, "seed": 5, "max_tokens": 100_000, "n": 8, "stream": true,
     })
 }
 
@@ -116,7 +118,7 @@ fn endless() -> Value {
 fn who_goes_is_cancelled_while_waiting_and_while_answered() {
     let server = Running::start(limited(Limits {
         queue: 4,
-        answers: 1,
+        answers: 8,
         tokens: 100_000,
         ..Limits::default()
     }));
@@ -147,7 +149,7 @@ fn who_goes_is_cancelled_while_waiting_and_while_answered() {
 #[test]
 fn a_request_has_its_time() {
     let server = Running::start(limited(Limits {
-        time: Duration::from_millis(300),
+        time: Duration::from_millis(500),
         tokens: 100_000,
         ..Limits::default()
     }));
@@ -220,7 +222,6 @@ fn what_runs_when_the_server_is_to_end_has_the_grace_time() {
         } else {
             100_000.into()
         };
-        request["n"] = 2.into();
         let running = server.begin(&request);
         server.wait_for("reroute_generated_tokens_total", |count| count > 0.0);
         drop(server.stop.take());

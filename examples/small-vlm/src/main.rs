@@ -67,7 +67,7 @@ struct TrainArgs {
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(..1 << 31))]
     seed: u32,
     /// Steps of the tower.
-    #[arg(long, value_name = "N", default_value_t = 2700)]
+    #[arg(long, value_name = "N", default_value_t = 1800)]
     tower_steps: usize,
     /// Steps of the projector.
     #[arg(long, value_name = "N", default_value_t = 600)]

@@ -40,6 +40,8 @@ pub struct Outcome {
     pub hidden_states: Vec<Vec<Row>>,
     /// Positions of all rows in every layer.
     pub positions: Vec<Vec<Vec<i64>>>,
+    /// What deferred rows received behind every layer.
+    pub rides: Vec<Option<Row>>,
 }
 
 /// One decision.
@@ -148,12 +150,11 @@ impl Reference {
                 }
                 hidden[row] = output;
             }
-            if schedule.waiting() == Waiting::RideAlong && schedule.decision_at(layer + 1).is_some()
-            {
-                for row in off {
-                    hidden[row] = add(&hidden[row], &ride);
-                }
-            }
+            let rides = schedule.waiting() == Waiting::RideAlong;
+            let rides = rides && schedule.decision_at(layer + 1).is_some();
+            let ride = rides.then(|| ride.clone());
+            receive(&mut hidden, &off, &ride);
+            outcome.rides.push(ride);
             outcome.active.push(active.clone());
             outcome.positions.push(positions.clone());
             outcome.hidden_states.push(hidden.clone());
@@ -185,6 +186,8 @@ impl Reference {
             for (row, output) in output.into_iter().enumerate().filter(|(row, _)| seen(*row)) {
                 hidden[row] = output;
             }
+            let off = gather_if(&sample.layout.visual, |row| !active.contains(row));
+            receive(&mut hidden, &off, &prefilled.rides[layer]);
             add_deepstack(&mut hidden, sample, layer);
         }
         let generated = hidden[prompt..].iter();
@@ -509,6 +512,16 @@ fn choose(
         ranked: candidates.iter().map(|&t| ranked[&visual[t]]).collect(),
         selected: order,
         margin,
+    }
+}
+
+/// What rows that ride along receive at the end of a stage.
+fn receive(hidden: &mut [Row], off: &[usize], ride: &Option<Row>) {
+    for (&row, ride) in off
+        .iter()
+        .flat_map(|row| ride.iter().map(move |ride| (row, ride)))
+    {
+        hidden[row] = add(&hidden[row], ride);
     }
 }
 

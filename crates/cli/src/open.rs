@@ -215,7 +215,8 @@ pub(crate) fn plan(routing: &str, config: &ModelConfig) -> anyhow::Result<Plan> 
             .with_context(|| format!("schedule {routing} is not UTF-8 text"))?;
         let named = || format!("schedule {routing}");
         let plan = Plan::from_json(&text).with_context(named)?;
-        plan.schedule.check_depth(num_layers).with_context(named)?;
+        let shape = config.decoder().shape();
+        plan.schedule.check(&shape).with_context(named)?;
         return Ok(plan);
     }
     let preset = presets::find(routing)

@@ -318,19 +318,18 @@ impl<'a, B: AutodiffBackend> Running<'a, '_, '_, B> {
                 }
                 vlm = self.step(vlm, portion)?;
                 let step = self.progress.step;
-                if self.is_stopping || is_due(course.save_every, step) {
+                if is_due(course.save_every, step) {
+                    self.save(&vlm)?;
+                }
+                if !self.is_stopping && is_due(course.validate_every, step) {
+                    self.validate(&vlm, &preparation)?;
+                }
+                if self.is_stopping {
                     self.save(&vlm)?;
                 }
                 self.stop_if_told()?;
-                if is_due(course.validate_every, step) {
-                    self.validate(&vlm, &preparation)?;
-                    if self.is_stopping {
-                        self.save(&vlm)?;
-                    }
-                    self.stop_if_told()?;
-                    if self.has_had_its_chances() {
-                        break;
-                    }
+                if self.has_had_its_chances() {
+                    break;
                 }
             }
             Ok::<_, TuneError>(vlm)

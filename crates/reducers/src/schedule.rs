@@ -19,7 +19,7 @@ use std::iter::{once, repeat_n};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Keep, ReducerError, Score};
+use crate::{DecoderShape, Keep, ReducerError, Score};
 
 /// What becomes of the visual tokens a decision does not select.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -385,6 +385,18 @@ impl Schedule {
                 num_layers,
             }),
         }
+    }
+
+    /// Checks that a decoder has every layer and head that is named.
+    ///
+    /// # Errors
+    /// Those of [`check_depth`](Self::check_depth), and [`ReducerError::Head`].
+    pub fn check(&self, shape: &DecoderShape) -> Result<(), ReducerError> {
+        self.check_depth(shape.num_layers.into())?;
+        self.stages.iter().try_for_each(|stage| match stage.score {
+            Score::Attention(attention) => attention.check_heads(shape.num_attention_heads),
+            _ => Ok(()),
+        })
     }
 
     /// Visual tokens kept by each stage, of `visual_tokens`. Under [`Action::Remove`] no stage

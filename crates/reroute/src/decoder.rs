@@ -167,7 +167,7 @@ impl<B: Backend> Decoder<B> {
                     .into(),
             ));
         }
-        Ok(schedule.check_depth(self.layers.len())?)
+        Ok(schedule.check(&self.config.shape())?)
     }
 
     /// Whether a cache can be this decoder's, for so many samples.

@@ -79,8 +79,8 @@ impl<B: Backend> Models<B> {
                 Ok((name, plan))
             }
             Some(Routed::Plan(plan)) => {
-                let layers = base.vlm.config().decoder().num_layers;
-                let fits = plan.schedule.check_depth(layers);
+                let shape = base.vlm.config().decoder().shape();
+                let fits = plan.schedule.check(&shape);
                 fits.map_err(|error| bad(&error))?;
                 Ok(("custom".into(), *plan))
             }

@@ -204,7 +204,20 @@ impl<B: Backend> Vlm<B> {
     /// # }
     /// ```
     pub fn with_model(&self, model: Model<B>) -> Self {
-        Self {
+        self.beside(model, self.device.clone())
+    }
+
+    /// The same without gradients, for answers and for measuring; the weights are shared.
+    pub fn valid(&self) -> Vlm<B::InnerBackend>
+    where
+        B: AutodiffBackend,
+    {
+        self.beside(self.model.valid(), self.device.clone())
+    }
+
+    /// The same with a model of any backend, which has an identity of its own.
+    fn beside<C: Backend>(&self, model: Model<C>, device: C::Device) -> Vlm<C> {
+        Vlm {
             dtype: model.decoder().dtype(),
             model,
             config: self.config.clone(),
@@ -213,26 +226,7 @@ impl<B: Backend> Vlm<B> {
             preprocessor: self.preprocessor.clone(),
             grounding: self.grounding.clone(),
             generation: self.generation.clone(),
-            device: self.device.clone(),
-            identity: identity(),
-        }
-    }
-
-    /// The same without gradients, for answers and for measuring; the weights are shared.
-    pub fn valid(&self) -> Vlm<B::InnerBackend>
-    where
-        B: AutodiffBackend,
-    {
-        Vlm {
-            dtype: self.dtype,
-            model: self.model.valid(),
-            config: self.config.clone(),
-            tokenizer: self.tokenizer.clone(),
-            template: self.template.clone(),
-            preprocessor: self.preprocessor.clone(),
-            grounding: self.grounding.clone(),
-            generation: self.generation.clone(),
-            device: self.device.clone(),
+            device,
             identity: identity(),
         }
     }

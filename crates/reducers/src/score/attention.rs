@@ -269,7 +269,7 @@ impl Attention {
     }
 
     /// Whether a layer of so many query heads has those that are named.
-    fn check_heads(&self, num_heads: usize) -> Result<(), ReducerError> {
+    pub(crate) fn check_heads(&self, num_heads: usize) -> Result<(), ReducerError> {
         let HeadReduce::Only(heads) = self.heads else {
             return Ok(());
         };

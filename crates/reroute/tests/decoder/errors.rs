@@ -1,7 +1,10 @@
 //! Bad use of every public function is an error, and changes nothing.
 
 use burn::tensor::{DType, Int, Tensor};
-use reducers::{Action, DecisionView, ReducerError, Schedule, ScoreLayer, Scorer, Stage};
+use reducers::{
+    Action, Attention, DecisionView, HeadReduce, Heads, ReducerError, Schedule, Score, ScoreLayer,
+    Scorer, Stage,
+};
 use reroute::{
     DecoderConfig, GenerationOptions, KeptRows, KvCache, Prompt, RerouteError, RopeConfig,
     RopeScaling, Router, generate, interleave,
@@ -207,6 +210,16 @@ fn prompts_that_contradict_themselves() {
     refused!(
         decoder.prefill(&prompt(&[4], 1), &deep, Default::default()),
         RerouteError::Reducer(ReducerError::LayerDepth { .. })
+    );
+    let missing = Attention {
+        heads: HeadReduce::Only(Heads::new([0, 64]).unwrap()),
+        ..Attention::default()
+    };
+    let stages = vec![Stage::count(1, 2).by(Score::Attention(missing))];
+    let missing = Schedule::new(Action::Remove, false, stages).unwrap();
+    refused!(
+        decoder.prefill(&prompt(&[4], 1), &missing, Default::default()),
+        RerouteError::Reducer(ReducerError::Head { head: 64, .. })
     );
     let stage = Stage::count(1, 2).with_stride(2);
     let strided = Schedule::new(Action::Remove, false, vec![stage]).unwrap();

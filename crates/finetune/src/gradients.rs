@@ -7,12 +7,12 @@ use burn::tensor::backend::AutodiffBackend;
 
 use crate::{TuneError, host};
 
-/// The length of all gradients as one vector. Where it is longer than `most`, they are shortened to it, as
-/// PyTorch's `clip_grad_norm_` does; 0 is no limit.
+/// Gradients whose length as one vector is at most `most`, and the length that they had: a longer vector is
+/// shortened as PyTorch's `clip_grad_norm_` does; 0 is no limit. (Burn clips each tensor by itself.)
 ///
 /// # Errors
 /// [`TuneError::Device`].
-pub(crate) fn clip<B: AutodiffBackend, M: AutodiffModule<B>>(
+pub fn clip<B: AutodiffBackend, M: AutodiffModule<B>>(
     module: &M,
     gradients: GradientsParams,
     most: f64,

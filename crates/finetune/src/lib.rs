@@ -60,6 +60,7 @@ mod state;
 mod trainer;
 
 pub use error::TuneError;
+pub use gradients::clip;
 pub use log::{Line, Step, Validation};
 pub use prepare::{Preparation, Sought};
 pub use run::{Event, Run, Watch, tune};

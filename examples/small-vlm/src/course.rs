@@ -5,12 +5,13 @@ use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use burn::module::{AutodiffModule, ModuleVisitor, Param};
+use burn::module::AutodiffModule;
 use burn::optim::adaptor::OptimizerAdaptor;
 use burn::optim::{AdamW, AdamWConfig, GradientsAccumulator, GradientsParams, Optimizer};
 use burn::record::{BinBytesRecorder, FullPrecisionSettings, Recorder};
 use burn::tensor::backend::{AutodiffBackend, Backend};
 use burn::tensor::{DType, Tensor};
+use reroute_finetune::clip;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -144,7 +145,7 @@ impl<B: AutodiffBackend, M: AutodiffModule<B>> Stage<B, M> {
     }
 
     fn follow(&mut self, gradients: GradientsParams) -> Result<Taken> {
-        let (gradients, norm) = clip(&self.module, gradients);
+        let (gradients, norm) = clip(&self.module, gradients, CLIP)?;
         ensure!(
             norm.is_finite(),
             "step {}: the gradient is {norm}",
@@ -212,56 +213,6 @@ pub fn put(path: &Path, bytes: &[u8]) -> Result<()> {
         fs::rename(&partial, path)
     };
     write().with_context(|| format!("writing {}", path.display()))
-}
-
-/// The gradients as one vector are made no longer than [`CLIP`]; also their length before.
-fn clip<B: AutodiffBackend, M: AutodiffModule<B>>(
-    module: &M,
-    gradients: GradientsParams,
-) -> (GradientsParams, f64) {
-    let mut squares = Squares::<B> {
-        gradients: &gradients,
-        sums: Vec::new(),
-    };
-    module.visit(&mut squares);
-    let norm = numbers(Tensor::cat(squares.sums, 0)).iter().sum::<f64>();
-    let norm = norm.sqrt();
-    let mut scale = Scale {
-        gradients,
-        by: (CLIP / (norm + 1e-6)).min(1.0),
-    };
-    if scale.by < 1.0 {
-        module.visit(&mut scale);
-    }
-    (scale.gradients, norm)
-}
-
-/// Sums of the squares of each gradient.
-struct Squares<'a, B: AutodiffBackend> {
-    gradients: &'a GradientsParams,
-    sums: Vec<Tensor<B::InnerBackend, 1>>,
-}
-
-impl<B: AutodiffBackend> ModuleVisitor<B> for Squares<'_, B> {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
-        if let Some(gradient) = self.gradients.get::<B::InnerBackend, D>(param.id) {
-            self.sums.push(gradient.square().sum());
-        }
-    }
-}
-
-struct Scale {
-    gradients: GradientsParams,
-    by: f64,
-}
-
-impl<B: AutodiffBackend> ModuleVisitor<B> for Scale {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
-        let gradients = &mut self.gradients;
-        if let Some(gradient) = gradients.remove::<B::InnerBackend, D>(param.id) {
-            gradients.register::<B::InnerBackend, D>(param.id, gradient.mul_scalar(self.by));
-        }
-    }
 }
 
 /// The numbers of a tensor.

@@ -7,8 +7,8 @@ use burn::tensor::{DType, Tensor, TensorData};
 use burn_autodiff::Autodiff;
 use burn_autodiff::checkpoint::strategy::BalancedCheckpointing;
 use reroute_layers::{
-    CausalMask, LayerNorm, Linear, LowRank, RmsNorm, Rotary, Scaling, Vocabulary, Weight,
-    attention, gelu_tanh, quick_gelu, silu, silu_product,
+    CausalMask, LayerNorm, Linear, LowRank, RmsNorm, Rotary, Scaling, Segment, Vocabulary, Weight,
+    attention, attention_on_record, gelu_tanh, quick_gelu, silu, silu_product,
 };
 
 use crate::support::{Backend, Device, Random, gap, values};
@@ -46,8 +46,9 @@ enum Block {
     Activations([usize; 2]),
     /// `[kv_heads, group, head_dim, queries, keys]`
     Attention([usize; 5], bool),
-    /// The same in two segments of rows that do not see each other.
-    Segments([usize; 4]),
+    /// `[kv_heads, group, head_dim, rows]` in two segments of rows that do not see each other, one without its
+    /// first three queries; recorded one by one, or all at once.
+    Segments([usize; 4], bool),
 }
 
 impl Block {
@@ -70,9 +71,9 @@ impl Block {
                 let cache = kv_heads * head_dim * keys;
                 vec![kv_heads * group * head_dim * queries, cache, cache]
             }
-            Self::Segments([kv_heads, group, head_dim, rows]) => {
+            Self::Segments([kv_heads, group, head_dim, rows], _) => {
                 let cache = kv_heads * head_dim * rows;
-                vec![kv_heads * group * head_dim * rows, cache, cache]
+                vec![kv_heads * group * head_dim * (rows - 3), cache, cache]
             }
         }
     }
@@ -143,20 +144,26 @@ impl Block {
                 let [key, value] = [0; 2].map(|_| next().reshape([kv_heads, head_dim, keys]));
                 flat(attention(query, key, value, causal.then_some(&mask)))
             }
-            Self::Segments([kv_heads, group, head_dim, rows]) => {
-                let query = next().reshape([kv_heads, group, head_dim, rows]);
+            Self::Segments([kv_heads, group, head_dim, rows], at_once) => {
+                let mask = CausalMask::new(rows, &device);
+                let query = next().reshape([kv_heads, group, head_dim, rows - 3]);
                 let [key, value] = [0; 2].map(|_| next().reshape([kv_heads, head_dim, rows]));
-                let segment = |start: usize, rows: usize| {
-                    attention(
-                        query.clone().narrow(3, start, rows),
-                        key.clone().narrow(2, start, rows),
-                        value.clone().narrow(2, start, rows),
-                        None,
-                    )
-                };
                 let first = rows / 3;
-                let both = vec![segment(0, first), segment(first, rows - first)];
-                flat(Tensor::cat(both, 1))
+                let segments = [(0..first, 0..first), (first..rows - 3, first..rows)];
+                let segments = segments.map(|(queries, keys)| Segment { queries, keys });
+                let recorded = match at_once {
+                    true => attention_on_record((&query, &key, &value), segments.to_vec(), true),
+                    false => None,
+                };
+                let each = segments.map(|Segment { queries, keys }| {
+                    attention(
+                        query.clone().narrow(3, queries.start, queries.len()),
+                        key.clone().narrow(2, keys.start, keys.len()),
+                        value.clone().narrow(2, keys.start, keys.len()),
+                        Some(&mask),
+                    )
+                });
+                flat(recorded.unwrap_or_else(|| Tensor::cat(each.to_vec(), 1)))
             }
         }
     }
@@ -309,7 +316,9 @@ fn attention_gives_gradients() {
             check(Block::Attention(sizes, causal));
         }
     }
-    check(Block::Segments([2, 2, 6, 50]));
+    check(Block::Segments([2, 2, 6, 50], false));
+    check(Block::Segments([2, 2, 6, 50], true));
+    check(Block::Segments([1, 1, 8, 220], true));
 }
 
 /// In half precision a step rounds once where operations round at each.
@@ -323,6 +332,7 @@ fn gradients_in_half_precision_are_those_of_the_same_numbers() {
         Block::SiluProduct([24, 9]),
         Block::Activations([24, 9]),
         Block::Attention([2, 2, 6, 20, 23], true),
+        Block::Segments([2, 2, 6, 50], true),
     ];
     for (block, (dtype, tolerance)) in blocks
         .into_iter()

@@ -31,7 +31,7 @@ pub use attention::{
 };
 pub use blocks::{Blocks, Format};
 pub use bytes::{of_bytes, to_bytes};
-pub use columns::write_columns;
+pub use columns::{read_columns, write_columns};
 pub use limit::{Limit, Multiplied, Reading, limit};
 pub use norm::{layer_norm, layer_norm_gradient, rms_norm, rms_norm_gradient};
 pub use precision::{Number, narrow, widen};

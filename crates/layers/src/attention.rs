@@ -1,8 +1,10 @@
+use std::ops::Range;
+
 use burn::tensor::activation::softmax;
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Int, Tensor, TensorData};
 use half::bf16;
-use reroute_kernels::AttentionSizes;
+use reroute_kernels::{AttentionSizes, read_columns, write_columns};
 
 use crate::cached::{Cached, HostCached, where_they_lie};
 use crate::gradient::{Operation, Unranked, flat, recorded};
@@ -179,8 +181,46 @@ fn on_record<B: Backend>(
     let [Cached::Float(key), Cached::Float(value)] = cache else {
         return None;
     };
+    let sizes = sizes(query, cache[0]);
+    let all = Segment {
+        queries: 0..sizes.queries,
+        keys: 0..sizes.keys,
+    };
+    attention_on_record((query, key, value), vec![all], causal)
+}
+
+/// A sample among samples that are packed side by side.
+#[derive(Debug, Clone)]
+pub struct Segment {
+    /// Its queries.
+    pub queries: Range<usize>,
+    /// The keys that they see.
+    pub keys: Range<usize>,
+}
+
+/// [`attention`] within each of the segments, as one step of an autodiff backend whose numbers are in this
+/// program's memory; `None` on any other. As a step for each segment, every gradient of a part would be as
+/// wide as the whole.
+///
+/// # Shapes
+/// - `query`: `[kv_heads, group, head_dim, queries]`, of the segments one after another
+/// - `key`, `value`: `[kv_heads, head_dim, keys]`
+/// - returns `[kv_heads · group · head_dim, queries]`
+pub fn attention_on_record<B: Backend>(
+    (query, key, value): (&Tensor<B, 4>, &Tensor<B, 3>, &Tensor<B, 3>),
+    segments: Vec<Segment>,
+    causal: bool,
+) -> Option<Tensor<B, 2>> {
+    let [kv_heads, group, head_dim, queries] = query.dims();
     let attend = Attend {
-        sizes: sizes(query, cache[0]),
+        sizes: AttentionSizes {
+            heads: kv_heads * group,
+            kv_heads,
+            head_dim,
+            queries,
+            keys: key.dims()[2],
+        },
+        segments,
         causal,
     };
     let inputs = [
@@ -191,17 +231,30 @@ fn on_record<B: Backend>(
     recorded(attend, &inputs)
 }
 
-/// [`attention`], to be recorded.
-#[derive(Debug, Clone, Copy)]
+/// [`attention`] of segments, to be recorded.
+#[derive(Debug, Clone)]
 struct Attend {
+    /// Of all segments together.
     sizes: AttentionSizes,
+    segments: Vec<Segment>,
     causal: bool,
 }
 
 impl Operation<3> for Attend {
-    fn forward<B: Backend>(&self, [query, key, value]: [Unranked<B>; 3]) -> Option<Unranked<B>> {
-        let [key, value] = [key, value].map(|x| Cached::Float(x.ranked()));
-        on_host(&query.ranked(), [&key, &value], self.causal).map(Unranked::from)
+    fn forward<B: Backend>(&self, inputs: [Unranked<B>; 3]) -> Option<Unranked<B>> {
+        let [query, key, value] = inputs;
+        let (query, key, value) = (query.ranked::<4>(), key.ranked::<3>(), value.ranked::<3>());
+        let contexts = self.segments.iter().map(|segment| {
+            let Segment { queries, keys } = segment.clone();
+            let query = query.clone().narrow(3, queries.start, queries.len());
+            let [key, value] = [&key, &value].map(|x| {
+                let rows = x.clone().narrow(2, keys.start, keys.len());
+                Cached::Float(rows)
+            });
+            on_host(&query, [&key, &value], self.causal)
+        });
+        let contexts: Vec<_> = contexts.collect::<Option<_>>()?;
+        Some(Tensor::cat(contexts, 1).into())
     }
 
     fn needs(&self, _: [bool; 3]) -> [bool; 3] {
@@ -214,11 +267,34 @@ impl Operation<3> for Attend {
         gradient: &HostTensor,
         _: [bool; 3],
     ) -> [Option<TensorData>; 3] {
-        let [query, key, value, gradient] =
-            [&query, &key, &value, gradient].map(HostTensor::numbers);
-        let Self { sizes, causal } = *self;
-        reroute_kernels::attention_gradient(&query, &key, &value, &gradient, sizes, causal)
-            .map(|numbers| Some(flat(numbers)))
+        let AttentionSizes { queries, keys, .. } = self.sizes;
+        let (query, key, value) = (query.numbers(), key.numbers(), value.numbers());
+        let gradient = gradient.numbers();
+        let mut found = [&query, &key, &value].map(|x| vec![0.0; x.len()]);
+        for segment in &self.segments {
+            let (own, seen) = (segment.queries.clone(), segment.keys.clone());
+            let sizes = AttentionSizes {
+                queries: own.len(),
+                keys: seen.len(),
+                ..self.sizes
+            };
+            let [query, gradient] =
+                [&query, &gradient].map(|x| read_columns(x, queries, own.clone()));
+            let [key, value] = [&key, &value].map(|x| read_columns(x, keys, seen.clone()));
+            let parts = reroute_kernels::attention_gradient(
+                &query,
+                &key,
+                &value,
+                &gradient,
+                sizes,
+                self.causal,
+            );
+            let places = [(queries, &own), (keys, &seen), (keys, &seen)];
+            for ((found, part), (width, place)) in found.iter_mut().zip(&parts).zip(places) {
+                write_columns(found, width, place.start, part, place.len());
+            }
+        }
+        found.map(|numbers| Some(flat(numbers)))
     }
 }
 

@@ -34,7 +34,9 @@ mod walk;
 mod weight;
 
 pub use activation::{add, gelu_tanh, quick_gelu, silu, silu_product};
-pub use attention::{CausalMask, QUERY_BLOCK, attention, queries_at_a_time};
+pub use attention::{
+    CausalMask, QUERY_BLOCK, Segment, attention, attention_on_record, queries_at_a_time,
+};
 pub use cached::Cached;
 pub use embedding::{Embedding, EmbeddingConfig};
 pub use error::LayerError;

@@ -2,7 +2,8 @@ use burn::module::Module;
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
 use reroute_layers::{
-    CausalMask, Linear, LinearConfig, RmsNorm, RmsNormConfig, Rotary, attention, linears,
+    CausalMask, Linear, LinearConfig, RmsNorm, RmsNormConfig, Rotary, Segment, attention,
+    attention_on_record, linears,
 };
 
 use crate::block::Run;
@@ -113,21 +114,48 @@ impl<B: Backend> SelfAttention<B> {
         causal: Option<&CausalMask<B>>,
     ) -> Result<Tensor<B, 2>, RerouteError> {
         let keys_values = keys_values.map(|x| self.split_heads(x));
-        let group = queries.dims()[0] / (self.num_key_value_heads * self.head_dim);
-        let mut context = |run: &Run, queries: Tensor<B, 2>, own| {
-            let [keys, values] = cache.append(run, own)?;
-            let rows = run.queries.len();
-            let queries = queries.reshape([self.num_key_value_heads, group, self.head_dim, rows]);
+        let [features, rows] = queries.dims();
+        let group = features / (self.num_key_value_heads * self.head_dim);
+        let shape = |rows| [self.num_key_value_heads, group, self.head_dim, rows];
+        let at_once = match runs {
+            [_, _, ..] if cache.begins(runs, keys_values[0].dtype()) => {
+                let segments = runs.iter().map(|run| Segment {
+                    queries: run.queries.clone(),
+                    keys: run.packed.clone(),
+                });
+                let [keys, values] = &keys_values;
+                let queries = &queries.clone().reshape(shape(rows));
+                attention_on_record(
+                    (queries, keys, values),
+                    segments.collect(),
+                    causal.is_some(),
+                )
+            }
+            _ => None,
+        };
+        let mut append = |run: &Run| {
+            let (start, rows) = (run.packed.start, run.packed.len());
+            let own = keys_values.clone();
+            match runs {
+                [_] => cache.append(run, own),
+                _ => cache.append(run, own.map(|x| x.narrow(2, start, rows))),
+            }
+        };
+        if let Some(context) = at_once {
+            runs.iter().try_for_each(|run| append(run).map(drop))?;
+            return Ok(context);
+        }
+        let mut context = |run: &Run, queries: Tensor<B, 2>| {
+            let [keys, values] = append(run)?;
+            let queries = queries.reshape(shape(run.queries.len()));
             Ok(attention(queries, keys, values, causal))
         };
         if let [all] = runs {
-            return context(all, queries, keys_values);
+            return context(all, queries);
         }
         let contexts = runs.iter().map(|run| {
-            let (start, rows) = (run.packed.start, run.packed.len());
-            let own = keys_values.clone().map(|x| x.narrow(2, start, rows));
             let (start, rows) = (run.queries.start, run.queries.len());
-            context(run, queries.clone().narrow(1, start, rows), own)
+            context(run, queries.clone().narrow(1, start, rows))
         });
         let contexts: Result<Vec<_>, RerouteError> = contexts.collect();
         Ok(Tensor::cat(contexts?, 1))

@@ -58,6 +58,14 @@ pub(crate) struct LayerCache<'a, B: Backend> {
 }
 
 impl<B: Backend> LayerCache<'_, B> {
+    /// Whether these runs are the first of their samples, and kept as they are: each then attends to
+    /// itself alone.
+    pub(crate) fn begins(&self, runs: &[Run], dtype: DType) -> bool {
+        let is_empty = |run: &Run| self.samples[run.sample].buffers.is_none();
+        let is_once = runs.is_sorted_by(|a, b| a.sample < b.sample);
+        is_once && self.kv.dtype() == dtype && runs.iter().all(is_empty)
+    }
+
     /// Appends a run's rows to its sample's and returns all keys and values of the sample, as they are
     /// kept: whoever reads them, now or later, reads the same numbers.
     ///

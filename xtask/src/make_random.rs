@@ -9,7 +9,7 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use clap::ValueEnum;
 use half::{bf16, f16};
 use serde_json::{Map, Value, json};
@@ -27,10 +27,10 @@ pub struct Args {
     /// Family of the model.
     #[arg(long)]
     family: Family,
-    /// Sizes of its layers: the fixture's, or those of the published 7B model (Qwen3-VL: 8B).
+    /// Sizes of its layers: the fixture's, or those of the published 7B model (Qwen3-VL: 8B) or of Qwen2-VL-2B.
     #[arg(long, default_value = "tiny")]
     size: Size,
-    /// Layers of the decoder; the fixture's 8 without it, or 4 of 7B.
+    /// Layers of the decoder; the fixture's 8 without it, or 4 of those of a published model.
     #[arg(long)]
     layers: Option<usize>,
     /// Type of the weights.
@@ -58,6 +58,8 @@ enum Size {
     Tiny,
     #[value(name = "7b-layers")]
     Layers7b,
+    #[value(name = "2b-layers")]
+    Layers2b,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -74,10 +76,23 @@ pub fn run(args: &Args, root: &Path) -> anyhow::Result<()> {
         .join("ckpt");
     let mut config = read_json(&fixture.join("config.json"))?;
     let mut preprocessor = read_json(&fixture.join("preprocessor_config.json"))?;
-    if args.size == Size::Layers7b {
+    if args.size != Size::Tiny {
         let (model, pixels) = args.family.published();
         merge(&mut config, model);
         merge(&mut preprocessor, pixels);
+    }
+    if args.size == Size::Layers2b {
+        ensure!(
+            args.family == Family::Qwen2Vl,
+            "--size 2b-layers is of --family qwen2-vl"
+        );
+        // Qwen/Qwen2-VL-2B-Instruct beside its 7B.
+        let changes = json!({
+            "hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12,
+            "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": true,
+            "vision_config": {"hidden_size": 1536},
+        });
+        merge(&mut config, changes);
     }
     let text = match config.get_mut("text_config") {
         Some(text) => text,

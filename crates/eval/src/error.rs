@@ -20,6 +20,19 @@ pub enum EvalError {
         /// Where they come from.
         repository: &'static str,
     },
+    /// A folder of other data.
+    #[error(
+        "{path} is called as {given}, and this task is measured on {wanted}; name its folder, or one that has folders of \
+         both"
+    )]
+    OtherData {
+        /// The folder.
+        path: PathBuf,
+        /// The repository that it is a copy of, by its name.
+        given: &'static str,
+        /// That of the task.
+        wanted: &'static str,
+    },
     /// One of the parts of a split.
     #[error("{path} is missing: the split has {parts} parts, download all of them")]
     MissingPart {

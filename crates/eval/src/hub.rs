@@ -20,6 +20,21 @@ pub(crate) fn files(
 ) -> Result<Vec<PathBuf>, EvalError> {
     let repository = task.repository();
     let (owner, name) = repository.split_once('/').unwrap_or(("", repository));
+    // One table of expressions looks like another.
+    let is_of = |task: &&Task| {
+        let name = task.repository().rsplit('/').next().unwrap_or_default();
+        let last = folder.file_name().and_then(|last| last.to_str());
+        last.is_some_and(|last| last == name || last.ends_with(&format!("--{name}")))
+    };
+    if let Some(other) = Task::ALL.iter().find(is_of)
+        && !is_of(&&task)
+    {
+        return Err(EvalError::OtherData {
+            path: folder.to_owned(),
+            given: other.repository(),
+            wanted: repository,
+        });
+    }
     let mut roots = vec![folder.to_owned(), folder.join(name)];
     for owner in [owner, FORMER_OWNER] {
         roots.push(folder.join(format!("datasets--{owner}--{name}")));

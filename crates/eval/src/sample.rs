@@ -31,6 +31,8 @@ pub enum Truth {
     Box(BoundingBox),
     /// What several people have answered (TextVQA).
     Answers(Vec<String>),
+    /// Answers of which any is right, compared as one is.
+    AnyOf(Vec<String>),
     /// One answer (GQA).
     Answer(String),
     /// Yes or no (POPE).

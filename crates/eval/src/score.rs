@@ -73,6 +73,10 @@ impl Truth {
                 }
             }
             Self::Answers(answers) => plain(leave_one_out(text, answers)),
+            Self::AnyOf(answers) => {
+                let is_right = answers.iter().any(|answer| exact(text, answer));
+                plain(f64::from(is_right))
+            }
             Self::Answer(answer) => plain(f64::from(exact(text, answer))),
             Self::Yes(yes) => {
                 let said = yes_or_no(text);

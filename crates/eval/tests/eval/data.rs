@@ -174,6 +174,17 @@ fn what_is_not_there_is_named() {
     );
 }
 
+/// Tables of expressions look alike.
+#[test]
+fn a_folder_of_another_task_is_refused() {
+    let error = Data::open(Task::RefCocoPlus, "val", &fixture("RefCOCO"));
+    let error = error.expect_err("data of another task").to_string();
+    assert!(
+        error.contains("lmms-lab-encoder/RefCOCO,") && error.contains("RefCOCOplus"),
+        "{error}"
+    );
+}
+
 #[test]
 fn lines_of_ones_own() {
     let scratch = folder();
@@ -191,6 +202,8 @@ fn lines_of_ones_own() {
         PictureAt::File(scratch.path().join("a/b.png"))
     );
     assert_eq!(data.samples[2].picture, PictureAt::File("/c.png".into()));
+    let answers = ["zwei", "2"].map(String::from).to_vec();
+    assert_eq!(data.samples[1].truth, Truth::AnyOf(answers));
     assert_eq!(data.samples[2].category.as_deref(), Some("k"));
 
     for (line, words) in [
@@ -208,6 +221,18 @@ fn lines_of_ones_own() {
         (
             "{\"image\": \"a\", \"question\": \"b\", \"box\": [3, 2, 1, 4]}",
             "x1 < x2",
+        ),
+        (
+            "{\"image\": \"a\", \"question\": \"b\", \"box\": [0.1, 0.2, 0.3, 1]}",
+            "not in shares",
+        ),
+        (
+            "{\"image\": \"a\", \"question\": \"b\", \"expression\": \"c\", \"answer\": \"d\"}",
+            "one of question and expression",
+        ),
+        (
+            "{\"image\": \"a\", \"answer\": \"d\"}",
+            "one of question and expression",
         ),
         (
             "{\"image\": \"a\", \"question\": \"b\", \"box\": [1, 2, 3]}",

@@ -195,18 +195,17 @@ fn flags_that_are_out_of_range() {
             "ask --temperature hot",
             "invalid value 'hot' for '--temperature",
         ),
-        ("ask --top-p 0", "top_p must be in (0, 1], but is 0"),
-        ("ask --top-p -0.5", "top_p must be in (0, 1], but is -0.5"),
-        ("ask --top-p 1.5", "top_p must be in (0, 1], but is 1.5"),
-        ("ask --top-p NaN", "top_p must be in (0, 1], but is NaN"),
+        ("ask --top-p -0.5", "top_p must be in [0, 1], but is -0.5"),
+        ("ask --top-p 1.5", "top_p must be in [0, 1], but is 1.5"),
+        ("ask --top-p NaN", "top_p must be in [0, 1], but is NaN"),
         ("ask --top-k -1", "invalid value '-1' for '--top-k"),
         (
             "ask --repetition-penalty 0",
-            "repetition_penalty must be a number > 0, but is 0",
+            "repetition_penalty must be between 0.01 and 100, but is 0",
         ),
         (
             "ask --repetition-penalty -2",
-            "repetition_penalty must be a number > 0, but is -2",
+            "repetition_penalty must be between 0.01 and 100, but is -2",
         ),
         ("ask --seed -1", "invalid value '-1' for '--seed"),
         (

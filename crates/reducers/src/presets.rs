@@ -143,16 +143,24 @@ pub fn presets() -> impl Iterator<Item = Preset> {
     })
 }
 
+/// Characters of a name that is looked for, at most.
+const LONGEST: usize = 64;
+
 /// The preset of this name.
 ///
 /// # Errors
 /// [`ReducerError::UnknownPreset`], with the nearest name and all methods.
 pub fn find(name: &str) -> Result<Preset, ReducerError> {
     presets().find(|preset| preset.name == name).ok_or_else(|| {
-        let nearest = presets().min_by_key(|preset| edit_distance(&preset.name, name));
+        // What is longer is no slip of a name.
+        let head: String = name.chars().take(LONGEST).collect();
+        let nearest = presets().min_by_key(|preset| edit_distance(&preset.name, &head));
         let methods: Vec<&str> = methods().map(|method| method.name).collect();
         ReducerError::UnknownPreset {
-            name: name.to_owned(),
+            name: match name == head {
+                true => head,
+                false => format!("{head}…"),
+            },
             nearest: nearest.map(|preset| preset.name).unwrap_or_default(),
             methods: methods.join(", "),
         }
@@ -320,6 +328,14 @@ mod tests {
             "{message}"
         );
         assert!(find("").is_err());
+    }
+
+    /// Whoever may name a preset shall not hold a processor up.
+    #[test]
+    fn names_without_end_are_refused_at_once() {
+        let message = find(&"reroute-".repeat(1 << 20)).unwrap_err().to_string();
+        assert!(message.len() < 2000, "{}", message.len());
+        assert!(message.contains("reroute-…"), "{message}");
     }
 
     #[test]

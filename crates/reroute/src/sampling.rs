@@ -56,12 +56,12 @@ impl SamplingOptions {
         let t = self.temperature;
         check(t.is_finite() && t >= 0.0, "temperature", "a number ≥ 0", t)?;
         let p = self.top_p;
-        check(p > 0.0 && p <= 1.0, "top_p", "in (0, 1]", p)?;
+        check((0.0..=1.0).contains(&p), "top_p", "in [0, 1]", p)?;
         let r = self.repetition_penalty;
         check(
-            r.is_finite() && r > 0.0,
+            (0.01..=100.0).contains(&r),
             "repetition_penalty",
-            "a number > 0",
+            "between 0.01 and 100",
             r,
         )?;
         let bias = self.logit_bias.iter().map(|&(_, bias)| bias);
@@ -377,6 +377,12 @@ mod tests {
             ..Default::default()
         };
         assert!(draws(top_p, &logits, &[], 200).iter().all(|&t| t == 1));
+        let none = SamplingOptions {
+            temperature: 5.0,
+            top_p: 0.0,
+            ..Default::default()
+        };
+        assert!(draws(none, &logits, &[], 200).iter().all(|&t| t == 1));
     }
 
     #[test]
@@ -517,7 +523,7 @@ mod tests {
                 ..Default::default()
             },
             SamplingOptions {
-                top_p: 0.0,
+                top_p: -0.1,
                 ..Default::default()
             },
             SamplingOptions {
@@ -526,6 +532,11 @@ mod tests {
             },
             SamplingOptions {
                 repetition_penalty: 0.0,
+                ..Default::default()
+            },
+            // Logits would overflow.
+            SamplingOptions {
+                repetition_penalty: 1e-38,
                 ..Default::default()
             },
         ] {

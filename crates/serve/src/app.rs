@@ -7,7 +7,7 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{Path, Request, State};
-use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use subtle::ConstantTimeEq;
 use tokio::sync::{Semaphore, watch};
 use tower_http::catch_panic::CatchPanicLayer;
-use tower_http::cors::{AllowOrigin, CorsLayer};
+use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 use tower_http::set_header::SetResponseHeaderLayer;
 
 use crate::answer::now;
@@ -29,7 +29,6 @@ use crate::server::Settings;
 use crate::{chat, page};
 
 /// Requests of a session of one user go to one server of several, for its caches; see `examples/nginx`.
-const SESSION: HeaderName = HeaderName::from_static("x-session");
 /// How long a page may go on as it was allowed to.
 const CORS_TIME: Duration = Duration::from_secs(3600);
 
@@ -157,9 +156,17 @@ fn origins(cors: &[String]) -> Result<Option<AllowOrigin>, &'static str> {
     if cors.iter().any(|origin| origin == "*") {
         return Ok(Some(AllowOrigin::any()));
     }
-    let origins = cors.iter().map(|origin| HeaderValue::from_str(origin));
-    let origins = origins.collect::<Result<Vec<_>, _>>();
-    let origins = origins.map_err(|_| "an origin is https://example.com, or * for all")?;
+    let is_origin = |origin: &String| {
+        let rest = origin.split_once("://").map_or("", |(_, rest)| rest);
+        !rest.is_empty() && !rest.contains(['/', '?', '#', '@'])
+    };
+    let origins = cors.iter().filter(|origin| is_origin(origin));
+    let origins: Vec<_> = origins
+        .filter_map(|it| HeaderValue::from_str(it).ok())
+        .collect();
+    if origins.len() < cors.len() {
+        return Err("an origin is https://example.com (nothing behind it), or * for all");
+    }
     Ok(Some(AllowOrigin::list(origins)))
 }
 
@@ -197,7 +204,8 @@ pub(crate) fn router<B: Backend>(app: Arc<App<B>>) -> Router {
             CorsLayer::new()
                 .allow_origin(origins)
                 .allow_methods([Method::GET, Method::POST])
-                .allow_headers([header::AUTHORIZATION, header::CONTENT_TYPE, SESSION])
+                // Clients have headers of their own (`x-stainless-…`), and none means anything here but these.
+                .allow_headers(AllowHeaders::mirror_request())
                 .max_age(CORS_TIME),
         ),
     };

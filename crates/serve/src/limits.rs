@@ -21,6 +21,8 @@ pub struct Limits {
     pub choices: usize,
     /// From the first byte of a request to the last of its answer.
     pub time: Duration,
+    /// For whoever reads nothing of what is written: then the connection is closed.
+    pub silence: Duration,
     /// Requests that wait while all places of running answers are taken; a further one is turned away.
     pub queue: usize,
     /// Answers of a model that are generated side by side.
@@ -45,6 +47,7 @@ impl Default for Limits {
             tokens: 4096,
             choices: 8,
             time: Duration::from_secs(300),
+            silence: Duration::from_secs(60),
             queue: 64,
             answers: 32,
             inbox_bytes: 2 << 30,

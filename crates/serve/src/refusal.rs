@@ -13,6 +13,17 @@ use crate::app::json_response;
 /// Seconds after which whoever was turned away may ask again.
 const RETRY_AFTER: &str = "1";
 
+/// Most characters of a message: it may quote what was sent.
+const LONGEST: usize = 4000;
+
+/// The beginning of a text that would be too long.
+fn clipped(text: String) -> String {
+    match text.char_indices().nth(LONGEST) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text,
+    }
+}
+
 /// Why a request gets no answer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
@@ -32,14 +43,14 @@ impl Refusal {
             kind,
             code: None,
             param: None,
-            message: message.to_string(),
+            message: clipped(message.to_string()),
         }
     }
 
     /// Something in the request is wrong.
     pub(crate) fn bad(param: impl Into<String>, message: impl Display) -> Self {
         Self {
-            param: Some(param.into()),
+            param: Some(clipped(param.into())),
             ..Self::malformed(message)
         }
     }

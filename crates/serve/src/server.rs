@@ -19,6 +19,7 @@ use reroute_zoo::{Vlm, ZooError};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{sleep, timeout};
+use tokio_io_timeout::TimeoutStream;
 
 use crate::app::{self, App};
 use crate::fetch::{Fetch, Network};
@@ -172,7 +173,9 @@ impl<B: Backend> Server<B> {
                 () = &mut ended => break,
             };
             let service = TowerToHyperService::new(router.clone());
-            let connection = server.serve_connection(TokioIo::new(stream), service);
+            let mut stream = TimeoutStream::new(stream);
+            stream.set_write_timeout(Some(app.limits().silence));
+            let connection = server.serve_connection(TokioIo::new(Box::pin(stream)), service);
             let connection = graceful.watch(connection);
             tokio::spawn(async move {
                 // Who asked badly has been told; who has gone needs no answer.

@@ -127,6 +127,7 @@ impl From<&LimitArgs> for Limits {
             workers: args.workers,
             fetches: args.max_fetches,
             connections: args.max_connections,
+            ..Limits::default()
         }
     }
 }

@@ -146,6 +146,30 @@ fn who_goes_is_cancelled_while_waiting_and_while_answered() {
     });
 }
 
+/// Neither one by one, nor those whose request is answered but not read.
+#[test]
+fn who_reads_nothing_does_not_hold_a_connection() {
+    let server = Running::start(limited(Limits {
+        silence: Duration::from_secs(1),
+        connections: 2,
+        ..Limits::default()
+    }));
+    let asked = "GET /page.js HTTP/1.1\r\nHost: localhost\r\n\r\n".repeat(4000);
+    let deaf: Vec<TcpStream> = (0..2)
+        .map(|_| {
+            let mut stream = TcpStream::connect(server.address).expect("a connection");
+            let time = Some(Duration::from_millis(500));
+            stream.set_write_timeout(time).expect("a time");
+            // The server reads no more when it cannot write.
+            let _ = stream.write_all(asked.as_bytes());
+            stream
+        })
+        .collect();
+    // In its turn, when those are gone.
+    assert_eq!(server.get("/health").0, 200);
+    drop(deaf);
+}
+
 #[test]
 fn a_request_has_its_time() {
     let server = Running::start(limited(Limits {

@@ -58,7 +58,7 @@ fn what_others_support_is_refused_by_name_and_neutral_values_are_not() {
         ("temperature", json!(-1)),
         ("temperature", json!("hot")),
         ("temperature", json!(1e300)),
-        ("top_p", json!(0)),
+        ("top_p", json!(-0.1)),
         ("top_p", json!(1.5)),
         ("top_k", json!(-1)),
         ("repetition_penalty", json!(0)),

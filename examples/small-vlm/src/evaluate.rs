@@ -6,7 +6,9 @@ use anyhow::{Context, Result, ensure};
 use rayon::prelude::*;
 use reroute_zoo::backend::Flex;
 use reroute_zoo::grounding::iou;
-use reroute_zoo::{Folder, ModelConfig, OpenOptions, Plan, Question, RgbImage, Vlm, presets};
+use reroute_zoo::{
+    Answer, Folder, ModelConfig, OpenOptions, Plan, Question, RgbImage, Vlm, presets,
+};
 use serde_json::{Map, Value, json};
 
 use crate::scene::{Kind, SIDE, Scene, Sought, Split};
@@ -23,24 +25,39 @@ const METHODS: [(&str, &str); 6] = [
 ];
 /// Visual tokens of 576.
 const BUDGETS: [usize; 3] = [192, 128, 64];
+/// What the twins of the first two are also measured with: settings that cost next to nothing.
+const VARIANTS: [(&str, fn(&mut Value)); 4] = [
+    ("memory", |plan| plan["memory"] = json!("sum")),
+    ("memory-max", |plan| plan["memory"] = json!("max")),
+    ("memory-ride", |plan| {
+        plan["memory"] = json!("sum");
+        plan["waiting"] = json!("ride-along");
+    }),
+    ("memory-highest-head", |plan| {
+        plan["memory"] = json!("sum");
+        for stage in plan["stages"].as_array_mut().into_iter().flatten() {
+            stage["score"] = json!({"attention": {"heads": "max"}});
+        }
+    }),
+];
 /// Comparisons that were named before anything was measured; the others are corrected for their number.
 const NAMED: [&str; 2] = ["reroute-fastv@128", "reroute-pdrop@128"];
 /// From which overlap on an object counts as found.
-const FOUND: f64 = 0.5;
+pub(crate) const FOUND: f64 = 0.5;
 /// Questions that are answered at once.
 const BATCH: usize = 10;
 /// What a blank picture shows.
 const BLANK: u8 = 64;
 
 /// A question about a scene.
-struct Asked {
+pub(crate) struct Asked {
     scene: Scene,
     sought: Sought,
     picture: RgbImage,
 }
 
 /// The scenes that are measured on.
-fn scenes(count: usize, seed: u32) -> Vec<Asked> {
+pub(crate) fn scenes(count: usize, seed: u32) -> Vec<Asked> {
     let scenes = (0..).map(|index| Scene::new(Split::Evaluation, seed, index));
     let asked = scenes.filter_map(|scene| {
         let sought = scene.question()?;
@@ -92,9 +109,25 @@ pub fn evaluate(folder: &Path, count: usize, seed: u32, routes: bool) -> Result<
             let (base, base_plan) = depth.plan(removing, budget)?;
             let (twin, twin_plan) = depth.plan(rerouting, budget)?;
             let twin_plan = depth.at_average(&twin_plan, depth.average(&base_plan))?;
-            for (routing, plan, base) in
-                [(base, base_plan, None), (twin, twin_plan, Some(rows.len()))]
-            {
+            let (at, mut variants) = (rows.len(), Vec::new());
+            for (name, change) in VARIANTS {
+                let mut changed = |of: &str, plan: &Plan| -> Result<()> {
+                    let mut json = plan.to_json();
+                    change(&mut json);
+                    let plan = Plan::from_json(&json.to_string())?;
+                    variants.push((format!("{of}+{name}"), plan, Some(at)));
+                    Ok(())
+                };
+                if METHODS[..2].contains(&(removing, rerouting)) {
+                    changed(&twin, &twin_plan)?;
+                }
+                // A removal with several decisions can remember, too.
+                if (removing, name) == ("pdrop", "memory") {
+                    changed(&base, &base_plan)?;
+                }
+            }
+            let pair = [(base, base_plan, None), (twin, twin_plan, Some(at))];
+            for (routing, plan, base) in pair.into_iter().chain(variants) {
                 eprintln!("{routing}");
                 rows.push(Row {
                     routing,
@@ -109,15 +142,15 @@ pub fn evaluate(folder: &Path, count: usize, seed: u32, routes: bool) -> Result<
 }
 
 /// What plans are made for.
-struct Depth<'a> {
+pub(crate) struct Depth<'a> {
     config: &'a ModelConfig,
-    layers: usize,
+    pub(crate) layers: usize,
     /// Visual tokens of a picture.
-    tokens: usize,
+    pub(crate) tokens: usize,
 }
 
 impl<'a> Depth<'a> {
-    fn of(config: &'a ModelConfig) -> Self {
+    pub(crate) fn of(config: &'a ModelConfig) -> Self {
         Self {
             config,
             layers: config.decoder().num_layers,
@@ -125,7 +158,7 @@ impl<'a> Depth<'a> {
         }
     }
 
-    fn average(&self, plan: &Plan) -> f64 {
+    pub(crate) fn average(&self, plan: &Plan) -> f64 {
         plan.average_tokens(self.layers, self.tokens)
     }
 
@@ -194,7 +227,18 @@ fn overlaps(
     plan: &Plan,
     picture: Option<&RgbImage>,
 ) -> Result<Vec<f64>> {
-    let overlaps = asked.par_chunks(BATCH).map(|asked| {
+    answers(vlm, asked, plan, picture, |overlap, _| overlap)
+}
+
+/// What `look` finds in each answer and its overlap with what was sought.
+pub(crate) fn answers<T: Send>(
+    vlm: &Vlm<Flex>,
+    asked: &[Asked],
+    plan: &Plan,
+    picture: Option<&RgbImage>,
+    look: impl Fn(f64, &Answer) -> T + Sync,
+) -> Result<Vec<T>> {
+    let found = asked.par_chunks(BATCH).map(|asked| {
         let question = |asked: &Asked| {
             let picture = picture.unwrap_or(&asked.picture).clone();
             let text = vlm.grounding().question(&asked.sought.expression);
@@ -203,15 +247,15 @@ fn overlaps(
         let questions: Vec<Question> = asked.iter().map(question).collect();
         let continues = &mut |_, _| std::ops::ControlFlow::Continue(());
         let answers = vlm.ask_batch(&questions, plan, &vlm.generation_defaults(), continues)?;
-        let overlap = answers.iter().zip(asked).map(|(answer, asked)| {
+        let found = answers.iter().zip(asked).map(|(answer, asked)| {
             let object = asked.scene.objects[asked.sought.target].pixels();
             let found = vlm.answered_box(answer);
-            found.map_or(0.0, |found| iou(&found, &object))
+            look(found.map_or(0.0, |found| iou(&found, &object)), answer)
         });
-        Ok(overlap.collect::<Vec<f64>>())
+        Ok(found.collect::<Vec<T>>())
     });
-    let overlaps: Vec<Vec<f64>> = overlaps.collect::<Result<_>>()?;
-    Ok(overlaps.concat())
+    let found: Vec<Vec<T>> = found.collect::<Result<_>>()?;
+    Ok(found.into_iter().flatten().collect())
 }
 
 /// All that is said of the rows.
@@ -316,12 +360,12 @@ pub fn table(report: &Value) -> String {
         format!("{}", report["scenes"]),
         format!("blank picture {:.1} %", number(&report["blank_picture"]["accuracy"])),
         format!("random object {:.1} %", number(&report["random_object"]["accuracy"])),
-        "routing                  tokens  accuracy  interval       mean IoU   gain  interval        p (Holm)".into(),
+        "routing                           tokens  accuracy  interval       mean IoU   gain  interval        p (Holm)".into(),
     ];
     for row in report["rows"].as_array().into_iter().flatten() {
         let [low, high] = [0, 1].map(|end| number(&row["interval"][end]));
         let mut line = format!(
-            "{:24} {:6.2}  {:6.1} %  {low:5.1} … {high:4.1}  {:8.3}",
+            "{:33} {:6.2}  {:6.1} %  {low:5.1} … {high:4.1}  {:8.3}",
             row["routing"].as_str().unwrap_or_default(),
             row["average_tokens"].as_f64().unwrap_or(f64::NAN),
             number(&row["accuracy"]),

@@ -7,6 +7,7 @@ mod feed;
 mod parts;
 mod scene;
 mod statistics;
+mod sweep;
 mod tower;
 
 use std::path::{Path, PathBuf};
@@ -79,7 +80,7 @@ struct TrainArgs {
     #[arg(long, value_name = "N", default_value_t = 24)]
     scenes: usize,
     /// Most scenes that go through the decoder at once: takes less memory, and learns the same.
-    #[arg(long, value_name = "N", default_value_t = 6)]
+    #[arg(long, value_name = "N", default_value_t = 24)]
     pass: usize,
     /// Scenes of a step of tower and projector.
     #[arg(long, value_name = "N", default_value_t = 32)]
@@ -109,6 +110,9 @@ struct EvaluateArgs {
     /// The dense model alone.
     #[arg(long)]
     dense: bool,
+    /// Instead of methods, schedules that differ in where they begin, how often they decide and how much they keep.
+    #[arg(long, conflicts_with = "dense")]
+    sweep: bool,
     /// Also write the report to a file.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -203,11 +207,19 @@ fn only_narrow(which: Which) -> Result<()> {
 fn measure(args: &EvaluateArgs) -> Result<()> {
     only_narrow(args.model)?;
     let model = args.folder.join("model");
-    let report = evaluate::evaluate(&model, args.scenes, args.seed, !args.dense)?;
+    let report = match args.sweep {
+        true => sweep::sweep(&model, args.scenes, args.seed)?,
+        false => evaluate::evaluate(&model, args.scenes, args.seed, !args.dense)?,
+    };
     if let Some(path) = &args.json {
         put(path, format!("{report:#}\n").as_bytes())?;
     }
-    println!("{}", evaluate::table(&report));
+    let table = if args.sweep {
+        sweep::table
+    } else {
+        evaluate::table
+    };
+    println!("{}", table(&report));
     Ok(())
 }
 

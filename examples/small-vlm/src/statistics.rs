@@ -56,6 +56,33 @@ pub fn holm(probabilities: &[f64]) -> Vec<f64> {
     corrected
 }
 
+/// How far two lists of numbers rise together (Spearman, 1904): 1 if one is the larger where the other is, −1 if the smaller, 0
+/// if they have nothing in common or one does not change.
+pub fn ranks_agree(a: &[f64], b: &[f64]) -> f64 {
+    let [a, b] = [a, b].map(ranks);
+    let middle = (a.len() as f64 - 1.0) / 2.0;
+    let product = |a: &[f64], b: &[f64]| -> f64 {
+        let products = a.iter().zip(b).map(|(a, b)| (a - middle) * (b - middle));
+        products.sum()
+    };
+    let size = (product(&a, &a) * product(&b, &b)).sqrt();
+    if size == 0.0 {
+        0.0
+    } else {
+        product(&a, &b) / size
+    }
+}
+
+/// The place of each number among all; equal ones share the mean of theirs.
+fn ranks(numbers: &[f64]) -> Vec<f64> {
+    let rank = |x: &f64| {
+        let below = numbers.iter().filter(|other| *other < x).count();
+        let alike = numbers.iter().filter(|other| *other == x).count();
+        below as f64 + (alike as f64 - 1.0) / 2.0
+    };
+    numbers.iter().map(rank).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -104,5 +131,16 @@ mod tests {
         assert!(low > 0.01 && high < 0.05, "{low} {high}");
         let alone = interval(&better, 3);
         assert!(alone[0] < mean(&base));
+    }
+
+    /// Values from the definition by hand; equal numbers share a rank.
+    #[test]
+    fn ranks_agree_as_in_the_definition() {
+        assert_eq!(ranks_agree(&[1.0, 2.0, 3.0], &[10.0, 20.0, 90.0]), 1.0);
+        assert_eq!(ranks_agree(&[1.0, 2.0, 3.0], &[3.0, 2.0, 1.0]), -1.0);
+        assert_eq!(ranks_agree(&[1.0, 2.0], &[5.0, 5.0]), 0.0);
+        let half = ranks_agree(&[1.0, 2.0, 3.0], &[1.0, 3.0, 2.0]);
+        assert!((half - 0.5).abs() < 1e-12);
+        assert_eq!(ranks(&[4.0, 1.0, 4.0]), [1.5, 0.0, 1.5]);
     }
 }

@@ -5,7 +5,7 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use burn::module::AutodiffModule;
+use burn::module::Module;
 use burn::tensor::backend::AutodiffBackend;
 use reroute_zoo::Vlm;
 

@@ -4,7 +4,23 @@
 //! collective threads N ROUNDS              # N threads of this process
 //! collective node I N PORT ROUNDS [anew]   # process I of N; process 0 is the orchestrator, too
 //! ```
-//! With `anew` a node registers before every sum and finishes behind it. A node says when each sum is there.
+//! With `anew` a node registers before every sum and finishes behind it. What it prints, but for the logs:
+//!
+//! ```text
+//! $ collective threads 3 2                     $ collective node 0 2 7300 3        (and node 1, beside it)
+//! peer 0, 0.0 s: registered: Ok(())            peer 0, 1.0 s: registered: Ok(())
+//! peer 0, 0.0 s: sum 0: Ok([6.0, …             peer 0, 1.0 s: sum 0: Ok([3.0, …
+//! peer 0, 0.3 s: sum 1: Ok([12.0, …            (nothing more, until it is killed)
+//! peer 0, 0.6 s: finished: Ok(())
+//!                                              $ collective node 0 2 7300 2 anew
+//!                                              peer 0, 0.0 s: registered: Ok(())
+//!                                              peer 0, 0.0 s: sum 0: Ok([3.0, …
+//!                                              peer 0, 0.1 s: finished: Ok(())
+//!                                              peer 0, 0.4 s: registered: Ok(())
+//!                                              peer 0, 0.4 s: sum 1: Ok([6.0, …
+//! ```
+//! Nodes never get past a second sum of one registration: `SyncService::sync` clears a copy of the list of those
+//! that have come, so that it holds each twice when they come again, and is never the list that is waited for.
 
 use std::process::ExitCode;
 use std::thread;

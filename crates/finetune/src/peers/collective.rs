@@ -46,6 +46,8 @@ pub struct Collective<B: Backend> {
     sums: usize,
     /// Where nodes register, if that is here.
     orchestrators: Option<Runtime>,
+    /// Whether the last sum has come.
+    is_complete: bool,
     /// Whether somebody waits for what was begun.
     is_here: Arc<()>,
 }
@@ -131,6 +133,7 @@ impl<B: Backend> Collective<B> {
             port,
             sums: 0,
             orchestrators: None,
+            is_complete: false,
             is_here: Arc::new(()),
         })
     }
@@ -215,13 +218,17 @@ impl<B: Backend> Peers<B> for Collective<B> {
     fn sum(&mut self, numbers: Tensor<B, 1>) -> Result<Tensor<B, 1>, TuneError> {
         let sum = self.sums;
         self.sums += 1;
+        self.is_complete = false;
         self.arrivals.arrive(sum)?;
         let receiver = self.begin(sum, numbers);
         let began = Instant::now();
         let (mut dead_since, mut failed) = (None, None);
         loop {
             match receiver.recv_timeout(LOOK) {
-                Ok(Ok(sum)) => return Ok(sum),
+                Ok(Ok(sum)) => {
+                    self.is_complete = true;
+                    return Ok(sum);
+                }
                 Ok(Err(error)) => failed = Some(format!("could not be summed with: {error:?}")),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => {
@@ -252,6 +259,20 @@ impl<B: Backend> Drop for Collective<B> {
         if self.port.is_none() && self.sums > 0 {
             // Whoever still waits is told that nobody comes.
             reset_collective::<B>();
+        }
+        if self.port.is_some() && self.is_complete {
+            let (sender, receiver) = sync_channel(1);
+            let id = PeerId::from(self.peer);
+            thread::spawn(move || sender.send(finish_collective::<B>(id)));
+            let _ = receiver.recv_timeout(GRACE);
+            // The others finish at the orchestrators, too.
+            let began = Instant::now();
+            while self.orchestrators.is_some()
+                && self.arrivals.dead().len() + 1 < self.count
+                && began.elapsed() < GRACE
+            {
+                thread::sleep(PAUSE);
+            }
         }
         if let Some(runtime) = self.orchestrators.take() {
             runtime.shutdown_background();

@@ -50,7 +50,14 @@ fn tune(folder: &Path, to: &str, more: &[&str]) -> Child {
     ];
     let program = Command::new(env!("CARGO_BIN_EXE_reroute"))
         .args(flags)
-        .args(["--learning-rate", "0.003", "--dropout", "0.1"])
+        .args([
+            "--dtype",
+            "f32",
+            "--learning-rate",
+            "0.003",
+            "--dropout",
+            "0.1",
+        ])
         .args(["--routing", "dense,reroute-pdrop@192", "--save-every", "2"])
         .args(more)
         .current_dir(folder)

@@ -1,7 +1,7 @@
 //! Sums by `burn-collective`, which waits without end and panics where a peer is lost: it works in a thread, and
 //! whoever waits for it looks after the others.
 
-use std::net::TcpListener;
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::Path;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -28,6 +28,8 @@ const LOOK: Duration = Duration::from_millis(250);
 const GRACE: Duration = Duration::from_secs(2);
 /// What an orchestrator waits before it begins anew.
 const PAUSE: Duration = Duration::from_millis(50);
+/// What a peer waits before it looks for another one's server again.
+const SOON: Duration = Duration::from_millis(2);
 /// Orchestrators, and ports of each peer, which take turns.
 const TURNS: u16 = 2;
 
@@ -161,6 +163,16 @@ impl<B: Backend> Collective<B> {
         )
     }
 
+    /// Where all peers show their numbers for a sum.
+    fn servers(&self, sum: usize) -> Vec<(Ipv4Addr, u16)> {
+        let turn = (sum % usize::from(TURNS)) as u16;
+        let ports = self.port.into_iter().flat_map(|port| {
+            let peers = 0..self.count;
+            peers.map(move |peer| own_port(port, peer, turn))
+        });
+        ports.map(|port| (Ipv4Addr::LOCALHOST, port)).collect()
+    }
+
     /// Begins a sum in a thread.
     fn begin(
         &self,
@@ -172,6 +184,7 @@ impl<B: Backend> Collective<B> {
         let (device, registration) = (self.device.clone(), self.registration(sum));
         let numbers = numbers.into_primitive().tensor();
         let is_here = Arc::downgrade(&self.is_here);
+        let servers = self.servers(sum);
         thread::spawn(move || {
             let go = || {
                 if let Some(config) = registration {
@@ -179,6 +192,12 @@ impl<B: Backend> Collective<B> {
                         finish_collective::<B>(id)?;
                     }
                     register::<B>(id, device, config)?;
+                }
+                // Nodes are registered before their servers listen, and panic where another's does not yet.
+                for server in servers {
+                    while is_here.strong_count() > 0 && TcpStream::connect(server).is_err() {
+                        thread::sleep(SOON);
+                    }
                 }
                 // One that was given up may be registered by those that come later.
                 if is_here.strong_count() == 0 {

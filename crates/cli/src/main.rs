@@ -18,13 +18,15 @@ fn main() -> ExitCode {
     heap::keep_freed_memory();
     let args = Args::parse();
     let run = || {
-        let mut out = io::stdout().lock();
+        // Not locked: what peers are joined by prints, too.
+        let mut out = io::stdout();
         reroute_cli::run(&args.command, &mut out)?;
         anyhow::Ok(out.flush()?)
     };
     let result = match args.command {
         // It waits, and would take one of the pool's threads to do so.
         Command::Serve(_) => run(),
+        Command::Tune(ref tune) if tune.peers > 1 => run(),
         // From one of the pool's own threads a CPU operation starts several times faster than from outside.
         _ => rayon::scope(|_| run()),
     };

@@ -5,6 +5,8 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+#[cfg(feature = "collective")]
+use std::time::Duration;
 
 use anyhow::{bail, ensure};
 use burn::backend::Autodiff;
@@ -12,13 +14,17 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use reroute_finetune::data::{Data, Example, OnBadLine, read};
-use reroute_finetune::{Course, Event, OptimizerSettings, Run, Settings, Step, tune};
-use reroute_zoo::{AdapterConfig, SaveOptions, Targets, Trained};
+#[cfg(feature = "collective")]
+use reroute_finetune::{Collective, tune_among, tune_by_threads};
+use reroute_finetune::{Course, Event, OptimizerSettings, Run, Settings, Step, Watch, tune};
+use reroute_zoo::{AdapterConfig, SaveOptions, Targets, Trained, Vlm};
 
 use crate::args::{Decay, OnBad, TuneArgs};
 use crate::backend::Backend;
 use crate::open;
 use crate::progress::Progress;
+
+type Tuned = Vlm<Autodiff<Backend>>;
 
 /// What of a run becomes an adapter, or a whole model.
 const ADAPTER: &str = "adapter";
@@ -72,7 +78,7 @@ pub fn run(args: &TuneArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     };
     let mut shown = Shown::new(&settings.course);
     let is_told = stop_when_told();
-    let result = tune(vlm, &run, &mut |event| {
+    let result = train(args, vlm, &run, &mut |event| {
         shown.show(&event);
         match is_told.load(Ordering::Relaxed) {
             true => ControlFlow::Break(()),
@@ -81,6 +87,9 @@ pub fn run(args: &TuneArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     });
     shown.bar.close();
     let vlm = result?.valid();
+    if args.peer.is_some_and(|peer| peer > 0) {
+        return Ok(());
+    }
     let model = vlm.model();
     if settings.adapter.is_some() && settings.trained.is_empty() && is_whole {
         model.save_adapter(args.to.join(ADAPTER))?;
@@ -95,6 +104,34 @@ pub fn run(args: &TuneArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     }
     writeln!(out, "{}", to.display())?;
     Ok(())
+}
+
+/// Trains alone, by threads, or as one of several processes.
+#[cfg(feature = "collective")]
+fn train(args: &TuneArgs, vlm: Tuned, run: &Run, watch: &mut Watch) -> anyhow::Result<Tuned> {
+    let patience = Duration::from_secs(args.peer_timeout);
+    Ok(match (args.peer, args.peer_port) {
+        (Some(peer), Some(port)) => {
+            // Before Burn's logger is, which writes to stdout.
+            let _ =
+                tracing::subscriber::set_global_default(tracing::subscriber::NoSubscriber::new());
+            let (peers, device) = (args.peers, vlm.device().clone());
+            let mut peers = Collective::process(peer, peers, port, run.folder, patience, &device)?;
+            tune_among(vlm, run, &mut peers, watch)?
+        }
+        _ if args.peers > 1 => tune_by_threads(vlm, run, args.peers, patience, watch)?,
+        _ => tune(vlm, run, watch)?,
+    })
+}
+
+/// Trains alone.
+#[cfg(not(feature = "collective"))]
+fn train(args: &TuneArgs, vlm: Tuned, run: &Run, watch: &mut Watch) -> anyhow::Result<Tuned> {
+    ensure!(
+        args.peers == 1 && args.peer.is_none(),
+        "--peers and --peer need a program that is built with the feature `collective`"
+    );
+    Ok(tune(vlm, run, watch)?)
 }
 
 /// Becomes true when somebody interrupts or ends the program; at the second time it ends at once.

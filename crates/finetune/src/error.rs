@@ -116,6 +116,36 @@ pub enum TuneError {
         /// The folder.
         path: PathBuf,
     },
+    /// Peers of a run that are not there any more.
+    #[error(
+        "{peers} {reason}; the last checkpoint is unharmed: start all peers again, with --resume"
+    )]
+    PeersLost {
+        /// Which.
+        peers: String,
+        /// What of them is known.
+        reason: String,
+    },
+    /// Peers of a run that have something else than the first one.
+    #[error(
+        "{peers} and peer 0 have different {what}: start all with the same data, flags and model"
+    )]
+    PeersDiffer {
+        /// Which.
+        peers: String,
+        /// Of what.
+        what: &'static str,
+    },
+    /// A port that cannot be opened.
+    #[error(
+        "port {port} cannot be opened ({source}): name another --peer-port, the same for all peers"
+    )]
+    Port {
+        /// Which.
+        port: u16,
+        /// What the system says.
+        source: io::Error,
+    },
     /// Whoever watches has stopped it.
     #[error("stopped after step {step}: --resume goes on from the last checkpoint")]
     Stopped {

@@ -35,6 +35,8 @@ pub(crate) struct Feed<'a> {
     /// Examples that cannot be used are left out.
     pub(crate) skips: bool,
     pub(crate) seen: Seen,
+    /// Which of how many peers it is for.
+    pub(crate) peer: (usize, usize),
 }
 
 impl<'a> Feed<'a> {
@@ -76,7 +78,8 @@ impl<'a> Feed<'a> {
             batch, accumulate, ..
         } = *self.course;
         let (mut passes, mut skipped) = (Vec::new(), Vec::new());
-        for pass in 0..accumulate {
+        let (peer, peers) = self.peer;
+        for pass in (peer..accumulate).step_by(peers) {
             let mut lessons = Vec::new();
             for place in 0..batch {
                 let index = order.example((step * accumulate + pass) * batch + place);

@@ -2,8 +2,8 @@
 
 use burn::module::{AutodiffModule, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
-use burn::tensor::Tensor;
-use burn::tensor::backend::AutodiffBackend;
+use burn::tensor::backend::{AutodiffBackend, Backend};
+use burn::tensor::{DType, Tensor};
 
 use crate::{TuneError, host};
 
@@ -64,5 +64,97 @@ impl<B: AutodiffBackend> ModuleVisitor<B> for Scale {
         if let Some(gradient) = gradients.remove::<B::InnerBackend, D>(param.id) {
             gradients.register::<B::InnerBackend, D>(param.id, gradient.mul_scalar(self.by));
         }
+    }
+}
+
+/// The gradients of all that is trained, one behind the other.
+pub(crate) struct Flat<B: Backend> {
+    /// `[numbers of all parameters]`; 0 where there is no gradient.
+    pub(crate) numbers: Option<Tensor<B, 1>>,
+    /// Which parameters have one.
+    pub(crate) is_there: Vec<bool>,
+}
+
+/// In the order in which the module has its parameters, the same in every copy of it.
+pub(crate) fn flat<B: AutodiffBackend, M: AutodiffModule<B>>(
+    module: &M,
+    gradients: GradientsParams,
+) -> Flat<B::InnerBackend> {
+    let mut flatten = Flatten::<B> {
+        gradients,
+        parts: Vec::new(),
+        is_there: Vec::new(),
+    };
+    module.visit(&mut flatten);
+    let Flatten {
+        parts, is_there, ..
+    } = flatten;
+    Flat {
+        numbers: (!parts.is_empty()).then(|| Tensor::cat(parts, 0)),
+        is_there,
+    }
+}
+
+/// The way back.
+pub(crate) fn unflat<B: AutodiffBackend, M: AutodiffModule<B>>(
+    module: &M,
+    flat: Flat<B::InnerBackend>,
+) -> GradientsParams {
+    let Some(numbers) = flat.numbers else {
+        return GradientsParams::new();
+    };
+    let mut unflatten = Unflatten::<B> {
+        numbers,
+        is_there: flat.is_there.into_iter(),
+        at: 0,
+        gradients: GradientsParams::new(),
+    };
+    module.visit(&mut unflatten);
+    unflatten.gradients
+}
+
+struct Flatten<B: AutodiffBackend> {
+    gradients: GradientsParams,
+    parts: Vec<Tensor<B::InnerBackend, 1>>,
+    is_there: Vec<bool>,
+}
+
+impl<B: AutodiffBackend> ModuleVisitor<B> for Flatten<B> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+        if !param.is_require_grad() {
+            return;
+        }
+        let gradient = self.gradients.remove::<B::InnerBackend, D>(param.id);
+        self.is_there.push(gradient.is_some());
+        let value = param.val();
+        let count = value.shape().num_elements();
+        self.parts.push(match gradient {
+            Some(gradient) => gradient.reshape([count]).cast(DType::F32),
+            None => Tensor::zeros([count], (&value.device(), DType::F32)),
+        });
+    }
+}
+
+struct Unflatten<B: AutodiffBackend> {
+    numbers: Tensor<B::InnerBackend, 1>,
+    is_there: std::vec::IntoIter<bool>,
+    at: usize,
+    gradients: GradientsParams,
+}
+
+impl<B: AutodiffBackend> ModuleVisitor<B> for Unflatten<B> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+        if !param.is_require_grad() {
+            return;
+        }
+        let shape = param.val().dims();
+        let count = shape.iter().product();
+        if self.is_there.next() == Some(true) {
+            let gradient = self.numbers.clone().narrow(0, self.at, count);
+            let gradient = gradient.reshape(shape);
+            self.gradients
+                .register::<B::InnerBackend, D>(param.id, gradient);
+        }
+        self.at += count;
     }
 }

@@ -46,6 +46,7 @@
 //! [`Model::save_adapter`]: reroute_zoo::Model::save_adapter
 //! [`Model::save`]: reroute_zoo::Model::save
 
+mod begun;
 pub mod data;
 mod error;
 mod feed;
@@ -53,6 +54,7 @@ mod gradients;
 mod host;
 mod log;
 mod notation;
+mod peers;
 mod prepare;
 mod run;
 mod settings;
@@ -62,7 +64,10 @@ mod trainer;
 pub use error::TuneError;
 pub use gradients::clip;
 pub use log::{Line, Step, Validation};
+pub use peers::{Alone, Peers};
+#[cfg(feature = "collective")]
+pub use peers::{Collective, tune_by_threads};
 pub use prepare::{Preparation, Sought};
-pub use run::{Event, Run, Watch, tune};
+pub use run::{Event, Run, Watch, tune, tune_among};
 pub use settings::{Course, Decay, OptimizerSettings, Settings};
 pub use trainer::{Pass, Trainer};

@@ -25,7 +25,7 @@ pub enum Line {
 }
 
 /// A step of the optimizer.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Step {
     /// Steps that are done with this one.
     pub step: usize,

@@ -1,8 +1,6 @@
 //! A run: steps, validations, checkpoints.
 
 use std::collections::HashMap;
-use std::ffi::OsString;
-use std::fs::{self, File, TryLockError};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError};
@@ -10,20 +8,15 @@ use std::sync::{Arc, PoisonError};
 use burn::tensor::backend::AutodiffBackend;
 use reroute_zoo::grounding::iou;
 use reroute_zoo::{Lesson, Plan, Question, Trained, VisualTokens, Vlm};
-use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 
-use crate::data::{Example, ImageSource};
+use crate::begun::{base, begin, described};
+use crate::data::Example;
 use crate::feed::{Feed, Portion, Seen, drawn};
 use crate::log::{Line, Log, Step, Validation};
+use crate::peers::{Alone, Peers, agree, sums};
 use crate::state::{self, Progress};
 use crate::trainer::diverged;
 use crate::{Pass, Preparation, Settings, Trainer, TuneError, host};
-
-/// File that says how a run was begun.
-const RUN: &str = "run.json";
-/// File that is locked while somebody trains.
-const LOCK: &str = ".lock";
 
 /// What is trained on, and where the run keeps itself.
 #[derive(Debug, Clone, Copy)]
@@ -78,28 +71,62 @@ pub fn tune<B: AutodiffBackend>(
     run: &Run,
     watch: &mut Watch,
 ) -> Result<Vlm<B>, TuneError> {
+    tune_among(vlm, run, &mut Alone, watch)
+}
+
+/// The same as one of several peers, which take turns at the forward passes of a step: what they learn is what one
+/// alone would, but for the order in which numbers are added. All of them are given the same run, and the first one
+/// alone writes to its folder. Whoever is told to stop stops all, behind the next step.
+///
+/// # Errors
+/// [`TuneError`]; the last checkpoint is unharmed.
+pub fn tune_among<B: AutodiffBackend>(
+    vlm: Vlm<B>,
+    run: &Run,
+    peers: &mut dyn Peers<B::InnerBackend>,
+    watch: &mut Watch,
+) -> Result<Vlm<B>, TuneError> {
     let Run {
         settings, folder, ..
     } = *run;
     settings.check(run.examples.len(), run.validation.len())?;
+    if peers.count() > settings.course.accumulate {
+        return Err(TuneError::Setting {
+            setting: "peers",
+            reason: "are at most the forward passes of a step (accumulate), which they share",
+        });
+    }
     let base = base(&vlm)?;
     let vlm = prepared(vlm, settings)?;
     let plans = settings.routings.iter().map(|name| vlm.plan(name));
     let plans: Vec<Plan> = plans.collect::<Result<_, _>>()?;
-    let _lock = begin(run, base)?;
+    let mut described = described(run);
+    described["base"] = base;
+    let is_first = peers.peer() == 0;
+    let _lock = is_first.then(|| begin(run, &described)).transpose()?;
     let device = vlm.device().clone();
+    // No other looks into the folder before the first one has it.
+    agree(
+        peers,
+        "data, settings or models",
+        &described.to_string(),
+        &device,
+    )?;
     let mut trainer =
         Trainer::new(&settings.optimizer, settings.course.steps).with_seed(settings.course.seed);
     let (model, optimizer, progress) =
         state::resume(folder, vlm.model().clone(), trainer.optimizer, &device)?;
     (trainer.optimizer, trainer.step) = (optimizer, progress.step);
     let vlm = vlm.map_model(|_| model);
+    let stands = format!("{} {}", progress.step, state::trained(vlm.model())?);
+    agree(peers, "checkpoints", &stands, &device)?;
     let trained = vlm.model().trained_parameters();
     let began = Event::Began {
         step: progress.step,
         trained: &trained,
     };
-    let is_stopping = watch(began).is_break();
+    let is_told = watch(began).is_break();
+    let log = is_first.then(|| Log::open(folder, progress.step, progress.validated));
     let is_frozen = trained
         .iter()
         .all(|(path, _)| path.starts_with("language_model."));
@@ -109,14 +136,16 @@ pub fn tune<B: AutodiffBackend>(
         run,
         plans,
         trainer,
-        log: Log::open(folder, progress.step, progress.validated)?,
+        log: log.transpose()?,
         progress,
         seen: Default::default(),
         visuals: HashMap::new(),
         room: (is_frozen && is_plain).then_some(settings.course.cache_bytes),
         validation: Vec::new(),
         saved: None,
-        is_stopping,
+        is_told,
+        is_stopping: is_told && peers.count() == 1,
+        peers,
         watch,
     };
     running.go(vlm)
@@ -137,132 +166,13 @@ fn prepared<B: AutodiffBackend>(vlm: Vlm<B>, settings: &Settings) -> Result<Vlm<
     Ok(vlm.map_model(|_| model))
 }
 
-/// What a run begins with, to tell it from another model, or from the same that sees pictures otherwise.
-fn base<B: AutodiffBackend>(vlm: &Vlm<B>) -> Result<Value, TuneError> {
-    Ok(json!({
-        "config": format!("{:?}", vlm.config()),
-        "preprocessor": format!("{:?}", vlm.preprocessor()),
-        "type": vlm.dtype().name(),
-        "codes": vlm.model().coded().len(),
-        "weights": state::fingerprint(vlm.model())?,
-    }))
-}
-
-/// Makes the folder, or compares how the run in it was begun. A run without a checkpoint has lost nothing. The
-/// folder is this process's as long as the file that is returned is open.
-fn begin(run: &Run, base: Value) -> Result<File, TuneError> {
-    let folder = run.folder;
-    fs::create_dir_all(folder).map_err(TuneError::io(folder))?;
-    let path = folder.join(RUN);
-    if !path.exists() {
-        let entries = fs::read_dir(folder).map_err(TuneError::io(folder))?;
-        let names = entries.flatten().map(|entry| entry.file_name());
-        let is_strange = |name: &OsString| {
-            let name = name.to_string_lossy();
-            !name.starts_with(RUN) && name != LOCK
-        };
-        if { names }.any(|name| is_strange(&name)) {
-            let path = folder.to_owned();
-            return Err(TuneError::NotEmpty { path });
-        }
-    }
-    let lock = folder.join(LOCK);
-    let file = File::create(&lock).map_err(TuneError::io(&lock))?;
-    match file.try_lock() {
-        Err(TryLockError::WouldBlock) => {
-            let path = folder.to_owned();
-            return Err(TuneError::Busy { path });
-        }
-        // Where files cannot be locked nobody is kept out.
-        Ok(()) | Err(TryLockError::Error(_)) => {}
-    }
-    let mut described = described(run);
-    described["base"] = base;
-    if !path.exists() || !state::has_any(folder)? {
-        let text = format!("{described:#}\n");
-        let partial = path.with_extension("json.partial");
-        fs::write(&partial, text).map_err(TuneError::io(&partial))?;
-        fs::rename(&partial, &path).map_err(TuneError::io(&path))?;
-        return Ok(file);
-    }
-    if !run.resume {
-        let path = folder.to_owned();
-        return Err(TuneError::Taken { path });
-    }
-    let found = fs::read(&path).map_err(TuneError::io(&path))?;
-    let other = |what: String| TuneError::OtherRun {
-        path: folder.to_owned(),
-        what,
-    };
-    let found: Value = serde_json::from_slice(&found)
-        .map_err(|error| other(format!("{RUN}, or it is damaged ({error})")))?;
-    match difference(&found, &described) {
-        Some(what) => Err(other(what)),
-        None => Ok(file),
-    }
-}
-
-/// What of a value is not as it was found, by name: `course.batch`.
-fn difference(found: &Value, value: &Value) -> Option<String> {
-    let differs = |(name, value): (&String, &Value)| {
-        let found = found.get(name).unwrap_or(&Value::Null);
-        match (found.is_object() && value.is_object(), found == value) {
-            (_, true) => None,
-            (true, false) => Some(format!("{name}.{}", difference(found, value)?)),
-            (false, false) => Some(name.clone()),
-        }
-    };
-    value.as_object()?.iter().find_map(differs)
-}
-
-/// All that decides what a run does.
-fn described(run: &Run) -> Value {
-    let Settings {
-        adapter,
-        trained,
-        routings,
-        course,
-        optimizer,
-    } = run.settings;
-    let of = |examples: &[Example]| {
-        let mut digest = Sha256::new();
-        for example in examples {
-            // Wherever it is written, and its pictures lie.
-            let Example {
-                images,
-                system,
-                exchanges,
-                ..
-            } = example;
-            for image in images {
-                match image {
-                    ImageSource::File(path) => {
-                        let bytes = fs::metadata(path).map_or(0, |file| file.len());
-                        digest.update(format!("{:?} {bytes}", path.file_name()));
-                    }
-                    ImageSource::Bytes(bytes) => digest.update(Sha256::digest(bytes)),
-                }
-            }
-            digest.update(format!("{system:?}{exchanges:?}"));
-        }
-        json!({"count": examples.len(), "sha256": state::hex(&digest.finalize())})
-    };
-    json!({
-        "adapter": adapter.as_ref().map(|adapter| format!("{adapter:?}")),
-        "trained": format!("{trained:?}"),
-        "routing": routings,
-        "course": course,
-        "optimizer": optimizer,
-        "examples": of(run.examples),
-        "validation": of(run.validation),
-    })
-}
-
 struct Running<'a, 'w, 'f, B: AutodiffBackend> {
     run: &'a Run<'a>,
     plans: Vec<Plan>,
     trainer: Trainer<B>,
-    log: Log,
+    peers: &'a mut dyn Peers<B::InnerBackend>,
+    /// That of the first peer.
+    log: Option<Log>,
     progress: Progress,
     /// Lessons whose visual tokens are known.
     seen: Seen,
@@ -275,6 +185,8 @@ struct Running<'a, 'w, 'f, B: AutodiffBackend> {
     /// Steps that were done at the last checkpoint, and at the validation before it.
     saved: Option<(usize, usize)>,
     /// Whoever watches has had enough.
+    is_told: bool,
+    /// And all peers know.
     is_stopping: bool,
     watch: &'w mut Watch<'f>,
 }
@@ -293,6 +205,7 @@ impl<'a, B: AutodiffBackend> Running<'a, '_, '_, B> {
             course,
             skips: self.run.skips,
             seen: self.seen.clone(),
+            peer: (self.peers.peer(), self.peers.count()),
         };
         let first = self.progress.step;
         if is_due(course.validate_every, first) {
@@ -319,6 +232,7 @@ impl<'a, B: AutodiffBackend> Running<'a, '_, '_, B> {
                 vlm = self.step(vlm, portion)?;
                 let step = self.progress.step;
                 if is_due(course.save_every, step) {
+                    self.agree(&vlm)?;
                     self.save(&vlm)?;
                 }
                 if !self.is_stopping && is_due(course.validate_every, step) {
@@ -335,6 +249,7 @@ impl<'a, B: AutodiffBackend> Running<'a, '_, '_, B> {
             Ok::<_, TuneError>(vlm)
         })?;
         // What was learnt is safe before it is measured.
+        self.agree(&vlm)?;
         self.save(&vlm)?;
         self.validate(&vlm, &preparation)?;
         self.save(&vlm)?;
@@ -367,7 +282,7 @@ impl<'a, B: AutodiffBackend> Running<'a, '_, '_, B> {
     /// What answered the validation best.
     fn best(&self, vlm: Vlm<B>) -> Result<Vlm<B>, TuneError> {
         match self.progress.best {
-            Some((_, step)) if step != self.progress.step => {
+            Some((_, step)) if step != self.progress.step && self.log.is_some() => {
                 let model = vlm.model().clone();
                 let model = state::best(self.run.folder, model, &self.progress)?;
                 Ok(vlm.map_model(|_| model))
@@ -385,11 +300,6 @@ impl<'a, B: AutodiffBackend> Running<'a, '_, '_, B> {
         let Settings {
             course, routings, ..
         } = self.run.settings;
-        if portion.passes.is_empty() {
-            self.progress.step += 1;
-            self.trainer.step += 1;
-            return Ok(vlm);
-        }
         let which = drawn(course.seed, self.progress.step, self.plans.len());
         let mut passes = Vec::new();
         for pass in &portion.passes {
@@ -398,11 +308,16 @@ impl<'a, B: AutodiffBackend> Running<'a, '_, '_, B> {
                 lessons: pass.iter().map(|(_, lesson)| &**lesson).collect(),
             });
         }
-        let (vlm, mut line) = self.trainer.step(vlm, &passes, &self.plans[which])?;
-        line.routing.clone_from(&routings[which]);
-        self.progress.step = line.step;
-        self.log.push(Line::Step(line.clone()))?;
-        self.tell(Event::Step(&line));
+        let (plan, peers) = (&self.plans[which], &mut *self.peers);
+        let (trainer, is_told) = (&mut self.trainer, self.is_told);
+        let (vlm, line, stops) = trainer.step_among(vlm, &passes, plan, peers, is_told)?;
+        self.is_stopping |= stops;
+        self.progress.step += 1;
+        if let Some(mut line) = line {
+            line.routing.clone_from(&routings[which]);
+            self.log(Line::Step(line.clone()))?;
+            self.tell(Event::Step(&line));
+        }
         Ok(vlm)
     }
 
@@ -455,7 +370,7 @@ impl<'a, B: AutodiffBackend> Running<'a, '_, '_, B> {
         if !found.loss.is_finite() {
             return Err(diverged("validation loss", step, found.loss));
         }
-        self.log.push(Line::Validation(found.clone()))?;
+        self.log(Line::Validation(found.clone()))?;
         let progress = &mut self.progress;
         progress.validated = step;
         match progress.best {
@@ -463,20 +378,28 @@ impl<'a, B: AutodiffBackend> Running<'a, '_, '_, B> {
             _ => {
                 progress.best = Some((found.loss, step));
                 progress.without_better = 0;
-                let checksum = state::keep_best(self.run.folder, vlm.model())?;
-                progress.best_checksum = checksum;
+                if self.log.is_some() {
+                    let checksum = state::keep_best(self.run.folder, vlm.model())?;
+                    progress.best_checksum = checksum;
+                }
             }
         }
         self.tell(Event::Validated(&found));
         Ok(())
     }
 
-    fn measured(&self, vlm: &Vlm<B>, preparation: &Preparation) -> Result<Validation, TuneError> {
+    /// Peers take turns at the examples.
+    fn measured(
+        &mut self,
+        vlm: &Vlm<B>,
+        preparation: &Preparation,
+    ) -> Result<Validation, TuneError> {
         let (vlm, plan) = (vlm.valid(), &self.plans[0]);
         let options = vlm.generation_defaults();
         let (mut loss, mut tokens) = (0.0, 0);
         let mut overlaps = Vec::new();
-        for &example in &self.validation {
+        let (peer, peers) = (self.peers.peer(), self.peers.count());
+        for &example in self.validation.iter().skip(peer).step_by(peers) {
             let lesson = preparation.lesson(example)?;
             let answers = vlm.answer_logits(&[&lesson], None, plan)?;
             loss += host::sum(answers.losses().sum())?;
@@ -488,19 +411,45 @@ impl<'a, B: AutodiffBackend> Running<'a, '_, '_, B> {
                 overlaps.push(found.map_or(0.0, |found| iou(&found, &sought.corners)));
             }
         }
-        let boxes = overlaps.len();
-        let share = |sum: f64| (boxes > 0).then(|| sum / boxes as f64);
         let hits = overlaps.iter().filter(|&&overlap| overlap >= 0.5).count();
+        let own = [
+            loss,
+            tokens as f64,
+            overlaps.len() as f64,
+            hits as f64,
+            overlaps.iter().sum(),
+        ];
+        let all = sums(self.peers, &own, vlm.device())?;
+        let share = |sum: f64| (all[2] > 0.0).then(|| sum / all[2]);
         Ok(Validation {
             step: self.progress.step,
-            loss: loss / tokens as f64,
-            boxes,
-            accuracy: share(hits as f64),
-            mean_iou: share(overlaps.iter().sum()),
+            loss: all[0] / all[1],
+            boxes: all[2] as usize,
+            accuracy: share(all[3]),
+            mean_iou: share(all[4]),
         })
     }
 
+    /// Whether all peers have learnt the same, to the bit.
+    fn agree(&mut self, vlm: &Vlm<B>) -> Result<(), TuneError> {
+        if self.peers.count() == 1 {
+            return Ok(());
+        }
+        let trained = state::trained(vlm.model())?;
+        agree(self.peers, "parameters", &trained, vlm.device())
+    }
+
+    fn log(&mut self, line: Line) -> Result<(), TuneError> {
+        match &mut self.log {
+            Some(log) => log.push(line),
+            None => Ok(()),
+        }
+    }
+
     fn save(&mut self, vlm: &Vlm<B>) -> Result<(), TuneError> {
+        let Some(log) = &self.log else {
+            return Ok(());
+        };
         let now = (self.progress.step, self.progress.validated);
         if now.0 == 0 || self.saved == Some(now) {
             return Ok(());
@@ -509,13 +458,14 @@ impl<'a, B: AutodiffBackend> Running<'a, '_, '_, B> {
         let folder = self.run.folder;
         let path: PathBuf =
             state::save(folder, vlm.model(), &self.trainer.optimizer, &self.progress)?;
-        let _ = self.log.plot(folder);
+        let _ = log.plot(folder);
         self.tell(Event::Saved(&path));
         Ok(())
     }
 
     fn tell(&mut self, event: Event) {
-        self.is_stopping |= (self.watch)(event).is_break();
+        self.is_told |= (self.watch)(event).is_break();
+        self.is_stopping |= self.is_told && self.peers.count() == 1;
     }
 
     fn stop_if_told(&self) -> Result<(), TuneError> {

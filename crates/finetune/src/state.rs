@@ -170,6 +170,16 @@ pub(crate) fn best<B: Backend>(
     Values::into(model, &bytes, &ids).map_err(lost)
 }
 
+/// SHA-256 of all that is trained.
+pub(crate) fn trained<B: Backend>(model: &Model<B>) -> Result<String, TuneError> {
+    let mut digest = Sha256::new();
+    for (path, _, data) in Values::of(model)?.found {
+        digest.update(path);
+        digest.update(data.as_bytes());
+    }
+    Ok(hex(&digest.finalize()))
+}
+
 /// Whether there is a checkpoint.
 pub(crate) fn has_any(folder: &Path) -> Result<bool, TuneError> {
     Ok(!all(folder)?.is_empty())

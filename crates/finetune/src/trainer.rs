@@ -10,6 +10,7 @@ use reroute_zoo::{Lesson, Model, Plan, VisualTokens, Vlm};
 use crate::feed::mixed;
 use crate::gradients::clip;
 use crate::log::Step;
+use crate::peers::{Alone, Peers, Total};
 use crate::settings::OptimizerSettings;
 use crate::{TuneError, host};
 
@@ -65,23 +66,56 @@ impl<B: AutodiffBackend> Trainer<B> {
         passes: &[Pass<'_, B>],
         plan: &Plan,
     ) -> Result<(Vlm<B>, Step), TuneError> {
+        let at = self.step;
+        let (vlm, step, _) = self.step_among(vlm, passes, plan, &mut Alone, false)?;
+        let none = Step {
+            step: at + 1,
+            ..Step::default()
+        };
+        Ok((vlm, step.unwrap_or(none)))
+    }
+
+    /// The same with the passes that others compute. No step comes of nothing to learn. Says whether somebody was
+    /// told to stop.
+    pub(crate) fn step_among(
+        &mut self,
+        vlm: Vlm<B>,
+        passes: &[Pass<'_, B>],
+        plan: &Plan,
+        peers: &mut dyn Peers<B::InnerBackend>,
+        is_told: bool,
+    ) -> Result<(Vlm<B>, Option<Step>, bool), TuneError> {
         let started = Instant::now();
-        // A step draws the same wherever a run has begun.
-        B::seed(vlm.device(), mixed(self.seed, self.step));
         let lessons = || passes.iter().flat_map(|pass| &pass.lessons);
         let tokens: usize = lessons().map(|lesson| lesson.answer_tokens()).sum();
         let (mut sum, mut loss) = (GradientsAccumulator::new(), 0.0);
-        for pass in passes {
+        for (index, pass) in passes.iter().enumerate() {
+            // A pass draws the same wherever a run has begun, and whoever computes it.
+            let place = peers.peer() + index * peers.count();
+            B::seed(vlm.device(), mixed(mixed(self.seed, self.step), place));
             let answers = vlm.answer_logits(&pass.lessons, pass.visuals.as_deref(), plan)?;
             let share = answers.losses().sum().div_scalar(tokens as f64);
             loss += host::sum(share.clone())?;
             let gradients = GradientsParams::from_grads(share.backward(), vlm.model());
             sum.accumulate(vlm.model(), gradients);
         }
+        let own = Total {
+            loss,
+            tokens,
+            examples: lessons().count(),
+            rows: lessons().map(|lesson| lesson.rows()).sum(),
+            stops: is_told,
+        };
+        let (total, gradients) = own.joined(vlm.model(), sum.grads(), peers, vlm.device())?;
+        let loss = total.loss;
         if !loss.is_finite() {
             return Err(diverged("loss", self.step + 1, loss));
         }
-        let (gradients, norm) = clip(vlm.model(), sum.grads(), self.settings.clip)?;
+        if total.tokens == 0 {
+            self.step += 1;
+            return Ok((vlm, None, total.stops));
+        }
+        let (gradients, norm) = clip(vlm.model(), gradients, self.settings.clip)?;
         if !norm.is_finite() {
             return Err(diverged("gradient", self.step + 1, norm));
         }
@@ -94,12 +128,12 @@ impl<B: AutodiffBackend> Trainer<B> {
             norm,
             rate,
             routing: String::new(),
-            examples: lessons().count(),
-            tokens,
-            rows: lessons().map(|lesson| lesson.rows()).sum(),
+            examples: total.examples,
+            tokens: total.tokens,
+            rows: total.rows,
             seconds: started.elapsed().as_secs_f64(),
         };
-        Ok((vlm, step))
+        Ok((vlm, Some(step), total.stops))
     }
 }
 

@@ -108,6 +108,19 @@ pub struct TuneArgs {
     /// Add the adapter to the weights in the end, and write the whole model.
     #[arg(long)]
     pub merge: bool,
+    /// Peers that share the forward passes of a step (`--accumulate`): threads of this process, or
+    /// processes that are told which one each is.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = one_or_more)]
+    pub peers: usize,
+    /// Which of several processes on this machine this is, from 0; all are given the same flags and folder.
+    #[arg(long, value_name = "I", requires = "peer_port")]
+    pub peer: Option<usize>,
+    /// The first of 2 + 2 * N ports that those processes use; nothing else guards them.
+    #[arg(long, value_name = "PORT", requires = "peer")]
+    pub peer_port: Option<u16>,
+    /// Seconds that peers wait for one that lives.
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    pub peer_timeout: u64,
 }
 
 /// What becomes of what cannot be used.

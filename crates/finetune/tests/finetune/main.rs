@@ -1,6 +1,8 @@
 //! Training of the built-in model.
 
 mod lessons;
+#[cfg(feature = "collective")]
+mod peers;
 mod run;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};

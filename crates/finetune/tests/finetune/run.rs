@@ -14,7 +14,7 @@ use reroute_zoo::{AdapterConfig, Folder, OpenOptions, Schedule, Trained, Vlm, em
 
 use crate::{Ad, alone, example, open};
 
-fn examples() -> Vec<Example> {
+pub(crate) fn examples() -> Vec<Example> {
     let words = [
         "the red ring",
         "a blue bar",
@@ -26,7 +26,7 @@ fn examples() -> Vec<Example> {
     words.map(|(line, words)| example(line, words)).collect()
 }
 
-fn settings() -> Settings {
+pub(crate) fn settings() -> Settings {
     Settings {
         adapter: Some(AdapterConfig {
             dropout: 0.1,

@@ -26,15 +26,7 @@ pub(crate) fn files(
         let last = folder.file_name().and_then(|last| last.to_str());
         last.is_some_and(|last| last == name || last.ends_with(&format!("--{name}")))
     };
-    if let Some(other) = Task::ALL.iter().find(is_of)
-        && !is_of(&&task)
-    {
-        return Err(EvalError::OtherData {
-            path: folder.to_owned(),
-            given: other.repository(),
-            wanted: repository,
-        });
-    }
+    let other = { Task::ALL.iter().find(is_of) }.filter(|_| !is_of(&&task));
     let mut roots = vec![folder.to_owned(), folder.join(name)];
     for owner in [owner, FORMER_OWNER] {
         roots.push(folder.join(format!("datasets--{owner}--{name}")));
@@ -51,8 +43,16 @@ pub(crate) fn files(
                 (root.join(below).join(split), None),
             ] {
                 let found = parts(&folder, prefix)?;
-                if !found.is_empty() {
-                    return Ok(found);
+                match other {
+                    _ if found.is_empty() => {}
+                    None => return Ok(found),
+                    Some(other) => {
+                        return Err(EvalError::OtherData {
+                            path: root.clone(),
+                            given: other.repository(),
+                            wanted: repository,
+                        });
+                    }
                 }
             }
         }

@@ -115,7 +115,7 @@ fn train(args: &TuneArgs, vlm: Tuned, run: &Run, watch: &mut Watch) -> anyhow::R
             // Before Burn's logger is, which writes to stdout.
             let _ =
                 tracing::subscriber::set_global_default(tracing::subscriber::NoSubscriber::new());
-            let (peers, device) = (args.peers, vlm.device().clone());
+            let (peers, device) = (args.peers, vlm.device().to_owned());
             let mut peers = Collective::process(peer, peers, port, run.folder, patience, &device)?;
             tune_among(vlm, run, &mut peers, watch)?
         }

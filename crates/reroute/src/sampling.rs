@@ -11,11 +11,11 @@ use crate::RerouteError;
 pub struct SamplingOptions {
     /// Divides the logits; 0 means greedy.
     pub temperature: f32,
-    /// Keeps the smallest set of tokens whose probabilities reach this sum (arXiv 1904.09751).
+    /// Keeps the smallest set of tokens whose probabilities reach this sum (arXiv 1904.09751): 0 keeps the likeliest, 1 all.
     pub top_p: f32,
     /// Keeps this many of the most likely tokens; 0 means all.
     pub top_k: usize,
-    /// Divides positive and multiplies negative logits of tokens seen before (arXiv 1909.05858).
+    /// Divides positive and multiplies negative logits of tokens seen before (arXiv 1909.05858); 0.01 to 100.
     pub repetition_penalty: f32,
     /// Added to the logits of these tokens; negative infinity forbids one.
     pub logit_bias: Vec<(u32, f32)>,

@@ -146,7 +146,7 @@ fn who_goes_is_cancelled_while_waiting_and_while_answered() {
     });
 }
 
-/// Neither one by one, nor those whose request is answered but not read.
+/// As many as there may be, whose answers fill every buffer on the way.
 #[test]
 fn who_reads_nothing_does_not_hold_a_connection() {
     let server = Running::start(limited(Limits {

@@ -164,9 +164,7 @@ async fn read<B: Backend>(
     app: &App<B>,
     body: &mut BodyDataStream,
 ) -> Result<(Vec<u8>, Held), Refusal> {
-    let limits = app.limits();
-    let inbox = usize::try_from(limits.inbox_bytes).unwrap_or(usize::MAX);
-    let (most, mut bytes) = (limits.body_bytes.min(inbox), Vec::new());
+    let (most, mut bytes) = (app.limits().body_bytes, Vec::new());
     let mut held = app.inbox.take(0).ok_or_else(full)?;
     while let Some(chunk) = body.next().await {
         let chunk = chunk.map_err(|_| Refusal::malformed("the body is cut off"))?;

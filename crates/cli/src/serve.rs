@@ -44,6 +44,7 @@ pub fn run(args: &ServeArgs, out: &mut dyn Write) -> anyhow::Result<()> {
         memory: None,
         cache_bytes: args.cache,
         apart: args.apart,
+        layers_per_step: args.layers_per_step,
         routing: (routing.clone(), plan),
         api_key,
         hosts: { args.allow_host.iter() }

@@ -32,7 +32,7 @@ impl<B: Backend> Models<B> {
     /// Those of [`Service::start`].
     pub(crate) fn start(
         models: Vec<(String, Arc<Vlm<B>>)>,
-        options: &SessionOptions,
+        (options, layers): (&SessionOptions, Option<usize>),
         default: (String, Plan),
     ) -> Result<Self, ZooError> {
         let count = models.len() as u64;
@@ -40,6 +40,8 @@ impl<B: Backend> Models<B> {
             let mut options = options.clone();
             options.memory = options.memory.map(|limit| share(&vlm, limit, count));
             options.cache_bytes /= count.max(1);
+            let quarter = vlm.config().decoder().num_layers.div_ceil(4);
+            options.layers_per_step = layers.unwrap_or(quarter);
             let service = Service::start(vlm.clone(), options)?;
             Ok(Served { id, vlm, service })
         };

@@ -49,6 +49,9 @@ pub struct Settings {
     pub cache_bytes: u64,
     /// Compute every answer as if it were alone, see [`SessionOptions::apart`].
     pub apart: bool,
+    /// Layers of a prompt that run between two tokens of running answers, see [`SessionOptions::layers_per_step`]; a
+    /// quarter of the decoder's without it, so that a new answer begins four tokens later.
+    pub layers_per_step: Option<usize>,
     /// The routing of requests that ask for none: its name, and what it is.
     pub routing: (String, Plan),
     /// Who asks for answers must have it.
@@ -74,6 +77,7 @@ impl Default for Settings {
             memory: None,
             cache_bytes: 256 << 20,
             apart: false,
+            layers_per_step: None,
             routing: ("dense".into(), Schedule::dense().into()),
             api_key: None,
             hosts: Vec::new(),
@@ -136,7 +140,8 @@ impl<B: Backend> Server<B> {
         let fetch = settings.network.clone();
         let fetch = fetch.map(|network| Fetch::new(network, limits.body_bytes, FETCH_TIME));
         let sources = Sources::new(fetch, &settings.folders).map_err(ServeError::Folder)?;
-        let models = Models::start(models, &options, settings.routing.clone())?;
+        let layers = settings.layers_per_step;
+        let models = Models::start(models, (&options, layers), settings.routing.clone())?;
         let grace = settings.grace;
         let app = App::new(models, sources, settings);
         let app = Arc::new(app.map_err(ServeError::Setting)?);

@@ -62,6 +62,10 @@ pub struct ServeArgs {
     /// Compute every answer as if it were alone, bit for bit; the weights are read once for each.
     #[arg(long)]
     pub apart: bool,
+    /// Layers of a prompt that run between two tokens of running answers: few let these flow, many let new ones
+    /// begin; a quarter of the decoder's without it.
+    #[arg(long, value_name = "N", value_parser = one_or_more)]
+    pub layers_per_step: Option<usize>,
     /// Seconds for answers that run when the server is told to end (SIGTERM, SIGINT).
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub grace: u64,

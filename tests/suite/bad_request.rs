@@ -201,11 +201,11 @@ fn flags_that_are_out_of_range() {
         ("ask --top-k -1", "invalid value '-1' for '--top-k"),
         (
             "ask --repetition-penalty 0",
-            "repetition_penalty must be between 0.01 and 100, but is 0",
+            "repetition_penalty must be a number > 0, but is 0",
         ),
         (
             "ask --repetition-penalty -2",
-            "repetition_penalty must be between 0.01 and 100, but is -2",
+            "repetition_penalty must be a number > 0, but is -2",
         ),
         ("ask --seed -1", "invalid value '-1' for '--seed"),
         (

@@ -116,14 +116,14 @@ pub fn attention<B: Backend>(
 const MANY: usize = 8;
 
 /// The sizes of an attention; shapes as [`attention`].
-fn sizes<B: Backend>(query: &Tensor<B, 4>, key: &Cached<B>) -> AttentionSizes {
+fn sizes<B: Backend>(query: &Tensor<B, 4>, keys: usize) -> AttentionSizes {
     let [kv_heads, group, head_dim, queries] = query.dims();
     AttentionSizes {
         heads: kv_heads * group,
         kv_heads,
         head_dim,
         queries,
-        keys: key.dims()[2],
+        keys,
     }
 }
 
@@ -133,7 +133,7 @@ fn on_host<B: Backend>(
     [key, value]: [&Cached<B>; 2],
     causal: bool,
 ) -> Option<Tensor<B, 2>> {
-    let sizes = sizes(query, key);
+    let sizes = sizes(query, key.dims()[2]);
     let (dtype, device) = (query.dtype(), query.device());
     let shape = [sizes.heads * sizes.head_dim, sizes.queries];
     let query = HostTensor::of(query).packed();
@@ -181,10 +181,9 @@ fn on_record<B: Backend>(
     let [Cached::Float(key), Cached::Float(value)] = cache else {
         return None;
     };
-    let sizes = sizes(query, cache[0]);
     let all = Segment {
-        queries: 0..sizes.queries,
-        keys: 0..sizes.keys,
+        queries: 0..query.dims()[3],
+        keys: 0..key.dims()[2],
     };
     attention_on_record((query, key, value), vec![all], causal)
 }
@@ -211,15 +210,8 @@ pub fn attention_on_record<B: Backend>(
     segments: Vec<Segment>,
     causal: bool,
 ) -> Option<Tensor<B, 2>> {
-    let [kv_heads, group, head_dim, queries] = query.dims();
     let attend = Attend {
-        sizes: AttentionSizes {
-            heads: kv_heads * group,
-            kv_heads,
-            head_dim,
-            queries,
-            keys: key.dims()[2],
-        },
+        sizes: sizes(query, key.dims()[2]),
         segments,
         causal,
     };

@@ -15,7 +15,7 @@ pub struct SamplingOptions {
     pub top_p: f32,
     /// Keeps this many of the most likely tokens; 0 means all.
     pub top_k: usize,
-    /// Divides positive and multiplies negative logits of tokens seen before (arXiv 1909.05858); 0.01 to 100.
+    /// Divides positive and multiplies negative logits of tokens seen before (arXiv 1909.05858); > 0.
     pub repetition_penalty: f32,
     /// Added to the logits of these tokens; negative infinity forbids one.
     pub logit_bias: Vec<(u32, f32)>,
@@ -59,9 +59,9 @@ impl SamplingOptions {
         check((0.0..=1.0).contains(&p), "top_p", "in [0, 1]", p)?;
         let r = self.repetition_penalty;
         check(
-            (0.01..=100.0).contains(&r),
+            r.is_finite() && r > 0.0,
             "repetition_penalty",
-            "between 0.01 and 100",
+            "a number > 0",
             r,
         )?;
         let bias = self.logit_bias.iter().map(|&(_, bias)| bias);
@@ -247,15 +247,16 @@ impl Sampler {
         Some(last)
     }
 
+    /// What is finite stays so, however far the penalty is from 1.
     fn penalise(&self, logits: &mut [f32]) {
         let penalty = self.options.repetition_penalty;
         for &token in &self.seen {
-            if let Some(logit) = logits.get_mut(token as usize) {
-                *logit = if *logit > 0.0 {
-                    *logit / penalty
-                } else {
-                    *logit * penalty
+            if let Some(logit) = logits.get_mut(token as usize).filter(|x| x.is_finite()) {
+                let penalised = match *logit > 0.0 {
+                    true => *logit / penalty,
+                    false => *logit * penalty,
                 };
+                *logit = penalised.clamp(f32::MIN, f32::MAX);
             }
         }
     }
@@ -503,6 +504,22 @@ mod tests {
     }
 
     #[test]
+    fn penalties_without_measure_leave_numbers() {
+        let draws = |repetition_penalty, temperature| {
+            let options = SamplingOptions {
+                repetition_penalty,
+                temperature,
+                ..Default::default()
+            };
+            draws(options, &[30.0, -20.0, 10.0], &[0, 1], 2)
+        };
+        for temperature in [0.0, 1e-30, 1.0] {
+            assert_eq!(draws(1e-40, temperature), [0, 0]);
+            assert_eq!(draws(f32::MAX, temperature)[0], 2);
+        }
+    }
+
+    #[test]
     fn what_was_drawn_counts_as_seen() {
         let options = SamplingOptions {
             repetition_penalty: 10.0,
@@ -532,11 +549,6 @@ mod tests {
             },
             SamplingOptions {
                 repetition_penalty: 0.0,
-                ..Default::default()
-            },
-            // Logits would overflow.
-            SamplingOptions {
-                repetition_penalty: 1e-38,
                 ..Default::default()
             },
         ] {

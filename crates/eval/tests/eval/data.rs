@@ -246,6 +246,8 @@ fn lines_of_ones_own() {
             .to_string();
         assert!(error.contains(words), "{line}: {error}");
     }
+    let error = Data::open(Task::Own, "all", scratch.path()).expect_err("a folder");
+    assert!(error.to_string().contains("it is no file"), "{error}");
     fs::write(&file, "x".repeat(2 << 20)).expect("a file");
     let error = Data::open(Task::Own, "all", &file)
         .expect_err("too long")

@@ -69,6 +69,9 @@ fn answers_match_exactly_as_in_gqa() {
             expected,
             "{said:?} {right:?}"
         );
+        // Of one's own, any of several.
+        let any = Truth::AnyOf(vec!["neither this".into(), right]);
+        assert_eq!(score(&any, &said).score, expected);
     }
 }
 

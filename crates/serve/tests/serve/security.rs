@@ -93,13 +93,18 @@ fn pages_of_other_origins_may_ask_where_they_are_allowed_to() {
             .header("access-control-request-method", "POST")
             .header(
                 "access-control-request-headers",
-                "authorization,content-type",
+                "authorization,content-type,x-stainless-lang",
             )
             .body(());
         let response = server
             .agent
             .run(request.expect("a request"))
             .expect("a response");
+        if let Some(headers) = response.headers().get("access-control-allow-headers") {
+            // What OpenAI's client in browsers sends.
+            let headers = headers.to_str().expect("text");
+            assert!(headers.contains("x-stainless-lang"), "{headers}");
+        }
         let allowed = response.headers().get("access-control-allow-origin");
         allowed.map(|allowed| allowed.to_str().expect("text").to_owned())
     };
@@ -113,6 +118,15 @@ fn pages_of_other_origins_may_ask_where_they_are_allowed_to() {
     let allowed = Some("https://example.com".to_string());
     assert_eq!(preflight(&server, "https://example.com"), allowed);
     assert_eq!(preflight(&server, "https://example.org"), None);
+    for never in ["example.com", "", "https://example.com/", "https://a@b"] {
+        let settings = Settings {
+            cors: vec![never.into()],
+            ..Settings::default()
+        };
+        let models = vec![("built-in".into(), VLM.clone())];
+        let error = Server::new(models, settings).expect_err("no origin");
+        assert!(error.to_string().contains("an origin is"), "{error}");
+    }
 }
 
 /// Names of our own; one address of this machine stands for the internet.

@@ -8,6 +8,7 @@ Files of a target that takes several stand one behind the other, each behind its
 there has none. What the fuzzer has found beside them is left alone.
 """
 
+import base64
 import json
 import struct
 import tempfile
@@ -250,7 +251,31 @@ def templates():
     put("template", "texts", several(b"", as_json({"chat_template": chat, "eos_token": {"content": "</s>"}})))
 
 
+def requests():
+    picture = (FIXTURES / "scenes" / "000.webp").read_bytes()
+    url = "data:image/webp;base64," + base64.b64encode(picture).decode()
+    image = {"type": "image_url", "image_url": {"url": url, "detail": "auto"}}
+    frame = url.partition(",")[2]
+    video = {"type": "video_url", "video_url": {"url": f"data:video/webp;base64,{frame},{frame}", "fps": 2}}
+    text = {"type": "text", "text": "find the cross"}
+    say = lambda content, role="user": {"role": role, "content": content}
+    sampling = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "repetition_penalty": 1.1, "presence_penalty": 0.5,
+                "frequency_penalty": -0.5, "logit_bias": {"5": -100}, "seed": 7, "n": 2, "logprobs": True,
+                "top_logprobs": 3, "stop": ["x", "y"], "max_completion_tokens": 9}
+    streamed = {"stream": True, "stream_options": {"include_usage": True}, "model": "built-in"}
+    plan = {"routing": {"stages": [{"layer": 2, "keep_ratio": 0.5}]}, "trace": True, "grounding": True}
+    elsewhere = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "store": False, "user": "x"}
+    put("request", "text", as_json({"messages": [say("hello")]}))
+    put("request", "image", as_json({"messages": [say("be brief", "system"), say([image, text])]} | sampling))
+    put("request", "video", as_json({"messages": [say([video, text])]} | streamed))
+    put("request", "turns", as_json({"messages": [say([text]), say("there", "assistant"), say([text])]} | plan))
+    put("request", "elsewhere", as_json({"messages": [say("x")], "routing": "reroute-pdrop@128"} | elsewhere))
+    far = [{"type": "image_url", "image_url": address} for address in ("https://example.com/a.png", "file:///etc/passwd")]
+    put("request", "far", as_json({"messages": [say(far)]}))
+
+
 def main():
+    requests()
     models()
     graphs()
     checkpoints()

@@ -1,6 +1,7 @@
-//! What is done with bytes that claim to be files, through the doors that files come in by.
+//! What is done with bytes that claim to be files or requests, through the doors that these come in by.
 
 use reroute_checkpoint::{Gguf, Layout, LinearMap, NameTable, Onnx, Rule, Shards, read_adapter};
+use reroute_serve::{Limits, check};
 use reroute_zoo::burn::tensor::DType;
 use reroute_zoo::messages::{Content, Message, Role};
 use reroute_zoo::{ChatTemplate, Dialect, Folder, OpenOptions, Outline, Tokenizer};
@@ -9,12 +10,13 @@ use reroute_zoo::{ChatTemplate, Dialect, Folder, OpenOptions, Outline, Tokenizer
 pub type Target = fn(&[u8]);
 
 /// Every target, by name.
-pub const TARGETS: [(&str, Target); 8] = [
+pub const TARGETS: [(&str, Target); 9] = [
     ("adapter", adapter),
     ("gguf", gguf),
     ("model", model),
     ("onnx", onnx),
     ("processor", processor),
+    ("request", request),
     ("safetensors", safetensors),
     ("template", template),
     ("tokenizer", tokenizer),
@@ -172,5 +174,16 @@ fn template(data: &[u8]) {
             message(Role::Assistant, vec![text()]),
         ];
         let _ = template.render_conversation(&messages, true);
+    }
+}
+
+/// The body of a request to a server.
+fn request(data: &[u8]) {
+    let limits = Limits {
+        pixels: 1 << 20,
+        ..Limits::default()
+    };
+    if let Err((status, error)) = check(data, &limits) {
+        assert!((400..500).contains(&status), "{status}: {error}");
     }
 }

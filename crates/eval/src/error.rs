@@ -157,6 +157,16 @@ pub enum EvalError {
         /// What is wrong.
         reason: String,
     },
+    /// Records of what is not measured here.
+    #[error(
+        "{path} has a record of another run: {reason}; restore the file, or remove it and measure again"
+    )]
+    Foreign {
+        /// The file.
+        path: PathBuf,
+        /// Which.
+        reason: String,
+    },
     /// Another process measures there.
     #[error("{path} is in use by another run: wait for it, or name another folder")]
     Busy {

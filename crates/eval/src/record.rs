@@ -230,6 +230,15 @@ impl Log {
         if is_begun {
             let (mut records, whole) = scan(&path)?;
             records.header.check(&path, &header)?;
+            let here = header.shard.samples(header.samples);
+            if let Some(sample) = records.records.keys().find(|sample| !here.contains(sample)) {
+                let reason = format!(
+                    "sample {sample} is none of {} to {}",
+                    here.start,
+                    here.end.saturating_sub(1)
+                );
+                return Err(EvalError::Foreign { path, reason });
+            }
             records.records.retain(|_, record| record.error.is_none());
             let file = OpenOptions::new().write(true).open(&path);
             let mut file = file.map_err(EvalError::io(&path))?;

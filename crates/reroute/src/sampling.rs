@@ -1,5 +1,5 @@
 use std::cmp::Ordering;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -17,6 +17,10 @@ pub struct SamplingOptions {
     pub top_k: usize,
     /// Divides positive and multiplies negative logits of tokens seen before (arXiv 1909.05858); > 0.
     pub repetition_penalty: f32,
+    /// Taken from the logits of tokens that were drawn before, as OpenAI's API has it: -2 to 2.
+    pub presence_penalty: f32,
+    /// Taken from them as often as they were drawn: -2 to 2.
+    pub frequency_penalty: f32,
     /// Added to the logits of these tokens; negative infinity forbids one.
     pub logit_bias: Vec<(u32, f32)>,
     /// The only tokens that may be chosen; `None` allows all.
@@ -32,6 +36,8 @@ impl Default for SamplingOptions {
             top_p: 1.0,
             top_k: 0,
             repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
             logit_bias: Vec::new(),
             allowed_tokens: None,
             seed: 0,
@@ -64,6 +70,13 @@ impl SamplingOptions {
             "a number > 0",
             r,
         )?;
+        for (option, penalty) in [
+            ("presence_penalty", self.presence_penalty),
+            ("frequency_penalty", self.frequency_penalty),
+        ] {
+            let is_penalty = (-2.0..=2.0).contains(&penalty);
+            check(is_penalty, option, "in [-2, 2]", penalty)?;
+        }
         let bias = self.logit_bias.iter().map(|&(_, bias)| bias);
         let is_bias = |bias: &f32| bias.is_finite() || *bias == f32::NEG_INFINITY;
         match { bias }.find(|bias| !is_bias(bias)) {
@@ -103,9 +116,15 @@ impl SamplingOptions {
         }
     }
 
+    /// Whether tokens count that were drawn.
+    fn counts(&self) -> bool {
+        self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
+    }
+
     /// Whether logits are others than the model's.
     fn changes_logits(&self) -> bool {
         self.repetition_penalty != 1.0
+            || self.counts()
             || !self.logit_bias.is_empty()
             || self.allowed_tokens.is_some()
     }
@@ -163,6 +182,8 @@ pub struct Sampler {
     random: StdRng,
     /// Distinct tokens of the prompt and of what was drawn, if there is a penalty on them.
     seen: HashSet<u32>,
+    /// How often each token was drawn, if that counts.
+    drawn: HashMap<u32, u32>,
 }
 
 impl Sampler {
@@ -176,6 +197,7 @@ impl Sampler {
             random: StdRng::seed_from_u64(options.seed.wrapping_add(sample as u64)),
             options: options.clone(),
             seen: HashSet::new(),
+            drawn: HashMap::new(),
         })
     }
 
@@ -186,7 +208,7 @@ impl Sampler {
         }
     }
 
-    /// Chooses a token: repetition penalty, bias and mask, then temperature, top-k, top-p, then the draw.
+    /// Chooses a token: penalties, bias and mask, then temperature, top-k, top-p, then the draw.
     /// Returns `None`, and leaves the logits as they are, if one is NaN or the largest is not finite.
     pub fn next(&mut self, logits: &mut [f32]) -> Option<u32> {
         let largest = logits.iter().copied().reduce(f32::max)?;
@@ -207,6 +229,9 @@ impl Sampler {
             false => self.draw(logits)?,
         };
         self.see(&[token]);
+        if self.options.counts() {
+            *self.drawn.entry(token).or_default() += 1;
+        }
         Some(token)
     }
 
@@ -257,6 +282,15 @@ impl Sampler {
                     false => *logit * penalty,
                 };
                 *logit = penalised.clamp(f32::MIN, f32::MAX);
+            }
+        }
+        let [once, each] = [
+            self.options.presence_penalty,
+            self.options.frequency_penalty,
+        ];
+        for (&token, &count) in &self.drawn {
+            if let Some(logit) = logits.get_mut(token as usize) {
+                *logit -= once + each * count as f32;
             }
         }
     }
@@ -529,6 +563,25 @@ mod tests {
     }
 
     #[test]
+    fn drawn_tokens_are_penalised_once_and_each_time_and_those_of_the_prompt_are_not() {
+        let draws = |presence_penalty, frequency_penalty| {
+            let options = SamplingOptions {
+                presence_penalty,
+                frequency_penalty,
+                ..Default::default()
+            };
+            draws(options, &[3.0, 1.8, 0.0], &[0], 6)
+        };
+        assert_eq!(draws(0.0, 0.0), [0; 6]);
+        assert_eq!(draws(1.0, 0.0), [0; 6]);
+        // 3 falls to 1.5, and no further; 1.8 to 0.3.
+        assert_eq!(draws(1.5, 0.0), [0, 1, 0, 0, 0, 0]);
+        // 3, 2.5, 2, 1.5 | 1.8, 1.3 | 1.5, 1 | 1.3.
+        assert_eq!(draws(0.0, 0.5), [0, 0, 0, 1, 0, 1]);
+        assert_eq!(draws(-2.0, -2.0), [0; 6]);
+    }
+
+    #[test]
     fn options_out_of_range_are_refused() {
         for options in [
             SamplingOptions {
@@ -549,6 +602,14 @@ mod tests {
             },
             SamplingOptions {
                 repetition_penalty: 0.0,
+                ..Default::default()
+            },
+            SamplingOptions {
+                presence_penalty: 2.5,
+                ..Default::default()
+            },
+            SamplingOptions {
+                frequency_penalty: f32::NAN,
                 ..Default::default()
             },
         ] {

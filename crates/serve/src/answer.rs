@@ -141,7 +141,7 @@ pub(crate) fn entry<B: Backend>(
         return None;
     }
     let of = |token: u32, logprob: f32| {
-        let text = vlm.tokenizer().decode_all(&[token]).unwrap_or_default();
+        let text = token_text(vlm, token);
         // A part of a character has bytes that nobody knows here.
         let bytes = (!text.contains('\u{FFFD}')).then(|| text.as_bytes().to_vec());
         // What JSON has no number for.
@@ -155,6 +155,16 @@ pub(crate) fn entry<B: Backend>(
         .map(|&(token, logprob)| of(token, logprob));
     told["top_logprobs"] = top.collect();
     Some(told)
+}
+
+/// A token as it stands between others: what begins a word has the space before it.
+fn token_text<B: Backend>(vlm: &Vlm<B>, token: u32) -> String {
+    let decode = |ids: &[u32]| vlm.tokenizer().decode_all(ids).unwrap_or_default();
+    let (once, twice) = (decode(&[token]), decode(&[token, token]));
+    match twice.strip_prefix(&once) {
+        Some(second) if !second.is_empty() => second.to_owned(),
+        _ => once,
+    }
 }
 
 fn told(content: &[Value]) -> Value {

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, Request, State};
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
@@ -28,7 +29,6 @@ use crate::refusal::Refusal;
 use crate::server::Settings;
 use crate::{chat, page};
 
-/// Requests of a session of one user go to one server of several, for its caches; see `examples/nginx`.
 /// How long a page may go on as it was allowed to.
 const CORS_TIME: Duration = Duration::from_secs(3600);
 
@@ -47,7 +47,7 @@ pub(crate) struct App<B: Backend> {
     pub(crate) models: Models<B>,
     pub(crate) sources: Sources,
     pub(crate) metrics: Arc<Metrics>,
-    /// One for each request under way.
+    /// One for each request that has come whole and is not answered.
     pub(crate) places: Arc<Semaphore>,
     /// One for each request that is read or preprocessed.
     pub(crate) workers: Arc<Semaphore>,
@@ -116,15 +116,15 @@ impl<B: Backend> App<B> {
     /// Whether the head of a request names this server: a page of another origin whose name leads here a moment later
     /// (DNS rebinding) has that name in it. Such a page has no key.
     fn is_meant(&self, headers: &HeaderMap) -> bool {
-        let (None, Some(host)) = (&self.settings.api_key, headers.get(header::HOST)) else {
-            return true;
+        let is_own = |host: &HeaderValue| {
+            let name = host_name(host.to_str().unwrap_or_default()).to_ascii_lowercase();
+            let address = name.trim_start_matches('[').trim_end_matches(']');
+            address.parse::<IpAddr>().is_ok()
+                || name == "localhost"
+                || name.ends_with(".localhost")
+                || self.settings.hosts.contains(&name)
         };
-        let name = host_name(host.to_str().unwrap_or_default()).to_ascii_lowercase();
-        let address = name.trim_start_matches('[').trim_end_matches(']');
-        address.parse::<IpAddr>().is_ok()
-            || name == "localhost"
-            || name.ends_with(".localhost")
-            || self.settings.hosts.contains(&name)
+        self.settings.api_key.is_some() || headers.get_all(header::HOST).iter().all(is_own)
     }
 
     /// Whether the head of a request has the key, if there must be one. Comparing takes the same time wherever
@@ -249,8 +249,10 @@ async fn models<B: Backend>(State(app): State<Arc<App<B>>>) -> Response {
 
 async fn model<B: Backend>(
     State(app): State<Arc<App<B>>>,
-    Path(id): Path<String>,
+    id: Result<Path<String>, PathRejection>,
 ) -> Result<Response, Refusal> {
+    // A path that is no text is no model's name either.
+    let id = id.map_or_else(|_| String::from("\u{FFFD}"), |Path(id)| id);
     let served = app.models.find(Some(&id))?;
     let card = app.models.card(served, app.created);
     Ok(json_response(StatusCode::OK, &card))

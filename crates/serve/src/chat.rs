@@ -116,6 +116,28 @@ async fn ask<B: Backend>(
         let message = "a request is JSON: Content-Type: application/json";
         return Err(Refusal::wrong(StatusCode::UNSUPPORTED_MEDIA_TYPE, message));
     }
+    if let Some(coding) = headers.get(header::CONTENT_ENCODING)
+        && !coding.as_bytes().eq_ignore_ascii_case(b"identity")
+    {
+        let message = "a body is sent as it is: leave Content-Encoding out";
+        return Err(Refusal::wrong(StatusCode::UNSUPPORTED_MEDIA_TYPE, message));
+    }
+    // Nobody need send first what is refused.
+    let most = app.limits().body_bytes;
+    let length = headers.get(header::CONTENT_LENGTH);
+    let length = length.and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
+    if length.is_some_and(|length| length > most as u64) {
+        return Err(too_large(most));
+    }
+    let read = timeout(BODY_TIME, read(app, body)).await;
+    let (body, held) = read.map_err(|_| {
+        let message = "the body comes too slowly: send smaller pictures";
+        Refusal::wrong(StatusCode::REQUEST_TIMEOUT, message)
+    })??;
+    if !app.is_open() {
+        return Err(Refusal::closing());
+    }
+    // Whoever sends slowly has none: connections and memory are the limits of bodies.
     let place = app.places.clone().try_acquire_owned();
     let place = place.map_err(|_| {
         let places = app.limits().places();
@@ -123,11 +145,6 @@ async fn ask<B: Backend>(
             "{places} requests are under way already: ask again later"
         ))
     })?;
-    let read = timeout(BODY_TIME, read(app, body)).await;
-    let (body, held) = read.map_err(|_| {
-        let message = "the body comes too slowly: send smaller pictures";
-        Refusal::wrong(StatusCode::REQUEST_TIMEOUT, message)
-    })??;
     let most_text = app.limits().text_bytes;
     let parse = move || Chat::parse(&body, most_text);
     let chat = blocking(&app.workers, parse).await??;
@@ -159,6 +176,11 @@ async fn blocking<T: Send + 'static>(
     spawn_blocking(work).await.map_err(failed)
 }
 
+fn too_large(most: usize) -> Refusal {
+    let message = format_args!("the body is larger than {most} bytes: send smaller pictures");
+    Refusal::wrong(StatusCode::PAYLOAD_TOO_LARGE, message)
+}
+
 /// The body of a request.
 async fn read<B: Backend>(
     app: &App<B>,
@@ -169,9 +191,7 @@ async fn read<B: Backend>(
     while let Some(chunk) = body.next().await {
         let chunk = chunk.map_err(|_| Refusal::malformed("the body is cut off"))?;
         if bytes.len() + chunk.len() > most {
-            let message =
-                format_args!("the body is larger than {most} bytes: send smaller pictures");
-            return Err(Refusal::wrong(StatusCode::PAYLOAD_TOO_LARGE, message));
+            return Err(too_large(most));
         }
         // Before it is whole: many may come at once.
         if !held.grow(chunk.len() as u64) {
@@ -321,6 +341,9 @@ fn options(
             top_p: chat.top_p.unwrap_or(own.top_p),
             top_k: chat.top_k.unwrap_or(own.top_k),
             repetition_penalty: chat.repetition_penalty.unwrap_or(own.repetition_penalty),
+            presence_penalty: chat.presence_penalty.unwrap_or(own.presence_penalty),
+            frequency_penalty: chat.frequency_penalty.unwrap_or(own.frequency_penalty),
+            logit_bias: chat.logit_bias.clone(),
             // Without a seed of its own a request draws what no other draws.
             seed: chat.seed.unwrap_or_else(rand::random),
             ..own

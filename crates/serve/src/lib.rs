@@ -23,6 +23,7 @@
 mod answer;
 mod app;
 mod chat;
+mod check;
 mod fetch;
 mod limits;
 mod map;
@@ -35,6 +36,7 @@ mod request;
 mod server;
 mod stream;
 
+pub use check::check;
 pub use fetch::{Network, PublicNetwork};
 pub use limits::Limits;
 pub use server::{ServeError, Server, Settings};

@@ -14,6 +14,8 @@ pub(crate) use messages::{Picture, Piece, Said};
 /// Most stop strings, and most bytes of one.
 const MAX_STOPS: usize = 16;
 const MAX_STOP_BYTES: usize = 1024;
+/// Most tokens that are biased.
+const MAX_BIASES: usize = 1024;
 /// Most alternatives of a token, as OpenAI has it.
 const MAX_TOP_LOGPROBS: usize = 20;
 
@@ -28,6 +30,9 @@ pub(crate) struct Chat {
     pub(crate) top_p: Option<f32>,
     pub(crate) top_k: Option<usize>,
     pub(crate) repetition_penalty: Option<f32>,
+    pub(crate) presence_penalty: Option<f32>,
+    pub(crate) frequency_penalty: Option<f32>,
+    pub(crate) logit_bias: Vec<(u32, f32)>,
     pub(crate) seed: Option<u64>,
     pub(crate) stop: Vec<String>,
     pub(crate) n: usize,
@@ -54,10 +59,8 @@ type IsNeutral = fn(&Value) -> bool;
 /// Fields that others know, the values of them that change nothing, and why there are no others here.
 const ELSEWHERE: &[(&str, IsNeutral, &str)] = &[
     ("audio", never, "there is no speech here"),
-    ("frequency_penalty", is_zero, "use repetition_penalty"),
     ("function_call", is_no_choice, "there are no functions here"),
     ("functions", is_empty, "there are no functions here"),
-    ("logit_bias", is_empty, "there is no bias of tokens here"),
     ("metadata", always, ""),
     ("modalities", is_text_alone, "answers are text"),
     (
@@ -66,7 +69,6 @@ const ELSEWHERE: &[(&str, IsNeutral, &str)] = &[
         "there are no tools here",
     ),
     ("prediction", never, "answers are not predicted here"),
-    ("presence_penalty", is_zero, "use repetition_penalty"),
     ("prompt_cache_key", always, ""),
     ("prompt_cache_retention", always, ""),
     (
@@ -119,6 +121,9 @@ impl Chat {
             top_p: fields.number("top_p")?,
             top_k: fields.count("top_k", 0)?,
             repetition_penalty: fields.number("repetition_penalty")?,
+            presence_penalty: fields.number("presence_penalty")?,
+            frequency_penalty: fields.number("frequency_penalty")?,
+            logit_bias: logit_bias(&mut fields)?,
             seed: seed(&mut fields)?,
             stop: stop(fields.take("stop"))?,
             n: fields.count("n", 1)?.unwrap_or(1),
@@ -132,6 +137,23 @@ impl Chat {
         fields.end()?;
         Ok(chat)
     }
+}
+
+/// Token ids as texts, and what is added to their logits.
+fn logit_bias(fields: &mut Fields) -> Result<Vec<(u32, f32)>, Refusal> {
+    let what = "an object of at most 1024 token ids as texts, each with a number from -100 to 100";
+    let bias = fields.read("logit_bias", what, |value| {
+        let Value::Object(map) = value else {
+            return None;
+        };
+        let entry = |(id, bias): (String, Value)| {
+            let bias = bias.as_f64().filter(|bias| bias.abs() <= 100.0)?;
+            Some((id.parse().ok()?, bias as f32))
+        };
+        let fits = map.len() <= MAX_BIASES;
+        fits.then(|| map.into_iter().map(entry).collect())?
+    })?;
+    Ok(bias.unwrap_or_default())
 }
 
 fn max_tokens(fields: &mut Fields) -> Result<Option<usize>, Refusal> {
@@ -234,10 +256,6 @@ fn never(_: &Value) -> bool {
 
 fn always(_: &Value) -> bool {
     true
-}
-
-fn is_zero(value: &Value) -> bool {
-    value.as_f64() == Some(0.0)
 }
 
 fn is_false(value: &Value) -> bool {

@@ -136,6 +136,9 @@ pub fn decode(bytes: &[u8], limits: &DecodeLimits) -> Result<RgbImage, VisionErr
     RgbImage::new(width, height, rgb8(image))
 }
 
+/// Most bytes that the colour profile and the texts of a PNG file may take when they are unpacked.
+const PNG_METADATA_BYTES: u64 = 64 << 20;
+
 /// Decodes a file by the `image` crate.
 fn decode_as(
     format: ImageFormat,
@@ -149,7 +152,11 @@ fn decode_as(
     };
     let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
     let mut decoder_limits = Limits::default();
-    decoder_limits.max_alloc = Some(max_bytes);
+    // Of a PNG file this holds for what is not the picture (profiles, texts), which is unpacked though nobody reads it.
+    decoder_limits.max_alloc = Some(match format {
+        ImageFormat::Png => max_bytes.min(PNG_METADATA_BYTES),
+        _ => max_bytes,
+    });
     reader.limits(decoder_limits);
     let decoder = reader.into_decoder().map_err(broken)?;
     let (width, height) = decoder.dimensions();

@@ -103,6 +103,17 @@ fn damaged_files_are_errors() {
 }
 
 #[test]
+fn rare_codecs_are_read() {
+    for codec in ["lz4", "brotli"] {
+        let folder_of = fixture("codecs").join(codec);
+        let data = Data::open(Task::RefCoco, "val", &folder_of).expect(codec);
+        let scratch = folder();
+        let records = measure(&data, &settings(&["dense"]), scratch.path()).expect(codec);
+        assert!(records[0].records[&0].answer.is_some(), "{codec}");
+    }
+}
+
+#[test]
 fn pictures_that_are_none_stop_or_count_apart() {
     let data = Data::open(Task::RefCoco, "val", &fixture("damaged/pictures"));
     let data = data.expect("good but for its pictures");

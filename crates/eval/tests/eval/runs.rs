@@ -198,6 +198,16 @@ fn other_runs_are_not_gone_on_with() {
     );
     let error = refused(&|other| other.batch = 1, &data);
     assert!(error.contains("another apart"), "{error}");
+    // A line that has come from elsewhere.
+    let path = scratch.path().join("records-dense.jsonl");
+    let lines = fs::read_to_string(&path).expect("records");
+    fs::write(&path, lines.replace("\"sample\":2", "\"sample\":3")).expect("a file");
+    let error = measure(&data, &first, scratch.path()).expect_err("a foreign record");
+    assert!(matches!(error, EvalError::Foreign { .. }), "{error}");
+    assert!(
+        error.to_string().contains("sample 3 is none of 0 to 2"),
+        "{error}"
+    );
     let error = refused(
         &|other| other.routings[0].1 = VLM.plan("pdrop@192").expect("a preset"),
         &data,

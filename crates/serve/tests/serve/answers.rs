@@ -169,11 +169,15 @@ fn several_answers_draw_what_the_seed_says() {
     (options.sampling.temperature, options.sampling.seed) = (1.5, 7);
     (options.sampling.top_k, options.sampling.top_p) = (20, 0.9);
     options.sampling.repetition_penalty = 1.1;
+    options.sampling.presence_penalty = 0.5;
+    options.sampling.frequency_penalty = -0.25;
+    options.sampling.logit_bias = vec![(40, 3.5), (41, -100.0)];
     let answers = expected(vec![Turn::text(Role::User, "x")], options, 3, &[]);
     let request = json!({
         "messages": [{"role": "user", "content": "x"}],
         "max_completion_tokens": 9, "temperature": 1.5, "seed": 7, "top_k": 20, "top_p": 0.9,
-        "repetition_penalty": 1.1, "n": 3,
+        "repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": -0.25,
+        "logit_bias": {"41": -100, "40": 3.5}, "n": 3,
     });
     let response = server.ask(&request);
     let chunks = server.stream(&request);
@@ -251,7 +255,10 @@ fn probabilities_are_told_whole_and_in_chunks() {
             json!(entry["token"].as_str().map(str::as_bytes))
         );
     }
-    assert!(!text.is_empty());
+    // Spaces are part of tokens.
+    let answer = text_of(&response);
+    assert!(answer.contains(' '));
+    assert_eq!(text.trim(), answer);
     let chunks = server.stream(&request);
     let told = chunks
         .iter()

@@ -30,6 +30,14 @@ fn bodies_texts_and_pictures_have_limits() {
     let large = vec![b' '; 3_000_000];
     let (status, text) = server.send(&large);
     assert_eq!(refused(status, &text).0, 413);
+    // One that is announced need not come.
+    let head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100001\r\n\r\n";
+    let mut connection = TcpStream::connect(server.address).expect("a connection");
+    connection.write_all(head.as_bytes()).expect("it is sent");
+    let mut line = String::new();
+    let read = BufReader::new(&connection).read_line(&mut line);
+    read.expect("a response");
+    assert!(line.starts_with("HTTP/1.1 413"), "{line}");
     let (status, error) =
         server.refuse(&json!({"messages": [{"role": "user", "content": "x".repeat(1001)}]}));
     assert_eq!((status, &error["param"]), (400, &json!("messages")));

@@ -6,7 +6,9 @@ mod load;
 mod models;
 mod pictures;
 mod refused;
+mod schema;
 mod security;
+mod smuggling;
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};

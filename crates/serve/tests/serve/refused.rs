@@ -38,8 +38,11 @@ fn what_others_support_is_refused_by_name_and_neutral_values_are_not() {
         ("modalities", json!(["text", "audio"])),
         ("prediction", json!({"type": "content"})),
         ("logit_bias", json!({"50256": -100})),
-        ("presence_penalty", json!(0.5)),
-        ("frequency_penalty", json!(-0.5)),
+        ("logit_bias", json!({"x": 1})),
+        ("logit_bias", json!({"5": 101})),
+        ("logit_bias", json!([5])),
+        ("presence_penalty", json!(2.5)),
+        ("frequency_penalty", json!("much")),
         ("reasoning_effort", json!("high")),
         ("verbosity", json!("low")),
         ("web_search_options", json!({})),
@@ -271,6 +274,14 @@ fn bodies_that_are_no_requests() {
         .expect("a response");
     assert_eq!(response.status(), 415);
     refused(415, &response.body_mut().read_to_string().expect("text"));
+    let request = server.agent.post(server.url("/v1/chat/completions"));
+    let mut response = request
+        .header("content-encoding", "gzip")
+        .content_type("application/json")
+        .send("{}")
+        .expect("a response");
+    assert_eq!(response.status(), 415);
+    refused(415, &response.body_mut().read_to_string().expect("text"));
     // Half a body, and no more.
     let mut connection = std::net::TcpStream::connect(server.address).expect("a connection");
     let half = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{";
@@ -285,6 +296,7 @@ fn other_places_methods_and_models() {
     for (path, expected) in [
         ("/v2", 404),
         ("/v1/models/nobody", 404),
+        ("/v1/models/%ff", 404),
         ("/v1/chat/completions", 405),
     ] {
         let (status, text) = server.get(path);

@@ -83,6 +83,19 @@ fn without_a_key_a_server_answers_to_its_own_names_alone() {
     ] {
         assert_eq!(asked(&server, host), 403, "{host}");
     }
+    // Whoever is asked twice who it is meant for is meant by both.
+    for (second, status) in [("127.0.0.1", "200"), ("evil.example", "403")] {
+        let head = format!(
+            "GET /v1/models HTTP/1.1\r\nHost: localhost\r\nHost: {second}\r\nConnection: close\r\n\r\n"
+        );
+        let mut connection = TcpStream::connect(server.address).expect("a connection");
+        connection.write_all(head.as_bytes()).expect("it is sent");
+        let mut response = String::new();
+        connection
+            .read_to_string(&mut response)
+            .expect("a response");
+        assert_eq!(response.split(' ').nth(1), Some(status), "{response}");
+    }
 }
 
 #[test]

@@ -20,6 +20,16 @@ pub enum EvalError {
         /// Where they come from.
         repository: &'static str,
     },
+    /// Data that are in no folder.
+    #[error(
+        "{path} is no folder; name that of a copy of {repository}, one that has it, or the hub's cache"
+    )]
+    NoFolder {
+        /// What was named.
+        path: PathBuf,
+        /// Where the data come from.
+        repository: &'static str,
+    },
     /// A folder of other data.
     #[error(
         "{path} is called as {given}, and this task is measured on {wanted}; name its folder, or one that has folders of \
@@ -130,6 +140,12 @@ pub enum EvalError {
     /// There are records in the folder.
     #[error("{path} is there: go on with it (--resume), or name another folder")]
     Taken {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Where shards are to be joined are records of something else.
+    #[error("{path} has the records of another run: name another folder")]
+    Occupied {
         /// The file.
         path: PathBuf,
     },

@@ -19,6 +19,10 @@ pub(crate) fn files(
     split: &str,
 ) -> Result<Vec<PathBuf>, EvalError> {
     let repository = task.repository();
+    if !folder.is_dir() {
+        let path = folder.to_owned();
+        return Err(EvalError::NoFolder { path, repository });
+    }
     let (owner, name) = repository.split_once('/').unwrap_or(("", repository));
     // One table of expressions looks like another.
     let is_of = |task: &&Task| {

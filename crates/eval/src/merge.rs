@@ -11,7 +11,8 @@ use crate::{EvalError, Shard};
 /// names, dense first.
 ///
 /// # Errors
-/// [`EvalError::Merge`] if a sample is there twice or not at all, or if the shards are of different runs.
+/// [`EvalError::Merge`] if a sample is there twice or not at all, or if the shards are of different runs;
+/// [`EvalError::Occupied`] if `to` has records of another run.
 pub fn merge(folders: &[PathBuf], to: &Path) -> Result<Vec<Records>, EvalError> {
     let mut found: BTreeMap<(bool, String), Vec<(PathBuf, Records)>> = BTreeMap::new();
     for folder in folders {
@@ -37,9 +38,16 @@ pub fn merge(folders: &[PathBuf], to: &Path) -> Result<Vec<Records>, EvalError> 
         merged.push(joined(&routing, shards)?);
     }
     fs::create_dir_all(to).map_err(EvalError::io(to))?;
+    let path_of = |records: &Records| to.join(file_name(&records.header.routing, Shard::default()));
+    // The same run may be merged again; what another has left there stays.
     for records in &merged {
-        let path = to.join(file_name(&records.header.routing, Shard::default()));
-        record::write(&path, records)?;
+        let path = path_of(records);
+        if path.exists() && record::read(&path).is_ok_and(|old| old.header != records.header) {
+            return Err(EvalError::Occupied { path });
+        }
+    }
+    for records in &merged {
+        record::write(&path_of(records), records)?;
     }
     Ok(merged)
 }

@@ -41,7 +41,7 @@ pub struct Header {
     pub grounding: String,
     /// Tokens of an answer at most.
     pub max_new_tokens: usize,
-    /// Whether every answer was computed as if it were alone.
+    /// Whether every answer was computed as if it were alone (`--batch 1`).
     pub apart: bool,
 }
 

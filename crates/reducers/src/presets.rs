@@ -154,7 +154,12 @@ pub fn find(name: &str) -> Result<Preset, ReducerError> {
     presets().find(|preset| preset.name == name).ok_or_else(|| {
         // What is longer is no slip of a name.
         let head: String = name.chars().take(LONGEST).collect();
-        let nearest = presets().min_by_key(|preset| edit_distance(&preset.name, &head));
+        // A method that is spelt right has other budgets.
+        let method = head.split('@').next().unwrap_or_default();
+        let nearest = presets().min_by_key(|preset| {
+            let is_other = preset.method.name != method;
+            (is_other, edit_distance(&preset.name, &head))
+        });
         let methods: Vec<&str> = methods().map(|method| method.name).collect();
         ReducerError::UnknownPreset {
             name: match name == head {
@@ -328,6 +333,16 @@ mod tests {
             "{message}"
         );
         assert!(find("").is_err());
+        for (name, nearest) in [
+            ("reroute-pdrop@129", "reroute-pdrop@128"),
+            ("random@192", "random@192-exact"),
+        ] {
+            let message = find(name).unwrap_err().to_string();
+            assert!(
+                message.contains(&format!("did you mean \"{nearest}\"")),
+                "{message}"
+            );
+        }
     }
 
     /// Whoever may name a preset shall not hold a processor up.

@@ -29,6 +29,7 @@ use crate::refusal::Refusal;
 use crate::server::Settings;
 use crate::{chat, page};
 
+const NOTHING: &str = "there is nothing here: answers are at POST /v1/chat/completions, so that a client's base URL ends in /v1";
 /// How long a page may go on as it was allowed to.
 const CORS_TIME: Duration = Duration::from_secs(3600);
 
@@ -192,7 +193,7 @@ pub(crate) fn router<B: Backend>(app: Arc<App<B>>) -> Router {
     };
     let router = protected
         .merge(open)
-        .fallback(|| async { Refusal::wrong(StatusCode::NOT_FOUND, "there is nothing here") })
+        .fallback(|| async { Refusal::wrong(StatusCode::NOT_FOUND, NOTHING) })
         .method_not_allowed_fallback(|| async {
             Refusal::wrong(StatusCode::METHOD_NOT_ALLOWED, "not by this method")
         })

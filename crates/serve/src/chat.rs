@@ -262,7 +262,8 @@ fn hand_over<B: Backend>(
     let vlm = &served.vlm;
     if chat.n > limits.choices.min(limits.answers) {
         let most = limits.choices.min(limits.answers);
-        let message = format_args!("a request gets {most} answers at most");
+        let message =
+            format_args!("answers to a request at most: {most} (--max-choices, --max-running)");
         return Err(Refusal::bad("n", message));
     }
     let options = options(&chat, vlm.generation_defaults(), limits.tokens)?;

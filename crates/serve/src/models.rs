@@ -116,15 +116,14 @@ impl<B: Backend> Models<B> {
                 let Some(plan) = self.fitting(&preset.name) else {
                     continue;
                 };
-                match preset.exact {
-                    true => exact.extend(preset.budget),
-                    false => {
-                        budgets.extend(preset.budget);
-                        action.get_or_insert_with(|| does(&plan));
-                    }
-                }
+                let of_kind = if preset.exact {
+                    &mut exact
+                } else {
+                    &mut budgets
+                };
+                of_kind.extend(preset.budget);
+                action.get_or_insert_with(|| does(&plan));
             }
-            // What has solved budgets alone is not `id@budget`.
             Some(json!({
                 "id": method.name,
                 "action": action?,

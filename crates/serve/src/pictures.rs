@@ -176,6 +176,9 @@ impl Sources {
         }
         let rest = rest.strip_prefix("//").unwrap_or(rest);
         let rest = rest.strip_prefix("localhost").unwrap_or(rest);
+        if !rest.starts_with('/') {
+            return Err(Refusal::bad(place, "a file URL is file:///absolute/path"));
+        }
         let path: Cow<str> = percent_decode_str(rest).decode_utf8_lossy();
         let path = Path::new(path.as_ref());
         let below = self.folders.iter().find_map(|folder| {

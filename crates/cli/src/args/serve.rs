@@ -28,7 +28,7 @@ pub struct ServeArgs {
     #[command(flatten)]
     pub routing: RoutingArgs,
     /// Address to listen at.
-    #[arg(long, value_name = "IP", default_value = "127.0.0.1")]
+    #[arg(long, value_name = "IP", default_value = "127.0.0.1", value_parser = host)]
     pub host: IpAddr,
     /// Port to listen at; 0 is any that is free.
     #[arg(long, default_value_t = 8000)]
@@ -132,6 +132,16 @@ impl From<&LimitArgs> for Limits {
             fetches: args.max_fetches,
             connections: args.max_connections,
             ..Limits::default()
+        }
+    }
+}
+
+/// An address, or the one that `localhost` is.
+fn host(text: &str) -> Result<IpAddr, String> {
+    match text {
+        "localhost" => Ok(IpAddr::from([127, 0, 0, 1])),
+        _ => {
+            { text.parse() }.map_err(|_| "give an IP address, such as 127.0.0.1 or 0.0.0.0".into())
         }
     }
 }

@@ -146,6 +146,8 @@ fn what_is_not_there_is_named() {
         let error = Data::open(task, split, path).expect_err("it is not there");
         error.to_string()
     };
+    let error = refused(Task::RefCoco, "val", &scratch.path().join("nope"));
+    assert!(error.contains("nope is no folder"), "{error}");
     let error = refused(Task::RefCoco, "testA", &fixture("RefCOCO"));
     assert!(
         error.contains("data/testA-00000") && error.contains("lmms-lab-encoder/RefCOCO"),

@@ -98,6 +98,18 @@ fn merged_shards_are_the_whole() {
             .join(format!("records-{}.jsonl", expected.header.routing));
         assert_eq!(read(&path).expect("records"), *expected);
     }
+    // The same again, and never over what another run has left.
+    merge(&folders, to.path()).expect("the same");
+    let path = to.path().join("records-reroute-pdrop@192.jsonl");
+    let mine = fs::read_to_string(&path).expect("records");
+    let others = mine.replacen("\"refcoco\"", "\"refcocog\"", 1);
+    assert_ne!(mine, others);
+    fs::write(&path, &others).expect("a file");
+    fs::remove_file(to.path().join("records-dense.jsonl")).expect("removed");
+    let error = merge(&folders, to.path()).expect_err("another run");
+    assert!(matches!(error, EvalError::Occupied { .. }), "{error}");
+    assert_eq!(fs::read_to_string(&path).expect("records"), others);
+    assert!(!to.path().join("records-dense.jsonl").exists());
 }
 
 #[test]

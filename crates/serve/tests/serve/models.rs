@@ -102,15 +102,22 @@ fn routings_say_what_fits_the_model() {
     }
     assert_eq!(of("reroute-pdrop")["budgets"], json!([192, 128, 64]));
     assert_eq!(of("dense")["budgets"], json!([]));
+    assert_eq!(of("random")["budgets"], json!([]));
+    assert!(
+        of("random")["exact"]
+            .as_array()
+            .is_some_and(|exact| !exact.is_empty())
+    );
     // All that is offered is taken.
     for method in data {
         let id = method["id"].as_str().expect("a text");
-        let budgets = method["budgets"].as_array().expect("a list");
-        let first = budgets.first();
+        let first = |budgets: &str| method[budgets].as_array().expect("a list").first();
         let mut request = about("x");
-        request["routing"] = first
-            .map_or(id.to_owned(), |budget| format!("{id}@{budget}"))
-            .into();
+        request["routing"] = match (first("budgets"), first("exact")) {
+            (Some(budget), _) => format!("{id}@{budget}").into(),
+            (None, Some(budget)) => format!("{id}@{budget}-exact").into(),
+            (None, None) => id.into(),
+        };
         (request["max_tokens"], request["trace"]) = (1.into(), true.into());
         assert_eq!(
             server.ask(&request)["reroute"]["routing"],

@@ -45,6 +45,12 @@ fn files_below_the_folder_are_read_and_none_outside() {
         .status();
     assert!(made.expect("mkfifo").success());
     let server = with_folders(&[&inside]);
+    // A host, or a path from nowhere.
+    for url in ["file://inside/a.png", "file:a.png"] {
+        let (status, error) = server.refuse(&asking(image_part(url)));
+        let message = error["message"].as_str().expect("a text");
+        assert!(status == 400 && message.contains("absolute"), "{error}");
+    }
     let expected = server.ask(&asking(image_part(&data_url(embedded::SCENE.image))));
     let at = |name: &str| {
         let root = root.path().display();

@@ -117,7 +117,13 @@ impl Fingerprint {
         };
         let mut hash = Xxh3::new();
         for sample in samples {
-            let truth = serde_json::to_vec(&(&sample.question, &sample.truth));
+            let picture = match &sample.picture {
+                PictureAt::Table { table, row } => format!("{table}, {row}"),
+                PictureAt::File(path) => path
+                    .file_name()
+                    .map_or(String::new(), |name| name.display().to_string()),
+            };
+            let truth = serde_json::to_vec(&(&sample.question, &sample.truth, picture));
             hash.update(&truth.unwrap_or_default());
         }
         Ok(Self {

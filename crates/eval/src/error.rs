@@ -51,6 +51,16 @@ pub enum EvalError {
         /// How many there are.
         parts: usize,
     },
+    /// A file that is none of a split's parts.
+    #[error(
+        "{path} is none of the {parts} parts of the split that lie beside it: remove those of the other download"
+    )]
+    ExtraPart {
+        /// The file.
+        path: PathBuf,
+        /// How many there are.
+        parts: usize,
+    },
     /// A table that cannot be read.
     #[error("{path} cannot be read as Parquet: {reason}; download it again")]
     Table {

@@ -110,10 +110,21 @@ fn parts(folder: &Path, split: Option<&str>) -> Result<Vec<PathBuf>, EvalError> 
         let count = after.split('-').next()?.parse::<usize>().ok()?;
         Some((number, count))
     };
-    if let Some((_, parts)) = found.first().and_then(|path| numbers(path)) {
+    if let Some((_, parts)) = found.iter().find_map(|path| numbers(path)) {
         let have: Vec<usize> = { found.iter() }
             .filter_map(|path| Some(numbers(path)?.0))
             .collect();
+        // What an earlier release has left beside them would be counted, too.
+        let belongs = |at: usize| match numbers(&found[at]) {
+            Some((number, of)) => of == parts && number < parts && !have[..at].contains(&number),
+            None => false,
+        };
+        if let Some(at) = (0..found.len()).find(|&at| !belongs(at)) {
+            return Err(EvalError::ExtraPart {
+                path: found[at].clone(),
+                parts,
+            });
+        }
         if let Some(missing) = (0..parts).find(|number| !have.contains(number)) {
             let split = split.unwrap_or("part");
             let name = format!("{split}-{missing:05}-of-{parts:05}.parquet");

@@ -39,6 +39,7 @@ pub fn merge(folders: &[PathBuf], to: &Path) -> Result<Vec<Records>, EvalError> 
     }
     fs::create_dir_all(to).map_err(EvalError::io(to))?;
     let path_of = |records: &Records| to.join(file_name(&records.header.routing, Shard::default()));
+    let _lock = crate::run::lock(to, Shard::default())?;
     // The same run may be merged again; what another has left there stays.
     for records in &merged {
         let path = path_of(records);

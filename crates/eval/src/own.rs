@@ -63,6 +63,9 @@ pub(crate) fn read(path: &Path) -> Result<Vec<Sample>, EvalError> {
             continue;
         }
         let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&text);
+        if text.trim_ascii_start().first() != Some(&b'{') {
+            return Err(refuse(format!("it is no object; {WANTED}")));
+        }
         let read: Line =
             serde_json::from_slice(text).map_err(|error| refuse(format!("{error}; {WANTED}")))?;
         let question = match (read.question, read.expression) {

@@ -81,6 +81,22 @@ pub struct Record {
     pub error: Option<String>,
 }
 
+impl Record {
+    /// Whether it says one of what was measured and why nothing was, in numbers that can be averaged.
+    fn is_sound(&self) -> bool {
+        let is_share = |share: &f64| (0.0..=1.0).contains(share);
+        let all = self.visual_tokens as f64;
+        (0.0..=all).contains(&self.average_tokens)
+            && match &self.score {
+                None => self.error.is_some(),
+                Some(score) => {
+                    let shares = [Some(score.score), score.iou, score.release_iou];
+                    self.error.is_none() && shares.iter().flatten().all(is_share)
+                }
+            }
+    }
+}
+
 /// The records of one routing, by sample.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Records {
@@ -200,6 +216,11 @@ fn scan(path: &Path) -> Result<(Records, u64), EvalError> {
         } else {
             let read = serde_json::from_slice::<Record>(&text);
             let record = read.map_err(|error| refuse(format!("it is no record: {error}")))?;
+            if !record.is_sound() {
+                return Err(refuse(
+                    "it is no record: it should have a score from 0 to 1, or an error".into(),
+                ));
+            }
             records.insert(record.sample, record);
         }
         whole += read as u64;

@@ -195,7 +195,7 @@ fn header<B: Backend>(
 }
 
 /// Keeps others out of the same shard.
-fn lock(folder: &Path, shard: Shard) -> Result<File, EvalError> {
+pub(crate) fn lock(folder: &Path, shard: Shard) -> Result<File, EvalError> {
     let path = match shard.of {
         1 => folder.join(LOCK),
         of => folder.join(format!("{LOCK}-{}-of-{of}", shard.index)),

@@ -14,6 +14,8 @@ pub(crate) use messages::{Picture, Piece, Said};
 /// Most stop strings, and most bytes of one.
 const MAX_STOPS: usize = 16;
 const MAX_STOP_BYTES: usize = 1024;
+/// Most values in a body, whatever they are: each takes memory of its own.
+const MAX_VALUES: usize = 1 << 17;
 /// Most tokens that are biased.
 const MAX_BIASES: usize = 1024;
 /// Most alternatives of a token, as OpenAI has it.
@@ -102,6 +104,10 @@ const ELSEWHERE: &[(&str, IsNeutral, &str)] = &[
 impl Chat {
     /// Reads a body of JSON.
     pub(crate) fn parse(body: &[u8], most_text: usize) -> Result<Self, Refusal> {
+        if values(body) > MAX_VALUES {
+            let message = format_args!("the body has more than {MAX_VALUES} values: send less");
+            return Err(Refusal::malformed(message));
+        }
         let value: Value = serde_json::from_slice(body)
             .map_err(|error| Refusal::malformed(format_args!("the body is no JSON: {error}")))?;
         let mut fields = Fields::of(value, String::new())?;
@@ -139,6 +145,21 @@ impl Chat {
     }
 }
 
+/// About as many as there are values in JSON: what is listed, named or opened outside of texts.
+fn values(json: &[u8]) -> usize {
+    let (mut count, mut in_text, mut escaped) = (0, false, false);
+    for &byte in json {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' => escaped = in_text,
+            b'"' => in_text = !in_text,
+            b',' | b':' | b'[' | b'{' if !in_text => count += 1,
+            _ => {}
+        }
+    }
+    count
+}
+
 /// Token ids as texts, and what is added to their logits.
 fn logit_bias(fields: &mut Fields) -> Result<Vec<(u32, f32)>, Refusal> {
     let what = "an object of at most 1024 token ids as texts, each with a number from -100 to 100";
@@ -148,7 +169,9 @@ fn logit_bias(fields: &mut Fields) -> Result<Vec<(u32, f32)>, Refusal> {
         };
         let entry = |(id, bias): (String, Value)| {
             let bias = bias.as_f64().filter(|bias| bias.abs() <= 100.0)?;
-            Some((id.parse().ok()?, bias as f32))
+            // One spelling, so that no token is named twice.
+            let number: u32 = id.parse().ok()?;
+            (number.to_string() == id).then_some((number, bias as f32))
         };
         let fits = map.len() <= MAX_BIASES;
         fits.then(|| map.into_iter().map(entry).collect())?

@@ -158,6 +158,25 @@ fn what_is_not_there_is_named() {
     fs::create_dir_all(&data).expect("a folder");
     fs::write(data.join("testA-00000-of-00001.parquet"), "").expect("a file");
     assert!(refused(Task::RefCoco, "test", scratch.path()).contains("has no data/test-"));
+    // Of two downloads, each whole.
+    let other = scratch.path().join("other/data");
+    fs::create_dir_all(&other).expect("a folder");
+    for (name, extra) in [
+        ("val-00000-of-00001-0a1b.parquet", true),
+        ("val-00001-of-00003.parquet", true),
+        ("val.parquet", true),
+        ("value.parquet", false),
+    ] {
+        fs::write(other.join("val-00000-of-00001.parquet"), "").expect("a file");
+        fs::write(other.join(name), "").expect("a file");
+        let error = refused(Task::RefCoco, "val", &scratch.path().join("other"));
+        assert_eq!(
+            error.contains("is none of the 1 parts"),
+            extra,
+            "{name}: {error}"
+        );
+        fs::remove_file(other.join(name)).expect("removed");
+    }
     // The second of three parts.
     for part in [0, 2] {
         fs::write(data.join(format!("val-{part:05}-of-00003.parquet")), "").expect("a file");

@@ -224,6 +224,19 @@ fn other_runs_are_not_gone_on_with() {
         .expect_err("no record")
         .to_string();
     assert!(error.contains("line 2: it is no record"), "{error}");
+    for (good, bad) in [
+        ("\"score\":", "\"scores\":"),
+        ("\"score\":", "\"score\":7,\"was\":"),
+        ("\"average_tokens\":", "\"average_tokens\":1e308,\"was\":"),
+    ] {
+        assert!(text.contains(good), "{text}");
+        fs::write(&path, text.replacen(good, bad, 1)).expect("a file");
+        let error = measure(&data, &first, scratch.path()).expect_err(bad);
+        assert!(
+            error.to_string().contains("it is no record"),
+            "{bad}: {error}"
+        );
+    }
     // The same name twice.
     let twice = settings(&["dense", "dense"]);
     let error = measure(&data, &twice, folder().path())

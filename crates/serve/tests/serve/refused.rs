@@ -41,6 +41,7 @@ fn what_others_support_is_refused_by_name_and_neutral_values_are_not() {
         ("logit_bias", json!({"x": 1})),
         ("logit_bias", json!({"5": 101})),
         ("logit_bias", json!([5])),
+        ("logit_bias", json!({"5": 60, "05": 60})),
         ("presence_penalty", json!(2.5)),
         ("frequency_penalty", json!("much")),
         ("reasoning_effort", json!("high")),
@@ -251,6 +252,7 @@ fn messages_that_are_none_are_refused_where_they_are() {
 fn bodies_that_are_no_requests() {
     let server = Running::start(Settings::default());
     let deep = "[".repeat(200_000);
+    let many = format!("{{\"metadata\": [{}0]}}", "{\"\":0},".repeat(1 << 20));
     for body in [
         "",
         "{",
@@ -259,6 +261,7 @@ fn bodies_that_are_no_requests() {
         "\u{0}",
         "{\"messages\": [}",
         &deep,
+        &many,
         "{\"a\": 1} x",
     ] {
         let (status, text) = server.send(body.as_bytes());

@@ -62,6 +62,9 @@ fn routings_are_measured_and_shards_joined() {
         ];
         reroute(&flags.concat()).expect("a part");
     }
+    for name in ["results-shard-1-of-2.csv", "accuracy-shard-2-of-2.svg"] {
+        assert!(Path::new(&parts).join(name).is_file(), "{name}");
+    }
     let joined = below(&scratch, "joined");
     let merged = [
         "eval",

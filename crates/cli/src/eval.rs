@@ -92,7 +92,8 @@ pub fn run(args: &EvalArgs, out: &mut dyn Write) -> anyhow::Result<()> {
         lines.push_str(if lines.is_empty() { &csv } else { rows });
     }
     if jobs.len() > 1 {
-        output::write_file(&args.out.join("results.csv"), lines.as_bytes())?;
+        let name = format!("results{}.csv", args.shard.suffix());
+        output::write_file(&args.out.join(name), lines.as_bytes())?;
     }
     print(args.json, reports, out)
 }

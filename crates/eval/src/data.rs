@@ -43,6 +43,12 @@ impl Data {
     pub fn open(task: Task, split: &str, path: &Path) -> Result<Self, EvalError> {
         let mut read = Read::default();
         let (files, tables) = match task {
+            Task::Own if split != task.default_split() => {
+                return Err(EvalError::Setting {
+                    setting: "the split",
+                    reason: format!("of one's own lines is all of them, not {split}: leave it out"),
+                });
+            }
             Task::Own => {
                 read.samples = own::read(path)?;
                 (vec![path.to_owned()], Vec::new())

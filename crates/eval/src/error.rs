@@ -128,6 +128,16 @@ pub enum EvalError {
     /// A picture that cannot be decoded.
     #[error("the picture cannot be decoded: {0}")]
     Picture(String),
+    /// A box of one's own data that its picture does not have.
+    #[error(
+        "the box lies outside of its picture of {width} × {height} pixels; give x1, y1, x2, y2, not width and height"
+    )]
+    Beyond {
+        /// Of the picture, in pixels.
+        width: usize,
+        /// Of the picture, in pixels.
+        height: usize,
+    },
     /// The model answers nothing any more.
     #[error(
         "the last {count} samples have all failed in the model, at last with: {reason}; once the device is well, --resume \
@@ -153,12 +163,6 @@ pub enum EvalError {
         /// The file.
         path: PathBuf,
     },
-    /// Where shards are to be joined are records of something else.
-    #[error("{path} has the records of another run: name another folder")]
-    Occupied {
-        /// The file.
-        path: PathBuf,
-    },
     /// The records were begun with something else.
     #[error(
         "{path} was begun with another {field}: {was}, now {now}; go on with the same, or name another folder"
@@ -181,16 +185,6 @@ pub enum EvalError {
         /// Counted from 1.
         line: usize,
         /// What is wrong.
-        reason: String,
-    },
-    /// Records of what is not measured here.
-    #[error(
-        "{path} has a record of another run: {reason}; restore the file, or remove it and measure again"
-    )]
-    Foreign {
-        /// The file.
-        path: PathBuf,
-        /// Which.
         reason: String,
     },
     /// Another process measures there.

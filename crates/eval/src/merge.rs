@@ -12,7 +12,7 @@ use crate::{EvalError, Shard};
 ///
 /// # Errors
 /// [`EvalError::Merge`] if a sample is there twice or not at all, or if the shards are of different runs;
-/// [`EvalError::Occupied`] if `to` has records of another run.
+/// [`EvalError::OtherRun`] if `to` has records of another run, [`EvalError::Busy`] if one is under way there.
 pub fn merge(folders: &[PathBuf], to: &Path) -> Result<Vec<Records>, EvalError> {
     let mut found: BTreeMap<(bool, String), Vec<(PathBuf, Records)>> = BTreeMap::new();
     for folder in folders {
@@ -43,8 +43,9 @@ pub fn merge(folders: &[PathBuf], to: &Path) -> Result<Vec<Records>, EvalError> 
     // The same run may be merged again; what another has left there stays.
     for records in &merged {
         let path = path_of(records);
-        if path.exists() && record::read(&path).is_ok_and(|old| old.header != records.header) {
-            return Err(EvalError::Occupied { path });
+        if path.exists() {
+            let old = record::read(&path)?;
+            old.header.check(&path, &records.header)?;
         }
     }
     for records in &merged {
@@ -100,12 +101,6 @@ fn joined(routing: &str, shards: Vec<(PathBuf, Records)>) -> Result<Records, Eva
             }
             records.insert(sample, record.clone());
         }
-    }
-    if let Some(beyond) = records.keys().find(|sample| **sample >= header.samples) {
-        return Err(refuse(format!(
-            "sample {beyond} of {routing} is none of the {} that were measured",
-            header.samples
-        )));
     }
     let missing: Vec<usize> = (0..header.samples)
         .filter(|sample| !records.contains_key(sample))

@@ -175,11 +175,7 @@ pub fn file_name(routing: &str, shard: Shard) -> String {
         _ => '_',
     };
     let routing: String = routing.chars().map(plain).collect();
-    let shard = match shard.of {
-        1 => String::new(),
-        of => format!("-shard-{}-of-{of}", shard.index),
-    };
-    format!("records-{routing}{shard}.jsonl")
+    format!("records-{routing}{}.jsonl", shard.suffix())
 }
 
 /// Reads records; a last line that a kill has cut is left out.
@@ -210,10 +206,7 @@ fn scan(path: &Path) -> Result<(Records, u64), EvalError> {
             return Ok((Records { header, records }, whole));
         }
         before = line;
-        if header.is_none() {
-            let read = serde_json::from_slice::<Header>(&text);
-            header = Some(read.map_err(|error| refuse(format!("it is no header: {error}")))?);
-        } else {
+        if let Some(Header { shard, samples, .. }) = &header {
             let read = serde_json::from_slice::<Record>(&text);
             let record = read.map_err(|error| refuse(format!("it is no record: {error}")))?;
             if !record.is_sound() {
@@ -221,7 +214,19 @@ fn scan(path: &Path) -> Result<(Records, u64), EvalError> {
                     "it is no record: it should have a score from 0 to 1, or an error".into(),
                 ));
             }
+            let here = shard.samples(*samples);
+            if !here.contains(&record.sample) {
+                return Err(refuse(format!(
+                    "sample {} is none of {} to {}",
+                    record.sample,
+                    here.start,
+                    here.end.saturating_sub(1)
+                )));
+            }
             records.insert(record.sample, record);
+        } else {
+            let read = serde_json::from_slice::<Header>(&text);
+            header = Some(read.map_err(|error| refuse(format!("it is no header: {error}")))?);
         }
         whole += read as u64;
     }
@@ -251,15 +256,6 @@ impl Log {
         if is_begun {
             let (mut records, whole) = scan(&path)?;
             records.header.check(&path, &header)?;
-            let here = header.shard.samples(header.samples);
-            if let Some(sample) = records.records.keys().find(|sample| !here.contains(sample)) {
-                let reason = format!(
-                    "sample {sample} is none of {} to {}",
-                    here.start,
-                    here.end.saturating_sub(1)
-                );
-                return Err(EvalError::Foreign { path, reason });
-            }
             records.records.retain(|_, record| record.error.is_none());
             let file = OpenOptions::new().write(true).open(&path);
             let mut file = file.map_err(EvalError::io(&path))?;

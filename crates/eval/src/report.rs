@@ -9,22 +9,20 @@ use crate::record::Records;
 use crate::summary::{Metric, Summary};
 use crate::{EvalError, plot};
 
-/// Files of the results.
-const CSV: &str = "results.csv";
-const JSON: &str = "results.json";
-const PLOT: &str = "accuracy.svg";
-
-/// Writes `results.csv`, `results.json` and `accuracy.svg` into a folder.
+/// Writes `results.csv`, `results.json` and `accuracy.svg` into a folder; those of a shard end in its
+/// [`suffix`](crate::Shard::suffix).
 pub fn write(folder: &Path, records: &[Records], summaries: &[Summary]) -> Result<(), EvalError> {
     let Some(first) = records.first() else {
         return Ok(());
     };
-    put(&folder.join(CSV), csv(records, summaries).as_bytes())?;
     let header = &first.header;
+    let path =
+        |name: &str, kind: &str| folder.join(format!("{name}{}.{kind}", header.shard.suffix()));
+    put(&path("results", "csv"), csv(records, summaries).as_bytes())?;
     let report = json(records, summaries);
-    put(&folder.join(JSON), format!("{report:#}\n").as_bytes())?;
+    put(&path("results", "json"), format!("{report:#}\n").as_bytes())?;
     let title = format!("{} {}", header.task.name(), header.split);
-    let path = folder.join(PLOT);
+    let path = path("accuracy", "svg");
     let drawn = plot::accuracy(&title, summaries).map_err(|reason| EvalError::Plot {
         path: path.clone(),
         reason,

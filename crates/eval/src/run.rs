@@ -7,10 +7,11 @@ use std::path::Path;
 use std::sync::Arc;
 
 use burn::tensor::backend::Backend;
+use reroute_zoo::grounding::BoundingBox;
 use reroute_zoo::session::{self, Part, Request, RequestId, Session, SessionOptions, Turn};
 use reroute_zoo::{
-    Answer, DecodeLimits, FinishReason, GenerationOptions, Plan, SamplingOptions, Visual, Vlm,
-    decode,
+    Answer, DecodeLimits, FinishReason, GenerationOptions, Plan, RgbImage, SamplingOptions, Visual,
+    Vlm, decode,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -18,9 +19,9 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use crate::data::Data;
 use crate::record::{Header, Log, Record, Records, VERSION, file_name};
-use crate::sample::{PictureAt, Sample};
+use crate::sample::{PictureAt, Sample, Truth};
 use crate::score::{Answered, Score};
-use crate::{EvalError, GroundingPrompt};
+use crate::{EvalError, GroundingPrompt, Task};
 
 /// File that is locked while somebody measures.
 const LOCK: &str = ".lock";
@@ -46,6 +47,14 @@ impl Default for Shard {
 }
 
 impl Shard {
+    /// What the names of its files end in: nothing for the whole.
+    pub fn suffix(self) -> String {
+        match self.of {
+            1 => String::new(),
+            of => format!("-shard-{}-of-{of}", self.index),
+        }
+    }
+
     /// Its samples of so many: whole neighbourhoods, so that few pictures are seen by several shards.
     pub fn samples(self, count: usize) -> Range<usize> {
         let bound = |part: usize| (count as u128 * part as u128 / self.of.max(1) as u128) as usize;
@@ -195,11 +204,9 @@ fn header<B: Backend>(
 }
 
 /// Keeps others out of the same shard.
+/// The right to write a shard's records in a folder, as long as it is held.
 pub(crate) fn lock(folder: &Path, shard: Shard) -> Result<File, EvalError> {
-    let path = match shard.of {
-        1 => folder.join(LOCK),
-        of => folder.join(format!("{LOCK}-{}-of-{of}", shard.index)),
-    };
+    let path = folder.join(format!("{LOCK}{}", shard.suffix()));
     let file = File::create(&path).map_err(EvalError::io(&path))?;
     match file.try_lock() {
         Err(TryLockError::WouldBlock) => Err(EvalError::Busy {
@@ -337,6 +344,11 @@ impl<'r, B: Backend> Runner<'r, B> {
         let about = &self.data.samples[sample];
         let seen = self.see(&about.picture)?;
         let task = self.data.task;
+        if let (Task::Own, Truth::Box(corners), Visual::Image(image)) =
+            (task, &about.truth, &*seen.visual)
+        {
+            inside(corners, image)?;
+        }
         let text = task.prompt(about, self.settings.prompt, self.vlm.grounding());
         let turns = vec![Turn::user([Part::Visual(seen.visual), Part::Text(text)])];
         let options = GenerationOptions {
@@ -420,6 +432,16 @@ impl<'r, B: Backend> Runner<'r, B> {
             average_tokens: visual.sum::<usize>() as f64 / answer.kv_rows.len().max(1) as f64,
             ..record(about)
         }
+    }
+}
+
+/// Whether a picture has a box, give or take a pixel: width and height are often given for corners.
+fn inside([x1, y1, x2, y2]: &BoundingBox, image: &RgbImage) -> Result<(), EvalError> {
+    let (width, height) = (image.width(), image.height());
+    let has = |from: f64, to: f64, size: usize| from >= -1.0 && to <= size as f64 + 1.0;
+    match has(*x1, *x2, width) && has(*y1, *y2, height) {
+        true => Ok(()),
+        false => Err(EvalError::Beyond { width, height }),
     }
 }
 

@@ -278,6 +278,13 @@ impl Cells<'_> {
             Field::Float(number) => Some(f64::from(*number)),
             Field::Int(number) => Some(f64::from(*number)),
             Field::Long(number) => Some(*number as f64),
+            Field::Float16(number) => Some(number.to_f64()),
+            Field::Byte(number) => Some(f64::from(*number)),
+            Field::Short(number) => Some(f64::from(*number)),
+            Field::UByte(number) => Some(f64::from(*number)),
+            Field::UShort(number) => Some(f64::from(*number)),
+            Field::UInt(number) => Some(f64::from(*number)),
+            Field::ULong(number) => Some(*number as f64),
             _ => None,
         };
         let finite = |number: &f64| number.is_finite();

@@ -227,8 +227,12 @@ fn lines_of_ones_own() {
     assert_eq!(data.samples[1].truth, Truth::AnyOf(answers));
     assert_eq!(data.samples[2].category.as_deref(), Some("k"));
 
+    let error = Data::open(Task::Own, "val", &file).expect_err("no split");
+    assert!(error.to_string().contains("leave it out"), "{error}");
+
     for (line, words) in [
         ("{", "line 1"),
+        ("[\"a.png\", \"?\", null, \"x\"]", "it is no object"),
         ("[1]", "an object with image"),
         ("{\"image\": \"a\", \"question\": \"b\"}", "one of answer"),
         (

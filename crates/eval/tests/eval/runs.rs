@@ -203,11 +203,12 @@ fn other_runs_are_not_gone_on_with() {
     let lines = fs::read_to_string(&path).expect("records");
     fs::write(&path, lines.replace("\"sample\":2", "\"sample\":3")).expect("a file");
     let error = measure(&data, &first, scratch.path()).expect_err("a foreign record");
-    assert!(matches!(error, EvalError::Foreign { .. }), "{error}");
+    assert!(matches!(error, EvalError::Record { .. }), "{error}");
     assert!(
         error.to_string().contains("sample 3 is none of 0 to 2"),
         "{error}"
     );
+    fs::write(&path, &lines).expect("a file");
     let error = refused(
         &|other| other.routings[0].1 = VLM.plan("pdrop@192").expect("a preset"),
         &data,
@@ -301,6 +302,9 @@ fn ones_own_pictures_are_asked_about() {
     lines.push(asked("nothing"));
     lines
         .push(serde_json::json!({"image": "none.png", "question": "?", "answer": "x"}).to_string());
+    // Width and height for the second corner.
+    let box_of = serde_json::json!({"image": image, "expression": "?", "box": [60, 20, 62, 114]});
+    lines.push(box_of.to_string());
     let file = scratch.path().join("own.jsonl");
     fs::write(&file, lines.join("\n")).expect("a file");
     let data = Data::open(Task::Own, "all", &file).expect("good lines");
@@ -310,7 +314,7 @@ fn ones_own_pictures_are_asked_about() {
     let found = summaries(&records, &Reckoning::default()).expect("a summary");
     assert_eq!(
         (found[0].samples, found[0].errors, found[0].pictures),
-        (9, 1, 8)
+        (9, 2, 8)
     );
     let of = |name: &str| {
         let found = found[0].metrics.iter().find(|metric| metric.name == name);
@@ -321,4 +325,10 @@ fn ones_own_pictures_are_asked_about() {
     assert_eq!(of("accuracy of answers"), 0.0);
     let error = records[0].records[&9].error.as_deref().expect("an error");
     assert!(error.contains("none.png"), "{error}");
+    let error = records[0].records[&10].error.as_deref().expect("an error");
+    assert!(error.contains("112 × 112 pixels"), "{error}");
+    // Another picture under the same questions is another run.
+    fs::write(&file, lines.join("\n").replace("063.png", "052.png")).expect("a file");
+    let other = Data::open(Task::Own, "all", &file).expect("good lines");
+    assert_ne!(other.fingerprint.questions, data.fingerprint.questions);
 }

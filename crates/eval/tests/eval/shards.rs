@@ -107,9 +107,19 @@ fn merged_shards_are_the_whole() {
     fs::write(&path, &others).expect("a file");
     fs::remove_file(to.path().join("records-dense.jsonl")).expect("removed");
     let error = merge(&folders, to.path()).expect_err("another run");
-    assert!(matches!(error, EvalError::Occupied { .. }), "{error}");
+    assert!(matches!(error, EvalError::OtherRun { .. }), "{error}");
+    assert!(error.to_string().contains("task: \"refcocog\""), "{error}");
     assert_eq!(fs::read_to_string(&path).expect("records"), others);
     assert!(!to.path().join("records-dense.jsonl").exists());
+    // Neither over what nobody can read, nor while a run is under way.
+    fs::write(&path, "what is it?\n").expect("a file");
+    let error = merge(&folders, to.path()).expect_err("no records");
+    assert!(matches!(error, EvalError::Record { .. }), "{error}");
+    fs::remove_file(&path).expect("removed");
+    let lock = fs::File::create(to.path().join(".lock")).expect("a file");
+    lock.lock().expect("it can be locked");
+    let error = merge(&folders, to.path()).expect_err("a run");
+    assert!(matches!(error, EvalError::Busy { .. }), "{error}");
 }
 
 #[test]

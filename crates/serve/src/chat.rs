@@ -145,8 +145,8 @@ async fn ask<B: Backend>(
             "{places} requests are under way already: ask again later"
         ))
     })?;
-    let most_text = app.limits().text_bytes;
-    let parse = move || Chat::parse(&body, most_text);
+    let limits = app.limits().clone();
+    let parse = move || Chat::parse(&body, &limits);
     let chat = blocking(&app.workers, parse).await??;
     let mut held = vec![held];
     // Nothing is fetched for what would not be answered.
@@ -219,23 +219,11 @@ async fn fetch<B: Backend>(
     chat: &Chat,
     held: &mut Vec<Held>,
 ) -> Result<Vec<Vec<u8>>, Refusal> {
-    let pieces = chat.messages.iter().flat_map(|said| &said.pieces);
-    let pictures: Vec<_> = pieces
-        .filter_map(|piece| match piece {
-            Piece::Picture(picture) => Some(picture),
-            Piece::Text(_) => None,
-        })
-        .collect();
-    let most = app.limits().pictures;
-    if pictures.len() > most {
-        let message = format_args!("a request has {most} pictures at most");
-        return Err(Refusal::bad("messages", message));
+    for picture in chat.pictures() {
+        app.sources.check(picture)?;
     }
-    pictures
-        .iter()
-        .try_for_each(|picture| app.sources.check(picture))?;
     let mut fetched = Vec::new();
-    for picture in pictures.iter().filter(|picture| is_remote(&picture.url)) {
+    for picture in chat.pictures().filter(|picture| is_remote(&picture.url)) {
         let Some(fetch) = app.sources.fetch.clone() else {
             continue;
         };
@@ -260,13 +248,7 @@ fn hand_over<B: Backend>(
     let limits = app.limits();
     let served = app.models.find(chat.model.as_deref())?;
     let vlm = &served.vlm;
-    if chat.n > limits.choices.min(limits.answers) {
-        let most = limits.choices.min(limits.answers);
-        let message =
-            format_args!("answers to a request at most: {most} (--max-choices, --max-running)");
-        return Err(Refusal::bad("n", message));
-    }
-    let options = options(&chat, vlm.generation_defaults(), limits.tokens)?;
+    let options = options(&chat, vlm.generation_defaults(), limits.tokens);
     let routing = app.models.plan(chat.routing)?;
     let (mut turns, mut fetched) = (Vec::new(), fetched.into_iter());
     let mut room = Room::new(limits, &app.inbox);
@@ -325,17 +307,9 @@ fn hand_over<B: Backend>(
 }
 
 /// How the answers are generated.
-fn options(
-    chat: &Chat,
-    defaults: GenerationOptions,
-    most: usize,
-) -> Result<GenerationOptions, Refusal> {
-    if chat.max_tokens.is_some_and(|tokens| tokens > most) {
-        let message = format_args!("an answer has {most} tokens at most");
-        return Err(Refusal::bad("max_tokens", message));
-    }
+fn options(chat: &Chat, defaults: GenerationOptions, most: usize) -> GenerationOptions {
     let own = SamplingOptions::default();
-    Ok(GenerationOptions {
+    GenerationOptions {
         max_new_tokens: chat.max_tokens.unwrap_or(defaults.max_new_tokens.min(most)),
         sampling: SamplingOptions {
             temperature: chat.temperature.unwrap_or(own.temperature),
@@ -351,7 +325,7 @@ fn options(
         },
         logprobs: chat.logprobs,
         ..defaults
-    })
+    }
 }
 
 /// Makes the last text of the user the question for what it names.

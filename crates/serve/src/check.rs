@@ -3,11 +3,12 @@
 use crate::limits::{Budget, Limits};
 use crate::pictures::{Room, Sources};
 use crate::refusal::Refusal;
-use crate::request::{Chat, Piece};
+use crate::request::Chat;
 
 /// Reads a body as a server with these limits does, and says what that would say: nothing if it asked the model, else a
-/// status and the JSON of the error. Pictures in the body are decoded; none comes from a file or from the network. For
-/// fuzzing, and for gateways that refuse early.
+/// status and the JSON of the error. Whether there is such a model, and whether it takes the routing and the numbers, is
+/// for the model to say. Pictures in the body are decoded; none comes from a file or from the network. For fuzzing, and
+/// for gateways that refuse early.
 ///
 /// ```
 /// use reroute_serve::{Limits, check};
@@ -24,16 +25,13 @@ pub fn check(body: &[u8], limits: &Limits) -> Result<(), (u16, String)> {
 }
 
 fn read(body: &[u8], limits: &Limits) -> Result<(), Refusal> {
-    let chat = Chat::parse(body, limits.text_bytes)?;
+    let chat = Chat::parse(body, limits)?;
     let sources = Sources::new(None, &[]).map_err(Refusal::internal)?;
     let inbox = Budget::new(limits.inbox_bytes);
     let mut room = Room::new(limits, &inbox);
-    let pieces = chat.messages.iter().flat_map(|said| &said.pieces);
-    for piece in pieces {
-        if let Piece::Picture(picture) = piece {
-            sources.check(picture)?;
-            sources.open(picture, None, &mut room)?;
-        }
+    for picture in chat.pictures() {
+        sources.check(picture)?;
+        sources.open(picture, None, &mut room)?;
     }
     Ok(())
 }

@@ -6,6 +6,7 @@ mod messages;
 use reroute_zoo::reducers::Plan;
 use serde_json::Value;
 
+use crate::limits::Limits;
 use crate::refusal::Refusal;
 use fields::Fields;
 
@@ -102,8 +103,8 @@ const ELSEWHERE: &[(&str, IsNeutral, &str)] = &[
 ];
 
 impl Chat {
-    /// Reads a body of JSON.
-    pub(crate) fn parse(body: &[u8], most_text: usize) -> Result<Self, Refusal> {
+    /// Reads a body of JSON, and refuses what is beyond the limits as far as it tells.
+    pub(crate) fn parse(body: &[u8], limits: &Limits) -> Result<Self, Refusal> {
         if values(body) > MAX_VALUES {
             let message = format_args!("the body has more than {MAX_VALUES} values: send less");
             return Err(Refusal::malformed(message));
@@ -117,7 +118,7 @@ impl Chat {
                 return Err(Refusal::unsupported(*name, message));
             }
         }
-        let messages = messages::read(fields.take("messages"), most_text)?;
+        let messages = messages::read(fields.take("messages"), limits.text_bytes)?;
         let (stream, options) = (fields.flag("stream")?, fields.take("stream_options"));
         let chat = Self {
             model: fields.text("model")?,
@@ -141,7 +142,37 @@ impl Chat {
             grounding: fields.flag("grounding")?,
         };
         fields.end()?;
+        chat.fits(limits)?;
         Ok(chat)
+    }
+
+    fn fits(&self, limits: &Limits) -> Result<(), Refusal> {
+        let (answers, tokens) = (limits.choices.min(limits.answers), limits.tokens);
+        if self.n > answers {
+            let message = format_args!(
+                "answers to a request at most: {answers} (--max-choices, --max-running)"
+            );
+            return Err(Refusal::bad("n", message));
+        }
+        if self.max_tokens.is_some_and(|asked| asked > tokens) {
+            let message = format_args!("an answer has {tokens} tokens at most");
+            return Err(Refusal::bad("max_tokens", message));
+        }
+        let (pictures, most) = (self.pictures().count(), limits.pictures);
+        if pictures > most {
+            let message = format_args!("a request has {most} pictures at most");
+            return Err(Refusal::bad("messages", message));
+        }
+        Ok(())
+    }
+
+    /// All pictures and videos, in order.
+    pub(crate) fn pictures(&self) -> impl Iterator<Item = &Picture> {
+        let pieces = self.messages.iter().flat_map(|said| &said.pieces);
+        pieces.filter_map(|piece| match piece {
+            Piece::Picture(picture) => Some(picture),
+            Piece::Text(_) => None,
+        })
     }
 }
 

@@ -104,11 +104,22 @@ for _ in range(options.rounds):
             server.stop()
 
 numbers = ["requests_per_second", "tokens_per_second", "first_token", "first_token_95", "answer"]
-middle = lambda found, key: statistics.median([row[key] for row in found if row[key] is not None] or [float("nan")])
+
+
+def middle(found: list, key: str) -> float | None:
+    known = [row[key] for row in found if row[key] is not None]
+    return statistics.median(known) if known else None
+
+
+def shown(number: float | None, width: int) -> str:
+    return f"{number:{width}.3f}" if number is not None else "–".rjust(width)
+
+
 table = [{"server": name, "clients": clients, **{key: middle(found, key) for key in numbers}, "failed": sum(row["failed"] for row in found), "rounds": found} for (name, clients), found in rows.items()]
 print(f"{'server':16} clients  requests/s  tokens/s  first token  (95 %)  answer, s  failed")
 for row in table:
-    print(f"{row['server']:16} {row['clients']:7} {row['requests_per_second']:11.3f} {row['tokens_per_second']:9.2f} {row['first_token']:12.3f} {row['first_token_95']:7.3f} {row['answer']:10.3f} {row['failed']:7}")
+    figures = " ".join(shown(row[key], width) for key, width in zip(numbers, [11, 9, 12, 7, 10]))
+    print(f"{row['server']:16} {row['clients']:7} {figures} {row['failed']:7}")
 if options.json:
     processor = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
     about_run = {"date": datetime.date.today().isoformat(), "device": processor, "threads": os.cpu_count(), "servers": options.server, "tokens": options.tokens, "prompt": options.prompt, "extra": extra, "rounds": options.rounds, "peak_bytes": peaks}

@@ -107,6 +107,10 @@ fn a_full_queue_answers_429_and_who_goes_makes_room() {
     server.wait_for("reroute_requests_total{outcome=\"cancelled\"}", |count| {
         count == 9.0
     });
+    // A place is free once the session has seen that nobody waits: between two steps.
+    server.wait_for("reroute_queue_length{model=\"built-in\"}", |count| {
+        count == 0.0
+    });
     server.wait_for("reroute_running_answers{model=\"built-in\"}", |count| {
         count == 0.0
     });

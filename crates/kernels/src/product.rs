@@ -132,14 +132,17 @@ impl<'a, T: Number> Inputs<'a, T> {
 
     /// [`product`](Self::product) by the loops for many rows.
     fn of_many<Y: Number>(&self, weight: Weight<'_>, output: usize) -> Vec<Y> {
+        if let Weight::F32(weight) = weight {
+            let operands = isa::single::operands(weight, self.singles(), self.features);
+            return Y::of_singles(isa::single::product(operands));
+        }
         let mut y = zeros(output * self.rows());
         if y.is_empty() {
             return y;
         }
         match weight {
-            Weight::F32(weight) => self.in_singles(weight.len(), &mut y, |from, to| {
-                to.copy_from_slice(&weight[from..from + to.len()]);
-            }),
+            // Above.
+            Weight::F32(_) => {}
             Weight::F16(weight) => self.in_singles(weight.len(), &mut y, |from, to| {
                 widen(&weight[from..from + to.len()], to);
             }),

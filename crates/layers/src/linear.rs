@@ -130,10 +130,7 @@ pub(crate) fn dense_product<B: Backend>(weight: Tensor<B, 2>, x: Tensor<B, 2>) -
         return product;
     }
     let matrix = HostTensor::of(&weight);
-    let known = known(&matrix);
-    // Of many columns a backend's own product is as fast in f32.
-    let known = known.filter(|matrix| is_column || !matches!(matrix, Matrix::F32(_)));
-    let product = known.and_then(|matrix| host_product(matrix, weight.dims(), &x));
+    let product = known(&matrix).and_then(|matrix| host_product(matrix, weight.dims(), &x));
     product.unwrap_or_else(|| match is_column {
         true => matrix_vector(weight, x),
         false => weight.matmul(x),

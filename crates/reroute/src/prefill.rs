@@ -10,7 +10,7 @@ use tracing::Span;
 
 use crate::block::Run;
 use crate::pool::Past;
-use crate::{Decoder, KvCache, Prompt, RerouteError, Router, RoutingTrace};
+use crate::{Decoder, KvCache, Prompt, RerouteError, Router, RoutingTrace, SampleLayout};
 
 /// What a prefill shall return besides the logits of the last row.
 #[derive(Debug, Clone, Copy, Default)]
@@ -55,6 +55,8 @@ pub struct Prefilling<'a, B: Backend> {
     mask: CausalMask<B>,
     /// What enters the next layer.
     hidden_states: Tensor<B, 2>,
+    /// Last rows of each sample that go past keys and values of the last layer.
+    asked: Vec<usize>,
     /// The next layer.
     next: usize,
     trace: RoutingTrace,
@@ -95,7 +97,8 @@ impl<'a, B: Backend> Prefilling<'a, B> {
         let (asking, runs) = match is_last && !observe {
             true => {
                 let normed = input.normed.clone();
-                let ([left, asking], runs) = router.keep_last(input.hidden_states, normed);
+                let ([left, asking], runs) =
+                    router.keep_last(input.hidden_states, normed, &self.asked);
                 input.hidden_states = left;
                 (asking, runs)
             }
@@ -148,6 +151,36 @@ impl<'a, B: Backend> Prefilling<'a, B> {
 }
 
 impl<B: Backend> Decoder<B> {
+    /// The plain model on prompts that hold what is to be said, too: the last layer's output of so many last rows
+    /// of each sample (`asked`), for [`logits`](Self::logits) of some of them. Nothing is kept to go on with.
+    ///
+    /// # Shapes
+    /// - returns `[hidden_size, all that is asked]`, sample by sample
+    ///
+    /// # Errors
+    /// Those of [`check`](Self::check); [`RerouteError::Prompt`] if of a sample no rows are asked for, or more than it has.
+    pub fn forward(
+        &self,
+        prompt: &Prompt<B>,
+        asked: &[usize],
+    ) -> Result<Tensor<B, 2>, RerouteError> {
+        let samples = &prompt.samples;
+        let fits = |(sample, &rows): (&SampleLayout, &usize)| (1..=sample.rows).contains(&rows);
+        if asked.len() != samples.len() || !samples.iter().zip(asked).all(fits) {
+            let rows: Vec<usize> = samples.iter().map(|sample| sample.rows).collect();
+            return Err(RerouteError::Prompt(format!(
+                "the last {asked:?} rows are asked for of samples that have {rows:?}"
+            )));
+        }
+        let cache = KvCache::new(self.layers().len(), samples.len())?;
+        let mut prefilling = self.begin(cache, prompt.clone(), Schedule::dense(), false)?;
+        prefilling.asked = asked.to_vec();
+        while prefilling.layers_left() > 0 {
+            prefilling.step(None, false)?;
+        }
+        Ok(prefilling.router.gather(prefilling.hidden_states))
+    }
+
     /// Runs prompts through all layers under a schedule and fills the cache.
     ///
     /// Samples are routed one by one by their own scores; samples without visual tokens take the
@@ -239,6 +272,7 @@ impl<B: Backend> Decoder<B> {
             router,
             cache,
             mask,
+            asked: vec![1; samples],
             next: 0,
             trace: RoutingTrace::default(),
             observed: Vec::new(),

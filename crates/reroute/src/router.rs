@@ -291,21 +291,25 @@ impl<'a, B: Backend> Router<'a, B> {
         }
     }
 
-    /// Goes on with the last row of each sample alone, whose keys and values the layer has. For the last
+    /// Goes on with the last rows of each sample alone, whose keys and values the layer has. For the last
     /// layer: nothing else of what leaves it is asked for.
     ///
     /// # Shapes
     /// - `hidden_states`, `normed`: `[hidden_size, active rows]`
+    /// - `counts`: rows of each sample, one at least
     /// - returns the same of the rows that are left, and the runs that they are queries of
     pub(crate) fn keep_last(
         &mut self,
         hidden_states: Tensor<B, 2>,
         normed: Tensor<B, 2>,
+        counts: &[usize],
     ) -> ([Tensor<B, 2>; 2], Vec<Run>) {
         let mut runs = self.runs();
-        let last: Vec<usize> = runs.iter().map(|run| run.packed.end - 1).collect();
-        for (at, run) in runs.iter_mut().enumerate() {
-            run.queries = at..at + 1;
+        let mut last = Vec::new();
+        for run in &mut runs {
+            let count = counts[run.sample].min(run.packed.len());
+            run.queries = last.len()..last.len() + count;
+            last.extend(run.packed.end - count..run.packed.end);
         }
         self.active = last.iter().map(|&at| self.active[at]).collect();
         let last = indices(&last, &normed.device());

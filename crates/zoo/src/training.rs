@@ -7,6 +7,7 @@ use burn::tensor::activation::log_softmax;
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Int, Tensor};
 use reroute::{KvCache, Prefill, PrefillOptions};
+use reroute_layers::indices;
 
 pub use lesson::{Lesson, Tutor};
 pub use trained::Trained;
@@ -77,8 +78,8 @@ impl<B: Backend> Vlm<B> {
     /// question decides anew what is routed, and its answer sees what is left. `seen` are the visual tokens of
     /// each lesson if they are known ([`seen`](Self::seen)), for routings without a reduction before the decoder.
     ///
-    /// Lessons of one question, and those without routing that show everything first, are rows of one prompt,
-    /// and nothing is padded; others are computed one by one.
+    /// Without routing, lessons with all their turns are rows of one prompt, and nothing is padded; of routed ones
+    /// those of one question are, and others are computed one by one.
     ///
     /// On `Autodiff<B>` gradients reach every parameter, the vision tower's too; a selection is a constant.
     pub fn answer_logits<'a>(
@@ -88,21 +89,28 @@ impl<B: Backend> Vlm<B> {
         routing: impl Into<Routing<'a, B>>,
     ) -> Result<AnswerLogits<B>, ZooError> {
         let routing = routing.into();
-        let is_plain = routing.schedule.is_dense() && routing.scorer.is_none();
-        let in_rows = |lesson: &Lesson| lesson.turns.len() == 1 || is_plain && lesson.shows_first();
+        let is_dense = routing.schedule.is_dense() && routing.scorer.is_none();
+        let in_rows = |lesson: &Lesson| lesson.turns.len() == 1 || is_dense && lesson.shows_first();
+        // Every gradient of a part of rows is as wide as all of them: what each of several goes on with is not cut out.
+        let are_prompts = is_dense && routing.encoder.is_none() && lessons.len() > 1;
+        let at_once = |lesson: &Lesson| are_prompts && self.is_prompt(lesson);
         let seen = seen.filter(|_| routing.encoder.is_none());
-        let (mut rows, mut parts) = (Vec::new(), Vec::new());
+        let (mut prompts, mut rows, mut parts) = (Vec::new(), Vec::new(), Vec::new());
         for (index, lesson) in lessons.iter().enumerate() {
-            match in_rows(lesson) {
-                true => rows.push(index),
-                false => {
-                    let seen = seen.map(|seen| &seen[index]);
-                    parts.push(self.turn_by_turn(lesson, index, seen, &routing)?);
-                }
+            if at_once(lesson) {
+                prompts.push(index);
+            } else if in_rows(lesson) {
+                rows.push(index);
+            } else {
+                let seen = seen.map(|seen| &seen[index]);
+                parts.push(self.turn_by_turn(lesson, index, seen, &routing)?);
             }
         }
         if !rows.is_empty() {
             parts.push(self.side_by_side(lessons, &rows, seen, &routing)?);
+        }
+        if !prompts.is_empty() {
+            parts.push(self.at_once(lessons, &prompts, seen, &routing)?);
         }
         let mut joined = parts.pop().ok_or(reroute::RerouteError::NoTokens)?;
         for part in parts {
@@ -141,6 +149,59 @@ impl<B: Backend> Vlm<B> {
         let texts = vec![turn.text.as_str(); shown.len()];
         let (views, prepared) = (&views[shown.clone()], prepared[shown].to_vec());
         self.see(views, prepared, &texts, routing.encoder.as_ref())
+    }
+
+    /// Whether a lesson with its last answer is a prompt, too: answers may have slots that nothing is shown in.
+    fn is_prompt(&self, lesson: &Lesson) -> bool {
+        let slots = self.model().config().slots().all();
+        let last = lesson.turns.last();
+        last.is_some_and(|turn| !turn.answer.iter().any(|id| slots.contains(id)))
+    }
+
+    /// Lessons that the plain model reads as prompts, answers and all.
+    fn at_once(
+        &self,
+        lessons: &[&Lesson],
+        chosen: &[usize],
+        seen: Option<&[VisualTokens<B>]>,
+        routing: &Routing<'_, B>,
+    ) -> Result<AnswerLogits<B>, ZooError> {
+        let (mut visuals, mut ids, mut views) = (VisualTokens::default(), Vec::new(), Vec::new());
+        // Rows from the first that is asked for on, and which of them are.
+        let (mut rows, mut asked) = (Vec::new(), Vec::new());
+        let (mut tokens, mut of, mut base) = (Vec::new(), Vec::new(), 0);
+        for &index in chosen {
+            let lesson = lessons[index];
+            let more = match seen.filter(|_| lesson.shows_first()) {
+                Some(seen) => seen[index].clone(),
+                None => self.see_more(lesson, lesson.turns.len() - 1, 0, routing)?,
+            };
+            visuals = visuals.followed_by(more)?;
+            let start = lesson.turns[0].prompt.len() - 1;
+            for turn in &lesson.turns {
+                for (behind, target) in lesson.targets(turn).enumerate() {
+                    // The row before it.
+                    asked.push(base + turn.prompt.len() + behind - 1 - start);
+                    tokens.push(target);
+                    of.push(index);
+                }
+            }
+            let all = lesson.turns.last().into_iter();
+            let all = all.flat_map(|turn| turn.prompt.iter().chain(&turn.answer));
+            ids.push(all.copied().collect());
+            views.push(lesson.views.clone());
+            rows.push(lesson.rows() - start);
+            base += lesson.rows() - start;
+        }
+        let (prompt, _) = self.prompt(&ids, &views, &visuals)?;
+        let decoder = self.model().decoder();
+        let left = decoder.forward(&prompt, &rows)?;
+        let asked = indices(&asked, self.device());
+        Ok(AnswerLogits {
+            logits: decoder.logits(left.select(1, asked))?,
+            tokens,
+            lessons: of,
+        })
     }
 
     /// Lessons whose prompts are rows of one; everything behind the first questions is fed at once.

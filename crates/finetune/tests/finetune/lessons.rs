@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use burn::tensor::Tolerance;
 use burn_flex::Flex;
 use reroute_finetune::Preparation;
 use reroute_finetune::data::{BoxIn, Piece};
@@ -193,4 +194,35 @@ fn lessons_are_conversations_as_they_were_held() {
             }
         }
     }
+}
+
+/// An answer that has the token of an image in it is learnt as any other, beside others, too.
+#[test]
+fn answers_may_name_the_token_of_an_image() {
+    let vlm = open().valid();
+    let image = decode(embedded::SCENE.image, &Default::default()).expect("a picture");
+    let question = Question::about(vec![image], "find it");
+    let slot = vlm.tokenizer().encode("<image>", false).expect("a token");
+    assert_eq!(slot.len(), 1);
+    let lessons = [[slot[0], 7, 8], [9, 7, 8]];
+    let lesson = |answer: [u32; 3]| vlm.tutor().question(&question, &answer).expect("a lesson");
+    let lessons = lessons.map(lesson);
+    let found = vlm.answer_logits(&lessons.each_ref(), None, Schedule::dense());
+    let found = found.expect("logits");
+    for (index, lesson) in lessons.iter().enumerate() {
+        let alone = vlm.answer_logits(&[lesson], None, Schedule::dense());
+        let rows: Vec<usize> = (0..6).filter(|&row| found.lessons[row] == index).collect();
+        assert_eq!(rows.len(), 3);
+        let start = rows[0];
+        let found = found.logits.clone().narrow(0, start, 3).into_data();
+        let alone = alone.expect("logits").logits.into_data();
+        found.assert_approx_eq::<f32>(&alone, Tolerance::rel_abs(1e-4, 1e-4));
+    }
+}
+
+/// Without a question there is nothing to learn.
+#[test]
+fn a_lesson_has_an_answer() {
+    let refused = open().tutor().lesson(None, &[], Vec::new());
+    assert!(refused.is_err());
 }

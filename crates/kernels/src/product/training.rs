@@ -15,7 +15,7 @@ use super::many_rows::Rows;
 use super::{Inputs, WIDENED, Weight, singles};
 use crate::blocks::{SPAN, with_coding};
 use crate::isa::Isa;
-use crate::isa::single::{Operand, multiply_into};
+use crate::isa::single::{Operand, multiply_into, product};
 use crate::precision::{Number, widen};
 use crate::split::pieces;
 
@@ -44,9 +44,10 @@ impl<T: Number> Inputs<'_, T> {
         };
         match weight {
             Weight::F32(weight) => {
-                let mut sums = vec![0.0; columns * self.rows()];
-                self.add_transposed(weight, 0, &mut sums);
-                Y::of_singles(sums)
+                assert_eq!(weight.len(), columns * features, "rows of the weight");
+                let weight = Operand::new(weight, [features, columns], columns).transposed();
+                let x = Operand::new(self.singles(), [features, self.rows()], self.rows());
+                Y::of_singles(product([weight, x]))
             }
             Weight::F16(weight) => self.transposed_in_blocks(columns, |row, to| {
                 widen(&weight[row * columns..][..to.len()], to);
@@ -177,10 +178,7 @@ fn product_with_transposed_on<T: Number + 'static>(
     let products = gradient.chunks(block).map(|gradient| {
         let count = gradient.len() / rows;
         let gradient = Operand::new(gradient, [count, rows], rows);
-        let mut sums = vec![0.0; count * input];
-        let to = (&mut sums[..], input);
-        multiply_into([gradient, x], to, false, Parallelism::Rayon(0));
-        T::of_singles(sums)
+        T::of_singles(product([gradient, x]))
     });
     // As it is, if it is one.
     products

@@ -105,7 +105,7 @@ impl Tutor {
     ///
     /// # Errors
     /// Those of [`Vlm::encode_messages`](crate::Vlm::encode_messages); [`ZooError::TemplateOutput`] if the
-    /// template does not go on where an earlier answer ended.
+    /// template does not go on where an earlier answer ended; [`RerouteError::NoTokens`] without answers.
     pub fn lesson(
         &self,
         system: Option<&str>,
@@ -159,7 +159,7 @@ impl Tutor {
             end: self.end,
         };
         let says = |turn: &Known| lesson.targets(turn).next().is_some();
-        if !lesson.turns.iter().all(says) {
+        if lesson.turns.is_empty() || !lesson.turns.iter().all(says) {
             return Err(RerouteError::NoTokens.into());
         }
         self.check(&lesson)?;

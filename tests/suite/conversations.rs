@@ -140,6 +140,31 @@ proptest! {
         }
     }
 
+    /// Of some last rows that are asked for, the last has the logits of a prefill.
+    #[test]
+    fn rows_that_are_asked_for_are_those_of_a_prefill(
+        case in batch(any_action(), samples()),
+        most in 1..6usize,
+    ) {
+        let (decoder, samples) = (case.decoder::<Backend>(), case.samples());
+        let prompt = pack(&samples);
+        let asked: Vec<usize> = samples.iter().map(|sample| most.min(sample.layout.rows)).collect();
+        let rows = decoder.forward(&prompt, &asked).unwrap();
+        assert_eq!(rows.dims()[1], asked.iter().sum::<usize>());
+        let expected = prefill(&decoder, &samples, &Schedule::dense()).logits;
+        let mut end = 0;
+        for (sample, count) in asked.iter().enumerate() {
+            end += count;
+            let found = decoder.logits(rows.clone().narrow(1, end - 1, 1)).unwrap();
+            let expected = expected.clone().narrow(0, sample, 1);
+            let apart = (found - expected).abs().max().into_scalar();
+            assert!(f64::from(apart) < TOLERANCE, "{apart}");
+        }
+        for wrong in [vec![], vec![0; asked.len()], vec![usize::MAX; asked.len()]] {
+            assert!(decoder.forward(&prompt, &wrong).is_err());
+        }
+    }
+
     /// Under *remove* a later turn sees, in each layer, what the earlier one kept there, and no more:
     /// the slow reference with the first turn's active rows as masks.
     #[test]

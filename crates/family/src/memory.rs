@@ -104,6 +104,7 @@ fn decoder_layer(config: &DecoderConfig, numbers: Arithmetic, kv: KvType) -> Lay
         keys,
         projected: queries,
         copies,
+        in_place: 0,
         inner: config.intermediate_size,
         gated: true,
         causal: true,
@@ -128,6 +129,8 @@ pub struct LayerMemory {
     pub projected: usize,
     /// Held while rows attend.
     pub copies: usize,
+    /// How much of that loops in f32 read where it is.
+    pub in_place: usize,
     /// Width of the MLP.
     pub inner: usize,
     /// Whether the MLP has a gate.
@@ -152,6 +155,7 @@ impl LayerMemory {
             projected: hidden,
             // Values.
             copies: hidden,
+            in_place: 0,
             inner,
             gated: false,
             causal: false,
@@ -185,8 +189,12 @@ impl LayerMemory {
                 let head = Saturating(self.queries / self.heads.max(1));
                 let panels = Saturating(3) * head * Saturating(threads.min(self.heads));
                 let wide = widened(Saturating(2) * queries + Saturating(2) * keys);
-                let copies = bytes * (copies + Saturating(2) * queries);
-                (copies + wide + SINGLE * panels, 0)
+                let copies = match halves {
+                    true => copies + Saturating(2) * queries,
+                    // And contexts.
+                    false => copies - Saturating(self.in_place) + queries,
+                };
+                (bytes * copies + wide + SINGLE * panels, 0)
             }
             // Queries, scaled queries, and contexts, block by block and together.
             None => {
@@ -197,6 +205,8 @@ impl LayerMemory {
         let activation = match (halves, self.gated) {
             (true, true) => Saturating(2) * bytes * inner + widened(Saturating(2) * inner),
             (true, false) => Saturating(2) * bytes * inner + widened(inner),
+            // In place.
+            (false, _) if loops.is_some() => bytes * inner + gate,
             (false, _) => Saturating(2) * bytes * inner + gate,
         };
         // A cast from f32 to halves goes through f64.
@@ -247,15 +257,13 @@ impl Arithmetic {
     /// Bytes of a row in a product with a weight, what goes in and what comes out.
     fn product(self, input: Count, output: Count) -> Count {
         let given = Saturating(self.bytes) * (input + output);
-        match (self.threads, self.bytes < SINGLE.0) {
-            (None, _) => given,
-            // The product is made and copied.
-            (Some(_), false) => given + SINGLE * output,
-            // The same in f32, as many rows of the weight at a time as are widened at a time.
-            (Some(_), true) => {
+        // Halves in f32, as many rows of the weight at a time as are widened at a time.
+        match self.threads.is_some() && self.bytes < SINGLE.0 {
+            true => {
                 let block = output.min(Saturating(WIDENED / input.0.max(1)));
                 given + SINGLE * input + SINGLE * block
             }
+            false => given,
         }
     }
 }

@@ -139,6 +139,7 @@ impl FamilyConfig for QwenVlConfig {
         let vision = &self.vision;
         let hidden = vision.hidden_size;
         let layer = LayerMemory::vision(vision.num_heads, hidden, vision.intermediate_size);
+        let has_windows = vision.generation == QwenGeneration::Qwen2_5;
         // Visual tokens for the decoder's first layers.
         let merged = vision.output_size / vision.spatial_merge_size.pow(2);
         LayerMemory {
@@ -146,7 +147,8 @@ impl FamilyConfig for QwenVlConfig {
             projected: 3 * hidden,
             // Queries, keys and values as they are projected, and window by window.
             copies: 6 * hidden,
-            gated: vision.generation == QwenGeneration::Qwen2_5,
+            in_place: if has_windows { 0 } else { 3 * hidden },
+            gated: has_windows,
             input: vision.patch_features(),
             ..layer
         }

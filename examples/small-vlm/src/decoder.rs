@@ -29,10 +29,6 @@ const TOKENS: usize = GRID * GRID;
 const QUESTIONS: usize = 8;
 /// Share of the steps in which expressions say what an object is, and not where.
 const EASY: f64 = 0.25;
-/// How much of the embeddings of its names, and of the codes of its box, is in a patch of an object: names have to be found, by
-/// whatever looks for them, before places can be read.
-const NAME: f64 = 2.0;
-const PLACE: f64 = 0.5;
 /// Expressions that say what an object is.
 const EASY_KINDS: [Kind; 3] = [Kind::Unique, Kind::Attributes, Kind::Size];
 
@@ -80,15 +76,12 @@ pub fn align<B: AutodiffBackend>(
                 ];
                 for name in names {
                     for (feature, number) in vector.iter_mut().enumerate() {
-                        *number += NAME * embedded[feature * words.len() + name];
+                        *number += embedded[feature * words.len() + name];
                     }
                 }
                 for (side, at) in object.shares().into_iter().enumerate() {
                     let code = parts::spread(&basis, side, at);
-                    vector
-                        .iter_mut()
-                        .zip(code)
-                        .for_each(|(x, y)| *x += PLACE * y);
+                    vector.iter_mut().zip(code).for_each(|(x, y)| *x += y);
                 }
                 for (feature, number) in vector.into_iter().enumerate() {
                     wanted[feature * patches + patch as usize] = number as f32;

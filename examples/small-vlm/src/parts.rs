@@ -27,6 +27,8 @@ const WAVES: [f64; 6] = [0.25, 0.5, 1.0, 2.0, 3.0, 5.0];
 pub const CODE: usize = 2 * WAVES.len();
 /// Deviation of the numbers of a word's embedding.
 const WORD: f64 = 0.3;
+/// Layers whose outputs begin as large as their values; the others' begin at a quarter of that.
+const RESEMBLING: usize = 4;
 /// What a sine counts in an embedding.
 const HEIGHT: f64 = 1.2;
 
@@ -92,6 +94,10 @@ fn last_norm() -> Result<Vec<u8>> {
 ///
 /// Maps begin so that they keep the size of what they are given; those that add to the residual stream begin at
 /// `1/√(layers / 2)` of it. Words begin at random, coordinates with their [`code`].
+///
+/// In the decoder's attention, keys begin as queries and outputs as values turned around: a row looks at rows that resemble it
+/// and takes up what they are (arXiv 2305.09828, section 3). A word so finds the patches of what it names from the first step on;
+/// from other random numbers a decoder has not learnt to in three thousand.
 pub fn random<B: Backend>(seed: u32, device: &B::Device) -> Result<Model<B>> {
     let folder = folder()?;
     let config = ModelConfig::open(&folder)?;
@@ -102,6 +108,8 @@ pub fn random<B: Backend>(seed: u32, device: &B::Device) -> Result<Model<B>> {
         path: Vec::new(),
         coordinates: coordinates(&tokenizer)?,
         basis: basis(),
+        queries: Vec::new(),
+        values: Vec::new(),
     };
     let model = Model::new(&config, device)?;
     Ok(model.map(&mut draw))
@@ -189,6 +197,9 @@ struct Draw {
     path: Vec<String>,
     coordinates: BTreeMap<u32, (usize, usize)>,
     basis: Vec<Vec<f64>>,
+    /// The last maps to queries and to values.
+    queries: Vec<f32>,
+    values: Vec<f32>,
 }
 
 impl Draw {
@@ -203,11 +214,13 @@ impl Draw {
         }
         let inputs: usize = shape.iter().skip(1).product();
         let keeping = (inputs as f64).powf(-0.5);
+        let is_decoder = path.contains("language_model");
         let deviation = match () {
             () if ends(&["class_embedding", "position_embedding"]) => 0.1,
             () if ends(&["embed_tokens"]) => WORD,
             () if ends(&["lm_head"]) => 0.02,
             () if ends(&["multi_modal_projector"]) => keeping,
+            () if is_decoder && ends(&["q_proj"]) => keeping,
             () if ends(&["o_proj", "down_proj"]) => 0.7 * keeping / (LAYERS as f64 / 2.0).sqrt(),
             () if ends(&["out_proj", "fc2"]) => 0.7 * keeping / 3f64.sqrt(),
             () => 0.7 * keeping,
@@ -217,6 +230,7 @@ impl Draw {
         let by = match () {
             () if ends(&["embed_tokens"]) => 1.0,
             () if ends(&["lm_head"]) => 0.1,
+            () if is_decoder => return self.resembling(drawn),
             () => return drawn,
         };
         for (&id, &(form, step)) in &self.coordinates {
@@ -227,6 +241,33 @@ impl Draw {
             row.iter_mut()
                 .zip(code)
                 .for_each(|(x, y)| *x = 0.1 * *x + (by * y) as f32);
+        }
+        drawn
+    }
+}
+
+impl Draw {
+    /// The numbers of a map of the decoder, which may be those of an earlier one.
+    fn resembling(&mut self, drawn: Vec<f32>) -> Vec<f32> {
+        let is = |name: &str| self.path.iter().any(|part| part == name);
+        match () {
+            () if is("q_proj") => self.queries.clone_from(&drawn),
+            () if is("v_proj") => self.values.clone_from(&drawn),
+            () if is("k_proj") => return self.queries.clone(),
+            () if is("o_proj") => {
+                let mut numbers = self
+                    .path
+                    .iter()
+                    .filter_map(|part| part.parse::<usize>().ok());
+                let share = match numbers.next() < Some(RESEMBLING) {
+                    true => 1.0,
+                    false => 0.25,
+                };
+                let turned = (0..WIDTH * WIDTH).map(|at| (at / WIDTH, at % WIDTH));
+                let turned = turned.map(|(row, column)| share * self.values[column * WIDTH + row]);
+                return turned.collect();
+            }
+            () => {}
         }
         drawn
     }

@@ -203,7 +203,6 @@ fn header<B: Backend>(
     }
 }
 
-/// Keeps others out of the same shard.
 /// The right to write a shard's records in a folder, as long as it is held.
 pub(crate) fn lock(folder: &Path, shard: Shard) -> Result<File, EvalError> {
     let path = folder.join(format!("{LOCK}{}", shard.suffix()));

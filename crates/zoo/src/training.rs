@@ -91,7 +91,8 @@ impl<B: Backend> Vlm<B> {
         let routing = routing.into();
         let is_dense = routing.schedule.is_dense() && routing.scorer.is_none();
         let in_rows = |lesson: &Lesson| lesson.turns.len() == 1 || is_dense && lesson.shows_first();
-        // Every gradient of a part of rows is as wide as all of them: what each of several goes on with is not cut out.
+        // Several: of what each goes on with from a cache, every gradient would be as wide as all rows. A single one is read up to
+        // its answer, as when it is asked: there nothing is won, and whole models, chaotic after a few steps, learn as they did.
         let are_prompts = is_dense && routing.encoder.is_none() && lessons.len() > 1;
         let at_once = |lesson: &Lesson| are_prompts && self.is_prompt(lesson);
         let seen = seen.filter(|_| routing.encoder.is_none());

@@ -92,12 +92,12 @@ fn last_norm() -> Result<Vec<u8>> {
 
 /// A model of numbers drawn from a seed.
 ///
-/// Maps begin so that they keep the size of what they are given; those that add to the residual stream begin at
+/// Maps begin so that they keep the size of what they are given; those of MLPs that add to the residual stream begin at
 /// `1/√(layers / 2)` of it. Words begin at random, coordinates with their [`code`].
 ///
 /// In the decoder's attention, keys begin as queries and outputs as values turned around: a row looks at rows that resemble it
-/// and takes up what they are (arXiv 2305.09828, section 3). A word so finds the patches of what it names from the first step on;
-/// from other random numbers a decoder has not learnt to in three thousand.
+/// and takes up what they are (arXiv 2305.09828, section 3). So a word looks at the patches of what it names
+/// from the first step on.
 pub fn random<B: Backend>(seed: u32, device: &B::Device) -> Result<Model<B>> {
     let folder = folder()?;
     let config = ModelConfig::open(&folder)?;
@@ -221,7 +221,7 @@ impl Draw {
             () if ends(&["lm_head"]) => 0.02,
             () if ends(&["multi_modal_projector"]) => keeping,
             () if is_decoder && ends(&["q_proj"]) => keeping,
-            () if ends(&["o_proj", "down_proj"]) => 0.7 * keeping / (LAYERS as f64 / 2.0).sqrt(),
+            () if ends(&["down_proj"]) => 0.7 * keeping / (LAYERS as f64 / 2.0).sqrt(),
             () if ends(&["out_proj", "fc2"]) => 0.7 * keeping / 3f64.sqrt(),
             () => 0.7 * keeping,
         };

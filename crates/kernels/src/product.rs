@@ -132,26 +132,28 @@ impl<'a, T: Number> Inputs<'a, T> {
 
     /// [`product`](Self::product) by the loops for many rows.
     fn of_many<Y: Number>(&self, weight: Weight<'_>, output: usize) -> Vec<Y> {
-        if let Weight::F32(weight) = weight {
-            let operands = isa::single::operands(weight, self.singles(), self.features);
-            return Y::of_singles(isa::single::product(operands));
-        }
-        let mut y = zeros(output * self.rows());
-        if y.is_empty() {
-            return y;
-        }
-        match weight {
-            // Above.
-            Weight::F32(_) => {}
-            Weight::F16(weight) => self.in_singles(weight.len(), &mut y, |from, to| {
-                widen(&weight[from..from + to.len()], to);
-            }),
-            Weight::BF16(weight) => self.of_pairs(weight, &mut y),
-            Weight::Blocks(blocks) => {
-                with_coding!(blocks.format(), C => self.of_codes::<C, Y>(blocks, &mut y));
+        let filled = |fill: &dyn Fn(&mut [Y])| {
+            let mut y = zeros(output * self.rows());
+            if !y.is_empty() {
+                fill(&mut y);
             }
+            y
+        };
+        match weight {
+            Weight::F32(weight) => {
+                let operands = isa::single::operands(weight, self.singles(), self.features);
+                Y::of_singles(isa::single::product(operands))
+            }
+            Weight::F16(weight) => filled(&|y| {
+                self.in_singles(weight.len(), y, |from, to| {
+                    widen(&weight[from..from + to.len()], to);
+                });
+            }),
+            Weight::BF16(weight) => filled(&|y| self.of_pairs(weight, y)),
+            Weight::Blocks(blocks) => filled(&|y| {
+                with_coding!(blocks.format(), C => self.of_codes::<C, Y>(blocks, y));
+            }),
         }
-        y
     }
 
     fn rows(&self) -> usize {

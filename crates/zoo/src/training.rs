@@ -152,6 +152,27 @@ impl<B: Backend> Vlm<B> {
         self.see(views, prepared, &texts, routing.encoder.as_ref())
     }
 
+    /// Visual tokens of what lessons show up to a turn of each, one lesson behind the other.
+    fn shown(
+        &self,
+        lessons: &[&Lesson],
+        chosen: &[usize],
+        turn: impl Fn(&Lesson) -> usize,
+        seen: Option<&[VisualTokens<B>]>,
+        routing: &Routing<'_, B>,
+    ) -> Result<VisualTokens<B>, ZooError> {
+        let mut shown = VisualTokens::default();
+        for &index in chosen {
+            let lesson = lessons[index];
+            let more = match seen.filter(|_| lesson.shows_first()) {
+                Some(seen) => seen[index].clone(),
+                None => self.see_more(lesson, turn(lesson), 0, routing)?,
+            };
+            shown = shown.followed_by(more)?;
+        }
+        Ok(shown)
+    }
+
     /// Whether a lesson with its last answer is a prompt, too: answers may have slots that nothing is shown in.
     fn is_prompt(&self, lesson: &Lesson) -> bool {
         let slots = self.model().config().slots().all();
@@ -167,17 +188,14 @@ impl<B: Backend> Vlm<B> {
         seen: Option<&[VisualTokens<B>]>,
         routing: &Routing<'_, B>,
     ) -> Result<AnswerLogits<B>, ZooError> {
-        let (mut visuals, mut ids, mut views) = (VisualTokens::default(), Vec::new(), Vec::new());
+        let last = |lesson: &Lesson| lesson.turns.len() - 1;
+        let visuals = self.shown(lessons, chosen, last, seen, routing)?;
+        let (mut ids, mut views) = (Vec::new(), Vec::new());
         // Rows from the first that is asked for on, and which of them are.
         let (mut rows, mut asked) = (Vec::new(), Vec::new());
         let (mut tokens, mut of, mut base) = (Vec::new(), Vec::new(), 0);
         for &index in chosen {
             let lesson = lessons[index];
-            let more = match seen.filter(|_| lesson.shows_first()) {
-                Some(seen) => seen[index].clone(),
-                None => self.see_more(lesson, lesson.turns.len() - 1, 0, routing)?,
-            };
-            visuals = visuals.followed_by(more)?;
             let start = lesson.turns[0].prompt.len() - 1;
             for turn in &lesson.turns {
                 for (behind, target) in lesson.targets(turn).enumerate() {
@@ -213,14 +231,10 @@ impl<B: Backend> Vlm<B> {
         seen: Option<&[VisualTokens<B>]>,
         routing: &Routing<'_, B>,
     ) -> Result<AnswerLogits<B>, ZooError> {
-        let (mut tokens, mut ids, mut views) = (VisualTokens::default(), Vec::new(), Vec::new());
+        let tokens = self.shown(lessons, chosen, |_| 0, seen, routing)?;
+        let (mut ids, mut views) = (Vec::new(), Vec::new());
         for &index in chosen {
             let lesson = lessons[index];
-            let more = match seen {
-                Some(seen) => seen[index].clone(),
-                None => self.see_more(lesson, 0, 0, routing)?,
-            };
-            tokens = tokens.followed_by(more)?;
             ids.push(lesson.turns[0].prompt.clone());
             views.push(lesson.views.clone());
         }

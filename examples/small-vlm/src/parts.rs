@@ -363,3 +363,58 @@ impl<B: Backend> ModuleMapper<B> for Biased {
         Param::initialized(param.id, value.set_require_grad(trained))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use burn::module::ModuleVisitor;
+    use reroute_zoo::backend::Flex;
+
+    use super::*;
+
+    /// Square weights by the ends of their paths.
+    #[derive(Default)]
+    struct Read(Vec<String>, BTreeMap<String, Vec<f32>>);
+
+    impl ModuleVisitor<Flex> for Read {
+        fn enter_module(&mut self, name: &str, _: &str) {
+            self.0.push(name.into());
+        }
+
+        fn exit_module(&mut self, _: &str, _: &str) {
+            self.0.pop();
+        }
+
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<Flex, D>>) {
+            let path = self.0.join(".");
+            if param.val().shape().num_elements() == WIDTH * WIDTH
+                && path.contains("language_model")
+            {
+                let numbers = param.val().into_data().iter::<f32>().collect();
+                self.1.insert(path, numbers);
+            }
+        }
+    }
+
+    #[test]
+    fn rows_begin_by_looking_at_what_resembles_them() {
+        let mut read = Read::default();
+        let model = random::<Flex>(1, &Default::default()).expect("a model");
+        model.visit(&mut read);
+        for layer in 0..LAYERS {
+            let of = |name: &str| {
+                let part = format!("layers.{layer}.self_attn.{name}.");
+                let found = read.1.iter().find(|(path, _)| path.contains(&part));
+                found
+                    .unwrap_or_else(|| panic!("no {part} in {:?}", read.1.keys()))
+                    .1
+            };
+            assert_eq!(of("q_proj"), of("k_proj"));
+            assert!(of("q_proj") != of("v_proj"));
+            let share = if layer < 4 { 1.0 } else { 0.25 };
+            for at in 0..WIDTH * WIDTH {
+                let turned = of("v_proj")[at % WIDTH * WIDTH + at / WIDTH];
+                assert_eq!(of("o_proj")[at], share * turned, "layer {layer}");
+            }
+        }
+    }
+}

@@ -129,7 +129,7 @@ pub struct LayerMemory {
     pub projected: usize,
     /// Held while rows attend.
     pub copies: usize,
-    /// How much of that loops in f32 read where it is.
+    /// Of these copies, what loops in f32 read where it is instead.
     pub in_place: usize,
     /// Width of the MLP.
     pub inner: usize,

@@ -1,4 +1,4 @@
-"""Variants of rerouting on the built-in scenes, with paired intervals: the tables of docs/routing.md.
+"""Variants of rerouting of a model of 8 layers, with paired intervals: the tables of docs/routing.md.
 
     cargo build --release && python3 benches/variants.py target/release/reroute FOLDER
 
@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 SCENES = Path(__file__).resolve().parent.parent / "tests/fixtures/scenes"
+MODEL = SCENES.parent / "tiny-llava"
 SIDE, TOKENS, LAYERS = 112, 64, 8
 DECISIONS = [1, 2, 4, 6]
 SHARES = [0.50, 0.33, 0.22]
@@ -94,7 +95,7 @@ def main(program, folder):
     for (variant, share), name in names.items():
         (folder / f"{name}.json").write_text(json.dumps(schedule(variant, share)))
     routings = ["dense", *(f"{name}.json" for name in names.values())]
-    command = [program, "eval", "--task", "own", "--data", "scenes.jsonl", "--out", "out", "--resume"]
+    command = [program, "eval", "--model", str(MODEL), "--task", "own", "--data", "scenes.jsonl", "--out", "out", "--resume"]
     subprocess.run([*command, "--routing", *routings], cwd=folder, check=True)
     print("\n| variant − base |" + "".join(f" {share:.2f} |" for share in SHARES))
     print("|---|" + "---|" * len(SHARES))

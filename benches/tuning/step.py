@@ -3,7 +3,7 @@
     python benches/tuning/step.py --reroute target/release/reroute --folder FOLDER --rounds 3 --json FILE
 
 Makes a checkpoint of random weights and examples in the folder, trains each for a few steps, and says what the median step
-took and the most memory that the process had. Needs torch, transformers and peft.
+took and the most memory that the process had; ours also with `--recompute`. Needs torch, transformers and peft.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def run(command: list) -> tuple[str, int]:
     return said, usage.ru_maxrss * 1024
 
 
-def ours(program: str, kind: str, folder: pathlib.Path) -> tuple[list, int]:
+def ours(program: str, kind: str, folder: pathlib.Path, more: list) -> tuple[list, int]:
     to = folder / "run"
     shutil.rmtree(to, ignore_errors=True)
     trained = ["--train", "decoder"]
@@ -78,7 +78,7 @@ def ours(program: str, kind: str, folder: pathlib.Path) -> tuple[list, int]:
         program, "tune", "--model", folder / "model", "--data", folder / "examples.jsonl", "--to", to, "--batch", BATCH,
         "--accumulate", 1, "--steps", STEPS, "--learning-rate", "1e-4", "--dtype", "bf16" if "bf16" in kind else "f32",
     ]
-    _, memory = run([str(part) for part in command + trained])
+    _, memory = run([str(part) for part in command + trained + more])
     lines = map(json.loads, open(to / "log.jsonl"))
     return [line["seconds"] for line in lines if line["kind"] == "step"], memory
 
@@ -144,10 +144,11 @@ def main() -> None:
         return
     if not (options.folder / "examples.jsonl").exists():
         make(options.folder)
-    found = {kind: {"ours": [], "pytorch": []} for kind in KINDS}
+    found = {kind: {"ours": [], "recomputing": [], "pytorch": []} for kind in KINDS}
     for _ in range(options.rounds):
         for kind, programs in found.items():
-            programs["ours"].append(ours(options.reroute, kind, options.folder))
+            programs["ours"].append(ours(options.reroute, kind, options.folder, []))
+            programs["recomputing"].append(ours(options.reroute, kind, options.folder, ["--recompute"]))
             programs["pytorch"].append(theirs(kind, options.folder))
     report = {}
     for kind, programs in found.items():

@@ -1,11 +1,11 @@
 //! The library against the slow reference, over schedules, group sizes, biases, norms, positions.
 
 use proptest::prelude::*;
-use reducers::Schedule;
+use reducers::{Action, Schedule};
 
 use crate::reference::Reference;
 use crate::support::{
-    Backend, VOCAB, any_action, case, cases, columns, decode, distance, prefill_one, unusual,
+    Backend, VOCAB, any_action, case, cases, columns, decode, distance, pack, prefill_one, unusual,
     values,
 };
 
@@ -52,6 +52,38 @@ proptest! {
         }
         let difference = distance(&values(actual.logits), &expected.logits);
         assert!(difference < TOLERANCE, "logits: {difference}");
+    }
+
+    /// What shortcuts are fitted to: visual rows as the plain model leaves them before the layers of a stage, with
+    /// DeepStack features that they receive meanwhile, and as it leaves them behind.
+    #[test]
+    fn rows_that_would_wait_equal_the_slow_reference(case in case(Just(Action::Reroute))) {
+        let (decoder, sample) = (case.decoder::<Backend>(), case.sample());
+        let dense = Reference::of(&decoder).prefill(&sample, &Schedule::dense());
+        let waits = decoder.waits(&pack(&[sample.clone()]), &case.schedule).unwrap();
+        let stages: Vec<usize> = case.schedule.stages().iter().map(|stage| stage.layer).collect();
+        assert!(waits.iter().map(|waited| waited.layers.clone()).eq(stages.windows(2).map(|pair| pair[0]..pair[1])));
+        for waited in waits {
+            let (start, end) = (waited.layers.start, waited.layers.end);
+            let both = columns(&waited.before).into_iter().zip(columns(&waited.after));
+            assert_eq!(both.len(), sample.layout.visual.len());
+            for ((token, &row), (before, after)) in sample.layout.visual.iter().enumerate().zip(both) {
+                let mut expected: Vec<f64> = match start.checked_sub(1) {
+                    Some(layer) => dense.hidden_states[layer][row].clone(),
+                    None => sample.embeddings[row].iter().map(|&x| x.into()).collect(),
+                };
+                for layer in start.saturating_sub(1)..end - 1 {
+                    let features = sample.deepstack.get(layer).map(|features| &features[token]);
+                    for (sum, x) in expected.iter_mut().zip(features.into_iter().flatten()) {
+                        *sum += f64::from(*x);
+                    }
+                }
+                let off = distance(&before, &expected);
+                assert!(off < TOLERANCE, "row {row} before layer {start}: {off}");
+                let off = distance(&after, &dense.hidden_states[end - 1][row]);
+                assert!(off < TOLERANCE, "row {row} behind layer {}: {off}", end - 1);
+            }
+        }
     }
 
     /// A generated token sees, per layer, what that layer worked on, from the position it has in

@@ -105,8 +105,8 @@ fn routings_that_do_not_exist_or_do_not_fit() {
             "stage 1: layer 5 does not come after layer 5",
         ),
         (
-            r#"{"layer": 8, "keep_ratio": 0.5}"#,
-            "stage 0: layer 8 is beyond this model",
+            r#"{"layer": 16, "keep_ratio": 0.5}"#,
+            "stage 0: layer 16 is beyond this model",
         ),
         (
             r#"{"layer": -1, "keep_ratio": 0.5}"#,

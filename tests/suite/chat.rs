@@ -10,7 +10,7 @@ use reroute_zoo::{Conversation, PixelTensors, Question, TensorInputs};
 use serde_json::Value;
 
 use crate::golden::{fixture, open, picture};
-use crate::program::{BUILT_IN, Scratch, read_image, report, scene, schedule};
+use crate::program::{BUILT_IN, Scratch, layers, read_image, report, scene, schedule};
 
 /// Types these lines into `reroute chat`, which is told whether a person does.
 fn chat(flags: &[&str], lines: &[u8], is_person: bool) -> Result<String, String> {
@@ -83,7 +83,7 @@ fn the_first_turn_is_an_ordinary_question() {
 fn a_rerouted_turn_chooses_among_all_visual_tokens_again() {
     let [first, second] = two_turns("reroute-pdrop@192");
     let schedule = schedule("reroute-pdrop@192");
-    let counts: Vec<usize> = schedule.visual_tokens_per_layer(8, 64).collect();
+    let counts: Vec<usize> = schedule.visual_tokens_per_layer(layers(), 64).collect();
     let prompt = second["prompt_rows"].as_u64().unwrap() as usize;
     let known = first["prompt_rows"].as_u64().unwrap() as usize;
     assert_eq!(second["visual_tokens"], 64);

@@ -6,7 +6,8 @@ use reroute_zoo::grounding::{iou, parse_box};
 use serde_json::{Value, json};
 
 use crate::program::{
-    Scratch, f32s, i64s, read_image, read_tensors, report, reroute, safetensors, scene, schedule,
+    Scratch, f32s, i64s, layers, read_image, read_tensors, report, reroute, safetensors, scene,
+    schedule,
 };
 
 /// What the built-in model finds without any flags, in shares of the scene.
@@ -28,7 +29,7 @@ fn ask_prints_the_answer_and_json_says_how_it_came_about() {
     assert_eq!(report["visual_tokens"], 64);
     let text = report["prompt_rows"].as_u64().unwrap() as usize - 64;
     let schedule = schedule("reroute-pdrop@192");
-    let visual = schedule.visual_tokens_per_layer(8, 64);
+    let visual = schedule.visual_tokens_per_layer(layers(), 64);
     let rows: Vec<usize> = visual.map(|visual| text + visual).collect();
     assert_eq!(indices(&report["rows_per_layer"]), rows);
     let counts = schedule.keep_counts(64);
@@ -179,7 +180,7 @@ fn presets_lists_every_preset_with_the_counts_of_its_schedule() {
             position_axes: 1,
             tower: Tower::Clip,
         };
-        match preset.plan(8, &encoder) {
+        match preset.plan(layers(), &encoder) {
             Ok(plan) => {
                 let entering = plan.entering(64);
                 assert_eq!(row["entering_tokens"], entering);
@@ -190,7 +191,7 @@ fn presets_lists_every_preset_with_the_counts_of_its_schedule() {
                 let counts: Vec<String> = counts.iter().map(ToString::to_string).collect();
                 assert!(line.ends_with(&counts.join(" ")), "{line}");
             }
-            // Not every budget can be met with eight layers.
+            // Not every budget can be met with so many layers.
             Err(error) => {
                 assert_eq!(row["error"], error.to_string());
                 assert!(line.ends_with(&error.to_string()), "{line}");
@@ -320,7 +321,7 @@ fn trace_writes_what_it_documents() {
 
     let mut expected = vec![
         ("logits".to_string(), vec![1, 334]),
-        ("kv_lengths".into(), vec![8]),
+        ("kv_lengths".into(), vec![layers()]),
         ("rope.position_ids".into(), vec![1, 1, 133]),
         ("rope_deltas".into(), vec![1, 1]),
     ];
@@ -346,10 +347,10 @@ fn trace_writes_what_it_documents() {
 
     expected.push(("decode.ids".into(), vec![1, 3]));
     expected.push(("decode.logits".into(), vec![1, 3, 334]));
-    expected.push(("vision_features".into(), vec![1, 128, 96]));
+    expected.push(("vision_features".into(), vec![1, 128, 128]));
     expected.push(("image_embeds".into(), vec![1, 128, 128]));
     expected.push(("inputs_embeds".into(), vec![1, 133, 128]));
-    for (layer, visual) in schedule.visual_tokens_per_layer(8, 128).enumerate() {
+    for (layer, visual) in schedule.visual_tokens_per_layer(layers(), 128).enumerate() {
         expected.push((format!("hidden.{layer}"), vec![1, visual + 5, 128]));
         expected.push((format!("hidden.{layer}.rows"), vec![visual + 5]));
     }

@@ -12,8 +12,8 @@ use reroute::Decoder;
 
 use crate::reference::Reference;
 use crate::support::{
-    Backend, Case, Device, Random, Sample, VOCAB, any_action, case, cases, columns, decoder,
-    layout, model, pack, values,
+    Backend, Case, Device, Random, Sample, VOCAB, any_action, case, cases, columns, layout, model,
+    pack, values,
 };
 
 type Ad = Autodiff<Backend>;
@@ -147,7 +147,7 @@ proptest! {
         let sample = case.sample();
         let direction: Vec<Vec<f32>> =
             sample.embeddings.iter().map(|row| random.vector(row.len())).collect();
-        let reference = Reference::of(&decoder::<Backend>(&case.config, case.seed));
+        let reference = Reference::of(&case.decoder::<Backend>());
 
         // Half a step either way in f32, the steps as they were really taken.
         let step = |sign: f32| -> Sample {

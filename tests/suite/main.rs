@@ -7,6 +7,7 @@ mod bad_checkpoint;
 mod bad_request;
 mod bad_text;
 mod batches;
+mod calibrate;
 mod chat;
 mod codes;
 mod command_line;

@@ -26,8 +26,12 @@ fn open(folder: &Folder) -> Vlm<Backend> {
 /// A preset for the built-in model.
 pub fn schedule(preset: &str) -> Schedule {
     let preset = presets::find(preset).expect("a preset");
-    let layers = BUILT_IN.config().decoder().num_layers;
-    preset.schedule(layers).expect("it has enough layers")
+    preset.schedule(layers()).expect("it has enough layers")
+}
+
+/// Decoder layers of the built-in model.
+pub fn layers() -> usize {
+    BUILT_IN.config().decoder().num_layers
 }
 
 /// Runs the program and returns all that it prints.
@@ -120,7 +124,7 @@ impl Scratch {
 
     /// A folder with the files of the built-in model.
     pub fn built_in() -> Self {
-        Self::copy(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/zoo/assets/tiny-llava"))
+        Self::copy(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/zoo/assets/narrow-llava"))
     }
 
     /// A folder with the files of another.

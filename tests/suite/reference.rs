@@ -9,16 +9,20 @@
 //! through every layer, deferred rows are hidden as keys, and their outputs are overwritten by
 //! their inputs.
 
+mod choice;
+
 use std::collections::HashMap;
 
 use burn::tensor::backend::Backend as AnyBackend;
 use reducers::{
     Action, Attention, Duplication, HeadReduce, Positions, Query, Schedule, Score, ScoreLayer,
-    ScoreMemory, SoftmaxKeys, Stage, Waiting,
+    SoftmaxKeys, Stage, Waiting,
 };
-use reroute::{Decoder, DecoderConfig, RopeScaling};
+use reroute::{Decoder, DecoderConfig, RopeScaling, Shortcut, Shortcuts};
 
 use crate::support::{Sample, weights};
+
+use choice::{choose, remembered};
 
 type Row = Vec<f64>;
 
@@ -26,6 +30,16 @@ type Row = Vec<f64>;
 pub struct Reference {
     config: DecoderConfig,
     weights: HashMap<String, Vec<Row>>,
+    shortcuts: Shortcuts,
+}
+
+/// What rows that wait receive behind a layer.
+enum Received {
+    Nothing,
+    /// All the same.
+    Mean(Row),
+    /// Each what a map makes of it.
+    Mapped(Shortcut),
 }
 
 /// What a prefill of one sample comes to.
@@ -41,7 +55,7 @@ pub struct Outcome {
     /// Positions of all rows in every layer.
     pub positions: Vec<Vec<Vec<i64>>>,
     /// What deferred rows received behind every layer.
-    pub rides: Vec<Option<Row>>,
+    received: Vec<Received>,
 }
 
 /// One decision.
@@ -61,6 +75,7 @@ impl Reference {
         Self {
             config: decoder.config().clone(),
             weights: weights(decoder),
+            shortcuts: decoder.shortcuts().clone(),
         }
     }
 
@@ -150,11 +165,18 @@ impl Reference {
                 }
                 hidden[row] = output;
             }
-            let rides = schedule.waiting() == Waiting::RideAlong;
-            let rides = rides && schedule.decision_at(layer + 1).is_some();
-            let ride = rides.then(|| ride.clone());
-            receive(&mut hidden, &off, &ride);
-            outcome.rides.push(ride);
+            let next = schedule.decision_at(layer + 1);
+            let received = match (schedule.waiting(), next) {
+                (Waiting::Untouched, _) | (_, None | Some(0)) => Received::Nothing,
+                (Waiting::RideAlong, _) => Received::Mean(ride.clone()),
+                (Waiting::Shortcut, Some(next)) => {
+                    let layers = schedule.stages()[next - 1].layer..layer + 1;
+                    let shortcut = self.shortcuts.iter().find(|one| one.layers == layers);
+                    Received::Mapped(shortcut.expect("it was given").clone())
+                }
+            };
+            receive(&mut hidden, &off, &received);
+            outcome.received.push(received);
             outcome.active.push(active.clone());
             outcome.positions.push(positions.clone());
             outcome.hidden_states.push(hidden.clone());
@@ -187,7 +209,7 @@ impl Reference {
                 hidden[row] = output;
             }
             let off = gather_if(&sample.layout.visual, |row| !active.contains(row));
-            receive(&mut hidden, &off, &prefilled.rides[layer]);
+            receive(&mut hidden, &off, &prefilled.received[layer]);
             add_deepstack(&mut hidden, sample, layer);
         }
         let generated = hidden[prompt..].iter();
@@ -446,82 +468,28 @@ fn scaled(frequency: f64, scaling: &RopeScaling) -> f64 {
     }
 }
 
-/// What tokens are ranked by: their scores, or what they come to with what they scored before.
-fn remembered(
-    memory: ScoreMemory,
-    scores: &HashMap<usize, f64>,
-    visual: &[usize],
-    shares: &mut [Vec<f64>],
-) -> HashMap<usize, f64> {
-    if memory == ScoreMemory::Off {
-        return scores.clone();
-    }
-    let stands = |row: &&usize| scores.contains_key(row);
-    let all: f64 = visual
-        .iter()
-        .filter(stands)
-        .map(|row| scores[row].abs())
-        .sum();
-    let mut ranked = HashMap::new();
-    for (row, shares) in visual.iter().zip(shares) {
-        let Some(score) = scores.get(row) else {
-            continue;
-        };
-        shares.push(if all > 0.0 { score / all } else { 0.0 });
-        let count = shares.len();
-        let faded = |rate: f32, at: usize| f64::from(rate).powi((count - 1 - at) as i32);
-        let value = match memory {
-            ScoreMemory::Max => shares.iter().copied().fold(f64::NEG_INFINITY, f64::max),
-            ScoreMemory::Decay(rate) => {
-                let all = shares.iter().enumerate();
-                all.map(|(at, share)| faded(rate, at) * share).sum()
+/// What rows that wait receive at the end of a stage.
+fn receive(hidden: &mut [Row], off: &[usize], received: &Received) {
+    for &row in off {
+        let update = match received {
+            Received::Nothing => continue,
+            Received::Mean(mean) => mean.clone(),
+            Received::Mapped(Shortcut {
+                down, up, shift, ..
+            }) => {
+                let numbers =
+                    |of: &[f32]| -> Row { of.iter().map(|&number| f64::from(number)).collect() };
+                let inner = down.chunks(shift.len());
+                let inner: Row = inner
+                    .map(|row_of| dot(&numbers(row_of), &hidden[row]))
+                    .collect();
+                let outer = up
+                    .chunks(inner.len())
+                    .map(|row_of| dot(&numbers(row_of), &inner));
+                add(&outer.collect::<Row>(), &numbers(shift))
             }
-            _ => shares.iter().sum(),
         };
-        ranked.insert(*row, value);
-    }
-    ranked
-}
-
-/// The best `count` of the visual tokens that have a score, lower index first among equals, those
-/// that a monotonic schedule has dismissed last.
-fn choose(
-    [scores, ranked]: [&HashMap<usize, f64>; 2],
-    visual: &[usize],
-    previous: Option<&Decision>,
-    spread: &dyn Fn(usize) -> bool,
-    count: usize,
-) -> Decision {
-    let stands = |token: &usize| scores.contains_key(&visual[*token]);
-    let candidates: Vec<usize> = (0..visual.len()).filter(stands).collect();
-    let rank = |token: usize| match previous {
-        _ if spread(token) => f64::INFINITY,
-        Some(previous) if !previous.selected.contains(&token) => f64::NEG_INFINITY,
-        _ => ranked[&visual[token]],
-    };
-    let mut order = candidates.clone();
-    order.sort_by(|&a, &b| rank(b).total_cmp(&rank(a)).then(a.cmp(&b)));
-    let margin = match order[count.saturating_sub(1)..] {
-        [worst, best, ..] if count > 0 && rank(best).is_finite() => rank(worst) - rank(best),
-        _ => f64::INFINITY,
-    };
-    order.truncate(count);
-    order.sort_unstable();
-    Decision {
-        scores: candidates.iter().map(|&t| scores[&visual[t]]).collect(),
-        ranked: candidates.iter().map(|&t| ranked[&visual[t]]).collect(),
-        selected: order,
-        margin,
-    }
-}
-
-/// What rows that ride along receive at the end of a stage.
-fn receive(hidden: &mut [Row], off: &[usize], ride: &Option<Row>) {
-    for (&row, ride) in off
-        .iter()
-        .flat_map(|row| ride.iter().map(move |ride| (row, ride)))
-    {
-        hidden[row] = add(&hidden[row], ride);
+        hidden[row] = add(&hidden[row], &update);
     }
 }
 

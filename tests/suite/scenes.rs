@@ -12,10 +12,12 @@ use reroute::{GenerationOptions, PrefillOptions, generate};
 use reroute_cli::backend::{Backend, Device};
 use reroute_zoo::embedded;
 use reroute_zoo::grounding::{iou, parse_box};
-use reroute_zoo::{OpenOptions, PixelTensors, Question, Sample, VisualTokens, Vlm};
+use reroute_zoo::{Folder, OpenOptions, PixelTensors, Question, Sample, VisualTokens, Vlm};
 use serde::Deserialize;
 use vision_encoder::VisionOutput;
 use vision_encoder::{DecodeLimits, decode};
+
+use crate::program::BUILT_IN;
 
 /// Ties in f32 may flip a scene or two of the 200.
 const MAY_DIFFER: usize = 2;
@@ -46,8 +48,9 @@ struct Scene {
 }
 
 static VLM: LazyLock<Vlm<Backend>> = LazyLock::new(|| {
-    let options = OpenOptions::default();
-    Vlm::open(&embedded::checkpoint(), &options, &Device::default()).expect("it is built in")
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/tiny-llava");
+    let folder = Folder::open(folder).expect("the fixture");
+    Vlm::open(&folder, &OpenOptions::default(), &Device::default()).expect("a good checkpoint")
 });
 
 static SCENES: LazyLock<Vec<Scene>> = LazyLock::new(|| {
@@ -178,9 +181,9 @@ routings! {
 #[test]
 fn the_built_in_scene_is_found() {
     let image = decode(embedded::SCENE.image, &DecodeLimits::default()).expect("it is built in");
-    let options = VLM.generation_defaults();
+    let options = BUILT_IN.generation_defaults();
     let schedule = Schedule::dense();
-    let found = VLM.ground(&image, embedded::SCENE.expression, &schedule, &options);
+    let found = BUILT_IN.ground(&image, embedded::SCENE.expression, &schedule, &options);
     let found = found.expect("it answers with a box");
     let scenes =
         Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/zoo/assets/scenes/scenes.json");

@@ -1,21 +1,21 @@
 //! Small random decoders, prompts and schedules, and how tests look at results.
 
+mod schedules;
+
 use std::collections::HashMap;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::backend::Backend as AnyBackend;
 use burn::tensor::{Int, Tensor, TensorData};
 use proptest::prelude::*;
-use proptest::sample::subsequence;
 use proptest::test_runner::RngSeed;
-use reducers::{
-    Action, Attention, Duplication, HeadReduce, Heads, HiddenLayout, Keep, Positions, Query,
-    Schedule, Score, ScoreDtype, ScoreLayer, ScoreMemory, SoftmaxKeys, Stage, Waiting,
-};
+use reducers::{Action, Schedule, Stage, Waiting};
 use reroute::{
     Decision, Decoder, DecoderConfig, Prefill, PrefillOptions, Prompt, RopeConfig, SampleLayout,
+    Shortcut, Shortcuts,
 };
 pub use reroute_cli::backend::{Backend, Device};
+pub use schedules::{schedule, unusual};
 
 /// Vocabulary of every random decoder.
 pub const VOCAB: usize = 40;
@@ -271,8 +271,14 @@ pub struct Case {
 }
 
 impl Case {
+    /// The decoder, with shortcuts if the schedule has tokens take them.
     pub fn decoder<B: AnyBackend>(&self) -> Decoder<B> {
-        decoder(&self.config, self.seed)
+        let mut decoder = decoder(&self.config, self.seed);
+        if self.schedule.waiting() == Waiting::Shortcut {
+            let shortcuts = shortcuts(&self.schedule, self.config.hidden_size, self.seed);
+            decoder.set_shortcuts(shortcuts).unwrap();
+        }
+        decoder
     }
 
     pub fn samples(&self) -> Vec<Sample> {
@@ -288,6 +294,26 @@ impl Case {
     pub fn sample(&self) -> Sample {
         self.samples().swap_remove(0)
     }
+}
+
+/// Random maps for every stage that ends in a decision, which change states by about a half.
+pub fn shortcuts(schedule: &Schedule, hidden_size: usize, seed: u64) -> Shortcuts {
+    let mut random = Random::new(seed ^ 0x5ca1e);
+    let mut numbers = |count: usize, size: f32| -> Vec<f32> {
+        (0..count).map(|_| size * random.next()).collect()
+    };
+    let shortcut = |pair: &[Stage]| {
+        let layers = pair[0].layer..pair[1].layer;
+        let rank = 1 + layers.len() % 3;
+        let size = (3.0 / hidden_size as f32).sqrt();
+        Shortcut {
+            layers,
+            down: numbers(rank * hidden_size, size),
+            up: numbers(rank * hidden_size, 1.0),
+            shift: numbers(hidden_size, 0.2),
+        }
+    };
+    Shortcuts::new(schedule.stages().windows(2).map(shortcut))
 }
 
 /// Random cases of one sample with visual tokens.
@@ -374,136 +400,6 @@ pub fn layout() -> impl Strategy<Value = Vec<bool>> {
             .chain(run(false, after))
             .collect()
     })
-}
-
-/// Schedules for a decoder of `layers` layers with one to four decisions, scored in every way that a
-/// conversation can continue with.
-pub fn schedule(
-    layers: usize,
-    action: impl Strategy<Value = Action>,
-) -> impl Strategy<Value = Schedule> {
-    let keep = prop_oneof![
-        (0.05..1.0f64).prop_map(Keep::Ratio),
-        (0.05..1.0f64).prop_map(Keep::Rounded),
-        (0.05..1.0f64).prop_map(Keep::Truncated),
-        (1..12usize).prop_map(Keep::Count),
-    ];
-    let stages = subsequence((0..layers).collect::<Vec<_>>(), 1..=layers.min(4));
-    let rules = prop::collection::vec((keep, attention()), 4);
-    let memory = prop_oneof![
-        3 => Just(ScoreMemory::Off),
-        1 => Just(ScoreMemory::Sum),
-        1 => Just(ScoreMemory::Max),
-        1 => (0.1..0.9f32).prop_map(ScoreMemory::Decay),
-    ];
-    let drawn = (action, any::<[bool; 2]>(), memory, stages, rules);
-    drawn.prop_map(|(action, [monotonic, rides], memory, layers, rules)| {
-        let stage = |(index, (layer, (keep, attention))): (usize, (usize, _))| {
-            let attention: Attention = attention;
-            let impossible = layer == 0 || (index > 0 && action == Action::Reroute);
-            let layer_of_score = match impossible {
-                true => ScoreLayer::This,
-                false => attention.layer,
-            };
-            Stage::new(layer, keep).by(Score::Attention(Attention {
-                layer: layer_of_score,
-                ..attention
-            }))
-        };
-        let stages = layers.into_iter().zip(rules).enumerate().map(stage);
-        let schedule = Schedule::new(action, monotonic, stages.collect());
-        schedule
-            .and_then(|schedule| schedule.with_memory(memory))
-            .and_then(|schedule| schedule.with_waiting(waiting(action, rides)))
-            .unwrap()
-    })
-}
-
-/// What becomes of deferred rows, where there are any.
-fn waiting(action: Action, rides: bool) -> Waiting {
-    match (action, rides) {
-        (Action::Reroute, true) => Waiting::RideAlong,
-        _ => Waiting::Untouched,
-    }
-}
-
-fn attention() -> impl Strategy<Value = Attention> {
-    let layer = prop_oneof![Just(ScoreLayer::This), Just(ScoreLayer::Previous)];
-    let query = prop_oneof![
-        2 => Just(Query::Last),
-        1 => (1..5usize).prop_map(Query::LastMean),
-        1 => Just(Query::Raters),
-    ];
-    // Every decoder here has four of them.
-    let only = subsequence(vec![0, 1, 2, 3], 1..=4);
-    let heads = prop_oneof![
-        2 => Just(HeadReduce::Mean),
-        2 => Just(HeadReduce::Max),
-        1 => only.prop_map(|heads| HeadReduce::Only(Heads::new(heads).unwrap())),
-    ];
-    let dtype = prop_oneof![Just(ScoreDtype::F32), Just(ScoreDtype::Model)];
-    let keys = prop_oneof![Just(SoftmaxKeys::All), Just(SoftmaxKeys::Candidates)];
-    (layer, query, heads, dtype, keys).prop_map(|(layer, query, heads, dtype, keys)| Attention {
-        layer,
-        query,
-        heads,
-        dtype,
-        rope: true,
-        keys,
-    })
-}
-
-/// Cases whose schedules also do what no conversation can continue with: scores without rotary
-/// positions, scores given by the encoder side, positions numbered anew, hidden states at full length.
-pub fn unusual(action: impl Strategy<Value = Action> + Clone + 'static) -> BoxedStrategy<Case> {
-    let stride = prop::option::of(1..4usize);
-    let pivots = prop::option::weighted(0.2, (0..3usize, 1..3usize));
-    (case(action), any::<[bool; 4]>(), stride, pivots)
-        .prop_map(
-            |(case, [unrotated, salience, renumber, per_layer], stride, pivots)| {
-                let score = |(index, stage): (usize, &Stage)| {
-                    let score = match (stage.score, pivots) {
-                        _ if salience && index == 0 => Score::Encoder,
-                        (Score::Attention(attention), Some((visual_pivots, text_pivots))) => {
-                            Score::Duplication(Duplication {
-                                layer: attention.layer,
-                                visual_pivots,
-                                text_pivots,
-                            })
-                        }
-                        (Score::Attention(attention), None) => Score::Attention(Attention {
-                            rope: !unrotated,
-                            ..attention
-                        }),
-                        (score, _) => score,
-                    };
-                    Stage {
-                        stride,
-                        ..stage.by(score)
-                    }
-                };
-                let (action, monotonic) = (case.schedule.action(), case.schedule.monotonic());
-                let stages = case.schedule.stages().iter().enumerate().map(score);
-                let (memory, waiting) = (case.schedule.memory(), case.schedule.waiting());
-                let schedule = Schedule::new(action, monotonic, stages.collect())
-                    .and_then(|schedule| schedule.with_memory(memory))
-                    .and_then(|schedule| schedule.with_waiting(waiting))
-                    .unwrap();
-                let schedule = match per_layer {
-                    true => schedule.with_layout(HiddenLayout::PerLayer),
-                    false => schedule,
-                };
-                let possible = action == Action::Remove && case.config.rope.axes() == 1;
-                Case {
-                    schedule: match renumber && possible {
-                        true => schedule.with_positions(Positions::Renumber).unwrap(),
-                        false => schedule,
-                    },
-                    ..case
-                }
-            },
-        )
-        .boxed()
 }
 
 /// Prefill with every layer's output captured.

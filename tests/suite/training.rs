@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use burn::module::{AutodiffModule, Module, ModuleMapper, ModuleVisitor, Param};
-use burn::optim::{AdamConfig, GradientsParams, Optimizer};
+use burn::optim::{AdamConfig, GradientsAccumulator, GradientsParams, Optimizer};
 use burn::tensor::activation::log_softmax;
 use burn::tensor::backend::{AutodiffBackend, Backend as AnyBackend};
 use burn::tensor::{DType, Int, Tensor};
@@ -12,7 +12,7 @@ use burn_autodiff::Autodiff;
 use reducers::{Action, Schedule, Stage};
 use reroute::{GenerationOptions, Prefill, Prompt};
 use reroute_cli::backend::{Backend, Device};
-use reroute_zoo::{PixelTensors, Question, Sample, Visual, Vlm};
+use reroute_zoo::{AdapterConfig, Lesson, PixelTensors, Question, Sample, Trained, Visual, Vlm};
 
 use crate::golden::{open_as, picture};
 use crate::support::values;
@@ -296,4 +296,156 @@ fn a_model_learns_an_answer_under_routing() {
         let answer = vlm.ask(&question(), &schedule, &options, |_| {});
         assert_eq!(answer.expect("a good question").tokens, ANSWER, "{family}");
     }
+}
+
+/// Layers that keep nothing but their inputs give every weight the gradient that it has otherwise: of the tower, by way of the
+/// visual tokens and of DeepStack features, of a tied head, and of adapters with dropout, which is drawn twice alike.
+#[test]
+fn recomputed_gradients_are_the_same() {
+    let adapter = AdapterConfig {
+        dropout: 0.3,
+        ..AdapterConfig::new(["q_proj", "down_proj"], 3)
+    };
+    for family in FAMILIES {
+        let vlm: Vlm<Ad> = open_as(family, DType::F32);
+        let whole = vlm.model().clone().train(&[Trained::All]).expect("all");
+        let adapted = vlm.model().adapt(&adapter).expect("an adapter");
+        for (model, draws) in [(whole, false), (adapted, true)] {
+            let vlm = vlm.with_model(model);
+            let tutor = vlm.tutor();
+            let lessons = [&ANSWER[..], &ANSWER[1..]]
+                .map(|answer| tutor.question(&question(), answer).expect("a lesson"));
+            let lessons: Vec<&Lesson> = lessons.iter().collect();
+            let share = 1.0 / 5.0;
+            let recomputed = |vlm: &Vlm<Ad>| {
+                let mut sum = GradientsAccumulator::new();
+                let take = |gradients| sum.accumulate(vlm.model(), gradients);
+                let loss = vlm.learn_recomputing(&lessons, None, (share, 7), take);
+                (loss.expect("a loss").into_scalar(), sum.grads())
+            };
+            let (loss, found) = recomputed(&vlm);
+            if draws {
+                // Were it drawn otherwise on the way back, a step along a gradient would do something else.
+                let ups = adapter_gradients(&vlm, &found);
+                assert!(ups.len() > 3, "{family}");
+                for (path, gradient) in ups {
+                    // Short, for some gradients are, and a long step is no straight one.
+                    let wanted = 0.1 * CHANGE;
+                    let moved = |steps: f32| {
+                        let scale = steps * wanted / length(&gradient).powi(2);
+                        let mut nudge = Nudge {
+                            parameter: &path,
+                            by: gradient.iter().map(|g| scale * g).collect(),
+                            path: Vec::new(),
+                        };
+                        let model = vlm.model().clone().map(&mut nudge);
+                        recomputed(&vlm.with_model(model)).0
+                    };
+                    let change = moved(0.5) - moved(-0.5);
+                    assert!((change - wanted).abs() < 0.2 * wanted, "{path}: {change}");
+                }
+                continue;
+            }
+            let said = vlm
+                .answer_logits(&lessons, None, Schedule::dense())
+                .expect("said");
+            let expected = said.losses().sum().mul_scalar(share);
+            let of_loss = expected.clone().inner().into_scalar();
+            assert!(
+                (loss - of_loss).abs() < 1e-6 * of_loss,
+                "{family}: {loss}, {of_loss}"
+            );
+            let expected = GradientsParams::from_grads(expected.backward(), vlm.model());
+            compare(family, &vlm, &found, &expected, 2e-5);
+        }
+    }
+}
+
+/// Gradients of what maps up in adapters, by path.
+fn adapter_gradients(vlm: &Vlm<Ad>, gradients: &GradientsParams) -> Vec<(String, Vec<f32>)> {
+    struct Ups<'a> {
+        gradients: &'a GradientsParams,
+        path: Vec<String>,
+        found: Vec<(String, Vec<f32>)>,
+    }
+    impl ModuleVisitor<Ad> for Ups<'_> {
+        fn enter_module(&mut self, name: &str, _: &str) {
+            self.path.push(name.into());
+        }
+        fn exit_module(&mut self, _: &str, _: &str) {
+            self.path.pop();
+        }
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<Ad, D>>) {
+            let gradient = self.gradients.get::<Backend, D>(param.id).map(values);
+            let path = self.path.join(".");
+            let gradient = gradient.filter(|_| path.ends_with(".up"));
+            self.found.extend(gradient.map(|gradient| (path, gradient)));
+        }
+    }
+    let mut ups = Ups {
+        gradients,
+        path: Vec::new(),
+        found: Vec::new(),
+    };
+    vlm.model().visit(&mut ups);
+    ups.found
+}
+
+/// Whether every parameter has the same gradient in both, to a share of its length.
+fn compare(
+    family: &str,
+    vlm: &Vlm<Ad>,
+    found: &GradientsParams,
+    expected: &GradientsParams,
+    most: f32,
+) {
+    struct Compare<'a> {
+        both: [&'a GradientsParams; 2],
+        most: f32,
+        path: Vec<String>,
+        compared: usize,
+    }
+    impl ModuleVisitor<Ad> for Compare<'_> {
+        fn enter_module(&mut self, name: &str, _: &str) {
+            self.path.push(name.into());
+        }
+        fn exit_module(&mut self, _: &str, _: &str) {
+            self.path.pop();
+        }
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<Ad, D>>) {
+            let of =
+                |gradients: &GradientsParams| gradients.get::<Backend, D>(param.id).map(values);
+            match self.both.map(of) {
+                [Some(found), Some(expected)] => {
+                    let off: Vec<f32> = found.iter().zip(&expected).map(|(a, b)| a - b).collect();
+                    let (off, size) = (length(&off), length(&expected));
+                    assert!(
+                        off <= self.most * size,
+                        "{}: {off} of {size}",
+                        self.path.join(".")
+                    );
+                    self.compared += 1;
+                }
+                [found, expected] => {
+                    let is_nothing = |gradient: Option<Vec<f32>>| {
+                        gradient.is_none_or(|gradient| gradient.iter().all(|&x| x == 0.0))
+                    };
+                    let path = self.path.join(".");
+                    assert!(is_nothing(found) && is_nothing(expected), "{path}");
+                }
+            }
+        }
+    }
+    let mut compare = Compare {
+        both: [found, expected],
+        most,
+        path: Vec::new(),
+        compared: 0,
+    };
+    vlm.model().visit(&mut compare);
+    assert!(
+        compare.compared > 3,
+        "{family}: {} gradients",
+        compare.compared
+    );
 }

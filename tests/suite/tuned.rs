@@ -75,6 +75,8 @@ enum Packing {
     Alone,
     /// Side by side in one.
     Together,
+    /// The same, and what layers have computed is computed again for the gradients.
+    Recomputed,
 }
 
 /// Takes all steps, each compared with the reference.
@@ -99,7 +101,8 @@ fn train(mut vlm: Vlm<Ad>, reference: &Reference, packing: Packing, what: &str) 
         clip: settings.clip,
         ..OptimizerSettings::default()
     };
-    let mut trainer = Trainer::new(&optimizer, reference.steps.len());
+    let trainer = Trainer::new(&optimizer, reference.steps.len());
+    let mut trainer = trainer.recomputing(matches!(packing, Packing::Recomputed));
     let plan = Plan::from(Schedule::dense());
     for (index, expected) in reference.steps.iter().enumerate() {
         let of_step = { 0..settings.accumulation }
@@ -107,7 +110,7 @@ fn train(mut vlm: Vlm<Ad>, reference: &Reference, packing: Packing, what: &str) 
         let of_step: Vec<&Lesson> = of_step.collect();
         let size = match packing {
             Packing::Alone => 1,
-            Packing::Together => of_step.len(),
+            Packing::Together | Packing::Recomputed => of_step.len(),
         };
         let passes = of_step.chunks(size).map(|lessons| Pass {
             lessons: lessons.to_vec(),
@@ -283,4 +286,13 @@ fn packed_examples_learn_as_in_pytorch() {
     }
     // Whole models of the others come apart in a few steps, whatever is changed.
     full("llava", Packing::Together);
+}
+
+/// So are they where layers keep nothing but their inputs.
+#[test]
+fn recomputed_layers_learn_as_in_pytorch() {
+    for family in ["llava", "qwen2vl", "qwen25vl", "qwen3vl"] {
+        low_rank(family, Packing::Recomputed);
+    }
+    full("llava", Packing::Recomputed);
 }

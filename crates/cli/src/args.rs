@@ -39,6 +39,8 @@ pub enum Command {
     Ground(GroundArgs),
     /// Draw which visual tokens each stage works on, and count what it costs.
     Explain(ExplainArgs),
+    /// Fit shortcuts for visual tokens that wait, so that they drift less ("waiting": "shortcut").
+    Calibrate(CalibrateArgs),
     /// Ask one question under several routings and show answers, costs and selections side by side.
     Compare(CompareArgs),
     /// Run prepared tensors and write logits, scores and selections, for comparisons.
@@ -281,6 +283,36 @@ pub struct ExplainArgs {
     /// Generation.
     #[command(flatten)]
     pub generation: GenerationArgs,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `reroute calibrate`
+#[derive(Debug, clap::Args)]
+pub struct CalibrateArgs {
+    /// Model.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// A few dozen pictures like those that will be asked about; every fifth is held out to measure by.
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    pub image: Vec<PathBuf>,
+    /// A preset (`reroute presets` lists them) or a JSON file with a schedule: its decisions say which layers tokens wait for.
+    #[arg(
+        long,
+        value_name = "PRESET|FILE.json",
+        default_value = "reroute-pdrop@192"
+    )]
+    pub routing: String,
+    /// Numbers that the state of a token is mapped down to.
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pub rank: usize,
+    /// How strongly maps are held small, as a share of the mean square of states.
+    #[arg(long, value_name = "SHARE", default_value_t = 0.01)]
+    pub ridge: f64,
+    /// Where to write, if not to the shortcuts.json of the checkpoint folder; maps for other layers that it has stay.
+    #[arg(long, value_name = "FILE")]
+    pub to: Option<PathBuf>,
     /// Print one JSON object.
     #[arg(long)]
     pub json: bool,

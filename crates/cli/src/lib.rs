@@ -4,6 +4,7 @@
 pub mod args;
 pub mod ask;
 pub mod backend;
+pub mod calibrate;
 pub mod chat;
 pub mod compare;
 pub mod convert;
@@ -36,6 +37,7 @@ pub fn run(command: &Command, out: &mut dyn Write) -> anyhow::Result<()> {
         Command::Chat(args) => chat::run(args, out),
         Command::Ground(args) => ground::run(args, out),
         Command::Explain(args) => explain::run(args, out),
+        Command::Calibrate(args) => calibrate::run(args, out),
         Command::Compare(args) => compare::run(args, out),
         Command::Trace(args) => trace::run(args, out),
         Command::Presets(args) => presets::run(args, out),

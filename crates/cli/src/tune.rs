@@ -237,6 +237,7 @@ fn settings(args: &TuneArgs, examples: usize) -> Settings {
             validate_every: args.validate_every,
             patience: args.patience,
             save_every: args.save_every,
+            recompute: args.recompute,
             ..Course::default()
         },
         optimizer: OptimizerSettings {

@@ -301,10 +301,10 @@ fn an_interrupted_run_leaves_a_checkpoint() {
 /// The limits of the system, not ours, would end these: no memory, no stack.
 #[test]
 fn checkpoints_made_to_exhaust_memory_or_stack_exit_with_2() {
-    let checkpoint = Path::new(env!("CARGO_MANIFEST_DIR")).join("../zoo/assets/tiny-llava");
+    let checkpoint = Path::new(env!("CARGO_MANIFEST_DIR")).join("../zoo/assets/narrow-llava");
     let config = std::fs::read_to_string(checkpoint.join("config.json")).expect("it is there");
     let many = "\"num_hidden_layers\": 1000000000";
-    let layers = config.replace("\"num_hidden_layers\": 8", many);
+    let layers = config.replace("\"num_hidden_layers\": 16", many);
     let heads = config.replace("\"vocab_size\"", "\"head_dim\": 2147483646, \"vocab_size\"");
     assert!(layers != config && heads != config);
     let chain = format!("{{{{ {}1 }}}}", "-".repeat(60_000));
@@ -339,7 +339,7 @@ fn checkpoints_made_to_exhaust_memory_or_stack_exit_with_2() {
 #[cfg(unix)]
 #[test]
 fn a_checkpoint_in_the_cache_is_called_by_its_name() {
-    let assets = Path::new(env!("CARGO_MANIFEST_DIR")).join("../zoo/assets/tiny-llava");
+    let assets = Path::new(env!("CARGO_MANIFEST_DIR")).join("../zoo/assets/narrow-llava");
     let folder = tempfile::tempdir().expect("a folder");
     let repository = folder.path().join("home/hub/models--owner--a.name");
     let [blobs, refs, snapshot] = ["blobs", "refs", "snapshots/abc"].map(|at| {

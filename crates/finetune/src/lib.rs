@@ -47,6 +47,7 @@
 //! [`Model::save`]: reroute_zoo::Model::save
 
 mod begun;
+mod calibrate;
 pub mod data;
 mod error;
 mod feed;
@@ -61,6 +62,7 @@ mod settings;
 mod state;
 mod trainer;
 
+pub use calibrate::{Calibration, Fitted, Fitting, calibrate};
 pub use error::TuneError;
 pub use gradients::clip;
 pub use log::{Line, Step, Validation};

@@ -112,8 +112,9 @@ pub fn tune_among<B: AutodiffBackend>(
         &described.to_string(),
         &device,
     )?;
-    let mut trainer =
-        Trainer::new(&settings.optimizer, settings.course.steps).with_seed(settings.course.seed);
+    let mut trainer = Trainer::new(&settings.optimizer, settings.course.steps)
+        .with_seed(settings.course.seed)
+        .recomputing(settings.course.recompute);
     let (model, optimizer, progress) =
         state::resume(folder, vlm.model().clone(), trainer.optimizer, &device)?;
     (trainer.optimizer, trainer.step) = (optimizer, progress.step);

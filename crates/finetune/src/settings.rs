@@ -40,6 +40,10 @@ pub struct Course {
     pub save_every: usize,
     /// Most bytes of visual tokens that are kept where tower and projector are frozen.
     pub cache_bytes: u64,
+    /// Whether the decoder's layers keep nothing but what enters them, and compute everything once more on the way back: less
+    /// memory for more time ([`Vlm::learn_recomputing`](reroute_zoo::Vlm::learn_recomputing)). Of the plain model alone.
+    #[serde(default)]
+    pub recompute: bool,
 }
 
 /// AdamW (arXiv 1711.05101) as PyTorch has it, and what it follows.
@@ -84,6 +88,7 @@ impl Default for Course {
             patience: 0,
             save_every: 100,
             cache_bytes: 1 << 30,
+            recompute: false,
         }
     }
 }
@@ -135,6 +140,12 @@ impl Settings {
         }
         if self.routings.is_empty() {
             return refused("routing", "names no preset: `dense` is the plain model");
+        }
+        if course.recompute && self.routings.iter().any(|name| name != "dense") {
+            return refused(
+                "recompute",
+                "is of the plain model: leave it out, or the routings",
+            );
         }
         if course.steps == 0 || course.batch == 0 || course.accumulate == 0 {
             return refused("steps, batch and accumulate", "are 1 at least");

@@ -21,6 +21,7 @@ pub struct Trainer<B: AutodiffBackend> {
     steps: usize,
     pub(crate) step: usize,
     seed: u64,
+    recomputes: bool,
 }
 
 /// What goes through a model at once.
@@ -47,12 +48,19 @@ impl<B: AutodiffBackend> Trainer<B> {
             steps,
             step: 0,
             seed: 0,
+            recomputes: false,
         }
     }
 
     /// The same with another seed of what is drawn in a step (dropout).
     pub fn with_seed(self, seed: u64) -> Self {
         Self { seed, ..self }
+    }
+
+    /// The same in less memory and more time, for steps through the plain model ([`Course::recompute`](crate::Course::recompute));
+    /// others are as before.
+    pub fn recomputing(self, recomputes: bool) -> Self {
+        Self { recomputes, ..self }
     }
 
     /// Takes a step towards the answers of all passes: on the mean cross-entropy of their tokens, with the
@@ -92,12 +100,22 @@ impl<B: AutodiffBackend> Trainer<B> {
         for (index, pass) in passes.iter().enumerate() {
             // A pass draws the same wherever a run has begun, and whoever computes it.
             let place = peers.peer() + index * peers.count();
-            B::seed(vlm.device(), mixed(mixed(self.seed, self.step), place));
-            let answers = vlm.answer_logits(&pass.lessons, pass.visuals.as_deref(), plan)?;
-            let share = answers.losses().sum().div_scalar(tokens as f64);
-            loss += host::sum(share.clone())?;
-            let gradients = GradientsParams::from_grads(share.backward(), vlm.model());
-            sum.accumulate(vlm.model(), gradients);
+            let (seed, share) = (
+                mixed(mixed(self.seed, self.step), place),
+                1.0 / tokens as f64,
+            );
+            B::seed(vlm.device(), seed);
+            let (lessons, visuals) = (&pass.lessons, pass.visuals.as_deref());
+            let mut take = |gradients| sum.accumulate(vlm.model(), gradients);
+            loss += if self.recomputes && plan.encoder.is_none() && plan.schedule.is_dense() {
+                host::sum(vlm.learn_recomputing(lessons, visuals, (share, seed), take)?)?
+            } else {
+                let answers = vlm.answer_logits(lessons, visuals, plan)?;
+                let loss = answers.losses().sum().div_scalar(tokens as f64);
+                let of_loss = host::sum(loss.clone())?;
+                take(GradientsParams::from_grads(loss.backward(), vlm.model()));
+                of_loss
+            };
         }
         let own = Total {
             loss,

@@ -99,6 +99,9 @@ pub enum Waiting {
     /// It rides along: at the end of the stage it receives the mean of what the stage's layers have added to
     /// the sample's active visual tokens (`docs/routing.md`, waiting).
     RideAlong,
+    /// It takes a shortcut: at the end of the stage it receives what a low-rank map of its own state says that the
+    /// layers would have added. The map was fitted for these layers on pictures, and is the model's.
+    Shortcut,
 }
 
 /// In which form hidden states pass from layer to layer under [`Action::Reroute`]. Results are the
@@ -264,12 +267,12 @@ impl Schedule {
     /// The same schedule with something else that becomes of what waits.
     ///
     /// # Errors
-    /// [`ReducerError::Combination`] for [`Waiting::RideAlong`] with [`Action::Remove`], where nothing waits.
+    /// [`ReducerError::Combination`] for anything but [`Waiting::Untouched`] with [`Action::Remove`], where nothing waits.
     pub fn with_waiting(self, waiting: Waiting) -> Result<Self, ReducerError> {
-        if (self.action, waiting) == (Action::Remove, Waiting::RideAlong) {
+        if self.action == Action::Remove && waiting != Waiting::Untouched {
             return Err(ReducerError::Combination {
                 stage: 0,
-                reason: "what is removed does not wait, so nothing rides along; reroute, or leave \
+                reason: "what is removed does not wait, so it receives nothing; reroute, or leave \
                          \"waiting\" out"
                     .into(),
             });
@@ -283,7 +286,7 @@ impl Schedule {
     }
 
     /// The same decisions with another action: *reroute* makes the recoverable twin of a removal,
-    /// of equal tokens per layer, operations and cache. Nothing rides along under *remove*.
+    /// of equal tokens per layer, operations and cache. Nothing waits under *remove*.
     ///
     /// # Errors
     /// As [`Schedule::new`] and [`Schedule::with_positions`].

@@ -7,7 +7,9 @@ use reroute_layers::{
 };
 
 use crate::block::Run;
-use crate::{DecoderConfig, DecoderLayer, KvCache, Place, Prompt, RerouteError, SampleLayout};
+use crate::{
+    DecoderConfig, DecoderLayer, KvCache, Place, Prompt, RerouteError, SampleLayout, Shortcuts,
+};
 
 /// A LLaMA-style decoder whose prefill follows a routing schedule.
 #[derive(Module, Debug)]
@@ -22,6 +24,8 @@ pub struct Decoder<B: Backend> {
     /// `None` for that of the weights.
     #[module(skip)]
     kv: Option<KvType>,
+    #[module(skip)]
+    shortcuts: Shortcuts,
 }
 
 linears!(Decoder: embed_tokens, layers, lm_head);
@@ -39,6 +43,7 @@ impl<B: Backend> Decoder<B> {
             lm_head: (!config.tie_word_embeddings).then(|| vocabulary.init(device)),
             config: config.clone(),
             kv: None,
+            shortcuts: Shortcuts::default(),
         }
     }
 
@@ -65,6 +70,22 @@ impl<B: Backend> Decoder<B> {
     /// The type that caches keep keys and values in.
     pub fn kv_type(&self) -> KvType {
         self.kv.unwrap_or_else(|| self.dtype().into())
+    }
+
+    /// What rows that wait take instead of layers under [`Waiting::Shortcut`](reducers::Waiting::Shortcut); none unless
+    /// [given](Self::set_shortcuts).
+    pub fn shortcuts(&self) -> &Shortcuts {
+        &self.shortcuts
+    }
+
+    /// Gives other shortcuts to the decoder.
+    ///
+    /// # Errors
+    /// [`RerouteError::Shortcut`] for one that does not fit, and the decoder has those that it had.
+    pub fn set_shortcuts(&mut self, shortcuts: Shortcuts) -> Result<(), RerouteError> {
+        shortcuts.check(self.layers.len(), self.config.hidden_size)?;
+        self.shortcuts = shortcuts;
+        Ok(())
     }
 
     /// Says what type caches keep keys and values in; by default that of the weights. Attention reads what is
@@ -148,8 +169,8 @@ impl<B: Backend> Decoder<B> {
     ///
     /// # Errors
     /// [`RerouteError::Prompt`] for a prompt that contradicts itself, [`RerouteError::Type`] for one in
-    /// another type, [`RerouteError::ContextLength`], [`RerouteError::Renumber`], and
-    /// [`RerouteError::Reducer`] for a decision beyond the last layer.
+    /// another type, [`RerouteError::ContextLength`], [`RerouteError::Renumber`], [`RerouteError::Reducer`]
+    /// for a decision beyond the last layer, and [`RerouteError::Shortcut`] where one is missing.
     pub fn check(&self, prompt: &Prompt<B>, schedule: &Schedule) -> Result<(), RerouteError> {
         prompt.validate(&self.config)?;
         for (what, given) in prompt.types() {
@@ -167,7 +188,8 @@ impl<B: Backend> Decoder<B> {
                     .into(),
             ));
         }
-        Ok(schedule.check(&self.config.shape())?)
+        schedule.check(&self.config.shape())?;
+        self.check_shortcuts(schedule)
     }
 
     /// Whether a cache can be this decoder's, for so many samples.

@@ -1,3 +1,5 @@
+use std::ops::Range;
+
 use burn::tensor::DType;
 use reducers::{KvType, ReducerError};
 use reroute_layers::LayerError;
@@ -84,6 +86,14 @@ pub enum RerouteError {
         sample: usize,
         /// The first such layer.
         layer: usize,
+    },
+    /// A shortcut for rows that wait is not there, or does not fit.
+    #[error("the shortcut from layer {} to layer {} {reason}", .layers.start, .layers.end)]
+    Shortcut {
+        /// The layers that it stands for.
+        layers: Range<usize>,
+        /// What is wrong, and what to do.
+        reason: String,
     },
     /// Layers are not of this decoder's sizes.
     #[error("layer {layer} does not fit the decoder: its {what} is {given}, expected {expected}")]

@@ -25,9 +25,11 @@ mod kv_error;
 mod pool;
 mod prefill;
 mod prompt;
+mod recompute;
 mod rope;
 mod router;
 mod sampling;
+mod shortcut;
 mod trace;
 
 pub use attention::SelfAttention;
@@ -41,7 +43,9 @@ pub use generate::{Batch, Chosen, FinishReason, Generation, GenerationOptions, S
 pub use kv_error::KvError;
 pub use prefill::{HiddenStates, Prefill, PrefillOptions, Prefilling};
 pub use prompt::{KeptRows, Prompt, SampleLayout, interleave};
+pub use recompute::Kept;
 pub use rope::{RopeConfig, RopeDefaults, RopeError, RopeFields, RopeReading, RopeScaling};
 pub use router::{Routed, Router};
 pub use sampling::{Sampler, SamplingOptions, TokenLogprobs};
+pub use shortcut::{Shortcut, Shortcuts, Waited};
 pub use trace::{Decision, RoutingTrace};

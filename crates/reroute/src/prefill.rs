@@ -164,6 +164,36 @@ impl<B: Backend> Decoder<B> {
         prompt: &Prompt<B>,
         asked: &[usize],
     ) -> Result<Tensor<B, 2>, RerouteError> {
+        let mut prefilling = self.begin_plain(prompt, asked)?;
+        while prefilling.layers_left() > 0 {
+            prefilling.step(None, false)?;
+        }
+        Ok(prefilling.router.gather(prefilling.hidden_states))
+    }
+
+    /// The same of one layer, given what enters it.
+    ///
+    /// # Shapes
+    /// - `hidden_states`: `[hidden_size, rows]`
+    /// - returns the same, of the last layer `[hidden_size, all that is asked]`
+    pub(crate) fn one_layer(
+        &self,
+        layer: usize,
+        prompt: &Prompt<B>,
+        asked: &[usize],
+        hidden_states: Tensor<B, 2>,
+    ) -> Result<Tensor<B, 2>, RerouteError> {
+        let mut prefilling = self.begin_plain(prompt, asked)?;
+        (prefilling.next, prefilling.hidden_states) = (layer, hidden_states);
+        prefilling.step(None, false)?;
+        Ok(prefilling.router.gather(prefilling.hidden_states))
+    }
+
+    fn begin_plain(
+        &self,
+        prompt: &Prompt<B>,
+        asked: &[usize],
+    ) -> Result<Prefilling<'_, B>, RerouteError> {
         let samples = &prompt.samples;
         let fits = |(sample, &rows): (&SampleLayout, &usize)| (1..=sample.rows).contains(&rows);
         if asked.len() != samples.len() || !samples.iter().zip(asked).all(fits) {
@@ -175,10 +205,7 @@ impl<B: Backend> Decoder<B> {
         let cache = KvCache::new(self.layers().len(), samples.len())?;
         let mut prefilling = self.begin(cache, prompt.clone(), Schedule::dense(), false)?;
         prefilling.asked = asked.to_vec();
-        while prefilling.layers_left() > 0 {
-            prefilling.step(None, false)?;
-        }
-        Ok(prefilling.router.gather(prefilling.hidden_states))
+        Ok(prefilling)
     }
 
     /// Runs prompts through all layers under a schedule and fills the cache.

@@ -1,5 +1,5 @@
 mod decide;
-mod riding;
+mod waiting;
 
 use std::ops::Range;
 
@@ -12,13 +12,13 @@ use crate::block::Run;
 use crate::pool::{Past, Pool};
 use crate::prompt::ranges;
 use crate::{Decision, Decoder, HiddenStates, KvCache, Prompt, RerouteError, SampleLayout};
-use riding::Riding;
+use waiting::Riding;
 
 /// Walks the rows of a prompt through the stages of a schedule.
 ///
 /// Between decisions only *active* rows exist for the layers. *Deferred* rows wait with the hidden
 /// state they had when they were last active (Reroute, arXiv 2606.12412), unless they
-/// [ride along](reducers::Waiting::RideAlong), and stand again at the next decision; under [`Action::Remove`](reducers::Action::Remove) they are forgotten.
+/// [receive something](reducers::Waiting), and stand again at the next decision; under [`Action::Remove`](reducers::Action::Remove) they are forgotten.
 pub struct Router<'a, B: Backend> {
     decoder: &'a Decoder<B>,
     prompt: Prompt<B>,
@@ -56,7 +56,7 @@ pub struct Router<'a, B: Backend> {
 /// Rows that bypass the current stage.
 #[derive(Debug)]
 struct Deferred<B: Backend> {
-    /// `[hidden_size, rows]`, untouched since the rows were last active unless they ride along.
+    /// `[hidden_size, rows]`, untouched since the rows were last active unless they receive something.
     hidden_states: Tensor<B, 2>,
     /// Packed rows, ascending.
     rows: Vec<usize>,

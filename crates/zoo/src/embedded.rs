@@ -4,7 +4,7 @@ use crate::Folder;
 
 macro_rules! files {
     ($($name:literal),* $(,)?) => {
-        &[$(($name, include_bytes!(concat!("../assets/tiny-llava/", $name)))),*]
+        &[$(($name, include_bytes!(concat!("../assets/narrow-llava/", $name)))),*]
     };
 }
 

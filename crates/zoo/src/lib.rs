@@ -113,7 +113,7 @@ pub use tokenizer::{TextStream, Tokenizer};
 pub use told::{StageStates, TokenState};
 pub use training::{AnswerLogits, Lesson, Trained, Tutor};
 pub use vision_encoder::{DecodeLimits, RgbImage, decode};
-pub use vlm::{OpenOptions, Vlm};
+pub use vlm::{OpenOptions, SHORTCUTS, Vlm};
 pub use weights::Weights;
 
 pub use burn;

@@ -1,12 +1,13 @@
 //! What a model says of answers that are known: for training on them, and for measuring them.
 
 mod lesson;
+mod recomputed;
 mod trained;
 
 use burn::tensor::activation::log_softmax;
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Int, Tensor};
-use reroute::{KvCache, Prefill, PrefillOptions};
+use reroute::{KvCache, Prefill, PrefillOptions, Prompt};
 use reroute_layers::indices;
 
 pub use lesson::{Lesson, Tutor};
@@ -36,6 +37,30 @@ impl<B: Backend> AnswerLogits<B> {
         let tokens = Tensor::<B, 1, Int>::from_data(tokens.as_slice(), &device);
         let logits = log_softmax(self.logits.cast(DType::F32), 1);
         -logits.gather(1, tokens.unsqueeze_dim(1)).squeeze_dim(1)
+    }
+}
+
+/// Lessons with their answers as one prompt.
+struct AsPrompts<B: Backend> {
+    prompt: Prompt<B>,
+    /// Of each the last rows, from the first on that is asked for.
+    rows: Vec<usize>,
+    /// Which of all these are.
+    asked: Vec<usize>,
+    /// The token that follows each, and the lesson that it belongs to.
+    tokens: Vec<u32>,
+    lessons: Vec<usize>,
+}
+
+impl<B: Backend> AsPrompts<B> {
+    /// What a model says of what the last layer has left of the rows.
+    fn said(self, vlm: &Vlm<B>, left: Tensor<B, 2>) -> Result<AnswerLogits<B>, ZooError> {
+        let asked = indices(&self.asked, vlm.device());
+        Ok(AnswerLogits {
+            logits: vlm.model().decoder().logits(left.select(1, asked))?,
+            tokens: self.tokens,
+            lessons: self.lessons,
+        })
     }
 }
 
@@ -188,10 +213,22 @@ impl<B: Backend> Vlm<B> {
         seen: Option<&[VisualTokens<B>]>,
         routing: &Routing<'_, B>,
     ) -> Result<AnswerLogits<B>, ZooError> {
+        let read = self.as_prompts(lessons, chosen, seen, routing)?;
+        let left = self.model().decoder().forward(&read.prompt, &read.rows)?;
+        read.said(self, left)
+    }
+
+    /// Lessons, answers and all, as the rows of a prompt.
+    fn as_prompts(
+        &self,
+        lessons: &[&Lesson],
+        chosen: &[usize],
+        seen: Option<&[VisualTokens<B>]>,
+        routing: &Routing<'_, B>,
+    ) -> Result<AsPrompts<B>, ZooError> {
         let last = |lesson: &Lesson| lesson.turns.len() - 1;
         let visuals = self.shown(lessons, chosen, last, seen, routing)?;
         let (mut ids, mut views) = (Vec::new(), Vec::new());
-        // Rows from the first that is asked for on, and which of them are.
         let (mut rows, mut asked) = (Vec::new(), Vec::new());
         let (mut tokens, mut of, mut base) = (Vec::new(), Vec::new(), 0);
         for &index in chosen {
@@ -212,12 +249,10 @@ impl<B: Backend> Vlm<B> {
             rows.push(lesson.rows() - start);
             base += lesson.rows() - start;
         }
-        let (prompt, _) = self.prompt(&ids, &views, &visuals)?;
-        let decoder = self.model().decoder();
-        let left = decoder.forward(&prompt, &rows)?;
-        let asked = indices(&asked, self.device());
-        Ok(AnswerLogits {
-            logits: decoder.logits(left.select(1, asked))?,
+        Ok(AsPrompts {
+            prompt: self.prompt(&ids, &views, &visuals)?.0,
+            rows,
+            asked,
             tokens,
             lessons: of,
         })

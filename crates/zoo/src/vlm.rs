@@ -8,7 +8,9 @@ use burn::tensor::backend::{AutodiffBackend, Backend};
 use burn::tensor::{DType, Tensor};
 use reducers::encoder::Tap;
 use reducers::{KvType, Plan, presets};
-use reroute::{Drift, GenerationOptions, KvError, Prompt, RerouteError, check_kv_type};
+use reroute::{
+    Drift, GenerationOptions, KvError, Prompt, RerouteError, Shortcuts, Waited, check_kv_type,
+};
 use reroute_checkpoint::{CONFIG_MAX_BYTES, Folder, LoadProgress, TOKENIZER_MAX_BYTES};
 use reroute_family::kept_rows;
 use serde::Deserialize;
@@ -22,6 +24,8 @@ use crate::{
     ZooError,
 };
 
+/// The file of a checkpoint that has its [`Shortcuts`].
+pub const SHORTCUTS: &str = "shortcuts.json";
 /// Rows of a prompt before a reduction that no model takes: 64 MiB of token ids.
 const MAX_ROWS: usize = 1 << 24;
 
@@ -117,7 +121,12 @@ impl<B: Backend> Vlm<B> {
             false => config.grounding(),
         };
         let template = ChatTemplate::open(folder, config.dialect())?;
-        let model = Self::open_model(&config, folder, options, device, progress)?;
+        let shortcuts = match folder.has(SHORTCUTS) {
+            true => folder.read_json(SHORTCUTS, TOKENIZER_MAX_BYTES)?,
+            false => Shortcuts::default(),
+        };
+        let mut model = Self::open_model(&config, folder, options, device, progress)?;
+        model.decoder_mut().set_shortcuts(shortcuts)?;
         let (ends, vocab_size) = (&generation.eos_token_id, config.decoder().vocab_size);
         let stop_tokens = end_tokens(folder, ends.as_ref(), vocab_size, &tokenizer, &template)?;
         Ok(Self {
@@ -403,6 +412,28 @@ impl<B: Backend> Vlm<B> {
         let prompt = self.prompt_of(question, routing.encoder.as_ref())?;
         let decoder = self.model.decoder();
         Ok(decoder.drift(routing.scorer.as_deref(), &prompt, &routing.schedule)?)
+    }
+
+    /// How visual tokens would wait for the decisions of a routing, and what the layers would have made of them, see
+    /// [`Decoder::waits`](reroute::Decoder::waits): what [`Shortcuts`] are fitted to.
+    pub fn waits<'a>(
+        &self,
+        question: &Question,
+        routing: impl Into<Routing<'a, B>>,
+    ) -> Result<Vec<Waited<B>>, ZooError> {
+        let routing = routing.into();
+        let prompt = self.prompt_of(question, routing.encoder.as_ref())?;
+        Ok(self.model.decoder().waits(&prompt, &routing.schedule)?)
+    }
+
+    /// The same with other shortcuts for tokens that wait; the weights are shared.
+    ///
+    /// # Errors
+    /// [`RerouteError::Shortcut`] for one that does not fit.
+    pub fn with_shortcuts(&self, shortcuts: Shortcuts) -> Result<Self, ZooError> {
+        let mut model = self.model.clone();
+        model.decoder_mut().set_shortcuts(shortcuts)?;
+        Ok(self.with_model(model))
     }
 
     /// What the type of keys and values changes of the logits behind a question and behind each token of an

@@ -27,7 +27,7 @@ from PIL import Image as Picture
 
 HERE = Path(__file__).resolve().parent
 SCENES = HERE.parents[2] / "tests/fixtures/scenes"
-MODEL = HERE.parents[2] / "crates/zoo/assets/tiny-llava"
+MODEL = HERE.parents[2] / "crates/zoo/assets/narrow-llava"
 # Of each check: the harness's task, the flags of `reroute eval`, and whether the model says yes and no.
 CHECKS = [
     ("refcoco_bbox_rec_val", ["--task", "refcoco", "--prompt", "full"], False),

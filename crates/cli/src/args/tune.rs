@@ -78,6 +78,10 @@ pub struct TuneArgs {
     /// Forward passes of a step.
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = one_or_more)]
     pub accumulate: usize,
+    /// Let the decoder's layers keep nothing but what enters them, and compute everything once more on the way back: less memory,
+    /// more time. For --routing dense.
+    #[arg(long)]
+    pub recompute: bool,
     /// Largest learning rate.
     #[arg(long, value_name = "X", default_value_t = 1e-4)]
     pub learning_rate: f64,

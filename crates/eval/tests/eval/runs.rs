@@ -320,8 +320,8 @@ fn ones_own_pictures_are_asked_about() {
         let found = found[0].metrics.iter().find(|metric| metric.name == name);
         found.expect(name).value
     };
-    // The scenes that the program shows are those that the model finds.
-    assert_eq!(of("accuracy at IoU 0.5"), 1.0);
+    // Of the eight scenes the model takes two for others: the topmost large shape, and what is nearest the diamond.
+    assert_eq!(of("accuracy at IoU 0.5"), 0.75);
     assert_eq!(of("accuracy of answers"), 0.0);
     let error = records[0].records[&9].error.as_deref().expect("an error");
     assert!(error.contains("none.png"), "{error}");

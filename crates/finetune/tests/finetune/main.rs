@@ -1,5 +1,6 @@
-//! Training of the built-in model.
+//! Training of the built-in model, and maps for its tokens that wait.
 
+mod calibrate;
 mod lessons;
 #[cfg(feature = "collective")]
 mod peers;

@@ -186,7 +186,8 @@ fn what_is_frozen_stays_and_what_answers_best_comes_out() {
             ..Course::default()
         },
         optimizer: OptimizerSettings {
-            // So large that it gets worse.
+            // Nothing in the first step, and then so much that it gets worse.
+            warmup: 1,
             learning_rate: 0.3,
             ..OptimizerSettings::default()
         },

@@ -308,7 +308,7 @@ mod tests {
                 r#""waiting": "ride-along","#,
                 [1, 2],
                 attention(""),
-                "nothing rides along",
+                "receives nothing",
             ),
             (
                 "reroute",

@@ -1,4 +1,5 @@
-//! What deferred rows receive while they wait: the mean update of the active visual rows of their sample.
+//! What deferred rows receive for the layers that they wait through: nothing, the mean update of the active visual rows
+//! of their sample, or what a shortcut makes of them.
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{FloatDType, Tensor};
@@ -39,7 +40,7 @@ impl<B: Backend> Router<'_, B> {
         }
     }
 
-    /// The deferred rows as a decision behind layer `index` finds them, if there is one and they ride.
+    /// The deferred rows as a decision behind layer `index` finds them, if there is one and they have received something.
     ///
     /// # Shapes
     /// - `hidden_states`: `[hidden_size, active rows]`, of that layer
@@ -48,22 +49,36 @@ impl<B: Backend> Router<'_, B> {
         index: usize,
         hidden_states: &Tensor<B, 2>,
     ) -> Option<Deferred<B>> {
-        self.schedule.decision_at(index + 1)?;
-        let (Riding { from }, deferred) = (self.riding.as_ref()?, self.deferred.as_ref()?);
+        let next = self.schedule.decision_at(index + 1)?;
+        let deferred = self.deferred.as_ref()?;
+        let dtype: FloatDType = deferred.hidden_states.dtype().into();
+        let waiting = deferred.hidden_states.clone().cast(FloatDType::F32);
+        let update = match self.schedule.waiting() {
+            Waiting::Untouched => return None,
+            Waiting::RideAlong => self.mean_update(hidden_states, &deferred.rows)?,
+            Waiting::Shortcut => {
+                // Rows that an earlier turn has deferred wait for the first decision as that turn found them.
+                let decided = self.schedule.stages()[next.checked_sub(1)?].layer;
+                let shortcut = self.decoder.shortcuts().find(&(decided..index + 1))?;
+                shortcut.update(waiting.clone())
+            }
+        };
+        Some(Deferred {
+            hidden_states: (waiting + update).cast(dtype),
+            rows: deferred.rows.clone(),
+        })
+    }
+
+    /// What rows that ride along receive, if they do.
+    fn mean_update(&self, hidden_states: &Tensor<B, 2>, rows: &[usize]) -> Option<Tensor<B, 2>> {
+        let Riding { from } = self.riding.as_ref()?;
         let update = self.mean_of_active_visual(hidden_states) - from.clone();
-        let ranges = split(&deferred.rows, &self.samples).into_iter().enumerate();
+        let ranges = split(rows, &self.samples).into_iter().enumerate();
         let samples: Vec<usize> = ranges
             .flat_map(|(sample, rows)| rows.map(move |_| sample))
             .collect();
         let samples = indices(&samples, &update.device());
-        let update = update.select(1, samples);
-        let waiting = &deferred.hidden_states;
-        let dtype: FloatDType = waiting.dtype().into();
-        let hidden_states = waiting.clone().cast(FloatDType::F32) + update;
-        Some(Deferred {
-            hidden_states: hidden_states.cast(dtype),
-            rows: deferred.rows.clone(),
-        })
+        Some(update.select(1, samples))
     }
 
     /// The mean over each sample's active visual rows, by itself: `[hidden_size, samples]` in f32. Zero

@@ -60,7 +60,7 @@ proptest! {
     fn rows_that_would_wait_equal_the_slow_reference(case in case(Just(Action::Reroute))) {
         let (decoder, sample) = (case.decoder::<Backend>(), case.sample());
         let dense = Reference::of(&decoder).prefill(&sample, &Schedule::dense());
-        let waits = decoder.waits(&pack(&[sample.clone()]), &case.schedule).unwrap();
+        let waits = decoder.waits(&pack(std::slice::from_ref(&sample)), &case.schedule).unwrap();
         let stages: Vec<usize> = case.schedule.stages().iter().map(|stage| stage.layer).collect();
         assert!(waits.iter().map(|waited| waited.layers.clone()).eq(stages.windows(2).map(|pair| pair[0]..pair[1])));
         for waited in waits {

@@ -14,7 +14,7 @@ use reroute_layers::{Linear, Linears};
 use reroute_zoo::{AdapterConfig, AdapterError, Model, Targets, Vlm, ZooError};
 
 use crate::golden::{open, open_as, open_at};
-use crate::support::{Random, gap, values};
+use crate::support::{Random, alone, gap, values};
 use crate::training::{self, Ad, gradients, loss, question};
 
 const FAMILIES: [&str; 4] = ["llava", "qwen2vl", "qwen25vl", "qwen3vl"];
@@ -299,6 +299,7 @@ fn patterns_give_single_maps_their_own_strength() {
 /// tower, as finite differences say; nothing else has any.
 #[test]
 fn only_adapters_have_gradients_and_they_are_those_of_finite_differences() {
+    let _alone = alone();
     let parameters = [
         [
             "vision_tower.encoder.layers.1.self_attn.q_proj.adapter.down",
@@ -327,6 +328,7 @@ fn only_adapters_have_gradients_and_they_are_those_of_finite_differences() {
 /// A few steps lower the loss; the weights stay what they were, to the bit.
 #[test]
 fn an_adapter_learns_an_answer_under_routing() {
+    let _alone = alone();
     for family in training::FAMILIES {
         let schedule = training::schedule(Action::Reroute, [1, 3, 6]);
         let vlm = open_as::<Ad>(family, DType::F32);

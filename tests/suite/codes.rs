@@ -20,7 +20,7 @@ use serde_json::Value;
 use crate::doctor::doctor;
 use crate::golden::{Reference, fixture, picture, values};
 use crate::program::{refuses, reroute};
-use crate::support::gap;
+use crate::support::{alone, gap};
 
 /// Checkpoints of all families, and what a prompt of them is.
 const MODELS: [&str; 4] = ["llava", "qwen2vl", "qwen25vl", "qwen3vl"];
@@ -269,6 +269,7 @@ fn gradients_pass_through_codes() {
     linear.adapter = Some(LowRank::new(matrix(2, input), matrix(output, 2), scaling));
     let mut wide = linear.clone();
     wide.weight = linear.weight.val().into();
+    let _alone = alone();
     for rows in [1, 5] {
         let x = matrix(input, rows).require_grad();
         let without = linear.valid().forward(x.clone().inner());

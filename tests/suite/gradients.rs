@@ -12,8 +12,8 @@ use reroute::Decoder;
 
 use crate::reference::Reference;
 use crate::support::{
-    Backend, Case, Device, Random, Sample, VOCAB, any_action, case, cases, columns, layout, model,
-    pack, values,
+    Backend, Case, Device, Random, Sample, VOCAB, alone, any_action, case, cases, columns, layout,
+    model, pack, values,
 };
 
 type Ad = Autodiff<Backend>;
@@ -31,6 +31,7 @@ struct Traced {
 
 impl Traced {
     fn new(case: &Case, weights: &[f32]) -> Self {
+        let _alone = alone();
         let decoder = case.decoder::<Ad>();
         let sample = case.sample();
         let mut prompt = pack::<Ad>(std::slice::from_ref(&sample));

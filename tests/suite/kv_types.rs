@@ -17,6 +17,7 @@ use serde_json::json;
 use crate::doctor::doctor;
 use crate::golden::{fixture, picture};
 use crate::program::{BUILT_IN, Scratch, read_image, refuses, report, reroute, scene, schedule};
+use crate::support::alone;
 
 const FAMILIES: [&str; 4] = ["llava", "qwen2vl", "qwen25vl", "qwen3vl"];
 
@@ -159,6 +160,7 @@ fn gradients_pass_through_floats_alone() {
         self::open(&folder, KvType::Int8).map_model(burn::module::AutodiffModule::<Ad>::from_inner);
     let logits = trained.logits(&question, &[5, 6], Schedule::dense());
     refused(logits.map(drop).expect_err("no gradients"));
+    let _alone = alone();
     let gradient = |kv| {
         let vlm = open(kv).expect("floats");
         let logits = vlm.logits(&question, &[5, 6], schedule("reroute-pdrop@192"));

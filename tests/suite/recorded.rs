@@ -11,7 +11,7 @@ use reroute_layers::{
     attention, attention_on_record, gelu_tanh, quick_gelu, silu, silu_product,
 };
 
-use crate::support::{Backend, Device, Random, gap, values};
+use crate::support::{Backend, Device, Random, alone, gap, values};
 
 type Ad = Autodiff<Backend>;
 
@@ -195,6 +195,7 @@ fn gradients<B: AutodiffBackend<Device = Device>>(
     tracked: &[bool],
     dtype: DType,
 ) -> (Vec<f32>, Vec<Option<Vec<f32>>>) {
+    let _alone = alone();
     let leaves: Vec<Tensor<B, 1>> = inputs
         .iter()
         .zip(tracked)

@@ -3,6 +3,7 @@
 mod schedules;
 
 use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::backend::Backend as AnyBackend;
@@ -179,6 +180,12 @@ pub fn pack<B: AnyBackend>(samples: &[Sample]) -> Prompt<B> {
             .collect(),
         samples: samples.iter().map(|s| s.layout.clone()).collect(),
     }
+}
+
+/// For tests that go back through graphs: by turns, since these are all in one place of the process.
+pub fn alone() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A decoder with random weights that are the same on every backend: normalisation weights around

@@ -12,10 +12,10 @@ use burn_autodiff::Autodiff;
 use reducers::{Action, Schedule, Stage};
 use reroute::{GenerationOptions, Prefill, Prompt};
 use reroute_cli::backend::{Backend, Device};
-use reroute_zoo::{AdapterConfig, Lesson, PixelTensors, Question, Sample, Trained, Visual, Vlm};
+use reroute_zoo::{Lesson, PixelTensors, Question, Sample, Trained, Visual, Vlm};
 
 use crate::golden::{open_as, picture};
-use crate::support::values;
+use crate::support::{alone, values};
 
 pub type Ad = Autodiff<Backend>;
 
@@ -138,6 +138,7 @@ pub fn off_by(
 /// part: the tower's, through tokens that were deferred and came back, too.
 #[test]
 fn gradients_of_the_whole_path_equal_finite_differences() {
+    let _alone = alone();
     let parameters = [
         [
             "vision_tower.embeddings.patch_embedding.weight",
@@ -252,6 +253,7 @@ fn reaches_the_tower(vlm: &Vlm<Ad>, schedule: &Schedule, tokens: &[usize]) -> bo
 /// those that came back, and not at all through those that never did or that were removed.
 #[test]
 fn the_tower_learns_through_what_was_selected_and_nothing_else() {
+    let _alone = alone();
     for family in FAMILIES {
         let vlm = open_as::<Ad>(family, DType::F32);
         for action in [Action::Reroute, Action::Remove] {
@@ -279,6 +281,7 @@ fn the_tower_learns_through_what_was_selected_and_nothing_else() {
 /// Training through a routed prefill until the model gives the answer, on the plain backend.
 #[test]
 fn a_model_learns_an_answer_under_routing() {
+    let _alone = alone();
     for family in FAMILIES {
         let schedule = schedule(Action::Reroute, [1, 3, 6]);
         let mut vlm = open_as::<Ad>(family, DType::F32);
@@ -299,96 +302,35 @@ fn a_model_learns_an_answer_under_routing() {
 }
 
 /// Layers that keep nothing but their inputs give every weight the gradient that it has otherwise: of the tower, by way of the
-/// visual tokens and of DeepStack features, of a tied head, and of adapters with dropout, which is drawn twice alike.
+/// visual tokens and of DeepStack features, and of a tied head.
 #[test]
 fn recomputed_gradients_are_the_same() {
-    let adapter = AdapterConfig {
-        dropout: 0.3,
-        ..AdapterConfig::new(["q_proj", "down_proj"], 3)
-    };
+    let _alone = alone();
     for family in FAMILIES {
         let vlm: Vlm<Ad> = open_as(family, DType::F32);
         let whole = vlm.model().clone().train(&[Trained::All]).expect("all");
-        let adapted = vlm.model().adapt(&adapter).expect("an adapter");
-        for (model, draws) in [(whole, false), (adapted, true)] {
-            let vlm = vlm.with_model(model);
-            let tutor = vlm.tutor();
-            let lessons = [&ANSWER[..], &ANSWER[1..]]
-                .map(|answer| tutor.question(&question(), answer).expect("a lesson"));
-            let lessons: Vec<&Lesson> = lessons.iter().collect();
-            let share = 1.0 / 5.0;
-            let recomputed = |vlm: &Vlm<Ad>| {
-                let mut sum = GradientsAccumulator::new();
-                let take = |gradients| sum.accumulate(vlm.model(), gradients);
-                let loss = vlm.learn_recomputing(&lessons, None, (share, 7), take);
-                (loss.expect("a loss").into_scalar(), sum.grads())
-            };
-            let (loss, found) = recomputed(&vlm);
-            if draws {
-                // Were it drawn otherwise on the way back, a step along a gradient would do something else.
-                let ups = adapter_gradients(&vlm, &found);
-                assert!(ups.len() > 3, "{family}");
-                for (path, gradient) in ups {
-                    // Short, for some gradients are, and a long step is no straight one.
-                    let wanted = 0.1 * CHANGE;
-                    let moved = |steps: f32| {
-                        let scale = steps * wanted / length(&gradient).powi(2);
-                        let mut nudge = Nudge {
-                            parameter: &path,
-                            by: gradient.iter().map(|g| scale * g).collect(),
-                            path: Vec::new(),
-                        };
-                        let model = vlm.model().clone().map(&mut nudge);
-                        recomputed(&vlm.with_model(model)).0
-                    };
-                    let change = moved(0.5) - moved(-0.5);
-                    assert!((change - wanted).abs() < 0.2 * wanted, "{path}: {change}");
-                }
-                continue;
-            }
-            let said = vlm
-                .answer_logits(&lessons, None, Schedule::dense())
-                .expect("said");
-            let expected = said.losses().sum().mul_scalar(share);
-            let of_loss = expected.clone().inner().into_scalar();
-            assert!(
-                (loss - of_loss).abs() < 1e-6 * of_loss,
-                "{family}: {loss}, {of_loss}"
-            );
-            let expected = GradientsParams::from_grads(expected.backward(), vlm.model());
-            compare(family, &vlm, &found, &expected, 2e-5);
-        }
+        let vlm = vlm.with_model(whole);
+        let tutor = vlm.tutor();
+        let lessons = [&ANSWER[..], &ANSWER[1..]]
+            .map(|answer| tutor.question(&question(), answer).expect("a lesson"));
+        let lessons: Vec<&Lesson> = lessons.iter().collect();
+        let share = 1.0 / 5.0;
+        let mut sum = GradientsAccumulator::new();
+        let take = |gradients| sum.accumulate(vlm.model(), gradients);
+        let loss = vlm.learn_recomputing(&lessons, None, (share, 7), take);
+        let loss = loss.expect("a loss").into_scalar();
+        let said = vlm
+            .answer_logits(&lessons, None, Schedule::dense())
+            .expect("said");
+        let expected = said.losses().sum().mul_scalar(share);
+        let of_loss = expected.clone().inner().into_scalar();
+        assert!(
+            (loss - of_loss).abs() < 1e-6 * of_loss,
+            "{family}: {loss}, {of_loss}"
+        );
+        let expected = GradientsParams::from_grads(expected.backward(), vlm.model());
+        compare(family, &vlm, &sum.grads(), &expected, 2e-5);
     }
-}
-
-/// Gradients of what maps up in adapters, by path.
-fn adapter_gradients(vlm: &Vlm<Ad>, gradients: &GradientsParams) -> Vec<(String, Vec<f32>)> {
-    struct Ups<'a> {
-        gradients: &'a GradientsParams,
-        path: Vec<String>,
-        found: Vec<(String, Vec<f32>)>,
-    }
-    impl ModuleVisitor<Ad> for Ups<'_> {
-        fn enter_module(&mut self, name: &str, _: &str) {
-            self.path.push(name.into());
-        }
-        fn exit_module(&mut self, _: &str, _: &str) {
-            self.path.pop();
-        }
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<Ad, D>>) {
-            let gradient = self.gradients.get::<Backend, D>(param.id).map(values);
-            let path = self.path.join(".");
-            let gradient = gradient.filter(|_| path.ends_with(".up"));
-            self.found.extend(gradient.map(|gradient| (path, gradient)));
-        }
-    }
-    let mut ups = Ups {
-        gradients,
-        path: Vec::new(),
-        found: Vec::new(),
-    };
-    vlm.model().visit(&mut ups);
-    ups.found
 }
 
 /// Whether every parameter has the same gradient in both, to a share of its length.

@@ -12,6 +12,7 @@ use safetensors::SafeTensors;
 use serde::Deserialize;
 
 use crate::golden::{fixture, open_as, picture};
+use crate::support::alone;
 
 type Ad = Autodiff<Backend>;
 
@@ -266,6 +267,7 @@ fn full(family: &str, packing: Packing) {
 
 #[test]
 fn adapters_learn_as_in_peft() {
+    let _alone = alone();
     for family in ["llava", "qwen2vl", "qwen25vl", "qwen3vl"] {
         low_rank(family, Packing::Alone);
     }
@@ -273,6 +275,7 @@ fn adapters_learn_as_in_peft() {
 
 #[test]
 fn whole_models_learn_as_in_pytorch() {
+    let _alone = alone();
     for family in ["llava", "qwen2vl", "qwen25vl", "qwen3vl"] {
         full(family, Packing::Alone);
     }
@@ -281,6 +284,7 @@ fn whole_models_learn_as_in_pytorch() {
 /// Examples that are rows of one pass are learnt like those that have passes of their own.
 #[test]
 fn packed_examples_learn_as_in_pytorch() {
+    let _alone = alone();
     for family in ["llava", "qwen2vl", "qwen25vl", "qwen3vl"] {
         low_rank(family, Packing::Together);
     }
@@ -291,6 +295,7 @@ fn packed_examples_learn_as_in_pytorch() {
 /// So are they where layers keep nothing but their inputs.
 #[test]
 fn recomputed_layers_learn_as_in_pytorch() {
+    let _alone = alone();
     for family in ["llava", "qwen2vl", "qwen25vl", "qwen3vl"] {
         low_rank(family, Packing::Recomputed);
     }

@@ -4,6 +4,7 @@ mod calibrate;
 mod lessons;
 #[cfg(feature = "collective")]
 mod peers;
+mod recompute;
 mod run;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
